@@ -1,0 +1,1 @@
+"""Cards and recipes: YAML in, frozen values out, every error at once."""

@@ -1,0 +1,72 @@
+"""Teacher cards: the facts about one frozen model, as one YAML file under `teachers/`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+__all__ = ["TeacherCard", "TeacherInput", "TeacherOutput", "TextTower"]
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+class Fields(BaseModel):
+    """Base of everything read from YAML: unknown keys are errors, values do not change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), use_attribute_docstrings=True)
+
+
+class TeacherInput(Fields):
+    size: int = Field(gt=0)
+    """Side in pixels the teacher was trained for and is run at by default."""
+    patch: int = Field(gt=0)
+    """Side of a patch in pixels."""
+    mean: tuple[float, float, float]
+    """Per-channel mean of RGB in [0, 1]."""
+    std: tuple[float, float, float]
+    """Per-channel standard deviation of RGB in [0, 1]."""
+    resizable: bool = False
+    """True when any multiple of `patch` is a good input; False when only `size` is."""
+
+
+class TeacherOutput(Fields):
+    summary: int | None
+    """Width of the summary vector; null when the teacher has none."""
+    features: int = Field(gt=0)
+    """Channels of the feature map."""
+
+
+class TextTower(Fields):
+    kind: str
+    """`open_clip`, `transformers` or `toy`: which library holds the text encoder that matches the summary."""
+    model: str
+    """The library's name of the model whose text encoder belongs to the summary."""
+    pretrained: str | None = None
+    """open_clip's pretrained tag, where it has one."""
+
+
+class TeacherCard(Fields):
+    name: str
+    """Short name; the file is `teachers/NAME.yaml`."""
+    family: str
+    """`open_clip`, `timm`, `transformers`, `radio`, `run`, `toy`, or `custom` together with `loader`."""
+    source: str
+    """Where the weights come from: a hub id, `timm:NAME`, or a local path (`${VAR}/...` is expanded)."""
+    revision: str | None = None
+    """Commit or tag of a hub repository."""
+    licence: str
+    """Licence of the weights, as its holder names it."""
+    licence_url: str | None = None
+    """Where the licence text stands."""
+    input: TeacherInput
+    output: TeacherOutput
+    text: TextTower | None = None
+    """The text tower that makes the teacher's adaptor usable for zero-shot; null when there is none."""
+    params: dict[str, Any] = {}
+    """Facts that only this family reads (constructor name, number of prefix tokens, ...)."""
+    loader: str | None = None
+    """`package.module:function` called with the card, for a family that is not built in."""
+    note: str = ""
+    """One line for `radio-distill list`."""

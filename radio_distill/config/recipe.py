@@ -1,0 +1,353 @@
+"""A recipe: one stage of training, as one YAML file, one run folder, one job.
+
+*What is learned* (student, teachers, partitions, balance, loss, optim, ema, data) stands apart from *how it runs*
+(engine, log, checkpoint): a resumed run may change only the second group. Numbers carry their source as in
+docs/recipe.md: PHI = PHI-S paper, FS = FeatSharp paper, V4 = C-RADIOv4 report, OURS = not published, our choice.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from .cards import CLIP_MEAN, CLIP_STD, Fields
+
+__all__ = ["Recipe"]
+
+Positive = Annotated[int, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Weight = Annotated[float, Field(ge=0)]
+
+
+class Heads(Fields):
+    kind: Literal["mlp", "attention"] = "mlp"
+    """`mlp`: Linear, `inner` residual blocks, LayerNorm-GELU-Linear; `attention`: two ViT blocks before it (features only)."""
+    hidden: Positive = 1520
+    """Hidden width (C-RADIO-H)."""
+    inner: Annotated[int, Field(ge=0)] = 0
+    """Residual blocks between the two Linears (RADIOv2.5: none)."""
+
+
+class ViTDet(Fields):
+    windows: tuple[Positive, ...] = ()
+    """Window sides in tokens, one drawn per batch; empty: never windowed."""
+    probability: Share = 0.1
+    """How often a training batch runs windowed (OURS)."""
+    num_global: Positive = 4
+    """Number of evenly spaced blocks that see the whole image."""
+
+
+class Student(Fields):
+    model: str = "vit_large_patch16_224"
+    """Name of the trunk; `radio-distill list students` shows all (S, B, L, H, g, SO400M, ...)."""
+    overrides: dict[str, int | float | bool | None] = {}
+    """Constructor values that differ from the name's: embed_dim, depth, num_heads, mlp_ratio, patch_size."""
+    max_size: Positive = 2048
+    """Side in pixels of the largest image the position table is made for (CPE)."""
+    pos_dropout: Share = 0.1
+    """Probability that a training sample gets no position embedding at all."""
+    cls_token_per_teacher: bool = True
+    """One class token per teacher; false: one for all."""
+    register_multiple: Annotated[int, Field(ge=0)] = 8
+    """Registers are added until class tokens + registers are a multiple of this; 0: none unless `num_registers`."""
+    num_registers: int | None = None
+    """Number of registers, when given; replaces `register_multiple`."""
+    mean: tuple[float, float, float] = CLIP_MEAN
+    """Pixel mean of the input conditioner inside the model."""
+    std: tuple[float, float, float] = CLIP_STD
+    """Pixel standard deviation of the input conditioner."""
+    layer_scale: float | None = None
+    """Initial LayerScale value; null: none (what every consumer of the export can read)."""
+    final_norm: bool = False
+    """LayerNorm after the last block (RADIO: no)."""
+    spectral: bool = True
+    """Spectral reparametrisation of every Linear of trunk and heads (PHI A.7); folded away at export."""
+    damp: Weight = 0.0
+    """Standard deviation of multiplicative Gaussian noise on Linear weights in training (V4: DAMP); 0: off."""
+    vitdet: ViTDet = ViTDet()
+    """Windowed attention in training."""
+    heads: Heads = Heads()
+    """The adaptors' MLPs."""
+    attention: Literal["sdpa", "flash"] = "sdpa"
+    """`flash` uses the flash_attn package, which must be installed."""
+    grad_checkpointing: bool = False
+    """Recompute blocks in the backward pass: less memory, a third more work."""
+
+
+class Start(Fields):
+    kind: Literal["scratch", "timm", "radio", "run"] = "scratch"
+    """Where the weights come from: nowhere, a timm checkpoint, a RADIO checkpoint (reference or transformers layout), a run."""
+    source: str = ""
+    """timm name or local file; RADIO file, folder or hub id; run folder."""
+    ema: bool = True
+    """Start from the EMA weights where the source has them."""
+
+
+class Bilinear(Fields):
+    kind: Literal["bilinear"] = "bilinear"
+
+
+class Tile(Fields):
+    kind: Literal["tile"]
+    factor: Positive
+    """The image is cut in factor x factor tiles, each encoded at the teacher's own size, and stitched."""
+
+
+class S2(Fields):
+    kind: Literal["s2"]
+    factor: Positive
+    beta: Share = 0.5
+    """Share of the bilinear map; the rest is the stitched tiles (FS section 4)."""
+
+
+Upsampler = Annotated[Bilinear | Tile | S2, Field(discriminator="kind")]
+
+
+class TeacherView(Fields):
+    size: int | None = None
+    """Side in pixels the teacher runs at in this partition; null: the card's."""
+    mosaic: bool = False
+    """Place k x k images of the batch in one teacher image (teachers that only take one large size: SAM)."""
+    grid: Literal["student", "teacher"] = "student"
+    """On which grid the loss is taken. `student`: the target is resized to the student's grid (FS). `teacher`: the student's
+    map is resized to the teacher's grid before the head (RADIOv2.5, AM-RADIO)."""
+    upsampler: Upsampler = Bilinear()
+    """How a target is made finer than the teacher's own map."""
+
+
+class Teacher(Fields):
+    card: str | None = None
+    """Name of the card or path of a YAML file; null: the key of this entry."""
+    summary_weight: Weight = 1.0
+    """Weight of the summary loss; 0 for a teacher without a summary."""
+    feature_weight: Weight = 1.0
+    """Weight of the feature loss."""
+    compile: bool = False
+    """torch.compile the teacher (static shapes, one graph per partition)."""
+    chunk: int | None = None
+    """At most this many teacher images in one forward; null: all."""
+
+
+class Partition(Fields):
+    size: Positive
+    """Side in pixels of the student's image."""
+    images: Positive
+    """Images of this partition in one optimizer step, over all ranks."""
+    weight: Weight = 1.0
+    """Weight of this partition's mean loss in the total. 1 for all: equal partitions (OURS)."""
+    micro_batch: int | None = None
+    """Images per rank and forward; null: all at once. Smaller values accumulate gradients."""
+    teachers: dict[str, TeacherView]
+    """The teachers that this partition matches, by their name in `teachers`."""
+
+
+class PhiS(Fields):
+    kind: Literal["phi_s"] = "phi_s"
+
+
+class GlobalStandardize(Fields):
+    kind: Literal["global_standardize"]
+
+
+class Standardize(Fields):
+    kind: Literal["standardize"]
+
+
+class PCAWhiten(Fields):
+    kind: Literal["pca"]
+
+
+class ZCAWhiten(Fields):
+    kind: Literal["zca"]
+
+
+class HCAWhiten(Fields):
+    kind: Literal["hca"]
+
+
+class NoBalance(Fields):
+    kind: Literal["none"]
+
+
+BalanceKind = Annotated[
+    PhiS | GlobalStandardize | Standardize | PCAWhiten | ZCAWhiten | HCAWhiten | NoBalance, Field(discriminator="kind")
+]
+
+
+class Balance(Fields):
+    method: BalanceKind = PhiS()
+    """How teachers are equalised (PHI-S, section 3)."""
+    window: Annotated[int, Field(ge=0)] = 3000
+    """Steps at the start of the stage during which the statistics are gathered (PHI Table 10); 0: they are loaded."""
+    every: Positive = 100
+    """The balancers are recomputed from the sums every this many steps of the window."""
+    path: str | None = None
+    """Folder written by `radio-distill stats` (or a run's `balancers/`); starts from it instead of from nothing."""
+
+
+class FeatureLoss(Fields):
+    mse: Weight = 1.0
+    """Weight of the mean squared error on balanced features (since PHI-S)."""
+    cosine: Weight = 0.0
+    """Weight of 1 - cosine, per token (AM-RADIO: 0.9)."""
+    smooth_l1: Weight = 0.0
+    """Weight of smooth-L1 (AM-RADIO: 0.1)."""
+    beta: Annotated[float, Field(gt=0)] = 1.0
+    """Where smooth-L1 turns from quadratic to linear."""
+
+
+class Mesa(Fields):
+    weight: Weight = 0.0
+    """Weight of the shift-equivariant MESA term against the EMA student (V4 eq. 2); 0: off."""
+    start: Annotated[int, Field(ge=0)] = 5000
+    """First step at which it counts (OURS: the end of the frozen-trunk phase)."""
+
+
+class Loss(Fields):
+    features: FeatureLoss = FeatureLoss()
+    """The loss on feature maps."""
+    summary: Literal["cosine", "angle"] = "cosine"
+    """`cosine`: 1 - cosine. `angle`: squared angle over the teacher's angular dispersion (V4 eq. 3-7)."""
+    adaloss: float | None = None
+    """Divide every term by its running mean with this decay (AM-RADIO's AdaLoss); null: off."""
+    drop_teachers: Share = 0.0
+    """Per image keep the teacher with the highest loss and drop each other one with this probability (UNIC)."""
+    mesa: Mesa = Mesa()
+    """Self-consistency with the EMA student."""
+
+
+class Optim(Fields):
+    kind: Literal["lamb", "adamw"] = "lamb"
+    """LAMB (PHI Table 10), exact under ZeRO-1/2 sharding; AdamW as the option without surprises."""
+    steps: Positive = 300_000
+    """Optimizer steps of this stage."""
+    lr: Annotated[float, Field(gt=0)] = 1e-3
+    """Peak learning rate."""
+    min_lr: Weight = 0.0
+    """Learning rate at the last step of the cosine (OURS)."""
+    warmup: Annotated[int, Field(ge=0)] = 1000
+    """Steps of linear warm-up (OURS)."""
+    weight_decay: Weight = 0.02
+    """Decoupled weight decay; not on biases, norms, position table and tokens."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay rates of the moments (OURS)."""
+    eps: float = 1e-6
+    """Added to the root of the second moment (OURS)."""
+    freeze_trunk: Annotated[int, Field(ge=0)] = 5000
+    """Steps at the start during which only the heads learn (PHI Table 10)."""
+    clip: float | None = None
+    """Largest global gradient norm; null: no clipping (RADIO's configs)."""
+
+
+class Source(Fields):
+    path: str | list[str]
+    """A folder of images, a folder of shards, a shard, a brace pattern (`a-{000..099}.tar`), or any URL webdataset opens."""
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    """Share of the samples drawn from this source."""
+
+
+class Crop(Fields):
+    scale: tuple[float, float] = (0.5, 1.0)
+    """Range of the crop's share of the image's area (OURS)."""
+    ratio: tuple[float, float] = (0.75, 1.3333)
+    """Range of the crop's aspect ratio, drawn log-uniformly."""
+    flip: Share = 0.5
+    """Probability of a horizontal flip."""
+
+
+class Data(Fields):
+    sources: dict[str, Source] = {}
+    """Where images come from, by name. Must be given (`data.sources.train.path=...`)."""
+    streams: int | None = None
+    """Independent readers over all ranks; divides every partition's `images`, and ranks x workers divide it. The order of
+    samples depends on it and not on the number of ranks or workers. null: chosen from batch and shards, and recorded."""
+    shuffle: Positive = 512
+    """Samples of a shard that are permuted together."""
+    crop: Crop = Crop()
+    """Random-resized crop, shared by the student and all teachers."""
+    shift_std: Weight = 0.0
+    """Standard deviation, in patches, of independent whole-patch shifts of the student's and each teacher's crop (V4: 0.5)."""
+    min_side: Positive = 8
+    """Images with a shorter side than this many pixels are skipped."""
+    max_pixels: Positive = 100_000_000
+    """Larger images are skipped (decompression bombs)."""
+    max_bad: Share = 0.05
+    """The run stops when more than this share of the recent samples could not be used."""
+
+
+class Ema(Fields):
+    decay: Share = 0.9996
+    """Decay per step of the fp32 average of the weights (V4, issue #181); 0: no EMA."""
+
+
+class Engine(Fields):
+    zero: Literal[0, 1, 2, 3] = 1
+    """DeepSpeed ZeRO stage (OURS: 1; a ViT-L needs no more)."""
+    precision: Literal["fp32", "bf16"] = "bf16"
+    """`bf16`: autocast with fp32 parameters, gradients reduced in fp32. `fp32`: exact, for the CPU and for tests."""
+    teacher_precision: Literal["fp32", "bf16"] = "bf16"
+    """Weights and activations of the teachers."""
+    workers: Annotated[int, Field(ge=0)] = 4
+    """Loader processes per rank and partition; 0: load in the training process."""
+    deepspeed: dict[str, Any] = {}
+    """Known DeepSpeed keys, merged into the generated config after checking."""
+    watchdog_minutes: Annotated[float, Field(gt=0)] = 30.0
+    """A rank that makes no step for this long dumps its stacks and stops the job."""
+
+
+class Log(Fields):
+    every: Positive = 20
+    """Steps between two log lines."""
+    pictures: Annotated[int, Field(ge=0)] = 5000
+    """Steps between PCA pictures of teacher and student maps; 0: none."""
+    tensorboard: bool = False
+    """Write TensorBoard events into the run folder."""
+    wandb: str | None = None
+    """Weights & Biases project; offline unless WANDB_MODE says otherwise. null: off."""
+
+
+class Checkpoint(Fields):
+    every: Positive = 5000
+    """Steps between two checkpoints."""
+    minutes: Annotated[float, Field(gt=0)] = 60.0
+    """Minutes after which one is written anyway."""
+    keep_last: Positive = 2
+    """Older ones are deleted."""
+
+
+class Recipe(Fields):
+    """One stage."""
+
+    name: str
+    """Name of the recipe; the run folder is `runs/NAME` unless `run` says otherwise."""
+    title: str = ""
+    """One line: what it reproduces."""
+    run: str = ""
+    """Run folder; empty: `runs/NAME`."""
+    seed: int = 0
+    """Seed of everything that is drawn at random."""
+    student: Student = Student()
+    """The model that is trained."""
+    start: Start = Start()
+    """Where its weights come from."""
+    teachers: dict[str, Teacher]
+    """The frozen teachers, by a name of your choice."""
+    partitions: dict[str, Partition]
+    """Resolution groups; every optimizer step contains all of them."""
+    balance: Balance = Balance()
+    """How teachers are equalised."""
+    loss: Loss = Loss()
+    """What is minimised."""
+    optim: Optim = Optim()
+    """Optimizer and schedule."""
+    ema: Ema = Ema()
+    """Running average of the weights."""
+    data: Data = Data()
+    """Images."""
+    engine: Engine = Engine()
+    """How it runs; may change on resume."""
+    log: Log = Log()
+    """What is written down; may change on resume."""
+    checkpoint: Checkpoint = Checkpoint()
+    """When it is saved; may change on resume."""

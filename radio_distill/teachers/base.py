@@ -1,0 +1,117 @@
+"""A teacher: a frozen network with its card; resizes and normalises pixels itself, on the device.
+
+Shapes: B batch, C channels, H W.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from typing import Literal, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..config.cards import TeacherCard
+from ..errors import CardError, TeacherError
+from ..types import VisionOutput
+
+__all__ = ["Teacher", "load_teacher", "Weights"]
+
+Weights = Literal["pretrained", "random", "meta"]
+"""`pretrained`: what the card names; `random`: the true architecture, untrained; `meta`: shapes only, no memory."""
+
+
+class TeacherNet(Protocol):
+    """What a family builds: normalised pixels (B,3,H,W) in, `VisionOutput` out; a frozen nn.Module in eval mode."""
+
+    def __call__(self, pixels_B3HW: Tensor) -> VisionOutput: ...
+
+
+FAMILIES: dict[str, str] = {
+    "open_clip": "radio_distill.teachers.open_clip:build",
+    "timm": "radio_distill.teachers.timm:build",
+    "transformers": "radio_distill.teachers.huggingface:build",
+    "radio": "radio_distill.teachers.radio:build",
+    "run": "radio_distill.teachers.run:build",
+    "toy": "radio_distill.teachers.toy:build",
+}
+"""Family -> `module:function`, called as build(card, weights) -> nn.Module that is a TeacherNet."""
+
+
+class Teacher:
+    """A frozen VisionModel. Not an nn.Module on purpose: it can never end up in an engine or a checkpoint."""
+
+    def __init__(self, card: TeacherCard, net: nn.Module, *, dtype: torch.dtype = torch.float32) -> None:
+        self.card = card
+        self.net = net.eval().requires_grad_(False)
+        self.dtype = dtype
+        self.patch_size = card.input.patch
+        self.device = next((p.device for p in net.parameters()), torch.device("cpu"))
+        self._mean_131 = torch.tensor(card.input.mean).view(3, 1, 1)
+        self._std_131 = torch.tensor(card.input.std).view(3, 1, 1)
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Teacher:
+        """Move the network to `device`, its floating-point weights to `dtype`; returns self."""
+        self.dtype = dtype or self.dtype
+        self.device = torch.device(device)
+        self.net.to(device=self.device, dtype=self.dtype)
+        return self
+
+    def nearest_size(self, height: int, width: int) -> tuple[int, int]:
+        """The nearest (height, width) in pixels that the teacher takes: its one size, or multiples of its patch."""
+        if not self.card.input.resizable:
+            return self.card.input.size, self.card.input.size
+        step = self.patch_size
+        return max(step, round(height / step) * step), max(step, round(width / step) * step)
+
+    @torch.no_grad()
+    def encode(self, images_B3HW: Tensor) -> VisionOutput:
+        """Encode images: uint8, or float in [0, 1]. Sizes it does not take are resized (bilinear, antialiased).
+
+        Returns fp32 summary (B, C) or None, and fp32 features (B, C, H, W). The resize, mean and std are computed
+        in fp32; only the result is cast.
+        """
+        pixels = self.normalize(images_B3HW)
+        size = self.nearest_size(*pixels.shape[-2:])
+        if tuple(pixels.shape[-2:]) != size:
+            pixels = F.interpolate(pixels, size=size, mode="bilinear", antialias=True, align_corners=False)
+        return self.forward(pixels)
+
+    def normalize(self, images_B3HW: Tensor) -> Tensor:
+        """Pixels in the teacher's own units: (x - mean) / std with x in [0, 1]; uint8 is divided by 255 first."""
+        x = images_B3HW.to(self.device)
+        if x.dtype == torch.uint8:
+            x = x.float() / 255
+        return (x.float() - self._mean_131.to(x.device)) / self._std_131.to(x.device)
+
+    @torch.no_grad()
+    def forward(self, pixels_B3HW: Tensor) -> VisionOutput:
+        """Encode normalised pixels of an accepted size."""
+        out = self.net(pixels_B3HW.to(self.dtype))
+        summary = None if out.summary_BC is None else out.summary_BC.float()
+        return VisionOutput(summary, out.features_BCHW.float())
+
+
+def load_teacher(card: TeacherCard, *, weights: Weights = "pretrained") -> Teacher:
+    """Build the teacher a card describes, on the CPU (`meta`: on no device), in fp32.
+
+    Raises TeacherError when the weights are not there (nothing is downloaded unless the card's source is a hub id and
+    HF_HUB_OFFLINE is not set), CardError when the family or loader is unknown.
+    """
+    target = card.loader or FAMILIES.get(card.family)
+    if target is None:
+        raise CardError(f"card {card.name!r}: unknown family {card.family!r}, expected one of {', '.join(FAMILIES)} or a `loader`")
+    net = _resolve(target, card)(card, weights)
+    if weights == "meta" or next(net.parameters()).dtype == torch.float32:
+        return Teacher(card, net)
+    raise TeacherError(f"{card.name}: its loader gave {next(net.parameters()).dtype} weights, expected float32")
+
+
+def _resolve(target: str, card: TeacherCard) -> Callable[[TeacherCard, Weights], nn.Module]:
+    module, _, function = target.partition(":")
+    try:
+        return getattr(import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise CardError(f"card {card.name!r}: loader {target!r} cannot be imported ({error}); expected package.module:function") from error
