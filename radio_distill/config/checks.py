@@ -1,0 +1,187 @@
+"""What the types of a recipe cannot say: which values do not fit each other. Pure arithmetic on recipe and cards."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+
+from ..errors import CardError
+from .cards import TeacherCard
+from .document import KeyPath, Problem
+from .messages import did_you_mean
+from .recipe import Bilinear, Partition, Recipe, Teacher, TeacherView
+
+__all__ = ["check_recipe", "mosaic_side", "patch_size", "summary_weight"]
+
+Found = Iterator[Problem]
+
+
+def check_recipe(recipe: Recipe, load_card: Callable[[str], TeacherCard], *, training: bool) -> list[Problem]:
+    """Everything in the recipe that does not fit together; empty when it can be run."""
+    cards: dict[str, TeacherCard] = {}
+    problems = list(_cards(recipe, load_card, cards))
+    problems += _student(recipe)
+    problems += _teachers(recipe, cards)
+    for name, partition in recipe.partitions.items():
+        problems += _partition(recipe, name, partition, cards)
+    problems += _loss(recipe)
+    problems += _ranges(recipe)
+    problems += _data(recipe, training=training)
+    return problems
+
+
+def patch_size(recipe: Recipe) -> int:
+    """Side in pixels of the student's patch: from its overrides, else from its name (`..._patch16_...`), else 16."""
+    override = recipe.student.overrides.get("patch_size")
+    in_name = re.search(r"patch(\d+)", recipe.student.model)
+    return int(override or (in_name.group(1) if in_name else 16))
+
+
+def summary_weight(teacher: Teacher, card: TeacherCard) -> float:
+    """The weight in effect: 0 for a teacher that has no summary."""
+    return 0.0 if card.output.summary is None else teacher.summary_weight
+
+
+def mosaic_side(partition: Partition, teacher_size: int) -> int:
+    """k of the k x k images of the partition that one teacher image of this size shows."""
+    return teacher_size // partition.size
+
+
+def _cards(recipe: Recipe, load_card: Callable[[str], TeacherCard], cards: dict[str, TeacherCard]) -> Found:
+    """Loads the cards into `cards`, as far as they can be."""
+    for name, teacher in recipe.teachers.items():
+        try:
+            cards[name] = load_card(teacher.card or name)
+        except CardError as error:
+            path: KeyPath = ("teachers", name, "card") if teacher.card else ("teachers", name)
+            yield Problem(f"teacher {name!r}: {error}".replace("\n", "\n    "), path)
+
+
+def _student(recipe: Recipe) -> Found:
+    patch = patch_size(recipe)
+    grids = {name: partition.size // patch for name, partition in recipe.partitions.items()}
+    for window in recipe.student.vitdet.windows:
+        if all(grid % window for grid in grids.values()):
+            there = ", ".join(f"{grid} ({name})" for name, grid in grids.items())
+            yield Problem(f"a window of {window} tokens divides no partition's grid: {there}", ("student", "vitdet", "windows"))
+    registers = recipe.student.num_registers
+    if registers is not None and registers < 0:
+        yield Problem(f"'student.num_registers' is {registers}, expected at least 0, or null", ("student", "num_registers"))
+    if recipe.start.kind != "scratch" and not recipe.start.source:
+        yield Problem(f"'start.source' is missing: a start of kind {recipe.start.kind!r} needs it", ("start", "kind"))
+
+
+def _teachers(recipe: Recipe, cards: dict[str, TeacherCard]) -> Found:
+    if not recipe.teachers:
+        yield Problem("'teachers' is empty; name at least one", ("teachers",))
+    if not recipe.partitions:
+        yield Problem("'partitions' is empty; give at least one", ("partitions",))
+    used = {teacher for partition in recipe.partitions.values() for teacher in partition.teachers}
+    for name, teacher in recipe.teachers.items():
+        path = ("teachers", name)
+        if name not in used:
+            yield Problem(f"teacher {name!r} is in no partition; add it to one, or remove it with teachers.{name}=null", path)
+        if name in cards and summary_weight(teacher, cards[name]) == 0 == teacher.feature_weight:
+            yield Problem(f"teacher {name!r} has no loss: its weights are 0 or it has no summary; raise one or remove it", path)
+        if teacher.chunk is not None and teacher.chunk < 1:
+            yield Problem(f"'teachers.{name}.chunk' is {teacher.chunk}, expected at least 1, or null", (*path, "chunk"))
+
+
+def _partition(recipe: Recipe, name: str, partition: Partition, cards: dict[str, TeacherCard]) -> Found:
+    path, size, patch = ("partitions", name), partition.size, patch_size(recipe)
+    if size % patch:
+        fitting = max(patch, round(size / patch) * patch)
+        yield Problem(
+            f"'partitions.{name}.size' is {size}, no multiple of the student's patch {patch}; nearest is {fitting}",
+            (*path, "size"),
+        )
+    if size > recipe.student.max_size:
+        text = f"'partitions.{name}.size' is {size}, more than student.max_size {recipe.student.max_size}; raise that"
+        yield Problem(text, (*path, "size"))
+    if partition.micro_batch is not None and not 1 <= partition.micro_batch <= partition.images:
+        expected = f"1 to {partition.images} (its images), or null"
+        text = f"'partitions.{name}.micro_batch' is {partition.micro_batch}, expected {expected}"
+        yield Problem(text, (*path, "micro_batch"))
+    if not partition.teachers:
+        yield Problem(f"'partitions.{name}.teachers' is empty; name at least one", (*path, "teachers"))
+    for teacher, view in partition.teachers.items():
+        here = (*path, "teachers", teacher)
+        if teacher not in recipe.teachers:
+            yield Problem(f"partition {name!r} names teacher {teacher!r}" + did_you_mean(teacher, recipe.teachers), here)
+        elif teacher in cards:
+            yield from _view(recipe, partition, teacher, view, cards[teacher], here)
+
+
+def _view(recipe: Recipe, partition: Partition, name: str, view: TeacherView, card: TeacherCard, path: KeyPath) -> Found:
+    size = card.input.size if view.size is None else view.size
+    if view.size is not None and not card.input.resizable and size != card.input.size:
+        yield Problem(f"teacher {name!r} at {size} px: its card allows {card.input.size} px only", (*path, "size"))
+    elif size < card.input.patch or size % card.input.patch:
+        fitting = max(1, round(size / card.input.patch)) * card.input.patch
+        yield Problem(
+            f"teacher {name!r} at {size} px: no multiple of its patch {card.input.patch}; nearest is {fitting}", (*path, "size")
+        )
+    if view.mosaic:
+        yield from _mosaic(recipe, partition, name, view, card, size, (*path, "mosaic"))
+
+
+def _mosaic(
+    recipe: Recipe, partition: Partition, name: str, view: TeacherView, card: TeacherCard, size: int, path: KeyPath
+) -> Found:
+    k, patch = mosaic_side(partition, size), card.input.patch
+    if k < 2:
+        text = f"teacher {name!r}: a mosaic needs 2 x 2 images of {partition.size} px in its {size} px; set mosaic: false"
+        yield Problem(text, path)
+    elif partition.size % patch:
+        yield Problem(f"teacher {name!r}: mosaic images of {partition.size} px are no multiple of its patch {patch}", path)
+    if not isinstance(view.upsampler, Bilinear):
+        yield Problem(f"teacher {name!r}: a mosaic cannot be upsampled by {view.upsampler.kind!r}; use bilinear", path)
+    if summary_weight(recipe.teachers[name], card) > 0:
+        text = f"teacher {name!r}: a mosaic has one summary for many images; set teachers.{name}.summary_weight=0"
+        yield Problem(text, path)
+
+
+def _loss(recipe: Recipe) -> Found:
+    features = recipe.loss.features
+    if features.mse == features.cosine == features.smooth_l1 == 0 and any(t.feature_weight for t in recipe.teachers.values()):
+        yield Problem("'loss.features': mse, cosine and smooth_l1 are all 0; raise one", ("loss", "features"))
+    if recipe.partitions and all(partition.weight == 0 for partition in recipe.partitions.values()):
+        yield Problem("every partition has weight 0; raise one", ("partitions",))
+    adaloss = recipe.loss.adaloss
+    if adaloss is not None and not 0 < adaloss < 1:
+        yield Problem(f"'loss.adaloss' is {adaloss}, expected a decay between 0 and 1, or null", ("loss", "adaloss"))
+    if recipe.loss.mesa.weight and not recipe.ema.decay:
+        yield Problem("'loss.mesa.weight' needs the EMA student; set ema.decay (0.9996)", ("loss", "mesa", "weight"))
+    balance = recipe.balance
+    if balance.window == 0 and balance.path is None and balance.method.kind != "none":
+        text = "'balance.window' is 0 and there is no 'balance.path': no statistics; give one, or balance.method.kind=none"
+        yield Problem(text, ("balance", "window"))
+
+
+def _ranges(recipe: Recipe) -> Found:
+    optim, crop = recipe.optim, recipe.data.crop
+    if not all(0 <= beta < 1 for beta in optim.betas):
+        yield Problem(f"'optim.betas' is {list(optim.betas)}, expected numbers from 0 to below 1", ("optim", "betas"))
+    if optim.eps <= 0:
+        yield Problem(f"'optim.eps' is {optim.eps}, expected more than 0", ("optim", "eps"))
+    if optim.min_lr > optim.lr:
+        yield Problem(f"'optim.min_lr' is {optim.min_lr}, more than 'optim.lr' {optim.lr}", ("optim", "min_lr"))
+    if optim.clip is not None and optim.clip <= 0:
+        yield Problem(f"'optim.clip' is {optim.clip}, expected more than 0, or null for no clipping", ("optim", "clip"))
+    if not 0 < crop.scale[0] <= crop.scale[1] <= 1:
+        text = f"'data.crop.scale' is {list(crop.scale)}, expected [low, high] with 0 < low <= high <= 1"
+        yield Problem(text, ("data", "crop", "scale"))
+    if not 0 < crop.ratio[0] <= crop.ratio[1]:
+        yield Problem(
+            f"'data.crop.ratio' is {list(crop.ratio)}, expected [low, high] with 0 < low <= high", ("data", "crop", "ratio")
+        )
+
+
+def _data(recipe: Recipe, *, training: bool) -> Found:
+    if training and not recipe.data.sources:
+        yield Problem("'data.sources' is empty; say where the images are: data.sources.train.path=FOLDER", ("data", "sources"))
+    streams = recipe.data.streams
+    for name, partition in recipe.partitions.items():
+        if streams is not None and (streams < 1 or partition.images % streams):
+            text = f"'data.streams' is {streams}, expected a divisor of partitions.{name}.images {partition.images}"
+            yield Problem(text, ("data", "streams"))

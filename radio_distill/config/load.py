@@ -1,0 +1,80 @@
+"""Recipes and teacher cards by path or by shipped name."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..errors import CardError, RecipeError
+from ..paths import expand, shipped
+from .cards import TeacherCard
+from .checks import check_recipe
+from .document import Problem, to_yaml
+from .recipe import Recipe
+from .strict import find, read
+
+__all__ = ["cards_of", "dump", "list_cards", "list_recipes", "load_card", "load_recipe", "resume_conflicts"]
+
+HOW_IT_RUNS = ("engine", "log", "checkpoint")
+"""The groups that a resumed run may change; all others say what is learned."""
+
+
+def load_recipe(source: str | Path, overrides: Sequence[str] = (), *, training: bool = False) -> Recipe:
+    """Read a recipe (a path, or the name of a shipped one such as `stage1`) with `key=value` overrides, and check it.
+
+    `training` also asks for what only a training needs: `data.sources`. Raises RecipeError listing every error.
+    """
+    recipes = list_recipes()
+    try:
+        path = find(source, recipes, what="recipe")
+    except ValueError as error:
+        raise RecipeError(str(error)) from None
+
+    def check(recipe: Recipe) -> list[Problem]:
+        return check_recipe(recipe, load_card, training=training)
+
+    return read(Recipe, path, overrides, shipped=recipes, error=RecipeError, check=check)
+
+
+def load_card(name: str | Path) -> TeacherCard:
+    """Read a teacher card: the name of a shipped one (`dfn_clip`), or a path (`${VAR}` allowed). Raises CardError."""
+    cards = shipped("teachers")
+    try:
+        path = find(expand(str(name)), cards, what="teacher card")
+    except ValueError as error:
+        raise CardError(str(error)) from None
+    return read(TeacherCard, path, shipped=cards, error=CardError)
+
+
+def list_cards() -> dict[str, TeacherCard]:
+    """Every shipped teacher card, by name."""
+    return {name: load_card(name) for name in shipped("teachers")}
+
+
+def list_recipes() -> dict[str, Path]:
+    """Every shipped recipe, by name (`stage1`, `toy/stage1`)."""
+    return shipped("recipes")
+
+
+def cards_of(recipe: Recipe) -> dict[str, TeacherCard]:
+    """The card of every teacher of the recipe, by the teacher's name in it."""
+    return {name: load_card(teacher.card or name) for name, teacher in recipe.teachers.items()}
+
+
+def dump(recipe: Recipe) -> str:
+    """The whole recipe as YAML, defaults included; `load_recipe` of it gives the same recipe."""
+    return to_yaml(recipe.model_dump(mode="json"))
+
+
+def resume_conflicts(before: Recipe, after: Recipe) -> list[str]:
+    """What `after` would change about what is learned: `optim.lr: 0.001 -> 0.002`. Empty when a run may go on with it."""
+    old, new = (_flat(recipe.model_dump(mode="json", exclude=set(HOW_IT_RUNS))) for recipe in (before, after))
+    return [f"{key}: {old.get(key)} -> {new.get(key)}" for key in {**old, **new} if old.get(key) != new.get(key)]
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {prefix + key: value}
+    return flat

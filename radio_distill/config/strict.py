@@ -1,0 +1,119 @@
+"""The strict loader: a chain of YAML files and overrides, merged, checked, and all that is wrong told at once.
+
+A file may name one parent with `extends:`. Maps are merged key by key, everything else is replaced; `key: null` removes an
+inherited map; where a map is one of several alternatives by `kind`, another `kind` starts it anew. Overrides come last.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from ..errors import RadioDistillError
+from .document import Document, Problem, Where, parse, parse_override
+from .messages import did_you_mean, explain
+from .schema import child, models_of
+
+__all__ = ["find", "read"]
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def read(
+    model: type[Model],
+    path: Path,
+    overrides: Sequence[str] = (),
+    *,
+    shipped: Mapping[str, Path],
+    error: type[RadioDistillError],
+    check: Callable[[Model], list[Problem]] = lambda _: [],
+) -> Model:
+    """Read `path` and its parents, apply the overrides, and validate; `check` may add what the types cannot say.
+
+    `shipped` are the files that `extends` may name without a path. Raises `error` with one line per problem.
+    """
+    layers = [*_chain(path, shipped, ()), *map(parse_override, overrides)]
+    merged = layers[0]
+    for layer in layers[1:]:
+        merged = _overlay(merged, layer, model)
+    merged.top = Where(display(path))
+    if any(layer.broken for layer in layers):
+        raise error(_report(merged))
+    try:
+        result = model.model_validate(merged.values)
+    except ValidationError as invalid:
+        merged.problems += explain(invalid, model, merged.values)
+        raise error(_report(merged)) from None
+    merged.problems += check(result)
+    if merged.problems:
+        raise error(_report(merged))
+    return result
+
+
+def find(name: str | Path, shipped: Mapping[str, Path], *, what: str, beside: Path | None = None) -> Path:
+    """The file that a user means by a path or by the name of a shipped file. Raises ValueError, one line."""
+    path = (beside or Path()) / Path(name).expanduser()
+    if path.suffix in (".yaml", ".yml") and path.is_file():
+        return path
+    if str(name) in shipped:
+        return shipped[str(name)]
+    near = {p.with_suffix("").name: p for p in path.parent.glob("*.yaml")} if path.parent.is_dir() else {}
+    raise ValueError(f"no {what} {str(name)!r}" + did_you_mean(path.with_suffix("").name, {*shipped, *near}))
+
+
+def display(path: Path) -> str:
+    """The path as messages print it: relative where that is shorter."""
+    relative = os.path.relpath(path)
+    return str(path) if relative.startswith("..") else relative
+
+
+def _chain(path: Path, shipped: Mapping[str, Path], inner: tuple[Path, ...]) -> list[Document]:
+    """The documents from the outermost parent to `path` itself."""
+    name = display(path)
+    try:
+        document = parse(path.read_text(encoding="utf-8"), name)
+    except (OSError, UnicodeDecodeError) as error:
+        return [Document(Where(name), {}, problems=[Problem(f"cannot be read: {error}")], broken=True)]
+    parent = document.values.pop("extends", None)
+    if parent is None:
+        return [document]
+    where = document.places[("extends",)]
+    try:
+        outer = find(str(parent), shipped, what="file to extend", beside=path.parent)
+    except ValueError as error:
+        document.problems.append(Problem(str(error), where=where))
+        return [document]
+    chain = (*inner, path.resolve())
+    if outer.resolve() in chain:
+        document.problems.append(Problem(f"{display(outer)} extends itself through this line", where=where))
+        return [document]
+    return [*_chain(outer, shipped, chain), document]
+
+
+def _overlay(below: Document, above: Document, model: type[BaseModel]) -> Document:
+    values = _merge(below.values, above.values, model)
+    return Document(above.top, values, {**below.places, **above.places}, [*below.problems, *above.problems])
+
+
+def _merge(below: dict[str, Any], above: dict[str, Any], annotation: Any) -> dict[str, Any]:
+    if len(models_of(annotation)) > 1 and above.get("kind", below.get("kind")) != below.get("kind"):
+        return above
+    merged = {**below, **above}
+    for key in below.keys() & above.keys():
+        if isinstance(below[key], dict) and isinstance(above[key], dict):
+            merged[key] = _merge(below[key], above[key], child(annotation, merged, key))
+        elif isinstance(below[key], dict) and above[key] is None:
+            del merged[key]
+    return merged
+
+
+def _report(document: Document) -> str:
+    """All problems, in the order of the files."""
+    located = {(problem.where or document.place(problem.path), problem.text): None for problem in document.problems}
+    lines = sorted(located, key=lambda item: (item[0].name, item[0].line or 0))
+    head = f"{len(lines)} error{'s' * (len(lines) > 1)} in {document.top}"
+    return "\n".join([head, *(f"  {where}: {text}" for where, text in lines)])
