@@ -1,1 +1,8 @@
+"""Balancers: put every teacher's features on one scale, once, before the student learns them. `phi_s.py` is the default."""
 
+from .balancer import Balancer, identity, load_balancers, save_balancers
+from .dispersion import Dispersion
+from .methods import fit, fit_on_first_rank
+from .stats import Moments
+
+__all__ = ["Balancer", "Dispersion", "Moments", "fit", "fit_on_first_rank", "identity", "load_balancers", "save_balancers"]

@@ -1,0 +1,179 @@
+"""A balancer: the fixed affine map that puts one teacher's features on the scale on which the student learns them.
+
+    y = W (x - o),   x = W^-1 y + o
+
+W is a matrix, or one number per channel. Every method of `fit` gives one; adaptors learn y, and the inverse is folded into
+their last Linear at export, so that it costs nothing there.
+
+Shapes: B batch, C channels, H W grid.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..errors import CheckpointError
+
+__all__ = ["Balancer", "identity", "load_balancers", "save_balancers"]
+
+# Methods whose inverse has orthogonal columns, so that raw squared distances need one weight per channel and no matrix.
+ORTHOGONAL = ("phi_s", "pca")
+
+
+@dataclass(frozen=True)
+class Balancer:
+    """A constant affine map on channels; float32 tensors, no gradient. Not an nn.Module: it never enters an engine."""
+
+    kind: str
+    """`phi_s`, `global_standardize`, `standardize`, `pca`, `zca`, `hca` or `none`."""
+    weight: Tensor
+    """W: (C, C), or (C,) where it is diagonal."""
+    inverse_weight: Tensor
+    """W^-1, of the same shape."""
+    offset_C: Tensor
+    """o: what is subtracted before W."""
+    mean_C: Tensor
+    """The teacher's mean, raw; differs from `offset_C` where the method does not remove it per channel."""
+    dispersion: Tensor = field(default_factory=lambda: torch.ones(()))
+    """Angular dispersion of the teacher's summaries in rad^2 (C-RADIOv4); 1 when it was not measured."""
+    facts: dict[str, str] = field(default_factory=dict)
+    """Where it comes from (teacher, count of vectors, ...): written beside the tensors."""
+
+    @property
+    def channels(self) -> int:
+        return len(self.offset_C)
+
+    @torch.no_grad()
+    def forward(self, features_BCHW: Tensor) -> Tensor:
+        """Balance raw features (B, C, H, W): one float32 product with the offset folded into its bias."""
+        return _affine(features_BCHW, self.weight, self.bias_C)
+
+    def inverse(self, balanced_BCHW: Tensor) -> Tensor:
+        """Raw features from balanced ones (B, C, H, W); gradients pass."""
+        return _affine(balanced_BCHW, self.inverse_weight, self.offset_C)
+
+    def inverse_affine(self) -> tuple[Tensor, Tensor]:
+        """(A_CC, b_C) with raw = A balanced + b, to be folded: Linear(V, c) becomes Linear(A V, A c + b) (PHI-S, eq. 39-44)."""
+        matrix = self.inverse_weight
+        return (matrix if matrix.ndim == 2 else matrix.diag()), self.offset_C
+
+    def raw_square_C(self, difference_BCHW: Tensor) -> Tensor:
+        """Terms whose sum over channels is the squared length, in raw units, of a difference of balanced features (B, C, H, W).
+
+        PHI-S and the diagonal methods only weigh the channels. ZCA and HCA pay one product with W^-1.
+        """
+        if self.inverse_weight.ndim == 1:
+            return (difference_BCHW * self.inverse_weight[:, None, None]).square()
+        if self.kind in ORTHOGONAL:
+            return difference_BCHW.square() * self._column_squares_C[:, None, None]
+        return _affine(difference_BCHW, self.inverse_weight, torch.zeros_like(self.offset_C)).square()
+
+    @cached_property
+    def bias_C(self) -> Tensor:
+        """-W o: y = W x + bias."""
+        return -_apply(self.weight, self.offset_C)
+
+    @cached_property
+    def centre_C(self) -> Tensor:
+        """Where the teacher's mean lies in balanced units: zero unless the method keeps a mean."""
+        return _apply(self.weight, self.mean_C.double() - self.offset_C.double())
+
+    @cached_property
+    def _column_squares_C(self) -> Tensor:
+        return self.inverse_weight.square().sum(0)
+
+    def to(self, device: torch.device | str) -> Balancer:
+        """The same balancer on `device`."""
+        return self._map(lambda x: x.to(device))
+
+    def broadcast(self, group: dist.ProcessGroup | None = None) -> Balancer:
+        """The balancer of the group's first rank; all ranks must call it, with tensors of equal shapes."""
+        received = self._map(Tensor.clone)
+        if dist.is_initialized():
+            for x in received.tensors().values():
+                dist.broadcast(x, group=group, group_src=0)
+        return received
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Its tensors by name."""
+        return {f.name: x for f in fields(self) if isinstance(x := getattr(self, f.name), Tensor)}
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> Balancer:
+        changed: dict[str, Any] = {name: change(x) for name, x in self.tensors().items()}
+        return replace(self, **changed)
+
+
+def identity(channels: int) -> Balancer:
+    """The balancer that changes nothing: what training starts with before there are statistics."""
+    ones, zeros = torch.ones(channels), torch.zeros(channels)
+    return Balancer(kind="none", weight=ones, inverse_weight=ones.clone(), offset_C=zeros, mean_C=zeros.clone())
+
+
+def save_balancers(folder: Path, balancers: dict[str, Balancer]) -> None:
+    """Write one `NAME.safetensors` per teacher into `folder`, each complete before it gets its name."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, balancer in balancers.items():
+        path = folder / f"{name}.safetensors"
+        part = path.with_suffix(".part")
+        tensors = {key: x.contiguous() for key, x in balancer.to("cpu").tensors().items()}
+        save_file(tensors, part, metadata={"kind": balancer.kind, "facts": json.dumps(balancer.facts)})
+        part.replace(path)
+
+
+def load_balancers(folder: Path, channels: dict[str, int] | None = None) -> dict[str, Balancer]:
+    """Read the balancers of the teachers in `channels` (name -> number of channels), or all of a folder, on the CPU.
+
+    Raises CheckpointError when a teacher has none, its file cannot be read, or its channels differ.
+    """
+    if channels is None:
+        return {path.stem: _load(folder, path.stem, None) for path in sorted(folder.glob("*.safetensors"))}
+    return {name: _load(folder, name, expected) for name, expected in channels.items()}
+
+
+def _load(folder: Path, name: str, expected: int | None) -> Balancer:
+    path = folder / f"{name}.safetensors"
+    if not path.is_file():
+        found = ", ".join(sorted(p.stem for p in folder.glob("*.safetensors"))) or "nothing"
+        raise CheckpointError(
+            f"{folder} has no balancer for teacher {name!r}, only {found}; make it with `radio-distill stats`, "
+            "or set balance.path to a folder that has it"
+        )
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata()
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+        balancer = Balancer(kind=metadata["kind"], facts=json.loads(metadata["facts"]), **tensors)
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path} is not a balancer ({error}); make it again with `radio-distill stats`") from error
+    if expected is not None and balancer.channels != expected:
+        raise CheckpointError(
+            f"{path} is for {balancer.channels} channels but teacher {name!r} gives {expected}; "
+            "it was made for another model: make it again with `radio-distill stats`, or correct balance.path"
+        )
+    return balancer
+
+
+def _apply(weight: Tensor, vector_C: Tensor) -> Tensor:
+    """W v in float64: an offset much larger than the spread (SAM: -62 and 5) must not cost digits."""
+    w, v = weight.double(), vector_C.double()
+    return (w @ v if w.ndim == 2 else w * v).float()
+
+
+def _affine(x_BCHW: Tensor, weight: Tensor, bias_C: Tensor) -> Tensor:
+    with torch.autocast(x_BCHW.device.type, enabled=False):
+        x = x_BCHW.float()
+        if weight.ndim == 1:
+            return torch.addcmul(bias_C[:, None, None], x, weight[:, None, None])
+        y_BCN = torch.baddbmm(bias_C[:, None], weight.expand(len(x), -1, -1), x.flatten(2))
+        return y_BCN.unflatten(2, x.shape[2:])

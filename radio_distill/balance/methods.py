@@ -1,0 +1,127 @@
+"""Fit a balancer to a teacher's statistics: which method gives which affine map.
+
+Shapes: C channels.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from functools import cache
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..config.recipe import BalanceKind
+from ..errors import TeacherError, TrainingError
+from .balancer import Balancer
+from .hadamard import hadamard
+from .phi_s import phi_s
+from .standardize import global_std, per_channel_std
+from .stats import Moments
+from .whiten import FLOOR, hca, pca, zca
+
+__all__ = ["fit", "fit_on_first_rank"]
+
+log = logging.getLogger(__name__)
+
+MATRICES: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {"phi_s": phi_s, "pca": pca, "zca": zca, "hca": hca}
+FLOORED = ("standardize", "pca", "zca", "hca")
+CONSTANT = 1e-13  # variance over squared mean below which only float32 rounding varies
+
+
+def fit(method: BalanceKind, moments: Moments, name: str) -> Balancer:
+    """Fit `method` to the moments of the teacher called `name`, in float64 on the CPU; waits for the device.
+
+    The balancer is float32 and lies on the moments' device. Raises TrainingError for fewer than two vectors, TeacherError for
+    features that are not finite or do not vary, RecipeError for a width without a Hadamard matrix.
+    """
+    mean_C, covariance_CC, count = moments.mean_C.cpu(), moments.covariance_CC.cpu(), moments.count.cpu()
+    _check(method, moments, name)
+    weight, inverse, offset_C = _solve(method.kind, mean_C, covariance_CC, count)
+    if method.kind in FLOORED and _has_null_directions(method.kind, covariance_CC):
+        _warn_of_null_directions(method.kind, name)
+    balancer = Balancer(
+        kind=method.kind,
+        weight=weight.float(),
+        inverse_weight=inverse.float(),
+        offset_C=offset_C.float(),
+        mean_C=mean_C.float(),
+        facts={"teacher": name, "count": str(int(count))},
+    )
+    return balancer.to(moments.device)
+
+
+def fit_on_first_rank(method: BalanceKind, moments: Moments, name: str, *, group: dist.ProcessGroup | None = None) -> Balancer:
+    """`fit` on the group's first rank, broadcast to the others; all ranks call it with the same all-reduced moments.
+
+    Two machines may give eigenvectors that differ within repeated eigenvalues, so only one rank solves.
+    """
+    if not dist.is_initialized() or dist.get_rank(group) == 0:
+        balancer = fit(method, moments, name)
+    else:
+        _check(method, moments, name)  # whatever the first rank raises is raised everywhere: nobody waits for it
+        balancer = _shapes(method, moments, name)
+    return balancer.broadcast(group)
+
+
+def _solve(kind: str, mean_C: Tensor, covariance_CC: Tensor, count: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """W, its inverse and the offset of one method, float64."""
+    if kind in MATRICES:
+        return *MATRICES[kind](covariance_CC), mean_C
+    if kind == "standardize":
+        std_C = per_channel_std(covariance_CC)
+        return 1 / std_C, std_C, mean_C
+    if kind == "global_standardize":
+        std_C = global_std(mean_C, covariance_CC, count).expand_as(mean_C)
+        return 1 / std_C, std_C, mean_C.mean().expand_as(mean_C)
+    return torch.ones_like(mean_C), torch.ones_like(mean_C), torch.zeros_like(mean_C)
+
+
+def _has_null_directions(kind: str, covariance_CC: Tensor) -> bool:
+    variances = covariance_CC.diagonal() if kind == "standardize" else torch.linalg.eigvalsh(covariance_CC)
+    return bool((variances < FLOOR * variances.mean()).any())
+
+
+def _check(method: BalanceKind, moments: Moments, name: str) -> None:
+    count = int(moments.count)
+    if count < 2:
+        raise TrainingError(
+            f"statistics of teacher {name!r} hold {count} feature vectors, expected at least 2; "
+            "raise the images per step, or look for a mask that hides everything"
+        )
+    if not moments.is_finite:
+        raise TeacherError(f"features of teacher {name!r} are not finite; run it with engine.teacher_precision=fp32 to see why")
+    if moments.covariance_CC.trace() <= CONSTANT * moments.mean_C.square().sum():
+        raise TeacherError(
+            f"features of teacher {name!r} are the same in all {count} vectors; check that its weights were loaded "
+            "and that its images differ"
+        )
+    if method.kind in ("phi_s", "hca"):
+        hadamard(moments.channels)
+
+
+@cache
+def _warn_of_null_directions(kind: str, name: str) -> None:
+    """Once per run: the statistics are refitted many times."""
+    log.warning(
+        "balance.method.kind=%s: teacher %r has directions with less than %g of its mean variance; they are scaled as if they "
+        "had it. balance.method.kind=phi_s does not depend on them",
+        *(kind, name, FLOOR),
+    )
+
+
+def _shapes(method: BalanceKind, moments: Moments, name: str) -> Balancer:
+    """A balancer of the shapes that `fit` gives, to receive the first rank's values."""
+    channels, device = moments.channels, moments.device
+    shape = (channels, channels) if method.kind in MATRICES else (channels,)
+    return Balancer(
+        kind=method.kind,
+        weight=torch.empty(shape, device=device),
+        inverse_weight=torch.empty(shape, device=device),
+        offset_C=torch.empty(channels, device=device),
+        mean_C=torch.empty(channels, device=device),
+        dispersion=torch.ones((), device=device),
+        facts={"teacher": name, "count": str(int(moments.count))},
+    )

@@ -1,0 +1,144 @@
+"""The losses: pure functions of predictions and targets, in float32 whatever the autocast around them.
+
+All give sums and counts per image and never a mean: the caller divides by the count over all ranks, so that masks, uneven
+batches and the number of ranks do not change the gradient.
+
+Shapes: B batch, C channels, H W grid, T teachers.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .balance.balancer import Balancer
+from .balance.dispersion import angle
+from .config.recipe import FeatureLoss
+from .seeded import uniform
+
+__all__ = ["AdaLoss", "drop_coefficients", "feature_terms", "fidelity_sums", "mesa_terms", "summary_terms"]
+
+EPS = 1e-6  # shortest vector that has a direction
+
+
+def feature_terms(pred_BCHW: Tensor, target_BCHW: Tensor, mask_B1HW: Tensor | None, spec: FeatureLoss) -> tuple[Tensor, Tensor]:
+    """Sum the feature loss of `spec` over the positions of each image: (sums, counts), both (B,).
+
+    Per position: mse and smooth-L1 are means over channels, the cosine is taken per token. Masked positions give no loss
+    and no count.
+    """
+    with torch.autocast(pred_BCHW.device.type, enabled=False):
+        pred, target = pred_BCHW.float(), target_BCHW.float()
+        loss_BHW = pred.new_zeros(len(pred), *pred.shape[2:])
+        if spec.mse:
+            loss_BHW = loss_BHW + spec.mse * (pred - target).square().mean(1)
+        if spec.cosine:
+            loss_BHW = loss_BHW + spec.cosine * (1 - _cosine(pred, target))
+        if spec.smooth_l1:
+            loss_BHW = loss_BHW + spec.smooth_l1 * F.smooth_l1_loss(pred, target, reduction="none", beta=spec.beta).mean(1)
+        return _sum_positions(loss_BHW, mask_B1HW)
+
+
+def summary_terms(
+    pred_BC: Tensor, target_BC: Tensor, kind: Literal["cosine", "angle"], dispersion: Tensor | float = 1.0
+) -> Tensor:
+    """Loss on each summary, (B,). `cosine`: 1 - cosine. `angle`: squared angle over the teacher's dispersion (V4 eq. 3-7)."""
+    with torch.autocast(pred_BC.device.type, enabled=False):
+        pred, target = pred_BC.float(), target_BC.float()
+        if kind == "cosine":
+            return 1 - _cosine(pred, target)
+        return angle(_unit(pred), _unit(target)).square() / dispersion
+
+
+def mesa_terms(student_BCHW: Tensor, ema_BCHW: Tensor, mask_B1HW: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Squared distance of student and EMA-student features after a LayerNorm without affine (V4 eq. 2): (sums, counts), (B,).
+
+    Both maps lie on the same grid (`align.resample_to`); the mask says where they overlap. No gradient reaches the EMA.
+    """
+    with torch.autocast(student_BCHW.device.type, enabled=False):
+        difference = _layer_norm(student_BCHW.float()) - _layer_norm(ema_BCHW.detach().float())
+        return _sum_positions(difference.square().mean(1), mask_B1HW)
+
+
+@torch.no_grad()
+def fidelity_sums(
+    pred_BCHW: Tensor, target_BCHW: Tensor, balancer: Balancer, mask_B1HW: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(error, variance, count): squared error and squared distance to the teacher's mean, summed, in raw teacher units.
+
+    fidelity = variance / error (FeatSharp eq. 7), with both summed over ranks and steps first: 1 is as good as predicting
+    the mean, higher is better. error / count is the teacher's raw squared error per position, summed over channels.
+    """
+    with torch.autocast(pred_BCHW.device.type, enabled=False):
+        pred, target = pred_BCHW.float(), target_BCHW.float()
+        error_BHW = balancer.raw_square_C(pred - target).sum(1)
+        variance_BHW = balancer.raw_square_C(target - balancer.centre_C[:, None, None]).sum(1)
+        errors_B, counts_B = _sum_positions(error_BHW, mask_B1HW)
+        variances_B, _ = _sum_positions(variance_BHW, mask_B1HW)
+        return errors_B.sum(), variances_B.sum(), counts_B.sum()
+
+
+@torch.no_grad()
+def drop_coefficients(losses_BT: Tensor, seeds_B: Tensor, probability: float) -> Tensor:
+    """Coefficient of every teacher's loss in every image, (B, T): UNIC's teacher dropping.
+
+    Each image keeps the teacher with its highest loss and drops each other one with `probability`; what is left is scaled so
+    that an image's coefficients add up to T. The draws belong to the image (`Batch.seeds_B`), not to the rank.
+    """
+    num_teachers = losses_BT.shape[1]
+    keep_BT = uniform(seeds_B, "drop_teachers", n=num_teachers) >= probability
+    keep_BT = keep_BT.scatter(1, losses_BT.argmax(1, keepdim=True), True)
+    return keep_BT * (num_teachers / keep_BT.sum(1, keepdim=True))
+
+
+class AdaLoss:
+    """Divide every loss term by its running mean, so that all of them count as one (AM-RADIO's AdaLoss)."""
+
+    def __init__(self, decay: float) -> None:
+        self.decay = decay
+        self.means: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def update(self, values: dict[str, Tensor]) -> None:
+        """Move the means towards these scalars, which must be means over all ranks; the first value is taken as it is."""
+        for name, value in values.items():
+            previous = self.means.get(name, value)
+            self.means[name] = previous + (1 - self.decay) * (value.detach().float() - previous)
+
+    def scale(self, name: str, value: Tensor) -> Tensor:
+        """`value` over the running mean of the term `name`; unchanged before the first update."""
+        mean = self.means.get(name)
+        return value if mean is None else value / mean.clamp(min=EPS)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The running means by term."""
+        return dict(self.means)
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Go on from `state_dict`."""
+        self.means = dict(state)
+
+
+def _sum_positions(loss_BHW: Tensor, mask_B1HW: Tensor | None) -> tuple[Tensor, Tensor]:
+    if mask_B1HW is None:
+        positions = loss_BHW.shape[1] * loss_BHW.shape[2]
+        return loss_BHW.sum((1, 2)), loss_BHW.new_full((len(loss_BHW),), positions)
+    mask_BHW = mask_B1HW[:, 0]
+    return torch.where(mask_BHW, loss_BHW, 0).sum((1, 2)), mask_BHW.sum((1, 2)).float()
+
+
+def _unit(x: Tensor) -> Tensor:
+    return F.normalize(x, dim=1, eps=EPS)
+
+
+def _cosine(a: Tensor, b: Tensor) -> Tensor:
+    """Cosine along dimension 1."""
+    return (_unit(a) * _unit(b)).sum(1)
+
+
+def _layer_norm(x_BCHW: Tensor) -> Tensor:
+    x_BHWC = x_BCHW.permute(0, 2, 3, 1)
+    return F.layer_norm(x_BHWC, x_BHWC.shape[-1:]).permute(0, 3, 1, 2)
