@@ -1,0 +1,62 @@
+"""Teachers from timm: any vision transformer with a token sequence, by one card (DINOv2, DINOv3, plain ViT).
+
+DINOv2 with registers is pinned to this loader: timm resizes its position table as the authors' register models do
+(bicubic, antialiased, to the exact grid, class token apart), in fp32.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from pydantic import Field
+from torch import Tensor, nn
+
+from ..config.cards import TeacherCard
+from ..errors import CardError
+from .base import Weights
+from .tokens import FamilyParams, Summary, TokenNet, construct, read_params
+from .weights import load, read
+
+__all__ = ["TimmParams", "build", "build_trunk", "load_trunk"]
+
+FILES = ("model.safetensors", "pytorch_model.bin")
+
+
+class TimmParams(FamilyParams):
+    model: str
+    """timm's name of the architecture, without a pretrained tag."""
+    overrides: dict[str, Any] = Field(default={})
+    """Constructor values that differ from the name's."""
+    summary: Summary = "cls"
+    """Which vector is the summary."""
+
+
+def build(card: TeacherCard, weights: Weights) -> nn.Module:
+    """Normalised pixels -> normalised patch tokens and the summary; registers are dropped."""
+    params = read_params(card, TimmParams)
+    trunk = build_trunk(card, params.model, weights, {"num_classes": 0, **params.overrides})
+    if weights == "pretrained":
+        load_trunk(card, trunk, read(card, FILES))
+    return TokenNet(card, trunk, params.summary)
+
+
+def build_trunk(card: TeacherCard, name: str, weights: Weights, values: dict[str, Any]) -> Any:
+    """timm's network `name`. Raises CardError for a name or value that timm does not know."""
+    import timm
+
+    if card.input.resizable:
+        values = {"dynamic_img_size": True, **values}
+    try:
+        with construct(weights):
+            return timm.create_model(name, pretrained=False, **values)
+    except (RuntimeError, TypeError) as error:
+        raise CardError(f"card {card.name!r}: timm cannot build {name!r} with {values}: {error}") from error
+
+
+def load_trunk(card: TeacherCard, trunk: nn.Module, state: dict[str, Tensor]) -> None:
+    """Load timm's own or the authors' layout, which timm converts; a classifier in the file is left out."""
+    convert = getattr(sys.modules[type(trunk).__module__], "checkpoint_filter_fn", None)
+    state = convert(state, trunk) if convert else state
+    own = set(trunk.state_dict())
+    load(card, trunk, {name: x for name, x in state.items() if name in own or not name.startswith("head.")})

@@ -1,0 +1,161 @@
+"""Where a teacher's weights come from: a local file or folder, or the hub; and loading them without leniency.
+
+Only tensors are read: safetensors, or PyTorch files with `weights_only=True`. No code of a checkpoint ever runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pickle
+import re
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..config.cards import TeacherCard
+from ..errors import RadioDistillError, TeacherError
+from ..paths import expand
+
+__all__ = ["check_keys", "load", "read", "resolve"]
+
+SUFFIXES = (".safetensors", ".pt", ".pth", ".tar", ".bin", ".json")
+NESTED = ("state_dict_ema", "state_dict", "model")
+"""Under which keys trainers put the weights, best first."""
+HF_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+
+
+def resolve(card: TeacherCard) -> Path | str:
+    """The existing file or folder that the card's source names, or the id of a hub repository.
+
+    Raises TeacherError when the source is a local path that does not exist or uses a variable that is not set.
+    """
+    try:
+        source = expand(card.source)
+    except RadioDistillError as error:
+        raise TeacherError(f"teacher {card.name!r}: {error}; or put another `source` into its card") from error
+    path = Path(source)
+    if path.exists():
+        return path
+    hub = re.fullmatch(r"(?:timm:|[\w.-]+/)[\w.-]+", source)
+    if hub and "${" not in card.source and path.suffix not in SUFFIXES:
+        return source.replace("timm:", "timm/")
+    raise TeacherError(
+        f"teacher {card.name!r}: no file or folder {source!r} (source: {card.source}); "
+        "put the weights there, or give the card the path of a .safetensors file or of a folder that holds one"
+    )
+
+
+def read(card: TeacherCard, files: Sequence[str] = HF_FILES, *, prefix: str = "") -> dict[str, Tensor]:
+    """The tensors of the card's source, by name, on the CPU.
+
+    files: names to look for in a folder or hub repository, best first; `*.index.json` names shards. prefix: only names
+    that begin with it are read, and it is cut off; a file without any such name is read whole (it holds just that part).
+    Raises TeacherError when nothing is found; a hub is asked only when HF_HUB_OFFLINE is not set.
+    """
+    source = resolve(card)
+    if isinstance(source, Path) and source.is_file():
+        return _strip(_shards(card, source, prefix, partial(_beside, source.parent)), prefix)
+    get = partial(_beside, source) if isinstance(source, Path) else partial(_download, card, source)
+    for name in files:
+        path = get(name)
+        if path is not None:
+            return _strip(_shards(card, path, prefix, get), prefix)
+    where = f"folder {source}" if isinstance(source, Path) else f"hub repository {source!r} or its local cache"
+    offline = (
+        "" if isinstance(source, Path) else "; unset HF_HUB_OFFLINE to download it, or set the card's `source` to a local path"
+    )
+    raise TeacherError(f"teacher {card.name!r}: none of {', '.join(files)} in {where}{offline}")
+
+
+def load(card: TeacherCard, net: nn.Module, state: dict[str, Tensor]) -> None:
+    """Copy `state` into `net`; every name must fit. Raises TeacherError with the names and shapes that do not."""
+    try:
+        missing, unexpected = net.load_state_dict(state, strict=False)
+    except RuntimeError as error:  # shapes
+        faults = "; ".join(line.strip() for line in str(error).splitlines()[1:4])
+        raise TeacherError(
+            f"teacher {card.name!r}: weights of {card.source} have other shapes than the card says: {faults}"
+        ) from error
+    check_keys(card, missing, unexpected)
+
+
+def check_keys(card: TeacherCard, missing: Iterable[str], unexpected: Iterable[str]) -> None:
+    """Raise TeacherError when weights are missing or left over."""
+    faults = [f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+              for what, names in (("missing", sorted(missing)), ("unexpected", sorted(unexpected))) if names]  # fmt: skip
+    if faults:
+        raise TeacherError(
+            f"teacher {card.name!r}: {card.source} is not this network: {' and '.join(faults)}; "
+            "check `params` of the card, or whether the file belongs to it"
+        )
+
+
+def _shards(card: TeacherCard, path: Path, prefix: str, get: Callable[[str], Path | None]) -> dict[str, Tensor]:
+    if path.suffix != ".json":
+        return _tensors(card, path, prefix)
+    index: dict[str, str] = json.loads(path.read_text())["weight_map"]
+    names = {shard for key, shard in index.items() if key.startswith(prefix)} or set(index.values())
+    state: dict[str, Tensor] = {}
+    for name in sorted(names):
+        shard = get(name)
+        if shard is None:
+            raise TeacherError(
+                f"teacher {card.name!r}: {path} names the shard {name}, which is not there; copy all shards beside it"
+            )
+        state |= _tensors(card, shard, prefix)
+    return state
+
+
+def _tensors(card: TeacherCard, path: Path, prefix: str) -> dict[str, Tensor]:
+    if path.suffix == ".safetensors":
+        from safetensors import safe_open
+
+        with safe_open(path, "pt") as file:
+            names = [key for key in file.keys() if key.startswith(prefix)] or list(file.keys())  # noqa: SIM118
+            return {key: file.get_tensor(key) for key in names}
+    try:
+        # RADIO's own files hold their arguments beside the weights, as a plain Namespace.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (pickle.UnpicklingError, RuntimeError) as error:
+        raise TeacherError(
+            f"teacher {card.name!r}: {path} cannot be read as plain tensors; convert it to safetensors ({str(error).splitlines()[0]})"
+        ) from error
+    for key in NESTED:
+        if isinstance(content.get(key), dict):
+            content = content[key]
+            break
+    return {name.removeprefix("module."): x for name, x in content.items() if isinstance(x, Tensor)}
+
+
+def _strip(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    part = {name.removeprefix(prefix): x for name, x in state.items() if name.startswith(prefix)}
+    return part or state
+
+
+def _beside(folder: Path, name: str) -> Path | None:
+    path = folder / name
+    return path if path.is_file() else None
+
+
+def _download(card: TeacherCard, repo: str, name: str) -> Path | None:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(repo, name, revision=card.revision))
+    except (EntryNotFoundError, LocalEntryNotFoundError):
+        return None
+    except GatedRepoError as error:
+        raise TeacherError(
+            f"teacher {card.name!r}: {repo} asks you to accept its licence ({card.licence}) on its hub page, then log in with `hf auth login`"
+        ) from error
+    except (HfHubHTTPError, OSError) as error:
+        raise TeacherError(
+            f"teacher {card.name!r}: {repo} could not be downloaded ({str(error).splitlines()[0]}); "
+            "check the network, or set the card's `source` to a local path"
+        ) from error
