@@ -1,0 +1,104 @@
+"""The `toy` suite: kNN and linear segmentation on generated scenes, where the ground truth is exact.
+
+    python -m radio_distill.eval --suite toy --model runs/demo/stage3 --model teacher:toy_dino
+
+Shapes: N scenes, C channels, H W feature grid, S pixels of a side.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..types import Result, VisionModel
+from .knn import knn_top1
+from .segmentation import confusion, fit_linear, mean_iou, predict
+
+__all__ = ["ToyProtocol", "evaluate"]
+
+TRAIN_SEED, TEST_SEED = 71_000, 72_000
+"""Far from the seeds that training data and toy teachers are made with."""
+
+
+@dataclass(frozen=True)
+class ToyProtocol:
+    """What is measured; its hash travels with every result."""
+
+    train: int = 800
+    """Scenes that the kNN database and the linear head are made from."""
+    test: int = 400
+    """Held-out scenes."""
+    size: int = 192
+    """Side in pixels of the rendered scenes; every model resizes them to what it takes."""
+    steps: int = 300
+    """Steps of the linear head."""
+    k: int = 20
+    """Neighbours."""
+
+
+@dataclass(frozen=True)
+class Scenes:
+    images_N3SS: Tensor
+    """uint8"""
+    labels_N: Tensor
+    segmentation_NSS: Tensor
+    """uint8, an index into SEGMENT_NAMES."""
+
+
+def evaluate(model: VisionModel, name: str, protocol: ToyProtocol, *, resolution: int | None = None) -> list[Result]:
+    """kNN top-1 (skipped for models without a summary) and linear mIoU of one model.
+
+    resolution: side in pixels at which a student is run; a teacher of a fixed size takes its own.
+    """
+    from ..data.toyworld import CLASSES, SEGMENT_NAMES
+
+    train, test = scenes(TRAIN_SEED, protocol.train, protocol.size), scenes(TEST_SEED, protocol.test, protocol.size)
+    size = model.nearest_size(*(2 * (resolution or protocol.size,)))
+    summaries, features = zip(encode(model, train.images_N3SS, size), encode(model, test.images_N3SS, size))
+    results = []
+    if summaries[0] is not None and summaries[1] is not None:
+        accuracy = knn_top1(summaries[0], train.labels_N, summaries[1], test.labels_N, classes=len(CLASSES), k=protocol.k)
+        results.append(_result("knn", "top1", accuracy, name, protocol, size[0]))
+    classes = len(SEGMENT_NAMES)
+    head = fit_linear(features[0], train.segmentation_NSS, classes=classes, steps=protocol.steps)
+    guess = predict(head, features[1], test.segmentation_NSS.shape[-2:])
+    miou = mean_iou(confusion(guess, test.segmentation_NSS, classes))
+    return [*results, _result("segmentation", "mIoU", miou, name, protocol, size[0])]
+
+
+@cache
+def scenes(seed: int, count: int, size: int) -> Scenes:
+    """Render scenes; the same for every model of a process."""
+    from ..data.toyworld import render
+
+    samples = [render(seed, index, size) for index in range(count)]
+    images = torch.stack([torch.from_numpy(s.image_HW3) for s in samples]).permute(0, 3, 1, 2).contiguous()
+    labels = torch.tensor([s.label for s in samples])
+    return Scenes(images, labels, torch.stack([torch.from_numpy(s.segmentation_HW) for s in samples]))
+
+
+@torch.no_grad()
+def encode(model: VisionModel, images_N3SS: Tensor, size: tuple[int, int], *, batch: int = 32) -> tuple[Tensor | None, Tensor]:
+    """Summaries (N, C) or None, and features (N, C, H, W)."""
+    outputs = []
+    for part in images_N3SS.split(batch):
+        pixels = part.float() / 255
+        if tuple(pixels.shape[-2:]) != size:
+            pixels = F.interpolate(pixels, size=size, mode="bilinear", antialias=True, align_corners=False)
+        outputs.append(model.encode(pixels))
+    summaries = [o.summary_BC for o in outputs if o.summary_BC is not None]
+    return (torch.cat(summaries).float() if summaries else None), torch.cat([o.features_BCHW for o in outputs]).float()
+
+
+def _result(task: str, metric: str, value: float, model: str, protocol: ToyProtocol, resolution: int) -> Result:
+    digest = hashlib.sha256(json.dumps(protocol.__dict__, sort_keys=True).encode()).hexdigest()[:12]
+    return Result(
+        suite="toy", task=task, metric=metric, value=value, unit="percent", higher_is_better=True, model=model,
+        dataset="toyworld", count=protocol.test, resolution=resolution, config_hash=digest,
+    )  # fmt: skip

@@ -1,0 +1,66 @@
+"""Sums on the device between two log lines, reduced over ranks once per interval."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+__all__ = ["Meter"]
+
+
+class Meter:
+    """Adds named scalars without touching the host; `collect` reduces and empties it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._sums: dict[str, Tensor] = {}
+        self.steps = 0
+
+    def add(self, parts: dict[str, Tensor]) -> None:
+        """Add the detached scalars of one micro-batch."""
+        for name, value in parts.items():
+            value = value.detach().double()
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+
+    def collect(self) -> dict[str, float]:
+        """Sums over all ranks and over the micro-batches since the last call, divided by the number of steps.
+
+        A collective: every rank calls it at the same step. Ranks may hold different names (partitions run apart).
+        `error/*` and `variance/*` become `fidelity/*` = variance / error (FeatSharp, eq. 7).
+        """
+        names = sorted(set().union(*_gather_names(list(self._sums))))
+        zero = torch.zeros((), dtype=torch.float64, device=self._device)
+        values = torch.stack([self._sums.get(name, zero) for name in names]) if names else torch.zeros(0)
+        if dist.is_initialized() and names:
+            dist.all_reduce(values)
+        metrics = dict(zip(names, (values / max(1, self.steps)).tolist()))
+        self._sums, self.steps = {}, 0
+        return with_fidelity(metrics)
+
+    def state(self) -> dict[str, float | int]:
+        """What was added since the last `collect`, for an exact resume."""
+        return {"steps": self.steps, **{name: value.item() for name, value in self._sums.items()}}
+
+    def load(self, state: dict[str, float | int]) -> None:
+        """Put back what `state` returned."""
+        self.steps = int(state["steps"])
+        self._sums = {k: torch.tensor(v, dtype=torch.float64, device=self._device) for k, v in state.items() if k != "steps"}
+
+
+def with_fidelity(metrics: dict[str, float]) -> dict[str, float]:
+    """Replace every pair error/X, variance/X by fidelity/X."""
+    out = {k: v for k, v in metrics.items() if not k.startswith(("error/", "variance/"))}
+    for name, error in metrics.items():
+        if name.startswith("error/"):
+            key = name.removeprefix("error/")
+            out[f"fidelity/{key}"] = metrics[f"variance/{key}"] / max(error, 1e-30)
+    return out
+
+
+def _gather_names(names: list[str]) -> list[list[str]]:
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [names]
+    gathered: list[list[str]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(gathered, names)
+    return gathered

@@ -1,0 +1,118 @@
+"""Where metrics go: console, metrics.jsonl, TensorBoard, wandb. Only rank 0 has sinks."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+from ..config.recipe import Recipe
+from ..errors import RadioDistillError
+
+__all__ = ["Sinks", "console_line", "read_metrics", "drop_metrics_after"]
+
+log = logging.getLogger(__name__)
+
+
+class Sinks:
+    """Writes one set of metrics to every place the recipe names."""
+
+    def __init__(self, recipe: Recipe, folder: Path) -> None:
+        self._path = folder / "metrics.jsonl"
+        self._tensorboard = _tensorboard(folder / "tensorboard") if recipe.log.tensorboard else None
+        self._wandb = _wandb(recipe, folder) if recipe.log.wandb else None
+
+    def write(self, step: int, metrics: dict[str, float]) -> None:
+        """Append one line to metrics.jsonl, and the same scalars to the others."""
+        with self._path.open("a") as f:
+            f.write(json.dumps({"step": step, **metrics}) + "\n")
+        if self._tensorboard is not None:
+            for name, value in metrics.items():
+                self._tensorboard.add_scalar(name, value, step)
+            self._tensorboard.flush()
+        if self._wandb is not None:
+            self._wandb.log(metrics, step=step)
+
+    def picture(self, step: int, name: str, path: Path) -> None:
+        """Show a PNG that lies in the run folder also in wandb."""
+        if self._wandb is not None:
+            import wandb
+
+            self._wandb.log({name: wandb.Image(str(path))}, step=step)
+
+    def close(self) -> None:
+        """Flush and close."""
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def console_line(step: int, steps: int, metrics: dict[str, float]) -> str:
+    """One aligned, greppable line. Per teacher: fidelity (target variance / error; 1 is predicting the mean)."""
+    fidelity: dict[str, list[str]] = {}
+    for name, value in metrics.items():
+        if name.startswith("fidelity/"):
+            fidelity.setdefault(name.split("/")[2], []).append(f"{value:.2f}")
+    heads = " ".join(f"{teacher} {'/'.join(values)}" for teacher, values in fidelity.items())
+    left = metrics.get("time/left_h", 0.0)
+    return (
+        f"step {step:>6}/{steps}  loss {metrics['loss']:.4f}  fidelity {heads}  grad {metrics['grad_norm']:.2f}  lr {metrics['lr']:.1e}  "
+        f"{metrics['images_per_s']:.0f} img/s  data {100 * metrics['time/data']:.0f}%  teachers {100 * metrics['time/teachers']:.0f}%  "
+        f"eta {int(left)}h{round(left % 1 * 60):02d}"
+    )
+
+
+def read_metrics(folder: Path) -> list[dict[str, float]]:
+    """The lines of a run's metrics.jsonl; an unfinished last line (a killed process) is left out."""
+    path = folder / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [row for row in map(_parse, lines) if row is not None]
+
+
+def drop_metrics_after(folder: Path, step: int) -> None:
+    """Forget lines of steps that a resumed run will do again."""
+    path = folder / "metrics.jsonl"
+    if not path.exists():
+        return
+    rows = [row for row in read_metrics(folder) if row["step"] <= step]
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    os.replace(temporary, path)
+
+
+def _parse(line: str) -> dict[str, float] | None:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError:
+        return None
+
+
+def _tensorboard(folder: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise RadioDistillError('log.tensorboard=true needs the tensorboard package: pip install "radio-distill[tensorboard]"') from error
+    return SummaryWriter(str(folder))
+
+
+def _wandb(recipe: Recipe, folder: Path) -> Any:
+    """A wandb run, resumed under the same id; offline unless WANDB_MODE asks for something else."""
+    try:
+        import wandb
+    except ImportError as error:
+        raise RadioDistillError('log.wandb needs the wandb package: pip install "radio-distill[wandb]"') from error
+    mode = os.environ.get("WANDB_MODE") or "offline"
+    identity = folder / "wandb_id"
+    if not identity.exists():
+        identity.write_text(wandb.util.generate_id())
+    config = recipe.model_dump(mode="json")
+    try:
+        return wandb.init(
+            project=recipe.log.wandb, name=recipe.name, id=identity.read_text(), resume="allow", mode=mode, dir=str(folder), config=config
+        )
+    except Exception as error:  # wandb being unreachable must not cost a training
+        log.warning("wandb could not start (%s); metrics.jsonl goes on. WANDB_MODE=offline avoids this.", error)
+        return None

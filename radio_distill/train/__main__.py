@@ -1,0 +1,24 @@
+"""One rank of a training: `python -m radio_distill.train RECIPE [key=value ...]`, started by Slurm, torchrun or the CLI."""
+
+import sys
+
+from . import preempt
+
+preempt.listen()  # before torch is imported: a signal during the imports would kill the job
+
+
+def main(argv: list[str]) -> int:
+    """Train; returns 0 when the run is finished or was asked to stop and saved."""
+    from ..cli import run_and_report
+
+    def train() -> int:
+        from ..config.load import load_recipe
+        from .loop import train as fit
+
+        return fit(load_recipe(argv[0], argv[1:]))
+
+    return run_and_report(train)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

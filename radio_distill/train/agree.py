@@ -1,0 +1,58 @@
+"""Decisions that all ranks take together. Every function is a collective: all ranks call it, in the same order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..errors import RadioDistillError
+
+__all__ = ["any_rank", "sum_ranks", "gather", "on_main", "barrier"]
+
+T = TypeVar("T")
+
+
+def any_rank(flag: Tensor | bool, device: torch.device) -> bool:
+    """True on every rank when `flag` is true on one; waits for the device."""
+    value = torch.as_tensor(flag, device=device).to(torch.int32)
+    if dist.is_initialized():
+        dist.all_reduce(value, op=dist.ReduceOp.MAX)
+    return bool(value)
+
+
+def sum_ranks(values: Tensor) -> None:
+    """Replace `values` by their sum over ranks."""
+    if dist.is_initialized():
+        dist.all_reduce(values)
+
+
+def gather(value: T) -> list[T]:
+    """The values of all ranks, in their order, on every rank. For small plain objects outside of the step."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [value]
+    values: list[T | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values  # type: ignore[return-value]
+
+
+def on_main(action: Callable[[], None]) -> None:
+    """Run `action` on rank 0; when it raises a RadioDistillError there, the same error is raised on every rank."""
+    error: RadioDistillError | None = None
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        try:
+            action()
+        except RadioDistillError as caught:
+            error = caught
+    first = gather(error)[0]
+    if first is not None:
+        raise first
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    if dist.is_initialized():
+        dist.barrier()

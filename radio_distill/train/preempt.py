@@ -1,0 +1,29 @@
+"""Signals that ask for a stop: SIGUSR1 (Slurm, before the time limit) and SIGTERM (preemption).
+
+A handler only sets a flag; ranks agree at the end of a step, save and exit 0. `listen` must run before torch is imported,
+because imports take seconds and a signal in that time would kill the process.
+"""
+
+from __future__ import annotations
+
+import signal
+from types import FrameType
+
+__all__ = ["listen", "requested"]
+
+_received: list[str] = []
+
+
+def listen() -> None:
+    """Install the handlers; calling it again does nothing new."""
+    for number in (signal.SIGUSR1, signal.SIGTERM):
+        signal.signal(number, _note)
+
+
+def requested() -> str | None:
+    """The name of the signal that asked this process to stop, if one did."""
+    return _received[0] if _received else None
+
+
+def _note(number: int, frame: FrameType | None) -> None:
+    _received.append(signal.Signals(number).name)

@@ -1,0 +1,137 @@
+"""Save a training and go on from it: what is in a checkpoint, and how it is put back.
+
+At the same world size a resumed run equals an uninterrupted one bit for bit (CPU, fp32). At another one weights, moments,
+EMA, balancers, statistics and data position are the same, and only the order of sums differs (checkpoints of ZeRO-0 load
+as they are, those of ZeRO-1/2 through DeepSpeed's universal checkpoint; ZeRO-3 is refused with what to do).
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import shutil
+import time
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ..balance import Balancer, load_balancers, save_balancers
+from ..data.loader import merge_positions
+from ..log.sinks import drop_metrics_after
+from ..student.checkpoints import save_student
+from ..student.student import Student, fold_affine
+from . import agree, checkpoint
+from .ema import Ema
+from .engine import to_universal
+from .trainer import Trainer
+
+__all__ = ["save", "save_due", "resume", "export_student"]
+
+log = logging.getLogger(__name__)
+
+TAG = "state"
+
+
+def save_due(t: Trainer) -> bool:
+    """By steps, or by minutes on rank 0's clock. A collective."""
+    spec = t.recipe.checkpoint
+    late = t.world.is_main and time.monotonic() - t.saved_at > spec.minutes * 60
+    return agree.any_rank(late, t.world.device) or t.step % spec.every == 0
+
+
+def save(t: Trainer) -> None:
+    """Write a checkpoint of the current step; does nothing when it was just saved. Called by all ranks."""
+    if t.step == t.saved_step:
+        return
+    agree.on_main(lambda: checkpoint.check_space(t.folder.path, _estimate_bytes(t)))
+    path = checkpoint.write(
+        t.folder.path,
+        checkpoint.Meta(t.step, t.world.size, t.recipe.engine.zero, t.recipe.name, "student"),
+        rank=t.world.rank,
+        barrier=agree.barrier,
+        save_engine=lambda folder: t.engine.save(folder, TAG),
+        save_shared=lambda folder: _save_shared(t, folder),
+        rank_state={"positions": t.positions, "meter": t.meter.state()},
+        rank_tensors=t.window.state() if t.window.is_open(t.step) else {},
+        keep_last=t.recipe.checkpoint.keep_last,
+    )
+    t.saved_step, t.saved_at = t.step, time.monotonic()
+    if t.world.is_main:
+        log.info("saved %s", path)
+
+
+def _save_shared(t: Trainer, folder: Path) -> None:
+    """What is the same on every rank."""
+    save_balancers(folder / "balancers", t.service.balancers)
+    groups = {"ema": t.ema.state_dict() if t.ema else {}, "adaloss": t.task.adaloss.state_dict() if t.task.adaloss else {}}
+    tensors = {f"{group}.{name}": x for group, items in groups.items() for name, x in items.items()}
+    save_file({name: x.detach().cpu().contiguous() for name, x in tensors.items()}, folder / "shared.safetensors")
+    export_student(t.task.student, t.ema, t.service.balancers, folder / "student")
+
+
+def export_student(student: Student, ema: Ema | None, balancers: dict[str, Balancer], folder: Path) -> None:
+    """Write the student (EMA weights where there are) with the balancers' inverse folded into its heads, fp32 on the CPU.
+
+    Its adaptors then predict the teachers' own features: no consumer needs to know about PHI-S.
+    """
+    plain = copy.deepcopy(student).cpu().eval()
+    if ema is not None:
+        ema.copy_to(plain)
+    for name, balancer in balancers.items():
+        matrix_CC, bias_C = balancer.inverse_affine()
+        fold_affine(plain, name, matrix_CC.cpu(), bias_C.cpu())
+    save_student(plain, folder)
+
+
+def resume(t: Trainer, path: Path) -> None:
+    """Put everything back as the checkpoint has it. Called by all ranks."""
+    meta = checkpoint.read_meta(path)
+    same = meta.world_size == t.world.size
+    if t.world.is_main:
+        log.info("resuming at step %d from %s%s", meta.step, path, "" if same else f" (saved on {meta.world_size} ranks, now {t.world.size})")
+    _load_engine(t, path, meta, same)
+    t.step = t.saved_step = meta.step
+    shared = load_file(path / "shared.safetensors", device=str(t.world.device))
+    if t.ema is not None:
+        t.ema.load_state_dict(_group(shared, "ema"))
+    if t.task.adaloss is not None:
+        t.task.adaloss.load_state_dict(_group(shared, "adaloss"))
+    balancers = load_balancers(path / "balancers", t.channels())
+    t.service.balancers.update({name: balancer.to(t.world.device) for name, balancer in balancers.items()})
+    _load_ranks(t, path, meta, same)
+    if t.world.is_main:
+        drop_metrics_after(t.folder.path, meta.step)
+
+
+def _load_engine(t: Trainer, path: Path, meta: checkpoint.Meta, same: bool) -> None:
+    if same or meta.zero not in (1, 2):
+        t.engine.load(path / "engine", TAG)
+        return
+    agree.on_main(lambda: log.info("converting to a universal checkpoint as %s", to_universal(path / "engine", TAG)))
+    t.engine.load(path / "engine", f"{TAG}_universal", universal=True)
+    agree.barrier()
+    agree.on_main(lambda: shutil.rmtree(path / "engine" / f"{TAG}_universal"))
+
+
+def _load_ranks(t: Trainer, path: Path, meta: checkpoint.Meta, same: bool) -> None:
+    """Data positions, log sums and statistics; at another world size the first are merged and the last go to rank 0."""
+    states = [checkpoint.read_rank(path, rank) for rank in range(meta.world_size)]
+    for name in t.recipe.partitions:
+        t.positions[name] = merge_positions([s["positions"][name] for s in states if name in s["positions"]])
+    if same:
+        t.meter.load(states[t.world.rank]["meter"])
+    if t.window.is_open(meta.step):
+        ranks = [t.world.rank] if same else list(range(meta.world_size)) if t.world.is_main else []
+        for rank in ranks:
+            t.window.add(checkpoint.read_rank_tensors(path, rank, device=str(t.world.device)))
+
+
+def _group(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
+    return {key.removeprefix(f"{name}."): x for key, x in tensors.items() if key.startswith(f"{name}.")}
+
+
+def _estimate_bytes(t: Trainer) -> int:
+    """fp32 weights, two moments, the EMA and the exported student."""
+    return 5 * torch.finfo(torch.float32).bits // 8 * sum(p.numel() for p in t.task.parameters())

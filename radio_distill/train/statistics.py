@@ -1,0 +1,73 @@
+"""The statistics window: gather every teacher's moments at the start of a stage and refit the balancers from them.
+
+The sums of all ranks are merged only when balancers are refitted (every `balance.every` steps of the window); rank 0 solves,
+everybody receives the same matrices.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from torch import Tensor
+
+from ..balance import Balancer, Dispersion, Moments, fit_on_first_rank
+from ..config.recipe import Balance
+from ..teachers.base import Teacher
+from ..types import VisionOutput
+from .distributed import World
+
+__all__ = ["StatisticsWindow"]
+
+
+class StatisticsWindow:
+    """Moments of features and angular dispersion of summaries, by teacher."""
+
+    def __init__(self, spec: Balance, teachers: dict[str, Teacher], world: World) -> None:
+        self.spec = spec
+        outputs = {name: teacher.card.output for name, teacher in teachers.items()}
+        self.moments = {name: Moments(out.features, device=world.device) for name, out in outputs.items()}
+        self.dispersions = {name: Dispersion(out.summary, device=world.device) for name, out in outputs.items() if out.summary}
+
+    def is_open(self, step: int) -> bool:
+        """Whether statistics are gathered at this step."""
+        return step < self.spec.window
+
+    def refit_due(self, step: int) -> bool:
+        """Whether the balancers are refitted at this step: the first and last step of the window, and every `every` steps."""
+        return self.is_open(step) and (step % self.spec.every == 0 or step == self.spec.window - 1)
+
+    def observe(self, raw: dict[str, VisionOutput]) -> None:
+        """Add one micro-batch of raw teacher outputs. No communication, no host synchronisation."""
+        for name, out in raw.items():
+            self.moments[name].update(out.features_BCHW)
+            if out.summary_BC is not None:
+                self.dispersions[name].update(out.summary_BC)
+
+    def refit(self) -> dict[str, Balancer]:
+        """Balancers from the sums of all ranks, which stay as they are. A collective."""
+        balancers = {}
+        for name, moments in self.moments.items():
+            balancer = fit_on_first_rank(self.spec.method, moments.all_reduce(), name)
+            if name in self.dispersions:
+                balancer = replace(balancer, dispersion=self.dispersions[name].all_reduce())
+            balancers[name] = balancer
+        return balancers
+
+    def state(self) -> dict[str, Tensor]:
+        """This rank's sums, for an exact resume."""
+        parts = {"moments": self.moments, "dispersion": self.dispersions}
+        return {f"{kind}.{n}.{k}": v for kind, group in parts.items() for n, m in group.items() for k, v in m.state_dict().items()}
+
+    def add(self, state: dict[str, Tensor]) -> None:
+        """Add what `state` returned on some rank to this rank's sums; to none at all it is an exact copy."""
+        for name, moments in self.moments.items():
+            other = Moments(moments.channels, device=moments.device)
+            other.load_state_dict(_part(state, f"moments.{name}."))
+            moments.merge(other)
+        for name, dispersion in self.dispersions.items():
+            theirs, own = _part(state, f"dispersion.{name}."), dispersion.state_dict()
+            dispersion.load_state_dict({k: v if k == "reference" else own[k] + v for k, v in theirs.items()})
+
+
+def _part(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {key.removeprefix(prefix): x for key, x in state.items() if key.startswith(prefix)}

@@ -1,0 +1,193 @@
+"""The maths of one step: student -> adaptors -> losses. The only module the engine wraps.
+
+Every loss is a sum over this rank's images divided by a *global* count, so the sum over ranks and micro-batches is the loss
+of the step, whatever the number of ranks.
+
+Shapes: B batch, T teachers, N class tokens, C channels, H W.
+"""
+
+from __future__ import annotations
+
+import random
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from ..align import resample_to
+from ..balance import Balancer
+from ..config.recipe import Recipe
+from ..errors import RecipeError
+from ..losses import AdaLoss, drop_coefficients, feature_terms, fidelity_sums, mesa_terms, summary_terms
+from ..student.damp import set_damp_step
+from ..student.student import Student, StudentTokens
+from ..types import Batch, Losses, Target, Targets
+from . import agree
+from .ema import Ema
+
+__all__ = ["DistillTask"]
+
+Counts = dict[str, Tensor | float]
+Terms = dict[str, Tensor]
+"""Per-image losses (B,) of one teacher, by kind: 'summary', 'features'."""
+
+
+class DistillTask(nn.Module):
+    """Student, adaptors and losses."""
+
+    def __init__(self, recipe: Recipe, student: Student) -> None:
+        super().__init__()
+        self.recipe = recipe
+        self.student = student
+        self.trunk_frozen = False
+        """While True only the heads get gradients (the first `optim.freeze_trunk` steps)."""
+        self.window: int | None = None
+        """Side in tokens of this step's attention windows; None: global attention."""
+        self.balancers: dict[str, Balancer] = {}
+        """Read for fidelity and dispersion; the service owns them."""
+        self.adaloss = AdaLoss(recipe.loss.adaloss) if recipe.loss.adaloss is not None else None
+        self.step_terms: dict[str, Tensor | float] = {}
+        self.mesa_on = False
+        self._ema: list[Ema] = []
+
+    def attach(self, balancers: dict[str, Balancer], ema: Ema | None) -> None:
+        """Give the task what it reads but does not own: the balancers and the EMA student."""
+        if self.recipe.loss.mesa.weight > 0 and ema is None:
+            raise RecipeError("loss.mesa.weight needs the EMA student; set ema.decay above 0")
+        self.balancers = balancers
+        self._ema = [ema] if ema is not None else []
+
+    def set_step(self, step: int) -> None:
+        """What changes with the step: the frozen trunk, the attention window, MESA, weight noise."""
+        recipe, vitdet = self.recipe, self.recipe.student.vitdet
+        self.trunk_frozen = step < recipe.optim.freeze_trunk
+        self.mesa_on = recipe.loss.mesa.weight > 0 and step >= recipe.loss.mesa.start
+        draw = random.Random(f"{recipe.seed}/{step}/vitdet")
+        windowed = bool(vitdet.windows) and draw.random() < vitdet.probability
+        self.window = draw.choice(vitdet.windows) if windowed else None
+        if recipe.student.damp > 0:
+            set_damp_step(self.student, recipe.seed, step)
+
+    def idle_loss(self) -> Tensor:
+        """Zero, for a rank with fewer micro-batches than others: it still takes part in the backward pass."""
+        return next(self.student.adaptors.parameters()).sum() * 0
+
+    def forward(self, batch: Batch, targets: Targets, counts: Counts) -> Losses:
+        """Losses of one micro-batch. counts: per teacher, the global number of valid target positions of this partition."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.trunk_frozen), self._autocast(batch):
+            tokens = self.student.forward_tokens(_pixels(batch, "student"), seeds_B=batch.seeds_B, window=self.window)
+        reference = self._ema_tokens(batch) if self.mesa_on else None
+        with torch.autocast(tokens.features_BCHW.device.type, enabled=False):
+            return self._losses(batch, targets, counts, tokens, reference)
+
+    def _autocast(self, batch: Batch) -> torch.autocast:
+        return torch.autocast(batch.seeds_B.device.type, torch.bfloat16, enabled=self.recipe.engine.precision == "bf16")
+
+    @torch.no_grad()
+    def _ema_tokens(self, batch: Batch) -> StudentTokens:
+        """What the EMA student makes of its own crop."""
+        average = {f"student.{name}": x for name, x in self._ema[0].state_dict().items()}
+        with self._autocast(batch):
+            return functional_call(_Tokens(self.student), average, (_pixels(batch, "ema_student"), batch.seeds_B))
+
+    def _losses(self, batch: Batch, targets: Targets, counts: Counts, tokens: StudentTokens, reference: StudentTokens | None) -> Losses:
+        parts: dict[str, Tensor] = {}
+        terms = {name: self._terms(batch, name, target, counts[name], tokens, parts) for name, target in targets.items()}
+        self._drop_teachers(terms, batch.seeds_B)
+        total = tokens.features_BCHW.new_zeros((), dtype=torch.float32)
+        for name, kinds in terms.items():
+            for kind, values_B in kinds.items():
+                term = values_B.sum()
+                parts[f"loss/{batch.partition}/{name}/{kind}"] = term.detach()
+                total = total + self._weight(name, kind) * self._balanced(f"{name}/{kind}", term)
+        if reference is not None:
+            mesa = self._mesa(batch, tokens, reference)
+            parts[f"loss/{batch.partition}/mesa"] = mesa.detach()
+            total = total + self.recipe.loss.mesa.weight * mesa
+        total = total * self.recipe.partitions[batch.partition].weight
+        return Losses(total, parts | {"loss": total.detach()})
+
+    def _terms(self, batch: Batch, name: str, target: Target, count: Tensor | float, tokens: StudentTokens, parts: dict[str, Tensor]) -> Terms:
+        """Per-image losses of one adaptor; adds the sums that make its fidelity to `parts`."""
+        adaptor, balancer = self.student.adaptors[name], self.balancers[name]
+        features, mask = self._predict(batch, name, target, tokens)
+        sums_B, _ = feature_terms(features, target.features_BCHW, mask, self.recipe.loss.features)
+        terms = {"features": sums_B / count}
+        if target.summary_BC is not None and self._weight(name, "summary") > 0:
+            summary = adaptor.summary(tokens.class_tokens_BNC[:, adaptor.head_idx].float())
+            images = self.recipe.partitions[batch.partition].images
+            terms["summary"] = summary_terms(summary, target.summary_BC, self.recipe.loss.summary, balancer.dispersion) / images
+        with torch.no_grad():
+            error, variance, _ = fidelity_sums(features, target.features_BCHW, balancer, mask)
+        parts[f"error/{batch.partition}/{name}"], parts[f"variance/{batch.partition}/{name}"] = error, variance
+        return terms
+
+    def _predict(self, batch: Batch, name: str, target: Target, tokens: StudentTokens) -> tuple[Tensor, Tensor | None]:
+        """The adaptor's map on the target's grid. The *backbone* map is resized, then the head runs (RADIO issue #122)."""
+        features, mask = tokens.features_BCHW.float(), target.mask_B1HW
+        if self.recipe.partitions[batch.partition].teachers[name].grid == "teacher":
+            own, (height, width) = batch.views["student"].boxes_B4, target.features_BCHW.shape[-2:]
+            features, mask = resample_to(features, own, target.boxes_B4, (height, width), aligned=self._aligned)
+        return self.student.adaptors[name].features(features), mask
+
+    def _mesa(self, batch: Batch, tokens: StudentTokens, reference: StudentTokens) -> Tensor:
+        """Shift-equivariant MESA (C-RADIOv4, eq. 2): agree with the EMA student, which saw another crop."""
+        height, width = tokens.features_BCHW.shape[-2:]
+        boxes = (batch.views["ema_student"].boxes_B4, batch.views["student"].boxes_B4)
+        theirs, mask = resample_to(reference.features_BCHW.float(), *boxes, (height, width), aligned=self._aligned)
+        sums_B, counts_B = mesa_terms(tokens.features_BCHW.float(), theirs, mask)
+        return (sums_B / counts_B.clamp_min(1)).sum() / self.recipe.partitions[batch.partition].images
+
+    def _balanced(self, name: str, term: Tensor) -> Tensor:
+        """A term over its running mean where AdaLoss is on."""
+        if self.adaloss is None:
+            return term
+        self.step_terms[name] = self.step_terms.get(name, 0) + term.detach()
+        return self.adaloss.scale(name, term)
+
+    def update_adaloss(self) -> None:
+        """Move AdaLoss's means by this step's terms, summed over ranks. A collective, when AdaLoss is on."""
+        if self.adaloss is None:
+            return
+        names = [f"{name}/{kind}" for name in self.recipe.teachers for kind in ("features", "summary")]
+        values = torch.stack([torch.as_tensor(self.step_terms.get(n, 0.0), dtype=torch.float32) for n in names]).to(self._device)
+        agree.sum_ranks(values)
+        self.adaloss.update({n: v for n, v in zip(names, values) if self._weight(*n.rsplit("/", 1)) > 0})
+        self.step_terms = {}
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.student.parameters()).device
+
+    @property
+    def _aligned(self) -> bool:
+        return self.recipe.data.shift_std == 0
+
+    def _drop_teachers(self, terms: dict[str, Terms], seeds_B: Tensor) -> None:
+        """UNIC's teacher dropping: scale every teacher's terms by its coefficient, per image."""
+        if self.recipe.loss.drop_teachers == 0:
+            return
+        losses_BT = torch.stack([torch.stack(list(kinds.values())).sum(0).detach() for kinds in terms.values()], dim=1)
+        keep_BT = drop_coefficients(losses_BT, seeds_B, self.recipe.loss.drop_teachers)
+        for keep_B, kinds in zip(keep_BT.unbind(1), terms.values()):
+            for kind in kinds:
+                kinds[kind] = kinds[kind] * keep_B
+
+    def _weight(self, name: str, kind: str) -> float:
+        teacher = self.recipe.teachers[name]
+        return teacher.summary_weight if kind == "summary" else teacher.feature_weight
+
+
+class _Tokens(nn.Module):
+    """`student.forward_tokens` as a module's forward, which is what functional_call can run with other weights."""
+
+    def __init__(self, student: Student) -> None:
+        super().__init__()
+        self.student = student
+
+    def forward(self, images_B3HW: Tensor, seeds_B: Tensor) -> StudentTokens:
+        return self.student.forward_tokens(images_B3HW, seeds_B=seeds_B)
+
+
+def _pixels(batch: Batch, consumer: str) -> Tensor:
+    return batch.views[consumer].images_B3HW.float() / 255

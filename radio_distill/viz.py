@@ -1,0 +1,59 @@
+"""Pictures of feature maps: three principal components as red, green and blue.
+
+Shapes: B images, C channels, H W.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["pca_rgb", "panel", "resize", "save_png"]
+
+
+def pca_rgb(features_BCHW: Tensor) -> Tensor:
+    """The first three principal components over all images together, scaled to [0, 1]: (B, 3, H, W).
+
+    Components are clipped at their 2nd and 98th percentile, so that a few outliers do not darken the picture. The sign of a
+    component is set so that its skew is positive; without that, pictures of successive steps would flip colours.
+    """
+    b, c, h, w = features_BCHW.shape
+    x = features_BCHW.detach().double().cpu().permute(0, 2, 3, 1).reshape(-1, c)
+    x = x - x.mean(0)
+    _, vectors = torch.linalg.eigh(x.T @ x)
+    y = x @ vectors[:, -3:].flip(1)
+    y = y * torch.where((y**3).mean(0) < 0, -1.0, 1.0)
+    low, high = torch.quantile(y, 0.02, dim=0), torch.quantile(y, 0.98, dim=0)
+    y = ((y - low) / (high - low).clamp_min(1e-12)).clamp(0, 1)
+    if c < 3:
+        y = y.mean(1, keepdim=True).expand(-1, 3)
+    return y.reshape(b, h, w, 3).permute(0, 3, 1, 2).float()
+
+
+def panel(rows: dict[str, Tensor], *, side: int = 128, gap: int = 4) -> Tensor:
+    """Stack picture rows (B, 3, H, W in [0, 1] each) into one image (3, height, width), every cell `side` px."""
+    lines = []
+    for images in rows.values():
+        cells = F.interpolate(images.float().cpu(), size=(side, side), mode="nearest")
+        line = torch.ones(3, side + gap, images.shape[0] * (side + gap))
+        for i, cell in enumerate(cells):
+            line[:, :side, i * (side + gap) : i * (side + gap) + side] = cell
+        lines.append(line)
+    return torch.cat(lines, dim=1)
+
+
+def resize(features_BCHW: Tensor, size: tuple[int, ...]) -> Tensor:
+    """Bilinear, half-pixel convention."""
+    return F.interpolate(features_BCHW.float(), size=tuple(size), mode="bilinear", align_corners=False)
+
+
+def save_png(image_3HW: Tensor, path: Path) -> None:
+    """Write an image in [0, 1]."""
+    from PIL import Image
+
+    pixels = (image_3HW.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path)
