@@ -8,15 +8,20 @@ from pathlib import Path
 
 from .errors import RadioDistillError
 
-__all__ = ["cache_dir", "expand", "shipped"]
+__all__ = ["cache_dir", "data_path", "expand", "shipped"]
 
 PACKAGE = Path(__file__).resolve().parent
 
 
+def data_path(kind: str) -> Path:
+    """The folder `kind` (teachers, recipes, eval) of the data that comes with the package."""
+    installed = PACKAGE / "_data" / kind
+    return installed if installed.is_dir() else PACKAGE.parent / kind  # a checkout keeps them at its top
+
+
 def shipped(kind: str) -> dict[str, Path]:
     """The YAML files of `kind` (teachers, recipes, eval) that come with the package, by name (`stage1`, `toy/stage1`)."""
-    installed = PACKAGE / "_data" / kind
-    folder = installed if installed.is_dir() else PACKAGE.parent / kind  # a checkout keeps them at its top
+    folder = data_path(kind)
     return {path.relative_to(folder).with_suffix("").as_posix(): path for path in sorted(folder.rglob("*.yaml"))}
 
 

@@ -31,10 +31,10 @@ def check_recipe(recipe: Recipe, load_card: Callable[[str], TeacherCard], *, tra
 
 
 def patch_size(recipe: Recipe) -> int:
-    """Side in pixels of the student's patch: from its overrides, else from its name (`..._patch16_...`), else 16."""
+    """Side in pixels of the student's patch: from its overrides, else from its name (`..._patch16_...`; DINOv2's: 14)."""
     override = recipe.student.overrides.get("patch_size")
     in_name = re.search(r"patch(\d+)", recipe.student.model)
-    return int(override or (in_name.group(1) if in_name else 16))
+    return int(override or (in_name.group(1) if in_name else 14))
 
 
 def summary_weight(teacher: Teacher, card: TeacherCard) -> float:
@@ -59,11 +59,12 @@ def _cards(recipe: Recipe, load_card: Callable[[str], TeacherCard], cards: dict[
 
 def _student(recipe: Recipe) -> Found:
     patch = patch_size(recipe)
-    grids = {name: partition.size // patch for name, partition in recipe.partitions.items()}
-    for window in recipe.student.vitdet.windows:
-        if all(grid % window for grid in grids.values()):
-            there = ", ".join(f"{grid} ({name})" for name, grid in grids.items())
-            yield Problem(f"a window of {window} tokens divides no partition's grid: {there}", ("student", "vitdet", "windows"))
+    for window in recipe.student.vitdet.windows:  # a step draws one window, for all of its partitions
+        for name, partition in recipe.partitions.items():
+            grid = partition.size // patch
+            if grid % window:
+                text = f"a window of {window} tokens does not divide the {grid} tokens a side of partition {name!r}"
+                yield Problem(text, ("student", "vitdet", "windows"))
     registers = recipe.student.num_registers
     if registers is not None and registers < 0:
         yield Problem(f"'student.num_registers' is {registers}, expected at least 0, or null", ("student", "num_registers"))
@@ -129,7 +130,10 @@ def _mosaic(
     recipe: Recipe, partition: Partition, name: str, view: TeacherView, card: TeacherCard, size: int, path: KeyPath
 ) -> Found:
     k, patch = mosaic_side(partition, size), card.input.patch
-    if k < 2:
+    if size != card.input.size:
+        text = f"teacher {name!r} at {size} px: a mosaic is shown at the card's {card.input.size} px; remove size"
+        yield Problem(text, (*path[:-1], "size"))
+    elif k < 2:
         text = f"teacher {name!r}: a mosaic needs 2 x 2 images of {partition.size} px in its {size} px; set mosaic: false"
         yield Problem(text, path)
     elif partition.size % patch:

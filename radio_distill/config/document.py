@@ -96,7 +96,7 @@ def parse(text: str, name: str) -> Document:
         document.problems.append(Problem(_syntax(error), where=Where(name, mark.line + 1 if mark else None)))
         return broken
     except yaml.YAMLError as error:
-        document.problems.append(Problem(f"not a YAML text: {error}", where=document.top))
+        document.problems.append(Problem(f"not a YAML text: {str(error).splitlines()[0]}", where=document.top))
         return broken
     if not isinstance(values, dict):
         document.problems.append(Problem(f"expected a map of keys at the top, found {values!r}", where=document.top))
@@ -142,7 +142,8 @@ class _Builder:
         self.open: list[yaml.Node] = []  # the nodes around the current one: an alias to one of them would never end
 
     def build(self, node: yaml.Node, path: KeyPath) -> Any:
-        self.document.places.setdefault(path, self._where(node))
+        if path:
+            self.document.places.setdefault(path, self._where(node))
         if any(node is outer for outer in self.open):
             return self._problem(node, f"{dotted(path)!r} is an alias of a map that it stands in")
         if isinstance(node, yaml.ScalarNode):

@@ -61,8 +61,8 @@ def find(name: str | Path, shipped: Mapping[str, Path], *, what: str, beside: Pa
         return path
     if str(name) in shipped:
         return shipped[str(name)]
-    near = {p.with_suffix("").name: p for p in path.parent.glob("*.yaml")} if path.parent.is_dir() else {}
-    raise ValueError(f"no {what} {str(name)!r}" + did_you_mean(path.with_suffix("").name, {*shipped, *near}))
+    beside_it = [str(Path(name).parent / other.name) for other in path.parent.glob("*.yaml")]
+    raise ValueError(f"no {what} {str(name)!r}" + did_you_mean(name, [*shipped, *beside_it]))
 
 
 def display(path: Path) -> str:

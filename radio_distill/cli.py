@@ -1,0 +1,212 @@
+"""The command line: `radio-distill COMMAND`. Every command imports what it needs when it runs, so that `--help` is instant.
+
+Settings are `key=value` (fields of a recipe, or of the command), flags are few and stay few.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from .errors import RadioDistillError, RecipeError
+
+__all__ = ["main", "run_and_report"]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0, 1 (the answer is no), 2 (wrong input), 130 (interrupted)."""
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)
+    if arguments.command != "eval":  # eval has a command line of its own
+        if rest and not (hasattr(arguments, "overrides") and all("=" in item and item[0] != "-" for item in rest)):
+            parser.error(f"unknown option {rest[0]!r}; settings are given as key=value")
+        rest = [*getattr(arguments, "overrides", []), *rest]  # argparse misses a key=value that follows a flag
+    arguments.overrides = rest
+    logging.basicConfig(level=logging.DEBUG if arguments.verbose else logging.INFO, format="%(message)s", stream=sys.stderr)
+    return run_and_report(lambda: HANDLERS[arguments.command](arguments), verbose=arguments.verbose)
+
+
+def run_and_report(command: Callable[[], int], *, verbose: bool = False) -> int:
+    """Call `command`; an error that the user can mend is printed without a traceback (`verbose`: with) and gives 2."""
+    try:
+        return command()
+    except RadioDistillError as error:
+        if verbose:
+            logging.getLogger(__name__).exception("traceback of the error below")
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr, flush=True)
+        return 130
+    except BrokenPipeError:  # the reader of our output (`| head`) went away
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    from . import __version__
+
+    parser = argparse.ArgumentParser(
+        prog="radio-distill",
+        description="Distil several frozen vision teachers into one ViT student.",
+        epilog="Start with `radio-distill demo`: no data, no download, no GPU.",
+    )
+    parser.add_argument("--version", action="version", version=f"radio-distill {__version__}")
+    parser.add_argument("-v", "--verbose", action="store_true", help="debug messages, and tracebacks of errors")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command", required=True)
+    _add_commands_that_look(commands)
+    _add_commands_for_data(commands)
+    _add_commands_that_train(commands)
+    return parser
+
+
+def _add(commands: Any, name: str, about: str, **options: Any) -> argparse.ArgumentParser:
+    return commands.add_parser(name, help=about, description=about[0].upper() + about[1:] + ".", **options)
+
+
+def _add_commands_that_look(commands: Any) -> None:
+    listing = _add(commands, "list", "teachers, recipes and students that can be used")
+    listing.add_argument("what", nargs="?", choices=["teachers", "recipes", "students"], help="one table; default: all")
+    plan = _add(commands, "plan", "what a recipe will cost: FLOPs, memory, hours, disk, who does what")
+    _add_recipe(plan)
+    plan.add_argument("--gpus", type=_positive, default=8, help="number of GPUs, one rank each (8)")
+    plan.add_argument("--gpu", default="h200", help="a100, h100, h200, b200, ... (h200)")
+    plan.add_argument("--utilisation", type=float, default=0.45, help="share of the reachable bf16 rate that is used (0.45)")
+    plan.add_argument("--json", action="store_true", help="print JSON")
+    doctor = _add(commands, "doctor", "is everything here that a recipe needs? no network; exit code 1 if not")
+    _add_recipe(doctor, optional=True)
+
+
+def _add_commands_for_data(commands: Any) -> None:
+    shards = _add(commands, "shards", "pack a folder of images into WebDataset shards")
+    shards.add_argument("source", help="folder of images")
+    shards.add_argument("out", help="folder to write shards to")
+    shards.add_argument("--seed", type=int, default=0, help="seed of the order of the images (0)")
+    toyworld = _add(commands, "toyworld", "render scenes with full ground truth into WebDataset shards")
+    toyworld.add_argument("out", help="folder to write shards to")
+    toyworld.add_argument("--count", type=_positive, default=1024, help="number of scenes (1024)")
+    toyworld.add_argument("--size", type=_positive, default=128, help="side of an image in pixels (128)")
+    toyworld.add_argument("--shards", type=_positive, default=8, help="number of shards (8)")
+    toyworld.add_argument("--seed", type=int, default=0, help="seed of the scenes (0)")
+    _add_recipe(_add(commands, "stats", "statistics of the teachers' features, for balance.path"))
+
+
+def _add_commands_that_train(commands: Any) -> None:
+    demo = _add(commands, "demo", "the whole pipeline on generated images and toy teachers, on a CPU")
+    demo.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="images=FOLDER (yours instead of generated), run=FOLDER"
+    )
+    train = _add(commands, "train", "train or resume one stage")
+    _add_recipe(train)
+    train.add_argument("--ranks", type=_positive, default=1, help="processes to start on this machine (1)")
+    _add(commands, "eval", "score checkpoints, exports and teachers on a suite (eval --help tells more)", add_help=False)
+    report = _add(commands, "report", "write a run's report: curves, results, pictures")
+    report.add_argument("run", help="run folder")
+
+
+def _add_recipe(parser: argparse.ArgumentParser, *, optional: bool = False) -> None:
+    about = "recipe file, or the name of a shipped one (radio-distill list recipes)"
+    parser.add_argument("recipe", nargs="?" if optional else None, help=about)
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="fields of the recipe: optim.lr=1e-3")
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r}, expected a whole number of at least 1")
+    return int(text)
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    from .demo import main as demo
+
+    settings = dict(item.partition("=")[::2] for item in arguments.overrides)
+    unknown = settings.keys() - {"images", "run"}
+    if unknown:
+        raise RecipeError(f"demo has no setting {sorted(unknown)[0]!r}; expected images=FOLDER or run=FOLDER")
+    return demo(images=settings.get("images"), run=settings.get("run", "runs/demo"))
+
+
+def _list(arguments: argparse.Namespace) -> int:
+    from .listing import print_tables
+
+    print_tables([arguments.what] if arguments.what else ["teachers", "recipes", "students"])
+    return 0
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    from .config.load import load_recipe
+    from .train.plan import plan, render, to_json
+
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    result = plan(recipe, world_size=arguments.gpus, gpu=arguments.gpu, utilisation=arguments.utilisation)
+    print(to_json(result) if arguments.json else render(result))
+    return 0
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from .doctor import main as doctor
+
+    return doctor(arguments.recipe, arguments.overrides)
+
+
+def _shards(arguments: argparse.Namespace) -> int:
+    from .data.shards import make_shards
+
+    make_shards(arguments.source, arguments.out, seed=arguments.seed)
+    return 0
+
+
+def _toyworld(arguments: argparse.Namespace) -> int:
+    from .data.toyworld import write_toyworld
+
+    write_toyworld(arguments.out, count=arguments.count, size=arguments.size, seed=arguments.seed, shards=arguments.shards)
+    return 0
+
+
+def _stats(arguments: argparse.Namespace) -> int:
+    from .train.stats import main as stats
+
+    return stats([arguments.recipe, *arguments.overrides])
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from .config.load import load_recipe
+
+    load_recipe(arguments.recipe, arguments.overrides, training=True)  # its errors once, before any process starts
+    if arguments.ranks > 1:
+        from .train.launch import launch
+
+        return launch(arguments.recipe, arguments.overrides, arguments.ranks)
+    from .train.__main__ import main as train
+
+    return train([arguments.recipe, *arguments.overrides])
+
+
+def _eval(arguments: argparse.Namespace) -> int:
+    from .eval.__main__ import main as evaluate
+
+    return evaluate(arguments.overrides)
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from .eval.report import main as report
+
+    return report(arguments.run)
+
+
+HANDLERS: dict[str, Callable[[argparse.Namespace], int]] = {
+    "demo": _demo,
+    "list": _list,
+    "plan": _plan,
+    "doctor": _doctor,
+    "shards": _shards,
+    "toyworld": _toyworld,
+    "stats": _stats,
+    "train": _train,
+    "eval": _eval,
+    "report": _report,
+}

@@ -1,0 +1,156 @@
+"""Recipes: choices by kind, cross-checks between values, the resolved copy, and what a resume may change."""
+# ruff: noqa: E501  (a message stands on one line, as its reader sees it)
+
+from pathlib import Path
+
+import pytest
+
+from radio_distill.config.load import dump, list_recipes, load_recipe, resume_conflicts
+from radio_distill.config.recipe import Bilinear, Tile
+from radio_distill.errors import RecipeError
+
+TOY = "toy/stage3"
+CLIP = "partitions.high.teachers.toy_clip"
+
+
+def problems(*overrides: str, training: bool = False) -> list[str]:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(TOY, overrides, training=training)
+    return [line.split("}: " if "}: " in line else ": ", 1)[1] for line in str(caught.value).splitlines()[1:]]
+
+
+def test_every_shipped_recipe_loads_and_reads_back_its_own_dump(tmp_path):
+    for name in list_recipes():
+        recipe = load_recipe(name)
+        path = tmp_path / "resolved.yaml"
+        path.write_text(dump(recipe))
+        assert load_recipe(path) == recipe, name
+
+
+def test_another_kind_starts_the_map_anew():
+    tiled = load_recipe(TOY, [f"{CLIP}.upsampler={{kind: tile, factor: 2}}"])
+    assert tiled.partitions["high"].teachers["toy_clip"].upsampler == Tile(kind="tile", factor=2)
+    back = load_recipe(TOY, [f"{CLIP}.upsampler={{kind: tile, factor: 2}}", f"{CLIP}.upsampler.kind=bilinear"])
+    assert back.partitions["high"].teachers["toy_clip"].upsampler == Bilinear()
+
+
+def test_a_kind_that_is_no_choice_of_models_keeps_the_other_keys():
+    recipe = load_recipe(TOY, ["optim.kind=adamw"])
+    assert (recipe.optim.kind, recipe.optim.freeze_trunk) == ("adamw", load_recipe(TOY).optim.freeze_trunk)
+
+
+def test_a_removed_teacher_is_removed_everywhere_by_null():
+    recipe = load_recipe(
+        TOY, ["teachers.toy_sam=null", "partitions.low.teachers.toy_sam=null", "partitions.high.teachers.toy_sam=null"]
+    )
+    assert "toy_sam" not in recipe.teachers
+
+
+def test_a_teacher_without_a_summary_needs_no_weight():
+    assert load_recipe(TOY).teachers["toy_sam"].summary_weight == 1.0
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("balance.method.kind=phis",
+         "'balance.method.kind' is 'phis', expected one of 'phi_s', 'global_standardize', 'standardize', 'pca', 'zca', 'hca', 'none'"
+         "; did you mean 'phi_s'?"),
+        ("balance.method=pca", "'balance.method' is 'pca', expected a map with `kind`, such as {kind: ...}"),
+        ("optim.kind=lamp", "'optim.kind' is 'lamp', expected one of 'lamb', 'adamw'; did you mean 'lamb'?"),
+        ("loss.feature_wieght=2", "unknown key 'loss.feature_wieght', did you mean 'teachers.NAME.feature_weight'?"),
+        ("lr=1", "unknown key 'lr', did you mean 'optim.lr'?"),
+        ("data.sources.x.path=3", "'data.sources.x.path' is 3, expected text or a list"),
+        (f"{CLIP}.upsampler.kind=tile", f"'{CLIP}.upsampler.factor' is missing: The image is cut in factor x factor tiles, each encoded"
+         " at the teacher's own size, and stitched."),
+        ("partitions.hihg.size=8", "'partitions.hihg.images' is missing: Images of this partition in one optimizer step, over all ranks."
+         " (or did you mean 'partitions.high'?)"),
+        ("partitions.high.teachers.toy_clib={}", "partition 'high' names teacher 'toy_clib', did you mean 'toy_clip'?"),
+        ("teachers.toy_clip.card=toy_clap", "teacher 'toy_clip': no teacher card 'toy_clap', did you mean 'toy_clip'?"),
+        ("teachers.more={card: toy_clip}", "teacher 'more' is in no partition; add it to one, or remove it with teachers.more=null"),
+        ("teachers.toy_sam.feature_weight=0", "teacher 'toy_sam' has no loss: its weights are 0 or it has no summary; raise one or remove it"),
+        ("teachers.toy_sam.chunk=0", "'teachers.toy_sam.chunk' is 0, expected at least 1, or null"),
+        ("partitions.high.size=190", "'partitions.high.size' is 190, no multiple of the student's patch 8; nearest is 192"),
+        ("partitions.high.size=512", "'partitions.high.size' is 512, more than student.max_size 256; raise that"),
+        ("partitions.high.micro_batch=9", "'partitions.high.micro_batch' is 9, expected 1 to 8 (its images), or null"),
+        (f"{CLIP}.size=112", "teacher 'toy_clip' at 112 px: its card allows 84 px only"),
+        ("partitions.high.teachers.toy_dino.size=100", "teacher 'toy_dino' at 100 px: no multiple of its patch 7; nearest is 98"),
+        ("partitions.high.teachers.toy_sam.mosaic=true",
+         "teacher 'toy_sam': a mosaic needs 2 x 2 images of 192 px in its 192 px; set mosaic: false"),
+        ("partitions.low.teachers.toy_sam.upsampler={kind: tile, factor: 2}",
+         "teacher 'toy_sam': a mosaic cannot be upsampled by 'tile'; use bilinear"),
+        ("teachers.toy_sam.card=toy_dino", "teacher 'toy_sam': a mosaic needs 2 x 2 images of 96 px in its 84 px; set mosaic: false"),
+        ("student.vitdet.windows=[5]", "a window of 5 tokens does not divide the 12 tokens a side of partition 'low'"),
+        ("student.num_registers=-1", "'student.num_registers' is -1, expected at least 0, or null"),
+        ("start.source=", "'start.source' is null, expected text"),
+        ("start.source=''", "'start.source' is missing: a start of kind 'run' needs it"),
+        ("loss.features.mse=0", "'loss.features': mse, cosine and smooth_l1 are all 0; raise one"),
+        ("loss.adaloss=1", "'loss.adaloss' is 1.0, expected a decay between 0 and 1, or null"),
+        ("balance.window=0",
+         "'balance.window' is 0 and there is no 'balance.path': no statistics; give one, or balance.method.kind=none"),
+        ("optim.betas=[0.9, 1]", "'optim.betas' is [0.9, 1.0], expected numbers from 0 to below 1"),
+        ("optim.eps=0", "'optim.eps' is 0.0, expected more than 0"),
+        ("optim.min_lr=1", "'optim.min_lr' is 1.0, more than 'optim.lr' 0.002"),
+        ("optim.clip=0", "'optim.clip' is 0.0, expected more than 0, or null for no clipping"),
+        ("data.crop.scale=[0.5, 0.2]", "'data.crop.scale' is [0.5, 0.2], expected [low, high] with 0 < low <= high <= 1"),
+        ("data.crop.ratio=[0, 1]", "'data.crop.ratio' is [0.0, 1.0], expected [low, high] with 0 < low <= high"),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_together_is_said(override, expected):
+    assert expected in problems(override)
+
+
+def test_mesa_needs_the_ema_student():
+    assert "'loss.mesa.weight' needs the EMA student; set ema.decay (0.9996)" in problems("loss.mesa.weight=1", "ema.decay=0")
+
+
+def test_partitions_cannot_all_have_weight_0():
+    assert "every partition has weight 0; raise one" in problems("partitions.low.weight=0", "partitions.high.weight=0")
+
+
+def test_streams_divide_the_images_of_every_partition():
+    assert problems("data.streams=16") == ["'data.streams' is 16, expected a divisor of partitions.high.images 8"]
+
+
+def test_a_mosaic_gives_no_summary():
+    overrides = ["partitions.low.size=40", "partitions.low.teachers.toy_clip.mosaic=true"]
+    assert any(
+        "a mosaic has one summary for many images; set teachers.toy_clip.summary_weight=0" in line
+        for line in problems(*overrides)
+    )
+
+
+def test_training_needs_images():
+    expected = "'data.sources' is empty; say where the images are: data.sources.train.path=FOLDER"
+    assert problems(training=True) == [expected]
+    assert load_recipe(TOY, ["data.sources.train.path=images"], training=True).data.sources["train"].path == "images"
+
+
+def test_an_empty_recipe_says_what_a_recipe_needs(tmp_path):
+    path = tmp_path / "empty.yaml"
+    path.write_text("name: x\nteachers: {}\npartitions: {}")
+    with pytest.raises(
+        RecipeError, match=r"'teachers' is empty; name at least one\n.*'partitions' is empty; give at least one"
+    ):
+        load_recipe(path)
+
+
+def test_an_unknown_recipe_names_the_nearest(repo, monkeypatch):
+    monkeypatch.chdir(repo)
+    with pytest.raises(RecipeError, match=r"no recipe 'toy/stge3', did you mean 'toy/stage3'"):
+        load_recipe("toy/stge3")
+    with pytest.raises(RecipeError, match=r"no recipe 'recipes/toy/stge3.yaml', did you mean 'recipes/toy/stage3.yaml'"):
+        load_recipe("recipes/toy/stge3.yaml")
+
+
+def test_a_resume_may_change_how_it_runs_and_nothing_else():
+    before = load_recipe(TOY)
+    assert resume_conflicts(before, load_recipe(TOY, ["engine.workers=3", "log.every=9", "checkpoint.every=7"])) == []
+    after = load_recipe(TOY, ["optim.lr=0.004", "teachers.toy_clip.summary_weight=0.5"])
+    assert resume_conflicts(before, after) == ["teachers.toy_clip.summary_weight: 1.0 -> 0.5", "optim.lr: 0.002 -> 0.004"]
+
+
+def test_a_recipe_may_stand_anywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("mine.yaml").write_text("extends: toy/stage3\nname: mine\noptim: {steps: 3}")
+    assert load_recipe("mine.yaml").optim.steps == 3
