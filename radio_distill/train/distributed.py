@@ -1,0 +1,107 @@
+"""Join the job's process group: one call for a single process, torchrun, the deepspeed launcher and Slurm's `srun`.
+
+Nothing happens at import. On a CPU no C++ compiler is needed (see `_join_deepspeed`).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..errors import TrainingError
+
+__all__ = ["World", "init", "shutdown", "finite_everywhere"]
+
+TIMEOUT = timedelta(minutes=60)  # the first step of a large job compiles; a lost rank is the watchdog's business
+
+
+@dataclass(frozen=True)
+class World:
+    """This process's place in the job."""
+
+    rank: int
+    size: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """True on rank 0, which writes what exists once per job."""
+        return self.rank == 0
+
+
+def init(backend: str | None = None) -> World:
+    """Join the process group and give DeepSpeed the same one.
+
+    The place comes from RANK, WORLD_SIZE and LOCAL_RANK (torchrun, deepspeed), else from SLURM_PROCID, SLURM_NTASKS and
+    SLURM_LOCALID (srun); without either it is a job of one process. backend: None takes nccl on CUDA, gloo elsewhere;
+    "gloo" always runs on the CPU. Raises TrainingError when several processes have no MASTER_ADDR and MASTER_PORT.
+    """
+    rank, size, local_rank = _place(os.environ)
+    backend = backend or ("nccl" if torch.cuda.is_available() else "gloo")
+    device = torch.device("cpu") if backend == "gloo" else torch.device("cuda", local_rank)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    # DeepSpeed and webdataset read these and know nothing of Slurm.
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(local_rank))
+    if not dist.is_initialized():
+        device_id = device if device.type == "cuda" and size > 1 else None
+        # One process needs neither an address nor a free port.
+        store = dist.HashStore() if size == 1 else None
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT, device_id=device_id)
+    _join_deepspeed(device)
+    return World(rank, size, local_rank, device)
+
+
+def shutdown() -> None:
+    """Leave the process group; makes no collective call, so that it cannot hang after an error on one rank."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def finite_everywhere(*tensors: Tensor) -> Tensor:
+    """A bool scalar, the same on all ranks: True where every element of every rank's tensors is finite.
+
+    One all-reduce of one number; reading the answer on the host is the caller's decision.
+    """
+    finite = torch.stack([torch.isfinite(x.detach()).all() for x in tensors]).all().float()
+    if dist.is_initialized():
+        dist.all_reduce(finite, dist.ReduceOp.MIN)
+    return finite.bool()
+
+
+def _place(environment: Mapping[str, str]) -> tuple[int, int, int]:
+    """(rank, size, local rank) from the launcher's variables."""
+    for names in (("RANK", "WORLD_SIZE", "LOCAL_RANK"), ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")):
+        if all(name in environment for name in names):
+            rank, size, local_rank = (int(environment[name]) for name in names)
+            break
+    else:
+        return 0, 1, 0
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in environment]
+    if size > 1 and missing:
+        raise TrainingError(
+            f"{names[1]}={size} but {' and '.join(missing)} not set; start with torchrun, or in a batch script export "
+            "MASTER_ADDR=$(scontrol show hostnames $SLURM_JOB_NODELIST | head -n1) and a MASTER_PORT of your choice"
+        )
+    return rank, size, local_rank
+
+
+def _join_deepspeed(device: torch.device) -> None:
+    os.environ.setdefault("DS_ACCELERATOR", device.type)
+    import deepspeed
+
+    # At WARNING every engine would begin with "untested optimizer" (ours is tested) and "MPU is not provided".
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # On a CPU, DeepSpeed builds a shared-memory all-reduce with the C++ compiler (28 s, and an error without one). gloo does
+    # the same work. By way of sys.modules, because `import deepspeed.comm.torch` returns the real torch.
+    sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
+    deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)

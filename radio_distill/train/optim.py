@@ -1,0 +1,206 @@
+"""LAMB and AdamW, their parameter groups, and the learning-rate schedule.
+
+Both optimizers are one rule with two step lengths (g gradient, w weight, t the number of the update, from 1):
+
+    m <- b1 m + (1 - b1) g        v <- b2 v + (1 - b2) g^2
+    u  = (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps) + decay w
+    w <- w - lr r u               r = 1 (AdamW, arXiv:1711.05101) or |w| / |u| per parameter (LAMB, arXiv:1904.00962, alg. 2)
+
+r is 1 where |w| or |u| is 0, and in groups without decay (biases, norms, tokens), as in timm's and NVIDIA's LAMB; no
+gradient is clipped here. A ZeRO-1/2 optimizer holds one flat slice per group that cuts through parameters, so LAMB adds up
+the two squared norms of every parameter over all ranks: one all-reduce of 2 numbers per parameter and group.
+
+Neither counts its own updates: `set_step` writes learning rate and t into every group before an update. A frozen group
+(t < 1) keeps weights and moments, so when it thaws its bias correction starts at t = 1. (Counting the frozen steps would
+make the first updates after 5000 of them 3 times too long: m is corrected as if it were full, v likewise.)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ..config.recipe import Optim
+from ..errors import RecipeError
+
+__all__ = ["AdamW", "Lamb", "make_optimizer", "parameter_groups", "schedule", "set_step"]
+
+# Not decayed though they are matrices: position table, class and register tokens (timm's and the reference's names).
+NO_DECAY = frozenset({"pos_embed", "cls_token", "reg_token"})
+
+
+def in_adaptors(name: str) -> bool:
+    """Whether a parameter of the task belongs to a head; everything else is the trunk, which `freeze_trunk` holds."""
+    return "adaptors" in name.split(".")
+
+
+def parameter_groups(
+    module: nn.Module, weight_decay: float, *, freeze_trunk: int = 0, is_head: Callable[[str], bool] = in_adaptors
+) -> list[dict[str, Any]]:
+    """Up to four groups (trunk and heads, each with and without decay) of all trainable parameters, in module order.
+
+    Weights of two or more dimensions decay, among them the (1, 1) scales of the spectral reparametrisation, without which
+    nothing would bound the weights (PHI-S, A.7). Biases, norms, LayerScale, tokens and the position table do not.
+    """
+    groups: dict[str, dict[str, Any]] = {}
+    for name, parameter in module.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        part, decays = ("heads" if is_head(name) else "trunk"), _decays(name, parameter)
+        group = groups.setdefault(
+            part if decays else f"{part}/no_decay",
+            {"params": [], "weight_decay": weight_decay if decays else 0.0, "freeze": 0 if part == "heads" else freeze_trunk},
+        )
+        group["params"].append(parameter)
+    return [{"name": name, **groups[name]} for name in sorted(groups)]
+
+
+def _decays(name: str, parameter: Tensor) -> bool:
+    return parameter.ndim >= 2 and NO_DECAY.isdisjoint(name.split("."))
+
+
+def make_optimizer(module: nn.Module, spec: Optim, *, zero: int) -> AdamW:
+    """The recipe's optimizer over all trainable parameters of `module`. Raises RecipeError for LAMB under ZeRO-3."""
+    if spec.kind == "lamb" and zero == 3:
+        raise RecipeError(
+            "optim.kind=lamb does not run with engine.zero=3; set engine.zero=1 (LAMB is exact there) or optim.kind=adamw"
+        )
+    groups = parameter_groups(module, spec.weight_decay, freeze_trunk=spec.freeze_trunk)
+    return {"lamb": Lamb, "adamw": AdamW}[spec.kind](groups, lr=spec.lr, betas=spec.betas, eps=spec.eps)
+
+
+def schedule(spec: Optim) -> Callable[[int], float]:
+    """Factor on `lr` at a step counted from 0: linear warm-up to 1, then a cosine that reaches min_lr / lr at the last step."""
+    floor = spec.min_lr / spec.lr
+    length = max(spec.steps - 1 - spec.warmup, 1)
+
+    def factor(step: int) -> float:
+        if step < spec.warmup:
+            return (step + 1) / spec.warmup
+        progress = min((step - spec.warmup) / length, 1.0)
+        return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
+
+    return factor
+
+
+def set_step(optimizer: torch.optim.Optimizer, step: int, lr: float) -> None:
+    """Prepare update `step` (from 0): the learning rate of every group, and the number of the update as the group counts it."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+        group["step"] = step + 1 - group["freeze"]
+
+
+class AdamW(torch.optim.Optimizer):
+    """AdamW on lists of tensors; elementwise, so it runs on whole parameters and on any shard of them (ZeRO 0-3)."""
+
+    def __init__(
+        self,
+        params: Iterable[Tensor] | Iterable[dict[str, Any]],
+        *,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.0,
+    ) -> None:
+        super().__init__(
+            params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "freeze": 0, "step": 1, "name": ""}
+        )
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Update every group that is not frozen; parameters without a gradient stay."""
+        for group in self.param_groups:
+            self._create_state(group["params"])
+            params = [p for p in group["params"] if p.grad is not None]
+            if group["step"] >= 1 and params:
+                self._update(group, params)
+
+    def _create_state(self, params: list[Tensor]) -> None:
+        for p in params:  # also while frozen: a checkpoint of a group without moments could not be converted
+            if not self.state[p]:
+                self.state[p]["exp_avg"] = torch.zeros_like(p)
+                self.state[p]["exp_avg_sq"] = torch.zeros_like(p)
+
+    def _update(self, group: dict[str, Any], params: list[Tensor]) -> None:
+        beta1, beta2 = group["betas"]
+        grads = [p.grad for p in params if p.grad is not None]
+        averages = [self.state[p]["exp_avg"] for p in params]
+        squares = [self.state[p]["exp_avg_sq"] for p in params]
+        torch._foreach_lerp_(averages, grads, 1 - beta1)
+        torch._foreach_mul_(squares, beta2)
+        torch._foreach_addcmul_(squares, grads, grads, 1 - beta2)
+
+        updates = list(torch._foreach_sqrt(squares))
+        torch._foreach_div_(updates, math.sqrt(1 - beta2 ** group["step"]))
+        torch._foreach_add_(updates, group["eps"])
+        torch._foreach_reciprocal_(updates)
+        torch._foreach_mul_(updates, averages)
+        torch._foreach_div_(updates, 1 - beta1 ** group["step"])
+        if group["weight_decay"]:
+            torch._foreach_add_(updates, params, alpha=group["weight_decay"])
+            self._adapt(group, params, updates)
+        torch._foreach_add_(params, updates, alpha=-group["lr"])
+
+    def _adapt(self, group: dict[str, Any], params: list[Tensor], updates: list[Tensor]) -> None:
+        """Scale the updates of a decaying group in place; AdamW leaves them."""
+
+
+@dataclass(frozen=True)
+class _Slice:
+    """How one rank's flat slice of a group is made of parameters."""
+
+    sizes: list[int]
+    """Lengths of consecutive pieces; the last one is padding."""
+    owners: Tensor
+    """Index in the group of the parameter that each piece (but the padding) belongs to."""
+    num_params: int
+    """Parameters of the group over all ranks."""
+    ranks: dist.ProcessGroup
+
+
+class Lamb(AdamW):
+    """LAMB; exact under ZeRO-1/2 once it has been told by `attach_zero` how parameters were cut."""
+
+    _slices: dict[str, _Slice]
+
+    def __init__(self, params: Iterable[Tensor] | Iterable[dict[str, Any]], **options: Any) -> None:
+        super().__init__(params, **options)
+        self._slices = {}
+
+    def attach_zero(self, zero: Any) -> None:
+        """Read from DeepSpeed's ZeRO-1/2 optimizer which piece of every flat slice belongs to which parameter."""
+        for group, params in zip(self.param_groups, zero.bit16_groups):
+            (flat,) = group["params"]
+            pieces = [(i, p._hp_mapping.get_hp_fragment_address()) for i, p in enumerate(params) if p._hp_mapping is not None]
+            sizes = [address.numel for _, address in pieces]
+            assert all(address.start == sum(sizes[:i]) for i, (_, address) in enumerate(pieces)), "pieces are not consecutive"
+            owners = torch.tensor([i for i, _ in pieces], dtype=torch.long, device=flat.device)
+            sizes.append(flat.numel() - sum(sizes))
+            self._slices[group["name"]] = _Slice(sizes, owners, len(params), zero.dp_process_group)
+
+    def _adapt(self, group: dict[str, Any], params: list[Tensor], updates: list[Tensor]) -> None:
+        cut, empty = self._slices.get(group["name"]), params[0].new_zeros(2, 0)
+        if cut is not None:
+            params, updates = (list(flat[0].split(cut.sizes))[:-1] for flat in (params, updates))
+        squares = _squared_norms(params, updates, empty)
+        if cut is not None:
+            total = squares.new_zeros(2, cut.num_params)
+            total[:, cut.owners] = squares
+            dist.all_reduce(total, group=cut.ranks)
+            squares = total[:, cut.owners]
+        weight, update = squares.sqrt()
+        ratio = torch.where((weight > 0) & (update > 0), weight / update, 1.0)
+        torch._foreach_mul_(updates, list(ratio.unbind()))
+
+
+def _squared_norms(params: list[Tensor], updates: list[Tensor], empty: Tensor) -> Tensor:
+    """(2, number of pieces): squared norms of weights and updates; `empty` for a rank that holds no piece at all."""
+    if not params:
+        return empty
+    return torch.stack([*torch._foreach_norm(params), *torch._foreach_norm(updates)]).square().view(2, -1)
