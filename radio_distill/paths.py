@@ -19,12 +19,6 @@ def data_path(kind: str) -> Path:
     return installed if installed.is_dir() else PACKAGE.parent / kind  # a checkout keeps them at its top
 
 
-def data_path(kind: str) -> Path:
-    """Folder of the shipped files of `kind` (teachers, recipes, eval)."""
-    installed = PACKAGE / "_data" / kind
-    return installed if installed.is_dir() else PACKAGE.parent / kind  # a checkout keeps them at its top
-
-
 def shipped(kind: str) -> dict[str, Path]:
     """The YAML files of `kind` that come with the package, by name (`stage1`, `toy/stage1`)."""
     folder = data_path(kind)
