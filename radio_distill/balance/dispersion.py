@@ -22,13 +22,11 @@ class Dispersion:
     """Streaming E[theta(y, mu)^2] in rad^2, mu the mean direction; the same value on all ranks after `all_reduce`."""
 
     def __init__(self, channels: int, *, device: torch.device | str = "cpu") -> None:
-        def zeros(*shape: int) -> Tensor:
-            return torch.zeros(*shape, dtype=torch.float64, device=device)
-
-        self._direction_C = zeros(channels)  # sum of the unit vectors of this rank
-        self._reference_C = zeros(channels)  # mean direction as of the last all_reduce, zero before it
-        self._squares = zeros()  # sum of squared angles of this rank
-        self._count = zeros()  # number of angles in that sum
+        zeros_C = torch.zeros(channels, dtype=torch.float64, device=device)
+        self._direction_C = zeros_C  # sum of the unit vectors of this rank
+        self._reference_C = zeros_C.clone()  # mean direction as of the last all_reduce, zero before it
+        self._squares = zeros_C.new_zeros(())  # sum of squared angles of this rank
+        self._count = zeros_C.new_zeros(())  # number of angles in that sum
 
     @property
     def is_finite(self) -> Tensor:

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import golden_cases
 from safetensors.torch import load_file
 
-from conftest import golden_cases
 from radio_distill.balance import Balancer, Moments, fit
 from radio_distill.balance.hadamard import hadamard
 from radio_distill.balance.phi_s import from_parts, principal_axes, rotation
