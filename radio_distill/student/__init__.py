@@ -1,1 +1,1 @@
-
+"""The student: trunk, adaptors, and its weights on disk."""

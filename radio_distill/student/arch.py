@@ -1,0 +1,147 @@
+"""The architecture of a student, as plain values: what `Student` is built from and what `student.json` holds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from ..config.cards import CLIP_MEAN, CLIP_STD
+
+__all__ = ["AdaptorSlot", "HeadArch", "AdaptorArch", "TrunkArch", "StudentArch", "num_registers"]
+
+HeadKind = Literal["v1", "v2", "attention"]
+
+
+@dataclass(frozen=True)
+class AdaptorSlot:
+    """What one teacher asks of the student; the order of slots is the order of class tokens."""
+
+    name: str
+    summary_dim: int | None
+    """Width of the teacher's summary; None: it has none, and the adaptor gets no summary head."""
+    feature_dim: int
+    """Channels of the teacher's feature map."""
+    use_summary: bool
+    """Whether its class token is part of the backbone summary."""
+    upsample: int = 1
+    """The adaptor's map is this many times finer than the student's grid."""
+
+
+@dataclass(frozen=True)
+class HeadArch:
+    """One head: tokens of width `in_dim` to `upsample`^2 x `out_dim` values each."""
+
+    kind: HeadKind
+    in_dim: int
+    hidden: int
+    out_dim: int
+    inner: int = 0
+    """Residual blocks between the two Linears of a v2 head; ViT blocks before the MLP of an attention head."""
+    upsample: int = 1
+
+
+@dataclass(frozen=True)
+class AdaptorArch:
+    """One teacher's adaptor."""
+
+    name: str
+    token: int
+    """Index of the class token it reads."""
+    features: HeadArch
+    summary: HeadArch | None = None
+
+
+@dataclass(frozen=True)
+class TrunkArch:
+    """The ViT with its patch generator."""
+
+    model: str
+    """Name in the reference's table or in timm."""
+    embed_dim: int
+    depth: int
+    num_heads: int
+    mlp_hidden: int
+    """Width inside the MLP; of each of the two halves for SwiGLU."""
+    patch_size: int = 16
+    nominal_size: int = 224
+    """Side in pixels the name was made for. Position embeddings are cropped (CPE) only when `max_size` differs from it."""
+    max_size: int = 2048
+    """Side in pixels that the position table covers; a multiple of `patch_size`."""
+    num_cls_tokens: int = 1
+    num_registers: int = 0
+    pos_dropout: float = 0.1
+    layer_scale: float | None = None
+    final_norm: bool = False
+    swiglu: bool = False
+    mlp_norm: bool = False
+    """LayerNorm between the MLP's activation and its second Linear."""
+    patch_bias: bool = False
+    """The patch projection has a bias (DINOv2-style trunks)."""
+
+    @property
+    def grid_size(self) -> int:
+        """Rows (and columns) of the position table."""
+        return self.max_size // self.patch_size
+
+    @property
+    def num_prefix(self) -> int:
+        """Tokens before the first patch."""
+        return self.num_cls_tokens + self.num_registers
+
+    @property
+    def is_dino(self) -> bool:
+        """DINOv2-style trunk: the reference wraps it (`inner.`) and always reads class token 0 and 4 registers."""
+        return self.model.startswith("dino_v2")
+
+
+@dataclass(frozen=True)
+class StudentArch:
+    """Everything that `Student` needs to be built."""
+
+    trunk: TrunkArch
+    adaptors: tuple[AdaptorArch, ...]
+    summary_idxs: tuple[int, ...]
+    """Class tokens that make up the backbone summary."""
+    mean: tuple[float, ...] = CLIP_MEAN
+    std: tuple[float, ...] = CLIP_STD
+    num_global: int = 4
+    """Global blocks in windowed mode."""
+    feature_normalizer: bool = False
+    intermediate_normalizer: Literal["none", "shared", "per_layer"] = "none"
+    """Whether there is one, and whether its rotation is shared by all layers."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+    @staticmethod
+    def from_dict(values: Mapping[str, Any]) -> StudentArch:
+        """The inverse of `to_dict`, also after a trip through JSON."""
+        adaptors = tuple(
+            AdaptorArch(
+                name=a["name"],
+                token=a["token"],
+                features=HeadArch(**a["features"]),
+                summary=HeadArch(**a["summary"]) if a["summary"] else None,
+            )
+            for a in values["adaptors"]
+        )
+        changed = {
+            "trunk": TrunkArch(**values["trunk"]),
+            "adaptors": adaptors,
+            "summary_idxs": tuple(values["summary_idxs"]),
+            "mean": tuple(values["mean"]),
+            "std": tuple(values["std"]),
+        }
+        return StudentArch(**{**values, **changed})
+
+
+def num_registers(num_cls: int, multiple: int, explicit: int | None = None) -> int:
+    """Number of registers: the explicit number when given, else enough that class tokens + registers are a multiple.
+
+    As in the reference an explicit 0 counts as not given, and a full `multiple` is added when `num_cls` already is one.
+    """
+    if explicit:
+        return explicit
+    return multiple - num_cls % multiple if multiple else 0

@@ -1,0 +1,149 @@
+"""Students on disk: our own folder (`student.safetensors` + `student.json`), and the RADIO layouts.
+
+Nothing here unpickles arbitrary objects.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import pickle
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ..errors import CheckpointError
+from .arch import StudentArch
+from .reference import student_from_arch, student_from_hf_state, student_from_reference
+from .spectral import fold_state, spectral_eps
+from .student import Student
+
+__all__ = ["save_student", "load_student", "load_reference", "student_from_hf", "open_student"]
+
+WEIGHTS = "student.safetensors"
+ARCHITECTURE = "student.json"
+
+
+def save_student(student: Student, folder: Path, *, state: Mapping[str, Tensor] | None = None) -> None:
+    """Write plain fp32 weights and the architecture into `folder`; each file appears complete or not at all.
+
+    Spectral reparametrisation and DAMP are folded, so that the result loads without them. `state`: other tensors under
+    the student's own names (an EMA, or weights gathered from shards) in place of its current ones.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    plain = fold_state(student.state_dict() if state is None else state, eps=spectral_eps(student))
+    tensors = {key: _plain(value) for key, value in plain.items()}
+    _write(folder / WEIGHTS, lambda path: save_file(tensors, path))
+    text = json.dumps(student.arch.to_dict(), indent=1) + "\n"
+    _write(folder / ARCHITECTURE, lambda path: path.write_text(text))
+
+
+def load_student(folder: Path) -> Student:
+    """Load what `save_student` wrote, on the CPU in fp32; raises CheckpointError."""
+    for name in (ARCHITECTURE, WEIGHTS):
+        if not (folder / name).is_file():
+            raise CheckpointError(
+                f"{folder / name} does not exist; expected a folder written by a run ({ARCHITECTURE}, {WEIGHTS})"
+            )
+    try:
+        arch = StudentArch.from_dict(json.loads((folder / ARCHITECTURE).read_text()))
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{folder / ARCHITECTURE} is not a student's architecture ({error!r}); write the run's student again"
+        ) from error
+    return student_from_arch(arch, load_file(folder / WEIGHTS))
+
+
+def load_reference(path: Path, adaptor_names: Sequence[str] | None = None, *, ema: bool = True) -> Student:
+    """Load the reference's training checkpoint (`.pth.tar`): weights and an argparse.Namespace, no other objects.
+
+    `ema`: prefer the EMA weights where there are any. Raises CheckpointError.
+    """
+    checkpoint = _unpickle(path)
+    states = [checkpoint.get(key) for key in ("state_dict_ema", "state_dict")]
+    state = next((s for s in (states if ema else states[::-1]) if s), None)
+    if state is None or "args" not in checkpoint:
+        raise CheckpointError(f"{path} holds {', '.join(checkpoint)}; expected 'args' and 'state_dict' or 'state_dict_ema'")
+    args = checkpoint["args"]
+    return student_from_reference(args if isinstance(args, Mapping) else vars(args), state, adaptor_names)
+
+
+def student_from_hf(folder: Path, adaptor_names: Sequence[str] | None = None) -> Student:
+    """Load a Hugging Face folder (config.json, model*.safetensors) of the reference's class or of transformers' `radio`."""
+    files = sorted(folder.glob("model*.safetensors"))
+    if not files or not (folder / "config.json").is_file():
+        raise CheckpointError(
+            f"{folder} has no config.json and model.safetensors; expected a Hugging Face folder of a RADIO model"
+        )
+    state = {key: value for file in files for key, value in load_file(file).items()}
+    return student_from_hf_state(json.loads((folder / "config.json").read_text()), state, adaptor_names)
+
+
+def open_student(source: str | Path, *, ema: bool = True) -> Student:
+    """Load a student from whatever `source` is: a run's folder, a Hugging Face folder or hub id, or a reference checkpoint.
+
+    A hub id (`owner/name`) is downloaded unless HF_HUB_OFFLINE is set. Raises CheckpointError.
+    """
+    path = Path(source).expanduser()
+    if path.is_file():
+        return load_reference(path, ema=ema)
+    if not path.is_dir():
+        path = _download(str(source))
+    if (path / ARCHITECTURE).is_file():
+        return load_student(path)
+    return student_from_hf(path)
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file or of a torch file that holds nothing else but plain values."""
+    if path.suffix == ".safetensors":
+        return load_file(path)
+    content = _unpickle(path)
+    return {key: value for key, value in content.get("state_dict", content).items() if isinstance(value, Tensor)}
+
+
+def _unpickle(path: Path) -> dict[str, Any]:
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} does not exist; expected a checkpoint file") from error
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(
+            f"{path} cannot be read as plain weights and an argparse.Namespace ({reason}); other objects are refused because "
+            f"they could run code: convert the file with the program that wrote it"
+        ) from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds a {type(content).__name__}, expected a dict of tensors or a training checkpoint")
+    return content
+
+
+def _download(hub_id: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    if hub_id.count("/") != 1:
+        raise CheckpointError(f"{hub_id} does not exist; expected a file, a folder or a hub id OWNER/NAME")
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=["config.json", "*.safetensors"]))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise CheckpointError(
+            f"{hub_id} is neither a path nor a hub id that can be downloaded now ({type(error).__name__})"
+        ) from error
+
+
+def _plain(value: Tensor) -> Tensor:
+    value = value.detach().to("cpu")
+    return (value.float() if value.is_floating_point() else value).contiguous()
+
+
+def _write(path: Path, write: Any) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    write(temporary)
+    temporary.replace(path)

@@ -1,0 +1,54 @@
+"""Random viewports into the position table, per sample (CPE).
+
+Shapes: B samples (or videos), r c rows and columns of the patch grid.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..seeded import uniform
+
+__all__ = ["Draws", "viewport_grid"]
+
+MIN_SCALE = math.sqrt(0.1)  # of each side, so at least a tenth of the area
+LOG_ASPECT = math.log(4 / 3)
+
+
+class Draws(NamedTuple):
+    """Uniform numbers in [0, 1): what position augmentation uses for one sample."""
+
+    scale_B: Tensor
+    aspect_B: Tensor
+    xy_B2: Tensor
+    drop_B: Tensor
+
+    @staticmethod
+    def from_seeds(seeds_B: Tensor) -> Draws:
+        """A function of each sample's int64 seed alone: the same on every device, rank and in every batch."""
+        u_B5 = uniform(seeds_B, "cpe", n=5)
+        return Draws(u_B5[:, 0], u_B5[:, 1], u_B5[:, 2:4], u_B5[:, 4])
+
+    @staticmethod
+    def random(batch: int, device: torch.device) -> Draws:
+        """From torch's generator of `device`."""
+        u_B5 = torch.rand(batch, 5, device=device)
+        return Draws(u_B5[:, 0], u_B5[:, 1], u_B5[:, 2:4], u_B5[:, 4])
+
+
+def viewport_grid(draws: Draws, rows: int, cols: int) -> Tensor:
+    """Sample points (B, r, c, 2) as (x, y) in [0, 1] of the table: an r x c grid over each sample's random viewport."""
+    s_B = draws.scale_B * (1 - MIN_SCALE) + MIN_SCALE
+    aspect_B = torch.exp(draws.aspect_B * 2 * LOG_ASPECT - LOG_ASPECT)
+    extent_B2 = torch.stack([s_B * aspect_B, s_B / aspect_B], dim=1).clamp(max=1)
+    origin_B2 = draws.xy_B2 * (1 - extent_B2)
+    device = s_B.device
+    x_Bc = torch.linspace(0, 1, cols, device=device) * extent_B2[:, :1] + origin_B2[:, :1]
+    y_Br = torch.linspace(0, 1, rows, device=device) * extent_B2[:, 1:] + origin_B2[:, 1:]
+    x_Brc = x_Bc[:, None, :].expand(-1, rows, -1)
+    y_Brc = y_Br[:, :, None].expand(-1, -1, cols)
+    return torch.stack([x_Brc, y_Brc], dim=-1)

@@ -1,0 +1,85 @@
+"""Key names: ours against the reference's training checkpoint and against other names of the same tensor.
+
+Ours are those of the Hugging Face layout without its `radio_model.` prefix.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+__all__ = ["from_reference", "to_reference", "canonical"]
+
+HEADS = {"_heads": "head_mlp", "_feature_projections": "feat_mlp"}
+PREFIXES = {
+    "base_model.": "model.",
+    "_feature_normalizer.": "feature_normalizer.",
+    "_intermediate_feature_normalizer.": "inter_feature_normalizer.",
+}
+UNUSED = re.compile(r"model\.(reg_token|mask_token)$")  # tensors that the reference stores and never reads
+
+
+def from_reference(key: str) -> str:
+    """Our name of a key of the reference's training checkpoint."""
+    group, _, rest = key.partition(".")
+    if group in HEADS:
+        name, _, rest = rest.partition(".")
+        return f"adaptors.{name}.{HEADS[group]}.{rest}"
+    for theirs, ours in PREFIXES.items():
+        if key.startswith(theirs):
+            return ours + key.removeprefix(theirs)
+    return key
+
+
+def to_reference(key: str, *, is_dino: bool = False) -> str | None:
+    """The reference's name of one of our keys; None for `summary_idxs`, which its training checkpoints do not hold.
+
+    `is_dino`: the trunk is one that the reference wraps (`TrunkArch.is_dino`).
+    """
+    if key == "summary_idxs":
+        return None
+    if match := re.match(r"adaptors\.([^.]+)\.(head_mlp|feat_mlp)\.(.*)", key):
+        group = {ours: theirs for theirs, ours in HEADS.items()}[match[2]]
+        return f"{group}.{match[1]}.{match[3]}"
+    for theirs, ours in PREFIXES.items():
+        if key.startswith(ours):
+            inner = "inner." if is_dino and ours == "model." else ""
+            return theirs + inner + key.removeprefix(ours)
+    return key
+
+
+def canonical(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Give every tensor the one name we use for it, and drop those that nobody reads.
+
+    LayerScale is called `gamma`, `grandma` or `lambda1`; SwiGLU is packed as `w12`/`w3`, as `fc1`/`fc2`, or split.
+    """
+    out: dict[str, Tensor] = {}
+    for key, value in state.items():
+        key = key.removeprefix("radio_model.")
+        key = re.sub(r"^model\.inner\.", "model.", key)
+        key = re.sub(r"\.(ls[12])\.grandma$", r".\1.gamma", key)
+        key = re.sub(r"\.layer_scale([12])\.lambda1$", r".ls\1.gamma", key)
+        key = re.sub(r"^(adaptors\.[^.]+\.feat_mlp)\.\w+\.(\d+)\.(norm[12]|attn|mlp|ls[12])\.", r"\1.blocks.\2.\3.", key)
+        if not UNUSED.match(key):
+            out[key] = value
+    return _pack_swiglu(out)
+
+
+def _pack_swiglu(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    out = dict(state)
+    for key in state:
+        mlp, found, _ = key.partition(".gate_proj.weight")
+        if found:
+            for kind in ("weight", "bias"):
+                halves = [out.pop(f"{mlp}.{half}.{kind}") for half in ("gate_proj", "up_proj")]
+                out[f"{mlp}.w12.{kind}"] = torch.cat(halves)
+                out[f"{mlp}.w3.{kind}"] = out.pop(f"{mlp}.down_proj.{kind}")
+        mlp, found, _ = key.partition(".fc1.weight")
+        if found and mlp.startswith("model.blocks.") and len(state[key]) == 2 * state[f"{mlp}.fc2.weight"].shape[1]:
+            for kind in ("weight", "bias"):
+                out[f"{mlp}.w12.{kind}"] = out.pop(f"{mlp}.fc1.{kind}")
+                out[f"{mlp}.w3.{kind}"] = out.pop(f"{mlp}.fc2.{kind}")
+    return out

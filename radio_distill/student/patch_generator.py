@@ -1,0 +1,131 @@
+"""From pixels to the trunk's token sequence: patches, cropped position embeddings (CPE), class tokens, registers.
+
+Keys are the reference's.
+
+Shapes: B batch, L = r*c patches, r c rows and columns of the grid, D width, S class tokens + registers.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .arch import TrunkArch
+from .draws import Draws, viewport_grid
+
+__all__ = ["PatchGenerator"]
+
+
+class ClassTokens(nn.Module):
+    """Class tokens, then registers, in one parameter."""
+
+    def __init__(self, num: int, dim: int) -> None:
+        super().__init__()
+        self.token = nn.Parameter(torch.randn(num, dim) * dim**-0.5)
+
+    def forward(self, patches_BLD: Tensor) -> Tensor:
+        prefix = self.token.to(patches_BLD.dtype).expand(len(patches_BLD), -1, -1)
+        return torch.cat([prefix, patches_BLD], dim=1)
+
+
+class PatchGenerator(nn.Module):
+    """Replaces a ViT's patch embedding, position embedding and class token."""
+
+    def __init__(self, arch: TrunkArch) -> None:
+        super().__init__()
+        self.patch_size = arch.patch_size
+        self.num_cls_tokens = arch.num_cls_tokens
+        self.num_registers = arch.num_registers
+        self.grid_size = arch.grid_size
+        self.crops = arch.max_size != arch.nominal_size
+        """The reference's rule: a table of just the nominal size is resized, never cropped."""
+        self.pos_dropout = arch.pos_dropout
+        self.frames_per_video = 1
+        """This many consecutive images share one viewport in training."""
+        dim = arch.embed_dim
+        self.embedder = nn.Linear(3 * arch.patch_size**2, dim, bias=arch.patch_bias)
+        self.pos_embed = nn.Parameter(torch.randn(1, arch.grid_size**2, dim) * dim**-0.5)
+        self.cls_token = ClassTokens(arch.num_prefix, dim)
+
+    @property
+    def num_skip(self) -> int:
+        """Tokens before the first patch."""
+        return self.num_cls_tokens + self.num_registers
+
+    def forward(self, pixels_B3HW: Tensor, draws: Draws | None = None) -> Tensor:
+        """Embed conditioned pixels as tokens (B, S + L, D); in train mode with random viewports.
+
+        The viewports come from `draws`, else from torch's generator.
+        """
+        grid = pixels_B3HW.shape[-2] // self.patch_size, pixels_B3HW.shape[-1] // self.patch_size
+        patches_BLD = self.embedder(self.cut(pixels_B3HW))
+        if self.training:
+            positions = self.train_positions(grid, draws or self._draw(len(pixels_B3HW), pixels_B3HW.device))
+        else:
+            positions = self.eval_positions(grid)
+        return self.cls_token(patches_BLD + positions)
+
+    def cut(self, pixels_B3HW: Tensor) -> Tensor:
+        """Flatten every patch as channel, row, column: (B, L, 3*P*P)."""
+        b, c, h, w = pixels_B3HW.shape
+        p = self.patch_size
+        x = pixels_B3HW.reshape(b, c, h // p, p, w // p, p)
+        return x.permute(0, 2, 4, 1, 3, 5).reshape(b, (h // p) * (w // p), c * p * p)
+
+    def eval_positions(self, grid: tuple[int, int]) -> Tensor:
+        """Position embedding (1, L, D) of a whole image: the table resized to the long side, its top left corner kept.
+
+        Without branches on the size, so that an export with dynamic sizes is possible; equal sizes resize to themselves.
+        """
+        table_1DRC = self._table()
+        rows, cols = grid
+        size: Any = (torch.sym_max(rows, cols),) * 2  # symbolic in an export
+        if not self.crops:
+            size = grid
+            table_1DRC = table_1DRC[:, :, :rows, :cols]
+        resized_1Dnn = F.interpolate(table_1DRC, size=size, mode="bilinear", align_corners=False)
+        positions = resized_1Dnn[:, :, :rows, :cols]
+        return positions.flatten(2).transpose(1, 2).to(self.pos_embed.dtype)
+
+    def train_positions(self, grid: tuple[int, int], draws: Draws) -> Tensor:
+        """Position embeddings (B, L, D), each of a random viewport, a share `pos_dropout` of them zero."""
+        positions = self.sample_positions(grid, draws)
+        keep = (draws.drop_B > self.pos_dropout).repeat_interleave(self.frames_per_video)
+        return positions * keep[:, None, None]
+
+    def sample_positions(self, grid: tuple[int, int], draws: Draws) -> Tensor:
+        """Position embeddings of random viewports: (B * frames, L, D); (1, L, D) where there is nothing to draw.
+
+        As in the reference, a grid of just the table's size is not augmented.
+        """
+        if not self.crops or grid == (self.grid_size, self.grid_size):
+            return self.eval_positions(grid)
+        points_Brc2 = viewport_grid(draws, *grid) * 2 - 1
+        # All samples in one tall image: sampling an expanded table would need a gradient buffer per sample.
+        points_1Nc2 = points_Brc2.flatten(0, 1)[None]
+        sampled_DN = F.grid_sample(self._table(), points_1Nc2, mode="bilinear", padding_mode="zeros", align_corners=True)[0]
+        positions = sampled_DN.unflatten(1, (len(points_Brc2), grid[0])).permute(1, 2, 3, 0).flatten(1, 2)
+        return positions.to(self.pos_embed.dtype).repeat_interleave(self.frames_per_video, dim=0)
+
+    def seeded_draws(self, seeds_B: Tensor) -> Draws:
+        """Draws from per-image seeds; a video takes its first frame's."""
+        self._check_video(len(seeds_B))
+        return Draws.from_seeds(seeds_B[:: self.frames_per_video])
+
+    def _draw(self, batch: int, device: torch.device) -> Draws:
+        self._check_video(batch)
+        return Draws.random(batch // self.frames_per_video, device)
+
+    def _check_video(self, batch: int) -> None:
+        if batch % self.frames_per_video:
+            raise ValueError(
+                f"a batch of {batch} images cannot be cut in videos of {self.frames_per_video} frames; "
+                f"give a multiple, or leave cpe_video_mode"
+            )
+
+    def _table(self) -> Tensor:
+        side = self.grid_size
+        return self.pos_embed.float().transpose(1, 2).unflatten(2, (side, side))

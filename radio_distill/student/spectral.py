@@ -1,0 +1,167 @@
+"""Spectral reparametrisation of Linears (PHI-S paper, A.7): W_eff = W * g / sigma(W), with a learned gain g.
+
+sigma is u^T W v with u, v from power iteration. The forward pass never changes u and v: the trainer calls
+`power_iterate` once per optimizer step, so that recomputed activations see the same weights and ranks stay equal.
+Names in a state dict are the reference's: `X.parametrizations.weight.{original,0.scale,0._u,0._v,0._sn_version}`, or
+`...0.parts.{i}.*` where rows are independent chunks (q, k, v; the halves of SwiGLU).
+
+Shapes: R rows, C columns of a weight.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+__all__ = ["SpectralNorm", "apply_spectral", "power_iterate", "fold", "fold_state", "spectral_eps"]
+
+ALPHA = 0.05  # the least gain
+INIT_ITERATIONS = 20
+VERSION = 2  # g = softplus(scale) + ALPHA; version 1: g = scale
+
+Init = Literal["current", "one"]
+
+
+class SpectralNorm(nn.Module):
+    """Parametrisation of one (R, C) weight, or of one chunk of rows."""
+
+    _u: Tensor
+    _v: Tensor
+
+    def __init__(self, weight_RC: Tensor, *, eps: float = 1e-6, init: Init = "current") -> None:
+        super().__init__()
+        self.eps = eps
+        rows, cols = weight_RC.shape
+        # Not from the global generator: ranks must start equal.
+        start = torch.randn(rows, generator=torch.Generator("cpu").manual_seed(rows), device="cpu")
+        self.register_buffer("_u", F.normalize(start, dim=0).to(weight_RC.device))
+        self.register_buffer("_v", torch.zeros(cols, device=weight_RC.device))
+        self.register_buffer("_sn_version", torch.tensor(VERSION))
+        for _ in range(INIT_ITERATIONS):
+            self.iterate(weight_RC)
+        gain = torch.ones((), device=weight_RC.device) if init == "one" else self.sigma(weight_RC)
+        scale = torch.log(torch.expm1((gain - ALPHA).clamp(min=1e-5)))
+        self.scale = nn.Parameter(scale.detach().float().reshape(1, 1))  # 2-D, so that weight decay applies
+
+    def forward(self, weight_RC: Tensor) -> Tensor:
+        with torch.autocast(weight_RC.device.type, enabled=False):
+            return weight_RC * ((F.softplus(self.scale) + ALPHA) / self.sigma(weight_RC))
+
+    def sigma(self, weight_RC: Tensor) -> Tensor:
+        """The estimate of the largest singular value; differentiable in the weight."""
+        return (self._u * torch.mv(weight_RC.float(), self._v)).sum() + self.eps
+
+    @torch.no_grad()
+    def iterate(self, weight_RC: Tensor) -> None:
+        """One power iteration, in place."""
+        weight = weight_RC.float()
+        self._v.copy_(F.normalize(torch.mv(weight.T, self._u), dim=0))
+        self._u.copy_(F.normalize(torch.mv(weight, self._v), dim=0))
+
+
+class SpectralParts(nn.Module):
+    """Independent parametrisations of equal chunks of rows."""
+
+    def __init__(self, weight_RC: Tensor, num_parts: int, *, eps: float = 1e-6, init: Init = "current") -> None:
+        super().__init__()
+        self.parts = nn.ModuleList([SpectralNorm(part, eps=eps, init=init) for part in weight_RC.chunk(num_parts)])
+
+    def forward(self, weight_RC: Tensor) -> Tensor:
+        # Each part is called as a module, so that ZeRO-3's hooks gather its scale.
+        return torch.cat([norm(part) for norm, part in zip(self.parts, weight_RC.chunk(len(self.parts)))])
+
+    def iterate(self, weight_RC: Tensor) -> None:
+        """One power iteration of every chunk, in place."""
+        for norm, part in zip(self.parts, weight_RC.chunk(len(self.parts))):
+            assert isinstance(norm, SpectralNorm)
+            norm.iterate(part)
+
+
+def apply_spectral(module: nn.Module, *, eps: float = 1e-6, init: Init = "current") -> None:
+    """Reparametrise every Linear outside `patch_generator`, in place. `init`: keep the weights as they are, or norm 1."""
+    for name, linear in _linears(module):
+        if "patch_generator" in name:
+            continue
+        weight = linear.weight.detach()
+        num_parts = {"qkv": 3, "w12": 2}.get(name.rpartition(".")[2], 1)
+        if num_parts == 1:
+            norm: nn.Module = SpectralNorm(weight, eps=eps, init=init)
+        else:
+            norm = SpectralParts(weight, num_parts, eps=eps, init=init)
+        parametrize.register_parametrization(linear, "weight", norm, unsafe=True)
+
+
+@torch.no_grad()
+def power_iterate(module: nn.Module) -> None:
+    """Update u and v of every reparametrised weight by one power iteration; call it once per optimizer step.
+
+    A function of the weights alone, so ranks with equal weights stay equal. Under ZeRO-3 call it with parameters gathered.
+    """
+    for weight in module.modules():
+        if isinstance(weight, parametrize.ParametrizationList):
+            for part in weight:
+                if isinstance(part, SpectralNorm | SpectralParts):
+                    part.iterate(weight.original.detach())
+
+
+def fold(module: nn.Module) -> None:
+    """Replace every parametrised weight of the Linears by its effective value in eval mode, in place."""
+    training = module.training
+    module.eval()
+    for _, linear in _linears(module):
+        if parametrize.is_parametrized(linear, "weight"):
+            parametrize.remove_parametrizations(linear, "weight", leave_parametrized=True)
+    module.train(training)
+
+
+def spectral_eps(module: nn.Module) -> float:
+    """The eps of the module's reparametrised weights (1e-6 if it has none)."""
+    return next((m.eps for m in module.modules() if isinstance(m, SpectralNorm)), 1e-6)
+
+
+def fold_state(state: Mapping[str, Tensor], *, eps: float = 1e-6) -> dict[str, Tensor]:
+    """The plain state dict of a parametrised one: effective weights under their usual names.
+
+    Reads both versions and both names of the gain (`scale`, `sn_scale`), and weights with an identity parametrisation
+    (DAMP). Weight noise is not applied. `eps`: the reference's 1e-6, or 1e-12 for settings given as a dict.
+    """
+    plain = {key: value for key, value in state.items() if ".parametrizations." not in key}
+    for key, weight in state.items():
+        base, found, _ = key.partition(".parametrizations.weight.original")
+        if found:
+            plain[f"{base}.weight"] = _effective(weight, _members(state, base), eps)
+    return plain
+
+
+def _members(state: Mapping[str, Tensor], base: str) -> list[dict[str, Tensor]]:
+    """The spectral tensors of one weight, per chunk of rows."""
+    pattern = re.compile(
+        re.escape(base) + r"\.parametrizations\.weight\.\d+\.(?:parts\.(\d+)\.)?(?:sn_)?(scale|_u|_v|_sn_version)$"
+    )
+    parts: dict[int, dict[str, Tensor]] = {}
+    for key, value in state.items():
+        if match := pattern.match(key):
+            parts.setdefault(int(match[1] or 0), {})[match[2]] = value
+    return [parts[i] for i in sorted(parts)]
+
+
+def _effective(weight_RC: Tensor, parts: list[dict[str, Tensor]], eps: float) -> Tensor:
+    if not parts:
+        return weight_RC
+    chunks = []
+    for chunk, part in zip(weight_RC.chunk(len(parts)), parts, strict=True):
+        scale = part["scale"].float()
+        gain = F.softplus(scale) + ALPHA if int(part.get("_sn_version", torch.tensor(1))) >= VERSION else scale
+        sigma = part["_u"].float() @ chunk.float() @ part["_v"].float() + eps
+        chunks.append(chunk * (gain / sigma))
+    return torch.cat(chunks).to(weight_RC.dtype)
+
+
+def _linears(module: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
+    yield from [(name, m) for name, m in module.named_modules() if isinstance(m, nn.Linear)]

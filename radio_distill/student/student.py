@@ -1,0 +1,175 @@
+"""The student: conditioner, trunk and adaptors; a VisionModel like every teacher.
+
+Shapes: B batch, N tokens, C channels, H W rows and columns (pixels of images, patches of features), L patches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..types import VisionOutput
+from .adaptors import Adaptor
+from .arch import AdaptorSlot, StudentArch
+from .draws import Draws
+from .names import student_arch
+from .normalizers import FeatureNormalizer, InputConditioner, IntermediateNormalizer
+from .vit import AttentionKind, Trunk
+from .vitdet import Windows
+
+if TYPE_CHECKING:
+    from ..config.recipe import Student as Spec
+
+__all__ = ["Student", "StudentTokens", "build_student"]
+
+
+class StudentTokens(NamedTuple):
+    """What the adaptors read."""
+
+    class_tokens_BNC: Tensor
+    features_BCHW: Tensor
+
+
+def build_student(spec: Spec, slots: Sequence[AdaptorSlot]) -> Student:
+    """Build the student of a recipe with random weights, also on the meta device (`with torch.device("meta")`).
+
+    Linears of the trunk and all biases are initialised as in timm's ViT (truncated normal, 0.02), the position table and
+    tokens N(0, 1/D). Load weights first (`start_weights`), then `parametrise` for training. Raises RecipeError.
+    """
+    student = Student(student_arch(spec, slots), attention=spec.attention)
+    student.model.set_grad_checkpointing(spec.grad_checkpointing)
+    return student
+
+
+class Student(nn.Module):
+    """Encodes RGB in [0, 1] of any size that is a multiple of the patch (times the window)."""
+
+    summary_idxs: Tensor
+
+    def __init__(self, arch: StudentArch, *, attention: AttentionKind = "sdpa") -> None:
+        super().__init__()
+        self.arch = arch
+        dim = arch.trunk.embed_dim
+        self.input_conditioner = InputConditioner(arch.mean, arch.std)
+        self.model = Trunk(arch.trunk, attention=attention, num_global=arch.num_global)
+        self.register_buffer("summary_idxs", torch.tensor(arch.summary_idxs, dtype=torch.int64))
+        self.adaptors = nn.ModuleDict({a.name: Adaptor(a, attention) for a in arch.adaptors})
+        self.feature_normalizer = FeatureNormalizer(dim) if arch.feature_normalizer else None
+        kind = arch.intermediate_normalizer
+        self.inter_feature_normalizer = None if kind == "none" else IntermediateNormalizer(arch.trunk.depth, dim, kind)
+        self.patch_size = arch.trunk.patch_size
+        self.embed_dim = dim
+        self.num_cls_tokens = arch.trunk.num_cls_tokens
+        self.num_registers = arch.trunk.num_registers
+        self.window_size: int | None = None
+        """Side in tokens of the attention windows (ViTDet) where a call does not say; None: whole images."""
+
+    def forward(self, images_B3HW: Tensor) -> VisionOutput:
+        """The same as `encode`."""
+        return self.encode(images_B3HW)
+
+    def encode(self, images_B3HW: Tensor, *, window: int | None = None) -> VisionOutput:
+        """Encode float images in [0, 1]: the summary class tokens side by side (B, k*D), and the map (B, D, H, W)."""
+        return self._backbone(self.forward_tokens(images_B3HW, window=window))
+
+    def encode_adaptors(self, images_B3HW: Tensor, *, window: int | None = None) -> dict[str, VisionOutput]:
+        """Encode once and predict every teacher: the outputs of all adaptors by name, and 'backbone'."""
+        tokens = self.forward_tokens(images_B3HW, window=window)
+        predictions = {name: adaptor(*tokens) for name, adaptor in self.adaptors.items()}
+        return {"backbone": self._backbone(tokens), **predictions}
+
+    def forward_tokens(
+        self,
+        images_B3HW: Tensor,
+        seeds_B: Tensor | None = None,
+        *,
+        draws: Draws | None = None,
+        window: int | None = None,
+    ) -> StudentTokens:
+        """Encode float images in [0, 1] as class tokens (B, N, D) and the map (B, D, H, W).
+
+        In train mode position embeddings come from random viewports: a function of `seeds_B` (int64, one per image) when
+        given, so that rank and batch do not matter, else of torch's generator; `draws` gives the numbers themselves.
+        `window` (tokens per side) switches to windowed attention. Raises ValueError for a size that does not divide.
+        """
+        window = window or self.window_size
+        pixels = self.condition(images_B3HW, window)
+        if draws is None and seeds_B is not None and self.training:
+            draws = self.model.patch_generator.seeded_draws(seeds_B)
+        for last in self.model.block_outputs(pixels, draws=draws, window=window):
+            prefix, patches = last
+        return self.split(prefix, patches, pixels, window)
+
+    def adaptor(self, name: str) -> Adaptor:
+        """The adaptor of one teacher."""
+        found = self.adaptors[name]
+        assert isinstance(found, Adaptor)
+        return found
+
+    def condition(self, images_B3HW: Tensor, window: int | None = None) -> Tensor:
+        """Check images and normalise their pixels in fp32, then cast to the trunk's dtype."""
+        if not images_B3HW.is_floating_point():
+            raise ValueError(f"images are {images_B3HW.dtype}, expected floats in [0, 1]; divide uint8 by 255 first")
+        height, width = images_B3HW.shape[-2:]
+        step = self._step(window)
+        if height % step or width % step or not height or not width:
+            what = f"patch size {self.patch_size}" + (f" times window {window} = {step}" if window else "")
+            near = "x".join(map(str, self.nearest_size(height, width, window=window)))
+            raise ValueError(f"image size {height}x{width} is not a multiple of {what}; nearest is {near} (see nearest_size)")
+        return self.input_conditioner(images_B3HW).to(self.model.patch_generator.pos_embed.dtype)
+
+    def split(
+        self, prefix_BSD: Tensor, patches: Tensor, pixels_B3HW: Tensor, window: int | None, *, norm: bool = True
+    ) -> StudentTokens:
+        """From a block's output to class tokens and map: undo windows, final norm (`norm`), feature normalizer."""
+        tokens = self.to_map(prefix_BSD, patches, pixels_B3HW, window, norm=norm)
+        if self.feature_normalizer is None:
+            return tokens
+        features = self.feature_normalizer(tokens.features_BCHW.movedim(1, -1)).movedim(-1, 1)
+        return StudentTokens(tokens.class_tokens_BNC, features)
+
+    def to_map(
+        self, prefix_BSD: Tensor, patches: Tensor, pixels_B3HW: Tensor, window: int | None, *, norm: bool
+    ) -> StudentTokens:
+        """As `split`, without the feature normalizer."""
+        rows, cols = (side // self.patch_size for side in pixels_B3HW.shape[-2:])
+        if window is not None:
+            patches = Windows(rows, cols, window).join(patches)
+        class_tokens = prefix_BSD[:, : self.num_cls_tokens]
+        if norm:
+            class_tokens, patches = self.model.norm(class_tokens), self.model.norm(patches)
+        return StudentTokens(class_tokens, patches.transpose(1, 2).unflatten(2, (rows, cols)))
+
+    def gather_summary(self, class_tokens_BNC: Tensor) -> Tensor:
+        """The class tokens of `summary_idxs`, side by side."""
+        return class_tokens_BNC[:, self.summary_idxs].flatten(1)
+
+    def _backbone(self, tokens: StudentTokens) -> VisionOutput:
+        return VisionOutput(self.gather_summary(tokens.class_tokens_BNC), tokens.features_BCHW)
+
+    def nearest_size(self, height: int, width: int, *, window: int | None = None) -> tuple[int, int]:
+        """The nearest (height, width) in pixels that the student takes; ties go to the even multiple, as in the reference."""
+        step = self._step(window or self.window_size)
+        return max(step, round(height / step) * step), max(step, round(width / step) * step)
+
+    def _step(self, window: int | None) -> int:
+        return self.patch_size * (window or 1)
+
+    @contextmanager
+    def cpe_video_mode(self, frames: int) -> Iterator[None]:
+        """While active, training batches are videos: every `frames` consecutive images share one viewport."""
+        generator = self.model.patch_generator
+        before, generator.frames_per_video = generator.frames_per_video, frames
+        try:
+            yield
+        finally:
+            generator.frames_per_video = before
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of the parameters that are not decayed: biases, norms, LayerScale, the position table and the tokens."""
+        special = ("patch_generator.pos_embed", "patch_generator.cls_token.token")
+        return {name for name, p in self.named_parameters() if p.ndim < 2 or name.endswith(special)}

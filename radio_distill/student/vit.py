@@ -1,0 +1,161 @@
+"""The trunk: a timm VisionTransformer behind a patch generator, whole or windowed.
+
+Parameter names are those of the reference checkpoints (`blocks.{i}.attn.qkv.weight`, ...).
+
+Shapes: B batch, N tokens, L patches, S class tokens + registers, D width, h heads, d head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from importlib.util import find_spec
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from timm.layers import Attention as TimmAttention
+from timm.layers import Mlp
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ..errors import RecipeError
+from .arch import TrunkArch
+from .draws import Draws
+from .patch_generator import PatchGenerator
+from .vitdet import Windows, global_period, is_global
+
+__all__ = ["AttentionKind", "attention_class", "Trunk"]
+
+AttentionKind = Literal["sdpa", "flash"]
+
+
+class Attention(TimmAttention):
+    """Self-attention over torch's fused kernels.
+
+    q, k and v are 4-D views of one projection with unit stride in d: every fused kernel takes them without a copy
+    (a 5-D tensor would silently fall back to the slow kernel).
+    """
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        assert attn_mask is None
+        assert not is_causal
+        qkv_BN3hd = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim))
+        return self.proj(self.attend(qkv_BN3hd).flatten(2))
+
+    def attend(self, qkv_BN3hd: Tensor) -> Tensor:
+        """Attention of every head: (B, N, h, d)."""
+        q, k, v = (t.transpose(1, 2) for t in qkv_BN3hd.unbind(2))
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+
+
+class FlashAttention(Attention):
+    """The same through the flash_attn package (CUDA, bf16 or fp16)."""
+
+    def attend(self, qkv_BN3hd: Tensor) -> Tensor:
+        from flash_attn import flash_attn_qkvpacked_func
+
+        return flash_attn_qkvpacked_func(qkv_BN3hd)
+
+
+def attention_class(kind: AttentionKind) -> type[Attention]:
+    """The attention module for `student.attention`; raises RecipeError when `flash` is not installed."""
+    if kind == "sdpa":
+        return Attention
+    if find_spec("flash_attn") is None:
+        raise RecipeError(
+            'student.attention is "flash" and the package flash_attn is not installed; '
+            'pip install "radio-distill[flash]", or use student.attention=sdpa'
+        )
+    return FlashAttention
+
+
+class SwiGLU(nn.Module):
+    """w3(silu(a) * b) with (a, b) = w12(x): DINOv2's MLP under DINOv2's names."""
+
+    def __init__(self, in_features: int, hidden_features: int, bias: bool = True, **options: object) -> None:
+        """`options` are those of timm's MLPs (activation, dropout, ...) that this one does not have."""
+        super().__init__()
+        self.w12 = nn.Linear(in_features, 2 * hidden_features, bias=bias)
+        self.w3 = nn.Linear(hidden_features, in_features, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, value = self.w12(x).chunk(2, dim=-1)
+        return self.w3(F.silu(gate) * value)
+
+
+class Trunk(VisionTransformer):
+    """timm's VisionTransformer with its embedding replaced by `patch_generator`."""
+
+    def __init__(self, arch: TrunkArch, *, attention: AttentionKind = "sdpa", num_global: int = 4) -> None:
+        super().__init__(
+            img_size=arch.patch_size,  # its own embedding is dropped below
+            patch_size=arch.patch_size,
+            num_classes=0,
+            global_pool="",
+            embed_dim=arch.embed_dim,
+            depth=arch.depth,
+            num_heads=arch.num_heads,
+            mlp_ratio=(arch.mlp_hidden + 0.5) / arch.embed_dim,  # timm truncates; half a unit keeps the exact width
+            init_values=arch.layer_scale,
+            final_norm=arch.final_norm,
+            scale_mlp_norm=arch.mlp_norm,
+            norm_layer=partial(nn.LayerNorm, eps=1e-6),
+            mlp_layer=SwiGLU if arch.swiglu else Mlp,
+            attn_layer=attention_class(attention),
+        )
+        for embedding in ("patch_embed", "cls_token", "pos_embed", "pos_drop"):
+            setattr(self, embedding, None)
+        self.patch_generator = PatchGenerator(arch)
+        self.period = global_period(arch.depth, num_global=num_global)
+        """Windowed mode: every how many blocks one is global."""
+
+    def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """Conditioned pixels (B, 3, H, W) to tokens (B, S + L, D)."""
+        assert attn_mask is None
+        assert not is_causal
+        return self.norm(self.forward_blocks(self.patch_generator(x)))
+
+    def forward_blocks(self, tokens_BND: Tensor) -> Tensor:
+        """All blocks on the whole sequence."""
+        for block in self.blocks:
+            tokens_BND = self._run(block, tokens_BND)
+        return tokens_BND
+
+    def block_outputs(
+        self, pixels_B3HW: Tensor, *, draws: Draws | None = None, window: int | None = None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield (prefix (B, S, D), patches) after every block, without the final norm.
+
+        With `window` the patches are windows (B*n, w*w, D), as `Windows.cut` makes them, and class tokens and registers
+        pass windowed blocks unchanged.
+        """
+        tokens = self.patch_generator(pixels_B3HW, draws)
+        if window is None:
+            yield from self._whole(tokens)
+        else:
+            p = self.patch_generator.patch_size
+            yield from self._windowed(tokens, Windows(pixels_B3HW.shape[-2] // p, pixels_B3HW.shape[-1] // p, window))
+
+    def _whole(self, tokens: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        skip = self.patch_generator.num_skip
+        for block in self.blocks:
+            tokens = self._run(block, tokens)
+            yield tokens[:, :skip], tokens[:, skip:]
+
+    def _windowed(self, tokens: Tensor, windows: Windows) -> Iterator[tuple[Tensor, Tensor]]:
+        skip = self.patch_generator.num_skip
+        prefix, patches = tokens[:, :skip], windows.cut(tokens[:, skip:])
+        for index, block in enumerate(self.blocks):
+            if is_global(index, len(self.blocks), self.period):
+                tokens = self._run(block, torch.cat([prefix, windows.flat(patches)], dim=1))
+                prefix, patches = tokens[:, :skip], windows.stack(tokens[:, skip:])
+            else:
+                patches = self._run(block, patches)
+            yield prefix, patches
+
+    def _run(self, block: nn.Module, tokens: Tensor) -> Tensor:
+        if self.grad_checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, tokens, use_reentrant=False)
+        return block(tokens)
