@@ -1,4 +1,4 @@
-"""Angular dispersion of a teacher's summaries: the mean squared angle to their mean direction (C-RADIOv4, eq. 4-6).
+"""Angular dispersion of a teacher's summaries: the mean squared angle to their mean direction (C-RADIOv4, eq. 3-7).
 
 The mean direction is known only at the end, so the angles are taken to its running estimate: `all_reduce` fixes the direction
 of all summaries so far, and later batches are measured to it. Vectors seen before the first `all_reduce` give the direction

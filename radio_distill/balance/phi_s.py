@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .hadamard import hadamard
 
-__all__ = ["from_parts", "phi_s", "principal_axes"]
+__all__ = ["from_parts", "phi_s", "principal_axes", "rotation"]
 
 
 def phi_s(covariance_CC: Tensor) -> tuple[Tensor, Tensor]:

@@ -95,9 +95,8 @@ class Moments:
 
     def all_reduce(self, group: dist.ProcessGroup | None = None) -> Moments:
         """Sum over the ranks of `group` into new moments, the same on all; all ranks must call it, this one is unchanged."""
-        total = self._around(self._shift_C)
         if not dist.is_initialized():
-            return total
+            return self._around(self._shift_C)
         shift_C = self._shift_C.clone()
         dist.broadcast(shift_C, group=group, group_src=0)
         total = self._around(shift_C)
