@@ -4,7 +4,6 @@ Everything that needs two processes is done by one launch (`runs`); the tests lo
 """
 
 import math
-import os
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 
 from radio_distill.config.recipe import Recipe
 from radio_distill.errors import CheckpointError
-from radio_distill.train.distributed import World, finite_everywhere, init, shutdown
+from radio_distill.train.distributed import finite_everywhere, init, shutdown
 from radio_distill.train.engine import Engine, to_universal
 from radio_distill.train.optim import schedule
 
@@ -104,7 +103,7 @@ def reference(kind: str, *, clip: float | None = None) -> tuple[dict[str, Tensor
     return {n: x.detach() for n, x in toy.state_dict().items()}, norms
 
 
-def two_processes(rank: int, folder: Path, results: Path) -> None:
+def two_processes(rank: int, folder: Path) -> None:
     world = init("gloo")
     found: dict[str, Any] = {}
 
@@ -147,7 +146,11 @@ def two_processes(rank: int, folder: Path, results: Path) -> None:
     found["everywhere"] = bool(finite_everywhere(torch.ones(2), torch.tensor(float("inf") if rank == 1 else 0.0)))
     found["everywhere finite"] = bool(finite_everywhere(torch.ones(2)))
     found["wrong world"] = message(lambda: create("lamb", 1).load(folder, "one1"))
-    torch.save(found, results / f"{rank}.pt")
+    if rank == 0:
+        for kind, zero in CASES:
+            if zero:
+                to_universal(folder, f"{kind}{zero}")
+    torch.save(found, folder / f"rank{rank}.pt")
     shutdown()
 
 
@@ -157,31 +160,62 @@ def message(call: Any) -> str:
     return str(error.value)
 
 
-@pytest.fixture(scope="module")
-def world() -> Any:
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-        os.environ.pop(name, None)
-    yield init("gloo")
-    shutdown()
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("checkpoints")
-
-
-@pytest.fixture(scope="module")
-def runs(world: World, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What each of two ranks found; before it, this process saves checkpoints for them."""
+def one_process_before(rank: int, folder: Path) -> None:
+    world = init("gloo")
     for zero in (0, 1, 2):
         engine = Engine.create(recipe("lamb", zero), Toy(), world, micro_steps=2 * MICRO_STEPS)
         train(engine, [0, 1], until=SAVED_AT)
         engine.save(folder, f"one{zero}")
         if zero:
             assert to_universal(folder, f"one{zero}") == f"one{zero}_universal"
-    results = tmp_path_factory.mktemp("results")
-    launch(two_processes, 2, folder, results)
-    return [torch.load(results / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    shutdown()
+
+
+def one_process_after(rank: int, folder: Path) -> None:
+    world, found = init("gloo"), {}
+    for kind, zero in CASES:
+        engine = Engine.create(recipe(kind, zero), Toy(), world, micro_steps=2 * MICRO_STEPS)
+        engine.load(folder, f"{kind}{zero}_universal" if zero else f"{kind}{zero}", universal=zero > 0)
+        assert engine.step_index == SAVED_AT
+        train(engine, [0, 1])
+        found[f"2 to 1, {kind}{zero}"] = weights(engine)
+
+    def load(kind: str, zero: int, tag: str) -> str:
+        return message(lambda: Engine.create(recipe(kind, zero), Toy(), world).load(folder, tag))
+
+    found["messages"] = {
+        "kind": load("lamb", 1, "adamw1"),
+        "zero": load("lamb", 1, "lamb0"),
+        "zero 3": load("adamw", 3, "adamw3"),
+        "missing": load("lamb", 1, "nothing"),
+        "convert 3": message(lambda: to_universal(folder, "adamw3")),
+        "convert 0": message(lambda: to_universal(folder, "lamb0")),
+    }
+    torch.save(found, folder / "after.pt")
+    shutdown()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Checkpoints and findings of one process, of two that go on from it, and of one that goes on from those."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    launch(one_process_before, 1, folder)
+    launch(two_processes, 2, folder)
+    launch(one_process_after, 1, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def runs(folder: Path) -> list[dict[str, Any]]:
+    """What each of the two ranks found."""
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+@pytest.fixture(scope="module")
+def after(folder: Path) -> dict[str, Any]:
+    """What the one process found that went on from the checkpoints of two."""
+    found: dict[str, Any] = torch.load(folder / "after.pt", weights_only=True)
+    return found
 
 
 def assert_close(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
@@ -219,14 +253,9 @@ def test_a_run_resumes_on_more_ranks(runs: Any, zero: int) -> None:
     assert runs[0][f"1 to 2, {zero}"]["calls"] == calls, "buffers must come back too"
 
 
-@pytest.mark.parametrize(("kind", "zero"), [("lamb", 0), ("lamb", 1), ("lamb", 2), ("adamw", 1)])
-def test_a_run_resumes_on_fewer_ranks(runs: Any, world: World, folder: Path, kind: str, zero: int) -> None:
-    engine = Engine.create(recipe(kind, zero), Toy(), world, micro_steps=2 * MICRO_STEPS)
-    tag = to_universal(folder, f"{kind}{zero}") if zero else f"{kind}{zero}"
-    engine.load(folder, tag, universal=zero > 0)
-    assert engine.step_index == SAVED_AT
-    train(engine, [0, 1])
-    assert_close(weights(engine), reference(kind)[0])
+@pytest.mark.parametrize(("kind", "zero"), CASES)
+def test_a_run_resumes_on_fewer_ranks(after: Any, kind: str, zero: int) -> None:
+    assert_close(after[f"2 to 1, {kind}{zero}"], reference(kind)[0])
 
 
 def test_zero3_trains_like_zero0(runs: Any) -> None:
@@ -241,14 +270,12 @@ def test_a_value_that_is_not_finite_on_one_rank_is_seen_by_all(runs: Any) -> Non
         assert found["everywhere finite"]
 
 
-def test_loading_what_does_not_fit_says_what_to_do(runs: Any, world: World, folder: Path) -> None:
-    def load(kind: str, zero: int, tag: str) -> str:
-        return message(lambda: Engine.create(recipe(kind, zero), Toy(), world).load(folder, tag))
-
+def test_loading_what_does_not_fit_says_what_to_do(runs: Any, after: Any) -> None:
     assert "was saved on 1 ranks (ZeRO-1) and this job has 2; use 1 ranks, or convert it" in runs[0]["wrong world"]
-    assert "optim.kind=adamw and this job has lamb; start weights-only with start.kind=run" in load("lamb", 1, "adamw1")
-    assert "engine.zero=0 and this job has 1; set engine.zero=0" in load("lamb", 1, "lamb0")
-    assert "use 2 ranks, or start weights-only" in load("adamw", 3, "adamw3")
-    assert "has no engine.json" in load("lamb", 1, "nothing")
-    assert "ZeRO-3 checkpoint and cannot be converted" in message(lambda: to_universal(folder, "adamw3"))
-    assert "loads at any world size as it is" in message(lambda: to_universal(folder, "lamb0"))
+    said = after["messages"]
+    assert "optim.kind=adamw and this job has lamb; start weights-only with start.kind=run" in said["kind"]
+    assert "engine.zero=0 and this job has 1; set engine.zero=0" in said["zero"]
+    assert "use 2 ranks, or start weights-only" in said["zero 3"]
+    assert "has no engine.json" in said["missing"]
+    assert "ZeRO-3 checkpoint and cannot be converted" in said["convert 3"]
+    assert "loads at any world size as it is" in said["convert 0"]

@@ -11,13 +11,16 @@ import torch.multiprocessing
 
 __all__ = ["launch"]
 
+# What `deepspeed.initialize` and its first step import, each for seconds.
+SLOW_IMPORTS = ["deepspeed", "torch._dynamo", "deepspeed.runtime.zero.muon.muon_optimizer", "radio_distill.train.engine"]
+
 
 def launch(function: Callable[..., None], num_processes: int, *args: Any) -> None:
     """Call `function(rank, *args)` in `num_processes` fresh processes; an exception of one is raised here.
 
-    The processes are forked from a server that has made the slow imports (several seconds each) once.
+    The processes are forked from a server that has made the slow imports (10 s and more) once.
     """
-    multiprocessing.set_forkserver_preload(["deepspeed", "radio_distill.train.engine", function.__module__])
+    multiprocessing.set_forkserver_preload([*SLOW_IMPORTS, function.__module__])
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
