@@ -139,7 +139,8 @@ def _list(arguments: argparse.Namespace) -> int:
 
 def _plan(arguments: argparse.Namespace) -> int:
     from .config.load import load_recipe
-    from .train.plan import plan, render, to_json
+    from .train.plan import plan, to_json
+    from .train.plan_text import render
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     result = plan(recipe, world_size=arguments.gpus, gpu=arguments.gpu, utilisation=arguments.utilisation)

@@ -1,0 +1,133 @@
+"""`radio-distill list`: what can be used, as tables. Reads cards, recipes and the local cache; no network."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from .config.cards import TeacherCard
+from .config.load import list_cards, list_recipes, load_recipe
+from .paths import data_path, expand
+
+__all__ = ["how_to_get", "local_weights", "make_table", "print_tables", "wide_console"]
+
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".tar")
+
+
+def print_tables(which: Sequence[str]) -> None:
+    """Print the tables named: teachers, recipes, students."""
+    tables = {"teachers": teachers_table, "recipes": recipes_table, "students": students_table}
+    console = wide_console()
+    for name in which:
+        console.print(tables[name]())
+
+
+def teachers_table() -> Table:
+    """One row per teacher card."""
+    table = make_table(
+        "teachers (one card each; yours may lie anywhere)", "teacher family input dims text here", "licence", "about"
+    )
+    for name, card in list_cards().items():
+        size = f"{card.input.size}/{card.input.patch}" + ("+" if card.input.resizable else "")
+        dims = f"{card.output.summary or '-'}, {card.output.features}"
+        here = "yes" if local_weights(card) else "no"
+        table.add_row(name, card.family, size, dims, "yes" if card.text else "-", here, card.licence, card.note)
+    table.caption = (
+        "input: px/patch, + any multiple; dims: summary, features; text: usable for zero-shot; here: weights on this machine"
+    )
+    return table
+
+
+def recipes_table() -> Table:
+    """One row per shipped recipe."""
+    table = make_table(
+        "recipes (radio-distill plan NAME tells what one costs)", "recipe steps", "images per step", "teachers", "about"
+    )
+    for name in list_recipes():
+        recipe = load_recipe(name)
+        images = " + ".join(f"{p.images} at {p.size}" for p in recipe.partitions.values())
+        table.add_row(name, f"{recipe.optim.steps:,}", images, " ".join(recipe.teachers), recipe.title)
+    return table
+
+
+def students_table() -> Table:
+    """One row per name that `student.model` may have."""
+    from .student.names import SIZES
+
+    table = make_table(
+        "students (student.model; student.overrides changes single values)", "model width blocks heads patch parameters"
+    )
+    for name, size in SIZES.items():
+        mlp = (3 if size.swiglu else 2) * size.embed_dim * size.mlp_hidden
+        parameters = size.depth * (4 * size.embed_dim**2 + mlp)
+        table.add_row(
+            name, *(str(v) for v in (size.embed_dim, size.depth, size.num_heads, size.patch_size)), f"{parameters / 1e6:,.0f} M"
+        )
+    return table
+
+
+def local_weights(card: TeacherCard) -> Path | None:
+    """Where the card's weights are on this machine, the hub's cache included; None when they are not."""
+    source = expand_or_none(card.source)
+    if source is None:
+        return None
+    for path in (Path(source), data_path("teachers") / source):
+        if path.exists():
+            return path
+    hub = hub_id(source)
+    return cached_weights(hub) if hub else None
+
+
+def how_to_get(card: TeacherCard) -> str:
+    """What to do when the weights are not here."""
+    hub = hub_id(card.source)
+    if hub is None:
+        return f"put them at {card.source}, or give the card another source"
+    revision = f" --revision {card.revision}" if card.revision else ""
+    return f"on a machine with a network: hf download {hub}{revision}   (licence: {card.licence})"
+
+
+def hub_id(source: str) -> str | None:
+    """The hub repository that a source names, or None when it is a path."""
+    if Path(source).suffix in WEIGHT_SUFFIXES or not re.fullmatch(r"(timm:|[\w.-]+/)[\w.-]+", source):
+        return None
+    return source.replace("timm:", "timm/")
+
+
+def cached_weights(hub: str) -> Path | None:
+    """The newest weight file of a hub repository in the local cache; None when there is none."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    folder = Path(HF_HUB_CACHE) / f"models--{hub.replace('/', '--')}" / "snapshots"
+    files = [file for suffix in WEIGHT_SUFFIXES for file in folder.glob(f"*/*{suffix}")]
+    return max(files, key=lambda file: file.stat().st_mtime, default=None)
+
+
+def expand_or_none(source: str) -> str | None:
+    """The source with its variables replaced; None when one is not set."""
+    from .errors import RadioDistillError
+
+    try:
+        return expand(source)
+    except RadioDistillError:
+        return None
+
+
+def wide_console() -> Console:
+    """A console as wide as the terminal; 160 columns into a pipe or file, so that rows stay lines."""
+    return Console(width=None if sys.stdout.isatty() else 160, highlight=False)
+
+
+def make_table(title: str, narrow: str, *wide: str) -> Table:
+    """A plain table: the columns named in `narrow` (words) never wrap, the `wide` ones do."""
+    table = Table(title=title, title_justify="left", caption_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for column in narrow.split():
+        table.add_column(column, no_wrap=True)
+    for column in wide:
+        table.add_column(column)
+    return table

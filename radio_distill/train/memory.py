@@ -1,0 +1,128 @@
+"""How many parameters and bytes a recipe takes, from sizes alone; estimates for `plan`, measured by nobody.
+
+Shapes: N tokens, C width, M MLP width, L blocks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+from ..config.cards import TeacherCard
+from ..config.recipe import Partition, Recipe, TeacherView
+from ..student.arch import HeadArch, StudentArch
+from ..teachers.arch import Arch
+from ..teachers.base import load_teacher
+
+__all__ = ["StateBytes", "head_parameters", "partition_bytes", "state_bytes", "teacher_parameters", "trunk_parameters"]
+
+ACTIVATION_BYTES = 34
+"""Bytes kept per token, channel and block for the backward pass in bf16 (docs/performance.md)."""
+
+
+@dataclass(frozen=True)
+class StateBytes:
+    """What lies on one GPU during the whole training."""
+
+    teachers: int
+    weights: int
+    """fp32 parameters."""
+    gradients: int
+    optimizer: int
+    """Two fp32 moments."""
+    ema: int
+
+    @property
+    def total(self) -> int:
+        return self.teachers + self.weights + self.gradients + self.optimizer + self.ema
+
+
+def trunk_parameters(student: StudentArch) -> int:
+    """Parameters of the student's trunk with its position table."""
+    trunk = student.trunk
+    blocks = trunk.depth * _block_parameters(trunk.embed_dim, trunk.mlp_hidden, gated=trunk.swiglu)
+    table = trunk.grid_size**2 + trunk.num_prefix + 3 * trunk.patch_size**2
+    return blocks + table * trunk.embed_dim
+
+
+def head_parameters(student: StudentArch) -> int:
+    """Parameters of all adaptors."""
+    return sum(_head(head) for adaptor in student.adaptors for head in (adaptor.features, adaptor.summary) if head)
+
+
+def teacher_parameters(card: TeacherCard) -> int:
+    """Parameters of a teacher: from its card's `params.arch`, else counted on the network (built without memory)."""
+    if "arch" not in card.params:
+        return _counted(card.model_dump_json())
+    arch = Arch(**card.params["arch"])
+    block = _block_parameters(arch.width, arch.mlp, gated=arch.gated)
+    rows = arch.positions + arch.prefix + 3 * card.input.patch**2
+    return (arch.depth + arch.map_pool) * block + rows * arch.width
+
+
+def state_bytes(recipe: Recipe, cards: dict[str, TeacherCard], student: StudentArch, world_size: int) -> StateBytes:
+    """Bytes on one GPU for teachers, weights, gradients, optimizer and EMA, sharded as `engine.zero` says."""
+    parameters = trunk_parameters(student) + head_parameters(student)
+    zero = recipe.engine.zero
+    per_weight = 2 if recipe.engine.teacher_precision == "bf16" else 4
+    return StateBytes(
+        teachers=per_weight * sum(teacher_parameters(card) for card in cards.values()),
+        weights=4 * parameters // (world_size if zero == 3 else 1),
+        gradients=4 * parameters // (world_size if zero >= 2 else 1),
+        optimizer=8 * parameters // (world_size if zero >= 1 else 1),
+        ema=4 * parameters if recipe.ema.decay else 0,
+    )
+
+
+def partition_bytes(
+    recipe: Recipe, partition: Partition, cards: dict[str, TeacherCard], student: StudentArch, images: int
+) -> int:
+    """Bytes on one GPU for one forward and backward of `images` images: activations, targets, the largest teacher's work."""
+    wide = 1 if recipe.engine.precision == "bf16" else 2
+    trunk = student.trunk
+    tokens = (partition.size // trunk.patch_size) ** 2 + trunk.num_prefix
+    blocks = 1 + trunk.depth * 2 / ACTIVATION_BYTES if recipe.student.grad_checkpointing else trunk.depth
+    activations = wide * ACTIVATION_BYTES * tokens * trunk.embed_dim * blocks
+    heads = sum(8 * tokens * (adaptor.features.hidden + adaptor.features.out_dim) for adaptor in student.adaptors)
+    maps = [_map_bytes(view, cards[name], partition.size, tokens) for name, view in partition.teachers.items()]
+    work = max(_teacher_work(recipe, name, view, cards[name], partition, images) for name, view in partition.teachers.items())
+    return int(images * (activations + heads + sum(maps)) + work)
+
+
+def _map_bytes(view: TeacherView, card: TeacherCard, size: int, student_tokens: int) -> int:
+    """fp32 features of one image: as the teacher gave them and, balanced, as the loss takes them."""
+    side = (size if view.mosaic else view.size or card.input.size) // card.input.patch * getattr(view.upsampler, "factor", 1)
+    loss_tokens = student_tokens if view.grid == "student" else side**2
+    return 4 * card.output.features * (side**2 + loss_tokens)
+
+
+def _teacher_work(recipe: Recipe, name: str, view: TeacherView, card: TeacherCard, partition: Partition, images: int) -> int:
+    """One block's tensors in a forward without gradient: residual, qkv, MLP."""
+    size = card.input.size if view.mosaic else view.size or card.input.size
+    factor = getattr(view.upsampler, "factor", 1)
+    forwards = images * (factor**2 + 1 if factor > 1 else 1) / ((size // partition.size) ** 2 if view.mosaic else 1)
+    forwards = min(forwards, recipe.teachers[name].chunk or forwards)
+    arch = (
+        Arch(**card.params["arch"])
+        if "arch" in card.params
+        else Arch(width=card.output.features, depth=1, mlp=4 * card.output.features)
+    )
+    channels = 6 * arch.width + (2 if arch.gated else 1) * arch.mlp
+    per_value = 2 if recipe.engine.teacher_precision == "bf16" else 4
+    return int(forwards * (size // card.input.patch) ** 2 * channels * per_value)
+
+
+def _block_parameters(width: int, mlp: int, *, gated: bool) -> int:
+    return 4 * width**2 + (3 if gated else 2) * width * mlp + 9 * width + mlp
+
+
+def _head(head: HeadArch) -> int:
+    blocks = head.inner * _block_parameters(head.in_dim, 4 * head.in_dim, gated=False) if head.kind == "attention" else 0
+    inner = 0 if head.kind == "attention" else head.inner * head.hidden**2
+    return blocks + inner + head.in_dim * head.hidden + head.hidden * head.out_dim * head.upsample**2
+
+
+@cache
+def _counted(card_json: str) -> int:
+    teacher = load_teacher(TeacherCard.model_validate_json(card_json), weights="meta")
+    return sum(p.numel() for p in teacher.net.parameters())

@@ -1,0 +1,90 @@
+"""A plan as text: what `plan` prints and what `train` logs before its first step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from .plan import PartitionPlan, Plan
+
+__all__ = ["render"]
+
+
+def render(plan: Plan) -> str:
+    """The plan in lines of at most about 120 characters."""
+    return "\n".join([*_head(plan), "", *_teachers(plan), "", *_partitions(plan), "", *_totals(plan), *_notes(plan)])
+
+
+def _head(plan: Plan) -> Iterator[str]:
+    yield f"{plan.name}: {plan.title}" if plan.title else plan.name
+    yield f"  {plan.steps:,} steps on {plan.world_size} x {plan.gpu} at {plan.utilisation:.0%} of its reachable bf16 rate"
+    yield f"  student {_millions(plan.trunk_parameters)} and adaptors {_millions(plan.head_parameters)} parameters"
+
+
+def _teachers(plan: Plan) -> Iterator[str]:
+    rows = [("teacher", "card", "parameters", "licence")]
+    rows += [(t.name, t.card, _millions(t.parameters), t.licence) for t in plan.teachers]
+    yield from _table(rows)
+
+
+def _partitions(plan: Plan) -> Iterator[str]:
+    names = [teacher.name for teacher in plan.teachers]
+    rows = [("GFLOP per image", "student", *names, "total", "teachers")]
+    for p in plan.partitions:
+        teachers = (_giga(p.teacher_flop[name]) if name in p.teacher_flop else "-" for name in names)
+        rows.append((f"{p.name}, {p.size} px", _giga(p.student_flop), *teachers, _giga(p.total_flop), f"{p.teacher_share:.0%}"))
+    yield from _table(rows)
+    yield ""
+    rows = [("images per step", "all", "ranks", "per rank", "per forward", "GiB per forward")]
+    for p in plan.partitions:
+        rows.append(
+            (
+                p.name,
+                str(p.images),
+                _ranks(p, plan.world_size),
+                str(p.images_per_rank),
+                str(p.micro_batch),
+                f"{p.memory_gib:.1f}",
+            )
+        )
+    yield from _table(rows)
+
+
+def _totals(plan: Plan) -> Iterator[str]:
+    yield from _table([
+        ("time", f"{plan.step_seconds:.3g} s a step, {plan.images_per_second:,.0f} images/s, {_duration(plan.hours)}"),
+        ("GPU-hours", f"{plan.gpu_hours:.2g}" if plan.gpu_hours < 100 else f"{plan.gpu_hours:,.0f}"),
+        ("memory", f"about {plan.memory_gib:.0f} of {plan.gpu_gib:.0f} GiB a GPU; {plan.state_gib:.1f} GiB of it always"),
+        ("disk", f"{plan.disk_gib:.1f} GiB for checkpoints of {plan.checkpoint_gib:.1f} GiB"),
+        ("run folder", plan.run),
+    ])  # fmt: skip
+
+
+def _notes(plan: Plan) -> Iterator[str]:
+    for note in plan.notes:
+        yield f"note: {note}"
+
+
+def _ranks(p: PartitionPlan, world_size: int) -> str:
+    if len(p.ranks) == world_size:
+        return "all"
+    return f"{p.ranks[0]}-{p.ranks[-1]}" if len(p.ranks) > 1 else str(p.ranks[0])
+
+
+def _table(rows: Sequence[tuple[str, ...]]) -> Iterator[str]:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    for row in rows:
+        yield "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip()
+
+
+def _millions(count: int) -> str:
+    return f"{count / 1e9:.2f} B" if count >= 1e9 else f"{count / 1e6:.1f} M"
+
+
+def _giga(flop: float) -> str:
+    return f"{flop / 1e9:,.0f}" if flop >= 1e10 else f"{flop / 1e9:.2g}"
+
+
+def _duration(hours: float) -> str:
+    if hours >= 48:
+        return f"{hours / 24:.1f} days"
+    return f"{hours:.1f} hours" if hours >= 1 else f"{hours * 60:.1f} minutes"
