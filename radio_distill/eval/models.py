@@ -10,25 +10,34 @@ from ..types import VisionModel
 __all__ = ["load_model"]
 
 
-def load_model(name: str, *, random: bool = False) -> VisionModel:
-    """A model by `teacher:NAME` (a card), or by the path of a run folder, a checkpoint or an export.
+def load_model(name: str) -> VisionModel:
+    """A model by `teacher:NAME` (a card), by the path of a run folder, a checkpoint or an export, or by `random:PATH`.
 
-    random: the same architecture with random weights, the floor of every table. Raises RadioDistillError naming the forms.
+    random: the architecture of that folder with untrained weights, the floor of every table. Raises RadioDistillError
+    naming these forms.
     """
-    if name.startswith("teacher:"):
+    kind, _, rest = name.rpartition(":")
+    if kind == "teacher":
         from ..config.load import load_card
         from ..teachers.base import load_teacher
 
-        return load_teacher(load_card(name.removeprefix("teacher:")), weights="random" if random else "pretrained")
-    path = Path(name)
-    if path.is_dir():
-        from ..student.checkpoints import load_student
-        from ..train.checkpoint import student_folder
+        return load_teacher(load_card(rest))
+    if Path(rest).is_dir() and kind in ("", "random"):
+        return _student(Path(rest), untrained=kind == "random")
+    raise RadioDistillError(
+        f"model {name!r} is not known; expected teacher:NAME (a card), the folder of a run, a checkpoint or an export, or random:FOLDER"
+    )
 
-        student = load_student(student_folder(path)).eval()
-        if random:
-            for module in student.modules():
-                if hasattr(module, "reset_parameters"):
-                    module.reset_parameters()
+
+def _student(path: Path, *, untrained: bool) -> VisionModel:
+    import torch
+
+    from ..student.checkpoints import load_student
+    from ..student.student import Student
+    from ..train.checkpoint import student_folder
+
+    student = load_student(student_folder(path)).eval()
+    if not untrained:
         return student
-    raise RadioDistillError(f"model {name!r} is neither teacher:NAME nor an existing folder; expected a card, a run folder, a checkpoint or an export")
+    torch.manual_seed(0)
+    return Student(student.arch).eval()

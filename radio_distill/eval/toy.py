@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..types import Result, VisionModel
+from ..types import Result, VisionModel, VisionOutput
 from .knn import knn_top1
 from .segmentation import confusion, fit_linear, mean_iou, predict
 
@@ -60,14 +60,14 @@ def evaluate(model: VisionModel, name: str, protocol: ToyProtocol, *, resolution
 
     train, test = scenes(TRAIN_SEED, protocol.train, protocol.size), scenes(TEST_SEED, protocol.test, protocol.size)
     size = model.nearest_size(*(2 * (resolution or protocol.size,)))
-    summaries, features = zip(encode(model, train.images_N3SS, size), encode(model, test.images_N3SS, size))
+    known, asked = encode(model, train.images_N3SS, size), encode(model, test.images_N3SS, size)
     results = []
-    if summaries[0] is not None and summaries[1] is not None:
-        accuracy = knn_top1(summaries[0], train.labels_N, summaries[1], test.labels_N, classes=len(CLASSES), k=protocol.k)
+    if known.summary_BC is not None and asked.summary_BC is not None:
+        accuracy = knn_top1(known.summary_BC, train.labels_N, asked.summary_BC, test.labels_N, classes=len(CLASSES), k=protocol.k)
         results.append(_result("knn", "top1", accuracy, name, protocol, size[0]))
     classes = len(SEGMENT_NAMES)
-    head = fit_linear(features[0], train.segmentation_NSS, classes=classes, steps=protocol.steps)
-    guess = predict(head, features[1], test.segmentation_NSS.shape[-2:])
+    head = fit_linear(known.features_BCHW, train.segmentation_NSS, classes=classes, steps=protocol.steps)
+    guess = predict(head, asked.features_BCHW, (protocol.size, protocol.size))
     miou = mean_iou(confusion(guess, test.segmentation_NSS, classes))
     return [*results, _result("segmentation", "mIoU", miou, name, protocol, size[0])]
 
@@ -77,15 +77,15 @@ def scenes(seed: int, count: int, size: int) -> Scenes:
     """Render scenes; the same for every model of a process."""
     from ..data.toyworld import render
 
-    samples = [render(seed, index, size) for index in range(count)]
+    samples = [render(seed, index, size=size) for index in range(count)]
     images = torch.stack([torch.from_numpy(s.image_HW3) for s in samples]).permute(0, 3, 1, 2).contiguous()
     labels = torch.tensor([s.label for s in samples])
     return Scenes(images, labels, torch.stack([torch.from_numpy(s.segmentation_HW) for s in samples]))
 
 
 @torch.no_grad()
-def encode(model: VisionModel, images_N3SS: Tensor, size: tuple[int, int], *, batch: int = 32) -> tuple[Tensor | None, Tensor]:
-    """Summaries (N, C) or None, and features (N, C, H, W)."""
+def encode(model: VisionModel, images_N3SS: Tensor, size: tuple[int, int], *, batch: int = 32) -> VisionOutput:
+    """Outputs of all images, fp32."""
     outputs = []
     for part in images_N3SS.split(batch):
         pixels = part.float() / 255
@@ -93,7 +93,7 @@ def encode(model: VisionModel, images_N3SS: Tensor, size: tuple[int, int], *, ba
             pixels = F.interpolate(pixels, size=size, mode="bilinear", antialias=True, align_corners=False)
         outputs.append(model.encode(pixels))
     summaries = [o.summary_BC for o in outputs if o.summary_BC is not None]
-    return (torch.cat(summaries).float() if summaries else None), torch.cat([o.features_BCHW for o in outputs]).float()
+    return VisionOutput(torch.cat(summaries).float() if summaries else None, torch.cat([o.features_BCHW for o in outputs]).float())
 
 
 def _result(task: str, metric: str, value: float, model: str, protocol: ToyProtocol, resolution: int) -> Result:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -104,10 +105,10 @@ def _wandb(recipe: Recipe, folder: Path) -> Any:
         import wandb
     except ImportError as error:
         raise RadioDistillError('log.wandb needs the wandb package: pip install "radio-distill[wandb]"') from error
-    mode = os.environ.get("WANDB_MODE") or "offline"
+    mode: Any = os.environ.get("WANDB_MODE") or "offline"
     identity = folder / "wandb_id"
     if not identity.exists():
-        identity.write_text(wandb.util.generate_id())
+        identity.write_text(uuid.uuid4().hex)
     config = recipe.model_dump(mode="json")
     try:
         return wandb.init(

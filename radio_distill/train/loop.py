@@ -20,8 +20,8 @@ from ..student.spectral import power_iterate
 from ..teachers.service import check_finite, name_non_finite
 from ..types import Batch
 from . import agree, distributed, preempt
-from .setup import build
-from .snapshot import save, save_due
+from .setup import build_parts, build_start, open_run
+from .snapshot import resume, save, save_due
 from .trainer import Trainer
 
 __all__ = ["train"]
@@ -33,12 +33,22 @@ def train(recipe: Recipe) -> int:
     """Run or resume the stage a recipe describes; returns 0 when it is finished or was asked to stop and has saved."""
     world = distributed.init()
     try:
-        trainer = build(recipe, world)
-        fit(trainer)
+        fit(build(recipe, world))
         return 0
     finally:
         faulthandler.cancel_dump_traceback_later()
         distributed.shutdown()
+
+
+def build(recipe: Recipe, world: distributed.World) -> Trainer:
+    """Everything the loop needs, resumed where the run folder says so. Most errors of a user come from here, before any work."""
+    run = open_run(recipe, world)
+    parts = build_parts(recipe, world)
+    student, found = build_start(recipe, world, run, parts)
+    trainer = Trainer(recipe, world, run, parts, student)
+    positions = resume(trainer, found) if found is not None else {}
+    trainer.streams.open(positions)
+    return trainer
 
 
 def fit(t: Trainer) -> None:
@@ -46,7 +56,8 @@ def fit(t: Trainer) -> None:
     steps = t.recipe.optim.steps
     for step in range(t.step, steps):
         watch(t.recipe.engine.watchdog_minutes)
-        batches = t.next_batches()
+        with t.clock("data"):
+            batches = t.streams.next(t.world.device)
         prepare(t, step, batches)
         train_step(t, step, batches)
         t.step = step + 1
@@ -101,6 +112,7 @@ def train_step(t: Trainer, step: int, batches: list[Batch]) -> None:
         t.engine.backward(t.task.idle_loss())
     if agree.any_rank(bad | ~t.engine.grads_finite(), t.world.device):
         raise stop_all(t, step, batches)
+    t.last_grad_norm, t.last_lr = t.engine.grad_norm(), t.engine.lr
     t.engine.step()
     t.task.update_adaloss()
     if t.ema is not None:

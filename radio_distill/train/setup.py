@@ -1,4 +1,4 @@
-"""Build what a training needs from its recipe: teachers, student, who runs what.
+"""Build what a training needs from its recipe: teachers, student, balancers, who runs what.
 
 Start order, logged: resume the run folder; else the recipe's `start`; else scratch.
 """
@@ -6,47 +6,103 @@ Start order, logged: resume the run folder; else the recipe's `start`; else scra
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
+from ..balance import Balancer, load_balancers
 from ..config.load import cards_of
-from ..config.recipe import Recipe
+from ..config.recipe import Recipe, Start
 from ..errors import RecipeError
-from ..student.checkpoints import start_weights
-from ..student.student import AdaptorSlot, build_student
+from ..paths import expand
+from ..student.adaptors import fold_affine
+from ..student.arch import AdaptorSlot
+from ..student.names import student_arch
+from ..student.start import parametrise, start_weights
+from ..student.student import Student, build_student
 from ..teachers.base import Teacher, load_teacher
-from ..teachers.service import mosaic_of
+from ..teachers.service import TeacherService, mosaic_of, view_specs
 from . import agree, checkpoint
 from .cost import partition_cost
 from .distributed import World
 from .partition import Assignment, assign
 from .run import RunFolder
-from .snapshot import resume
-from .trainer import Trainer
+from .statistics import StatisticsWindow
+from .streams import Streams
 
-__all__ = ["build", "build_teachers", "slots_of", "assignment_of"]
+__all__ = ["Parts", "build_parts", "build_start", "build_teachers", "slots_of", "assignment_of"]
 
 log = logging.getLogger(__name__)
 
 
-def build(recipe: Recipe, world: World) -> Trainer:
-    """Everything the loop needs, resumed where the run folder says so. Raises RadioDistillError before any GPU work."""
+@dataclass(frozen=True)
+class Parts:
+    """The teacher side of a training: everything that is there before the student."""
+
+    service: TeacherService
+    window: StatisticsWindow
+    assignment: Assignment
+    streams: Streams
+
+
+def build_parts(recipe: Recipe, world: World) -> Parts:
+    """Load the teachers and find out who runs what; the streams are not open yet."""
     if not recipe.data.sources:
         raise RecipeError("data.sources is empty; name your images: data.sources.train.path=FOLDER_OR_SHARDS")
-    folder: list[RunFolder] = []
-    agree.on_main(lambda: folder.append(RunFolder(recipe, is_main=True)))
-    run = folder[0] if folder else RunFolder(recipe, is_main=False)
     teachers = build_teachers(recipe, world)
+    assignment = assignment_of(recipe, teachers, world.size)
+    patch = student_arch(recipe.student, slots_of(recipe, teachers)).trunk.patch_size
+    sizes = {name: (t.card.input.size, t.card.input.patch) for name, t in teachers.items()}
+    specs = {name: view_specs(recipe, partition, sizes, patch) for name, partition in recipe.partitions.items()}
+    service = TeacherService(recipe, teachers, student_patch=patch)
+    return Parts(service, StatisticsWindow(recipe.balance, teachers, world), assignment, Streams(recipe, assignment, world.rank, specs))
+
+
+def build_start(recipe: Recipe, world: World, run: RunFolder, parts: Parts) -> tuple[Student, Path | None]:
+    """The student with its first weights, ready for the engine, and the checkpoint to resume when there is one."""
     torch.manual_seed(recipe.seed)
-    student = build_student(recipe.student, slots_of(recipe, teachers))
+    student = build_student(recipe.student, slots_of(recipe, parts.service.teachers))
+    parts.service.balancers.update(given_balancers(recipe, parts.service, world))
     found = checkpoint.latest(run.path)
     if found is None:
-        start_weights(student, recipe.start)
-    trainer = Trainer(recipe, world, run, teachers, student, assignment_of(recipe, teachers, world.size))
-    if found is not None:
-        resume(trainer, found)
-    trainer.start_loaders()
-    return trainer
+        loaded = start_weights(student, _resolved(recipe.start))
+        if world.is_main:
+            log.info("starting from %s", recipe.start.source or "scratch")
+        if loaded and not parts.service.balancers:
+            parts.service.balancers.update(first_balancers(parts, world))
+        for name in loaded:
+            balancer = parts.service.balancers[name]
+            matrix = balancer.weight if balancer.weight.ndim == 2 else balancer.weight.diag()
+            fold_affine(student.adaptor(name), matrix.cpu(), balancer.bias_C.cpu())
+    parametrise(student, recipe.student)
+    return student, found
+
+
+def given_balancers(recipe: Recipe, service: TeacherService, world: World) -> dict[str, Balancer]:
+    """Those of `balance.path`; empty when the statistics window makes them."""
+    if not recipe.balance.path:
+        if recipe.balance.window == 0:
+            raise RecipeError("balance.window is 0 and balance.path is empty; give the folder that `radio-distill stats` wrote, or a window")
+        return {}
+    channels = {name: teacher.card.output.features for name, teacher in service.teachers.items()}
+    loaded = load_balancers(Path(expand(recipe.balance.path)), channels)
+    return {name: balancer.to(world.device) for name, balancer in loaded.items()}
+
+
+def first_balancers(parts: Parts, world: World) -> dict[str, Balancer]:
+    """Balancers from the images of the first step alone.
+
+    Adaptors of an earlier stage predict the teachers' own features. These balancers are folded into them, so that they
+    go on in this stage's balanced space instead of learning it again.
+    """
+    parts.streams.open({})
+    for batch in parts.streams.next(world.device):
+        parts.window.observe(parts.service.encode(batch))
+    balancers = parts.window.refit()
+    parts.streams.close()
+    parts.window.clear()
+    return balancers
 
 
 def build_teachers(recipe: Recipe, world: World) -> dict[str, Teacher]:
@@ -76,3 +132,18 @@ def assignment_of(recipe: Recipe, teachers: dict[str, Teacher], world_size: int)
     images = {name: partition.images for name, partition in recipe.partitions.items()}
     costs = {name: partition_cost(recipe, name).total for name in recipe.partitions}
     return assign(images=images, costs=costs, world_size=world_size, multiple=multiple)
+
+
+def open_run(recipe: Recipe, world: World) -> RunFolder:
+    """Create or check the run folder on rank 0; an error there is raised everywhere."""
+    opened: list[RunFolder] = []
+    agree.on_main(lambda: opened.append(RunFolder(recipe, is_main=True)))
+    return opened[0] if world.is_main else RunFolder(recipe, is_main=False)
+
+
+def _resolved(start: Start) -> Start:
+    """The same start, with a run folder replaced by the student in its newest checkpoint."""
+    if start.kind != "run":
+        return start
+    folder = checkpoint.student_folder(Path(expand(start.source)))
+    return start.model_copy(update={"source": str(folder)})

@@ -12,6 +12,7 @@ import logging
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -20,8 +21,10 @@ from torch import Tensor
 from ..balance import Balancer, load_balancers, save_balancers
 from ..data.loader import merge_positions
 from ..log.sinks import drop_metrics_after
+from ..student.adaptors import fold_affine
 from ..student.checkpoints import save_student
-from ..student.student import Student, fold_affine
+from ..student.spectral import fold
+from ..student.student import Student
 from . import agree, checkpoint
 from .ema import Ema
 from .engine import to_universal
@@ -45,15 +48,15 @@ def save(t: Trainer) -> None:
     """Write a checkpoint of the current step; does nothing when it was just saved. Called by all ranks."""
     if t.step == t.saved_step:
         return
-    agree.on_main(lambda: checkpoint.check_space(t.folder.path, _estimate_bytes(t)))
+    agree.on_main(lambda: checkpoint.check_space(t.run.path, _estimate_bytes(t)))
     path = checkpoint.write(
-        t.folder.path,
+        t.run.path,
         checkpoint.Meta(t.step, t.world.size, t.recipe.engine.zero, t.recipe.name, "student"),
         rank=t.world.rank,
         barrier=agree.barrier,
         save_engine=lambda folder: t.engine.save(folder, TAG),
         save_shared=lambda folder: _save_shared(t, folder),
-        rank_state={"positions": t.positions, "meter": t.meter.state()},
+        rank_state={"positions": t.streams.positions, "meter": t.meter.state()},
         rank_tensors=t.window.state() if t.window.is_open(t.step) else {},
         keep_last=t.recipe.checkpoint.keep_last,
     )
@@ -76,17 +79,17 @@ def export_student(student: Student, ema: Ema | None, balancers: dict[str, Balan
 
     Its adaptors then predict the teachers' own features: no consumer needs to know about PHI-S.
     """
-    plain = copy.deepcopy(student).cpu().eval()
+    plain = copy.deepcopy(student).cpu()
     if ema is not None:
         ema.copy_to(plain)
+    fold(plain)
     for name, balancer in balancers.items():
-        matrix_CC, bias_C = balancer.inverse_affine()
-        fold_affine(plain, name, matrix_CC.cpu(), bias_C.cpu())
+        fold_affine(plain.adaptor(name), *balancer.inverse_affine())
     save_student(plain, folder)
 
 
-def resume(t: Trainer, path: Path) -> None:
-    """Put everything back as the checkpoint has it. Called by all ranks."""
+def resume(t: Trainer, path: Path) -> dict[str, Any]:
+    """Put everything back as the checkpoint has it; returns where the streams stood. Called by all ranks."""
     meta = checkpoint.read_meta(path)
     same = meta.world_size == t.world.size
     if t.world.is_main:
@@ -98,11 +101,11 @@ def resume(t: Trainer, path: Path) -> None:
         t.ema.load_state_dict(_group(shared, "ema"))
     if t.task.adaloss is not None:
         t.task.adaloss.load_state_dict(_group(shared, "adaloss"))
-    balancers = load_balancers(path / "balancers", t.channels())
+    balancers = load_balancers(path / "balancers")
     t.service.balancers.update({name: balancer.to(t.world.device) for name, balancer in balancers.items()})
-    _load_ranks(t, path, meta, same)
     if t.world.is_main:
-        drop_metrics_after(t.folder.path, meta.step)
+        drop_metrics_after(t.run.path, meta.step)
+    return _load_ranks(t, path, meta, same)
 
 
 def _load_engine(t: Trainer, path: Path, meta: checkpoint.Meta, same: bool) -> None:
@@ -115,17 +118,16 @@ def _load_engine(t: Trainer, path: Path, meta: checkpoint.Meta, same: bool) -> N
     agree.on_main(lambda: shutil.rmtree(path / "engine" / f"{TAG}_universal"))
 
 
-def _load_ranks(t: Trainer, path: Path, meta: checkpoint.Meta, same: bool) -> None:
+def _load_ranks(t: Trainer, path: Path, meta: checkpoint.Meta, same: bool) -> dict[str, Any]:
     """Data positions, log sums and statistics; at another world size the first are merged and the last go to rank 0."""
     states = [checkpoint.read_rank(path, rank) for rank in range(meta.world_size)]
-    for name in t.recipe.partitions:
-        t.positions[name] = merge_positions([s["positions"][name] for s in states if name in s["positions"]])
     if same:
         t.meter.load(states[t.world.rank]["meter"])
     if t.window.is_open(meta.step):
         ranks = [t.world.rank] if same else list(range(meta.world_size)) if t.world.is_main else []
         for rank in ranks:
             t.window.add(checkpoint.read_rank_tensors(path, rank, device=str(t.world.device)))
+    return {name: merge_positions([s["positions"][name] for s in states if name in s["positions"]]) for name in t.recipe.partitions}
 
 
 def _group(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:

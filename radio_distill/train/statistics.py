@@ -24,9 +24,15 @@ class StatisticsWindow:
 
     def __init__(self, spec: Balance, teachers: dict[str, Teacher], world: World) -> None:
         self.spec = spec
-        outputs = {name: teacher.card.output for name, teacher in teachers.items()}
-        self.moments = {name: Moments(out.features, device=world.device) for name, out in outputs.items()}
-        self.dispersions = {name: Dispersion(out.summary, device=world.device) for name, out in outputs.items() if out.summary}
+        self._outputs = {name: teacher.card.output for name, teacher in teachers.items()}
+        self._device = world.device
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget everything seen."""
+        outputs = self._outputs
+        self.moments = {name: Moments(out.features, device=self._device) for name, out in outputs.items()}
+        self.dispersions = {name: Dispersion(out.summary, device=self._device) for name, out in outputs.items() if out.summary}
 
     def is_open(self, step: int) -> bool:
         """Whether statistics are gathered at this step."""
@@ -55,8 +61,9 @@ class StatisticsWindow:
 
     def state(self) -> dict[str, Tensor]:
         """This rank's sums, for an exact resume."""
-        parts = {"moments": self.moments, "dispersion": self.dispersions}
-        return {f"{kind}.{n}.{k}": v for kind, group in parts.items() for n, m in group.items() for k, v in m.state_dict().items()}
+        states = {f"moments.{name}": m.state_dict() for name, m in self.moments.items()}
+        states |= {f"dispersion.{name}": d.state_dict() for name, d in self.dispersions.items()}
+        return {f"{name}.{key}": x for name, state in states.items() for key, x in state.items()}
 
     def add(self, state: dict[str, Tensor]) -> None:
         """Add what `state` returned on some rank to this rank's sums; to none at all it is an exact copy."""

@@ -25,7 +25,7 @@ from ..types import Batch, Losses, Target, Targets
 from . import agree
 from .ema import Ema
 
-__all__ = ["DistillTask"]
+__all__ = ["DistillTask", "Counts"]
 
 Counts = dict[str, Tensor | float]
 Terms = dict[str, Tensor]
@@ -109,12 +109,12 @@ class DistillTask(nn.Module):
 
     def _terms(self, batch: Batch, name: str, target: Target, count: Tensor | float, tokens: StudentTokens, parts: dict[str, Tensor]) -> Terms:
         """Per-image losses of one adaptor; adds the sums that make its fidelity to `parts`."""
-        adaptor, balancer = self.student.adaptors[name], self.balancers[name]
+        adaptor, balancer = self.student.adaptor(name), self.balancers[name]
         features, mask = self._predict(batch, name, target, tokens)
         sums_B, _ = feature_terms(features, target.features_BCHW, mask, self.recipe.loss.features)
         terms = {"features": sums_B / count}
         if target.summary_BC is not None and self._weight(name, "summary") > 0:
-            summary = adaptor.summary(tokens.class_tokens_BNC[:, adaptor.head_idx].float())
+            summary = adaptor.summary(tokens.class_tokens_BNC[:, adaptor.token].float())
             images = self.recipe.partitions[batch.partition].images
             terms["summary"] = summary_terms(summary, target.summary_BC, self.recipe.loss.summary, balancer.dispersion) / images
         with torch.no_grad():
@@ -128,7 +128,7 @@ class DistillTask(nn.Module):
         if self.recipe.partitions[batch.partition].teachers[name].grid == "teacher":
             own, (height, width) = batch.views["student"].boxes_B4, target.features_BCHW.shape[-2:]
             features, mask = resample_to(features, own, target.boxes_B4, (height, width), aligned=self._aligned)
-        return self.student.adaptors[name].features(features), mask
+        return self.student.adaptor(name).features(features), mask
 
     def _mesa(self, batch: Batch, tokens: StudentTokens, reference: StudentTokens) -> Tensor:
         """Shift-equivariant MESA (C-RADIOv4, eq. 2): agree with the EMA student, which saw another crop."""
@@ -149,7 +149,7 @@ class DistillTask(nn.Module):
         """Move AdaLoss's means by this step's terms, summed over ranks. A collective, when AdaLoss is on."""
         if self.adaloss is None:
             return
-        names = [f"{name}/{kind}" for name in self.recipe.teachers for kind in ("features", "summary")]
+        names = [f"{a.name}/{kind}" for a in self.student.arch.adaptors for kind in ("features", "summary") if getattr(a, kind)]
         values = torch.stack([torch.as_tensor(self.step_terms.get(n, 0.0), dtype=torch.float32) for n in names]).to(self._device)
         agree.sum_ranks(values)
         self.adaloss.update({n: v for n, v in zip(names, values) if self._weight(*n.rsplit("/", 1)) > 0})

@@ -5,95 +5,46 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import viz
-from ..balance import load_balancers
 from ..config.recipe import Recipe
-from ..data.loader import build_loader
-from ..errors import RecipeError
 from ..log import Meter, Sinks
-from ..paths import expand
 from ..student.student import Student
-from ..teachers.base import Teacher
-from ..teachers.service import TeacherService, view_specs
 from ..types import Batch
 from . import agree
 from .distributed import World
 from .ema import Ema
 from .engine import Engine
-from .partition import Assignment
 from .run import RunFolder
-from .statistics import StatisticsWindow
-from .task import DistillTask
+from .setup import Parts
+from .streams import forwards
+from .task import Counts, DistillTask
 
 __all__ = ["Trainer"]
 
 
 class Trainer:
-    """Teachers, balancers, engine, EMA, loaders, logs, and the step they stand at."""
+    """Teachers, balancers, engine, EMA, streams, logs, and the step they stand at."""
 
-    def __init__(
-        self, recipe: Recipe, world: World, folder: RunFolder, teachers: dict[str, Teacher], student: Student, assignment: Assignment
-    ) -> None:
-        self.recipe, self.world, self.folder, self.assignment = recipe, world, folder, assignment
+    def __init__(self, recipe: Recipe, world: World, run: RunFolder, parts: Parts, student: Student) -> None:
+        self.recipe, self.world, self.run = recipe, world, run
+        self.service, self.window, self.streams = parts.service, parts.window, parts.streams
         self.step = 0
-        self.micro_steps = max(self._forwards(rank) for rank in range(world.size))
-        self.service = TeacherService(recipe, teachers, student_patch=student.patch_size)
-        self.window = StatisticsWindow(recipe.balance, teachers, world)
-        self._load_balancers()
+        self.micro_steps = max(forwards(recipe, parts.assignment, rank) for rank in range(world.size))
         self.task = DistillTask(recipe, student)
         self.engine = Engine.create(recipe, self.task, world, micro_steps=self.micro_steps)
         self.ema = Ema(student, recipe.ema.decay) if recipe.ema.decay > 0 else None
         self.task.attach(self.service.balancers, self.ema)
         self.meter = Meter(world.device)
-        self.sinks = Sinks(recipe, folder.path) if world.is_main else None
-        self.positions: dict[str, Any] = {}
-        """Where this rank's streams stand, by partition."""
+        self.sinks = Sinks(recipe, run.path) if world.is_main else None
         self.saved_step, self.saved_at = -1, time.monotonic()
-        self._loaders: dict[str, Iterator[list[Batch]]] = {}
         self._seconds: dict[str, float] = {}
         self._since = time.monotonic()
 
-    def _load_balancers(self) -> None:
-        balance = self.recipe.balance
-        if balance.path:
-            loaded = load_balancers(Path(expand(balance.path)), self.channels())
-            self.service.balancers.update({name: balancer.to(self.world.device) for name, balancer in loaded.items()})
-        elif balance.window == 0:
-            raise RecipeError("balance.window is 0 and balance.path is empty; give the folder that `radio-distill stats` wrote, or a window")
-
-    def channels(self) -> dict[str, int]:
-        """Feature channels of every teacher."""
-        return {name: teacher.card.output.features for name, teacher in self.service.teachers.items()}
-
-    # -- data
-
-    def start_loaders(self) -> None:
-        """Open the streams of this rank's partitions where the run stands."""
-        sizes = {n: (t.card.input.size, t.card.input.patch) for n, t in self.service.teachers.items()}
-        for name, partition in self.recipe.partitions.items():
-            share = self.assignment.share(name, self.world.rank)
-            if share is not None:
-                specs = view_specs(self.recipe, partition, sizes, self.task.student.patch_size)
-                position = self.positions.get(name)
-                self._loaders[name] = iter(
-                    build_loader(self.recipe, name, specs, rank=share.index, world_size=share.ranks, position=position)
-                )
-
-    def next_batches(self) -> list[Batch]:
-        """This rank's micro-batches of the next step, on the device."""
-        with self.clock("data"):
-            batches = [batch for loader in self._loaders.values() for batch in next(loader)]
-        for batch in batches:
-            self.positions[batch.partition] = batch.position
-        return [batch.to(self.world.device) for batch in batches]
-
-    def counts(self, batches: list[Batch]) -> dict[str, dict[str, Tensor | float]]:
+    def counts(self, batches: list[Batch]) -> dict[str, Counts]:
         """Global number of valid target positions of this step, by partition and teacher.
 
         A constant unless crops are shifted independently; then the valid positions are counted and summed over ranks.
@@ -106,28 +57,12 @@ class Trainer:
         for batch in batches:
             for i, (p, t) in enumerate(keys):
                 if p == batch.partition:
-                    totals[i] += service.overlap(batch, t).sum()
+                    totals[i] += service.overlap(batch, t)
         agree.sum_ranks(totals)
-        counts: dict[str, dict[str, Tensor | float]] = {p: {} for p in recipe.partitions}
+        counts: dict[str, Counts] = {p: {} for p in recipe.partitions}
         for (p, t), total in zip(keys, totals.clamp_min(1)):
             counts[p][t] = total
         return counts
-
-    def _forwards(self, rank: int) -> int:
-        """Micro-batches of a rank in one step."""
-        total = 0
-        for name, partition in self.recipe.partitions.items():
-            share = self.assignment.share(name, rank)
-            if share is None:
-                continue
-            size = partition.micro_batch or share.images
-            if share.images % size:
-                best = max(d for d in range(1, size + 1) if share.images % d == 0)
-                raise RecipeError(f"partitions.{name}.micro_batch={size} does not divide the {share.images} images of a rank; use {best}")
-            total += share.images // size
-        return total
-
-    # -- time and metrics
 
     @contextmanager
     def clock(self, name: str) -> Iterator[None]:
@@ -144,11 +79,12 @@ class Trainer:
         metrics |= {f"time/teachers/{name}": seconds / elapsed for name, seconds in self.service.timers.collect().items()}
         metrics["images_per_s"] = steps * sum(p.images for p in self.recipe.partitions.values()) / elapsed
         metrics["time/left_h"] = (self.recipe.optim.steps - self.step) * elapsed / max(1, steps) / 3600
-        metrics |= {"grad_norm": float(self.engine.grad_norm()), "lr": self.engine.lr}
+        metrics |= {"grad_norm": self.last_grad_norm.item(), "lr": self.last_lr}
         self._seconds, self._since = {}, time.monotonic()
         return metrics
 
-    # -- pictures
+    last_grad_norm: Tensor = torch.zeros(())
+    last_lr: float = 0.0
 
     def pictures_due(self) -> bool:
         """Only rank 0 draws; no collective is involved."""
@@ -163,11 +99,11 @@ class Trainer:
         features = student.forward_tokens(pixels).features_BCHW.float()
         rows = {"image": pixels, "student": viz.pca_rgb(features)}
         for name, target in targets.items():
-            predicted = viz.resize(student.adaptors[name].features(features), target.features_BCHW.shape[-2:])
+            predicted = viz.resize(student.adaptor(name).features(features), target.features_BCHW.shape[-2:])
             both = viz.pca_rgb(torch.cat([target.features_BCHW[:images], predicted]))
             rows[f"{name} teacher"], rows[f"{name} student"] = both.chunk(2)
         student.train()
-        path = self.folder.path / "pictures" / f"step-{self.step:08d}-{batch.partition}.png"
+        path = self.run.path / "pictures" / f"step-{self.step:08d}-{batch.partition}.png"
         viz.save_png(viz.panel(rows), path)
         if self.sinks is not None:
             self.sinks.picture(self.step, f"pca/{batch.partition}", path)

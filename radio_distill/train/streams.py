@@ -1,0 +1,63 @@
+"""This rank's share of the images: one loader per partition it runs, and where each of them stands."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from ..config.recipe import Recipe
+from ..data.loader import build_loader
+from ..data.views import ViewSpec
+from ..errors import RecipeError
+from ..types import Batch
+from .partition import Assignment
+
+__all__ = ["Streams", "forwards"]
+
+
+class Streams:
+    """The micro-batches of consecutive steps, over all partitions of this rank."""
+
+    def __init__(self, recipe: Recipe, assignment: Assignment, rank: int, specs: dict[str, list[ViewSpec]]) -> None:
+        self._recipe, self._specs = recipe, specs
+        self._shares = {name: share for name in recipe.partitions if (share := assignment.share(name, rank)) is not None}
+        self._loaders: dict[str, Iterator[list[Batch]]] = {}
+        self.positions: dict[str, Any] = {}
+        """Where the streams stand after the last step, by partition; given back to `open` on resume."""
+
+    def open(self, positions: dict[str, Any]) -> None:
+        """Start (or go on) reading. Raises DataError when images are missing or the streams do not fit."""
+        self.positions = {name: positions[name] for name in self._shares if name in positions}
+        for name, share in self._shares.items():
+            loader = build_loader(
+                self._recipe, name, self._specs[name], rank=share.index, world_size=share.ranks, position=positions.get(name)
+            )
+            self._loaders[name] = iter(loader)
+
+    def next(self, device: torch.device) -> list[Batch]:
+        """The micro-batches of the next step, on the device."""
+        batches = [batch for loader in self._loaders.values() for batch in next(loader)]
+        for batch in batches:
+            self.positions[batch.partition] = batch.position
+        return [batch.to(device) for batch in batches]
+
+    def close(self) -> None:
+        """Stop the loader processes."""
+        self._loaders.clear()
+
+
+def forwards(recipe: Recipe, assignment: Assignment, rank: int) -> int:
+    """Micro-batches of a rank in one step. Raises RecipeError when `micro_batch` does not divide a rank's images."""
+    total = 0
+    for name, partition in recipe.partitions.items():
+        share = assignment.share(name, rank)
+        if share is None:
+            continue
+        size = partition.micro_batch or share.images
+        if share.images % size:
+            best = max(d for d in range(1, min(size, share.images) + 1) if share.images % d == 0)
+            raise RecipeError(f"partitions.{name}.micro_batch={size} does not divide the {share.images} images of a rank; use {best}")
+        total += share.images // size
+    return total
