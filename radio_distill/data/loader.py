@@ -1,0 +1,263 @@
+"""The loader: batches of one partition for one rank, the same whatever the number of ranks and loader processes.
+
+A partition's step consists of V streams (`data.streams`) of images/V consecutive samples each. Rank r of R takes the r-th
+block of V/R streams, loader process w of W the w-th block of those, and the parts are put together in this order. Every
+batch carries the place of its streams (`Batch.position`); a loader built with it goes on with the next batch, on the same
+or any other number of ranks and processes that divides V. What had been prefetched is simply forgotten.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import signal
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from ..config.recipe import Recipe
+from ..errors import DataError
+from ..types import Batch, View
+from .sources import choose_streams, list_source
+from .stream import Bad, Feed
+from .tar import raise_file_limit
+from .views import ViewSpec
+from .worker import Part, Parts, start_worker
+
+__all__ = ["Loader", "build_loader", "merge_positions"]
+
+log = logging.getLogger(__name__)
+
+
+def build_loader(
+    recipe: Recipe,
+    partition: str,
+    specs: Sequence[ViewSpec],
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    position: dict[str, Any] | None = None,
+) -> Loader:
+    """Build the loader of a partition for one of the `world_size` ranks that run it.
+
+    `specs` are the views of the student and of the teachers. `position` is the `Batch.position` of the last batch that was
+    used (of this rank, or of all ranks by `merge_positions`); None starts at the beginning. Raises DataError when sources
+    are missing, too small, or no longer those of the position, or when streams, ranks and images do not divide.
+    """
+    data, images = recipe.data, recipe.partitions[partition].images
+    if not data.sources:
+        raise DataError("data.sources is empty; say where the images are: data.sources.train.path=FOLDER_OR_SHARDS")
+    listings = [list_source(name, source) for name, source in data.sources.items()]
+    streams = data.streams or (position["streams"] if position else None)
+    streams = streams or choose_streams([p.images for p in recipe.partitions.values()], listings, [world_size])
+    _check_division(partition, images, streams, world_size)
+    header = {"streams": streams, "sources": {listing.name: listing.fingerprint(streams) for listing in listings}}
+    mine = range(rank * streams // world_size, (rank + 1) * streams // world_size)
+    parts = Parts(
+        tuple(Feed(listing.name, listing.weight, listing.shards(streams)) for listing in listings),
+        tuple(specs),
+        data,
+        partition=partition,
+        size=recipe.partitions[partition].size,
+        seed=recipe.seed,
+        streams=streams,
+        indices=mine,
+        quota=images // streams,
+        states=_states(position, header, mine),
+    )
+    workers = _fit_workers(recipe.engine.workers, len(mine))
+    return Loader(parts, partition, header, workers=workers, micro_batch=recipe.partitions[partition].micro_batch)
+
+
+def merge_positions(positions: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """Put the positions of all ranks together, for a resume with another number of ranks; None when there are none."""
+    if not positions:
+        return None
+    first, *others = positions
+    for other in others:
+        _check_same(other, first)
+    states = {state["stream"]: state for position in positions for state in position["states"]}
+    return {**first, "states": [states[index] for index in sorted(states)]}
+
+
+class Loader:
+    """Iterates over steps without end; each is the list of this rank's micro-batches, in order.
+
+    Pixels are channels-last in memory (shape (B, 3, H, W), uint8) and pinned where there is a CUDA device. Every iteration
+    starts at the position the loader was built with.
+    """
+
+    def __init__(self, parts: Parts, partition: str, header: dict[str, Any], *, workers: int, micro_batch: int | None) -> None:
+        """Use `build_loader`."""
+        self.streams: int = header["streams"]
+        self.workers = workers
+        self._parts, self._partition, self._header, self._micro_batch = parts, partition, header, micro_batch
+        self._skipped = _SkipLog()
+
+    def __iter__(self) -> Iterator[list[Batch]]:
+        items, stop = self._start()
+        try:
+            while True:
+                yield self._step([self._next(items) for _ in range(max(1, self.workers))])
+        finally:
+            stop()
+
+    def _next(self, items: Iterator[Part | DataError]) -> Part:
+        try:
+            item = next(items)
+        except DataError:
+            raise
+        except Exception as error:  # whatever broke in a loader process is an error in loading data
+            raise DataError(
+                f"a loader process of partition {self._partition!r} failed: {error} (a killed one has often run out of memory: "
+                "lower engine.workers)"
+            ) from error
+        if isinstance(item, DataError):
+            raise item
+        self._skipped.add(item.bad)
+        return item
+
+    def _start(self) -> tuple[Iterator[Part | DataError], Callable[[], None]]:
+        """Start the loader processes; returns what they deliver, in order, and how to end them."""
+        raise_file_limit()
+        options: dict[str, Any] = {}
+        if self.workers:
+            # Not fork: the trainer has threads (gloo, CUDA). The server is forked from instead; it has imported torch once.
+            context = torch.multiprocessing.get_context("forkserver")
+            context.set_forkserver_preload(["radio_distill.data.worker"])
+            options = {"multiprocessing_context": context, "worker_init_fn": start_worker, "prefetch_factor": 2}
+        # A generator of its own: DataLoader would draw from the global one.
+        generator = torch.Generator()
+        loader = DataLoader(
+            self._parts, batch_size=None, num_workers=self.workers, collate_fn=_same, generator=generator, **options
+        )
+        # Blocked signals stay blocked in the server and wait in this process: a SIGUSR1 to all of a job ends neither.
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM})
+        try:
+            items = iter(loader)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+        stop = partial(_kill, getattr(items, "_workers", []))
+        atexit.register(stop)
+        return items, stop
+
+    def _step(self, parts: list[Part]) -> list[Batch]:
+        position = {**self._header, "states": [state for part in parts for state in part.states]}
+        batch = Batch(
+            partition=self._partition,
+            keys=tuple(key for part in parts for key in part.keys),
+            seeds_B=torch.cat([part.seeds_B for part in parts]),
+            views=_join([part.views for part in parts]),
+            position=position,
+        )
+        size = self._micro_batch or len(batch)
+        return [_rows(batch, slice(start, start + size)) for start in range(0, len(batch), size)]
+
+
+def _join(views: list[dict[str, View]]) -> dict[str, View]:
+    """Put the rows of all parts under each other; what was one tensor for several consumers stays one."""
+    joined: dict[int, Tensor] = {}
+
+    def cat(tensors: list[Tensor]) -> Tensor:
+        key = id(tensors[0])
+        if key not in joined:
+            whole = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+            joined[key] = whole.pin_memory() if torch.cuda.is_available() else whole
+        return joined[key]
+
+    return {name: View(cat([v[name].images_B3HW for v in views]), cat([v[name].boxes_B4 for v in views])) for name in views[0]}
+
+
+def _rows(batch: Batch, rows: slice) -> Batch:
+    taken: dict[int, Tensor] = {}
+
+    def take(x: Tensor) -> Tensor:
+        return taken.setdefault(id(x), x[rows])
+
+    views = {name: View(take(view.images_B3HW), take(view.boxes_B4)) for name, view in batch.views.items()}
+    return replace(batch, keys=batch.keys[rows], seeds_B=take(batch.seeds_B), views=views)
+
+
+class _SkipLog:
+    """Names what was left out: the first few of every reason, then only the counts."""
+
+    NAMED = 5
+
+    def __init__(self) -> None:
+        self._counts: Counter[str] = Counter()
+
+    def add(self, bad: list[Bad]) -> None:
+        for key, reason, detail in bad:
+            self._counts[reason] += 1
+            count = self._counts[reason]
+            if count <= self.NAMED:
+                log.warning("skipped %s: %s%s", key, reason, f" ({detail})" if detail else "")
+            elif count in (10, 100) or count % 1000 == 0:
+                log.warning("skipped so far: %s", ", ".join(f"{n} {r}" for r, n in self._counts.most_common()))
+
+
+def _check_division(partition: str, images: int, streams: int, world_size: int) -> None:
+    fitting = [v for v in range(1, images + 1) if images % v == 0 and v % world_size == 0]
+    if streams in fitting:
+        return
+    if images % streams:
+        problem = f"partitions.{partition}.images={images} is no multiple of data.streams={streams}"
+    else:
+        problem = f"data.streams={streams} cannot be shared by the {world_size} ranks of partition {partition!r}"
+    remedy = f"use data.streams={_nearest(fitting, streams)}" if fitting else f"use images that {world_size} ranks divide"
+    raise DataError(f"{problem}; {remedy} (a saved position needs the number of streams it was made with)")
+
+
+def _nearest(candidates: list[int], value: int) -> str:
+    return " or ".join(map(str, sorted(sorted(candidates, key=lambda v: abs(v - value))[:2])))
+
+
+def _states(position: dict[str, Any] | None, header: dict[str, Any], mine: range) -> dict[int, dict[str, Any]]:
+    if position is None:
+        return {}
+    _check_same(position, header)
+    states = {state["stream"]: state for state in position["states"]}
+    missing = [index for index in mine if index not in states]
+    if missing:
+        raise DataError(
+            f"the saved position holds streams {min(states)}-{max(states)} and this rank needs {missing[0]}-{missing[-1]}; "
+            "give the positions of all ranks (merge_positions)"
+        )
+    return {index: states[index] for index in mine}
+
+
+def _check_same(saved: dict[str, Any], header: dict[str, Any]) -> None:
+    before, now = saved["streams"], header["streams"]
+    if before != now:
+        raise DataError(f"the saved position has {before} streams and this job {now}; use data.streams={before}")
+    for name in saved["sources"].keys() | header["sources"].keys():
+        before, now = saved["sources"].get(name, "absent"), header["sources"].get(name, "absent")
+        if before != now:
+            raise DataError(
+                f"data.sources.{name} is not what the run was started with: {before} then, {now} now "
+                "(number and hash of names); restore it, or start a new run from these weights"
+            )
+
+
+def _fit_workers(wanted: int, streams: int) -> int:
+    """The largest number of loader processes that the rank's streams can be shared by."""
+    workers = max((w for w in range(1, wanted + 1) if streams % w == 0), default=0)
+    if workers < wanted:
+        log.info("engine.workers=%d: %d are used, which divide the %d streams of this rank", wanted, workers, streams)
+    return workers
+
+
+def _same(item: Any) -> Any:
+    return item
+
+
+def _kill(workers: list[Any]) -> None:
+    """End loader processes at once: they are deaf to SIGTERM, so an exit would wait for them for ever."""
+    for worker in workers:
+        worker.kill()

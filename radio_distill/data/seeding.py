@@ -1,0 +1,23 @@
+"""Seeds and orders that are a function of names and numbers alone, never of a process, a rank or a clock."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from functools import lru_cache
+
+__all__ = ["stable_hash", "shard_order"]
+
+
+def stable_hash(*parts: str | int) -> int:
+    """Return 63 bits that depend only on `parts`, in every process and on every machine (Python's own hash does not)."""
+    text = "\x1f".join(map(str, parts))
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=8).digest(), "big") >> 1
+
+
+@lru_cache(maxsize=16)
+def shard_order(seed: int, epoch: int, num_shards: int) -> tuple[int, ...]:
+    """Return the permutation of a source's shards in one epoch; all streams of a source slice the same one."""
+    order = list(range(num_shards))
+    random.Random(stable_hash(seed, "shards", epoch)).shuffle(order)
+    return tuple(order)

@@ -1,0 +1,136 @@
+"""Write WebDataset shards from folders or other shards (`radio-distill shards IN OUT`), and look at what is there.
+
+A source in few, large or unshuffled files becomes many tars of equal length in random order, which is what readers want.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import os
+import random
+import shutil
+import tarfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from math import ceil
+from pathlib import Path
+
+from ..config.recipe import Source
+from ..errors import DataError
+from .reading import Raw, ShardError, read_shard
+from .sources import Listing, is_url, list_source
+from .tar import raise_file_limit
+
+__all__ = ["INDEX", "ShardSummary", "make_shards", "scan"]
+
+INDEX = "index.json"
+"""File beside the shards: `{"shards": {NAME: samples}}`."""
+
+SIDECARS = ("txt", "json", "cls")
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ShardSummary:
+    """What a cheap look at a source shows; nothing is decoded."""
+
+    shards: int
+    """Tars; for folders of images, the images, each of which can be a virtual shard of its own."""
+    bytes: int | None
+    """Size of all local files; None when some shards are remote."""
+    samples: int | None
+    """Where an index or a folder says it; None when the shards would have to be read."""
+
+
+def scan(name: str, source: Source) -> ShardSummary:
+    """Check that a source of the recipe exists and can be read, and say how large it is.
+
+    Raises DataError naming the first missing, empty or unreadable shard. Remote shards are not contacted.
+    """
+    listing = list_source(name, source)
+    paths = [shard.url for shard in listing.tars] or [os.path.join(listing.root, file) for file in listing.files]
+    local = [path for path in paths if not is_url(path)]
+    for path in local[:1] if listing.files else local:
+        if not os.access(path, os.R_OK):
+            raise DataError(f"data.sources.{name}: {path} cannot be read; check its permissions")
+    sizes = [os.stat(path).st_size for path in local]
+    empty = next((path for path, size in zip(local, sizes) if size == 0), None)
+    if empty and listing.tars:
+        raise DataError(f"data.sources.{name}: {empty} is empty (0 bytes); write it again or leave it out")
+    samples = len(listing.files) or _indexed(listing)
+    return ShardSummary(listing.max_streams, sum(sizes) if len(local) == len(paths) else None, samples)
+
+
+def make_shards(source: Path | str, out: Path | str, *, count: int = 1000, seed: int = 0) -> list[Path]:
+    """Write all samples of `source` (a folder of images, or local shards) to `out/000000.tar`, ..., in random order.
+
+    Every shard gets `count` samples or one less, as evenly as possible; at least as many shards as that takes. Images are
+    copied byte by byte; files beside them with the same stem (.txt, .json, .cls) and all members of tar samples go along.
+    `out` appears when it is complete. Raises DataError when it is not empty or when a shard is damaged.
+    """
+    out = Path(out)
+    if out.exists() and any(out.iterdir()):
+        raise DataError(f"{out} is not empty; give a folder that does not exist yet")
+    raise_file_limit()
+    samples = list(_samples(list_source("in", Source(path=str(source)))))
+    random.Random(seed).shuffle(samples)
+    num = ceil(len(samples) / count)
+    cuts = [i * len(samples) // num for i in range(num + 1)]
+    unfinished = out.with_name(out.name + ".part")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    names = [f"{i:06d}.tar" for i in range(num)]
+    for name, (start, stop) in zip(names, pairwise(cuts)):
+        _write(unfinished / name, samples[start:stop], start)
+    index = {"shards": {name: stop - start for name, (start, stop) in zip(names, pairwise(cuts))}}
+    (unfinished / INDEX).write_text(json.dumps(index, indent=1) + "\n")
+    if out.exists():
+        out.rmdir()
+    unfinished.rename(out)
+    log.info("%d samples in %d shards in %s", len(samples), num, out)
+    return [out / name for name in names]
+
+
+def _samples(listing: Listing) -> Iterator[Raw]:
+    for shard in listing.tars:
+        if is_url(shard.url):
+            raise DataError(f"{shard.url} is remote; copy the shards to this machine first")
+        try:
+            yield from read_shard(shard)
+        except ShardError as error:
+            raise DataError(f"{shard.url} is damaged: {error}; mend it or leave it out") from error
+    for file in listing.files:
+        stem, _, suffix = os.path.join(listing.root, file).rpartition(".")
+        members = [suffix, *(s for s in SIDECARS if os.path.isfile(f"{stem}.{s}"))]
+        yield Raw(file.rpartition(".")[0], {member.lower(): Path(f"{stem}.{member}").read_bytes for member in members})
+
+
+def _write(path: Path, samples: list[Raw], start: int) -> None:
+    """A running number before each name keeps samples of one stem apart; dots would be taken for the extension."""
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
+        for number, (key, parts) in enumerate(samples, start=start):
+            stem = f"{number:08d}-{os.path.basename(key).replace('.', '_')}"
+            for suffix, read in parts.items():
+                _add(tar, f"{stem}.{suffix}", read)
+
+
+def _add(tar: tarfile.TarFile, name: str, read: Callable[[], bytes]) -> None:
+    data = read()
+    member = tarfile.TarInfo(name)  # time, owner and mode stay at constants: same samples, same bytes
+    member.size = len(data)
+    tar.addfile(member, io.BytesIO(data))
+
+
+def _indexed(listing: Listing) -> int | None:
+    """The sum of the indices beside the shards; None unless they name every shard."""
+    total = 0
+    for shard in listing.tars:
+        index = Path(shard.url).with_name(INDEX)
+        counts = json.loads(index.read_text()).get("shards", {}) if not is_url(shard.url) and index.is_file() else {}
+        if os.path.basename(shard.url) not in counts:
+            return None
+        total += counts[os.path.basename(shard.url)]
+    return total

@@ -1,0 +1,156 @@
+"""A stream: one endless, seeded sequence of undecoded samples out of weighted sources, and its place as plain data.
+
+Stream v of V reads every V-th shard of each source's permutation of the epoch, permutes its samples in blocks, and draws
+the source of every sample by weight. Nothing depends on who runs the stream, so any number of ranks and loader processes
+sees the same samples, and a stream can be set up again at the place where it was.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Iterator
+from itertools import accumulate, islice
+from typing import Any, NamedTuple
+
+from ..errors import DataError
+from .reading import Raw, ShardError, read_shard
+from .seeding import shard_order, stable_hash
+from .sources import Shard
+
+__all__ = ["Bad", "Feed", "Sample", "Stream"]
+
+GIVE_UP = 20  # unreadable shards of one source in a row: a server or a mount is gone
+
+
+class Feed(NamedTuple):
+    """One source, as streams read it."""
+
+    name: str
+    weight: float
+    shards: tuple[Shard, ...]
+
+
+class Sample(NamedTuple):
+    """One undecoded sample of the sequence."""
+
+    key: str
+    """`source/shard/sample`."""
+    seed: int
+    """Function of (seed, source, epoch, sample)."""
+    raw: Raw
+
+
+class Bad(NamedTuple):
+    """A sample or a shard that could not be used."""
+
+    key: str
+    reason: str
+    """A few words from a small set; counted by it."""
+    detail: str = ""
+
+
+class Stream:
+    """Iterates over `Sample`s without end. `bad` collects unreadable shards until someone empties it."""
+
+    def __init__(self, feeds: tuple[Feed, ...], index: int, streams: int, *, seed: int, order: str, shuffle: int) -> None:
+        """Start stream `index` of `streams` at its beginning.
+
+        `seed` and `order` (the partition's name: two partitions go different ways through the data) fix the sequence,
+        `seed` alone the seeds of the samples; `shuffle` is the number of samples that are permuted together.
+        """
+        self.index = index
+        self.bad: list[Bad] = []
+        self.counts: Counter[str] = Counter()
+        self._seed = stable_hash(seed, order, "source", index)
+        self._drawn = 0
+        self._bounds = list(accumulate(feed.weight for feed in feeds))
+        self._readers = {
+            feed.name: _Reader(feed, index, streams, seed=seed, order=order, shuffle=shuffle, bad=self.bad) for feed in feeds
+        }
+
+    def __iter__(self) -> Iterator[Sample]:
+        return self
+
+    def __next__(self) -> Sample:
+        draw = stable_hash(self._seed, self._drawn) / 2**63 * self._bounds[-1]
+        chosen = next(name for name, bound in zip(self._readers, self._bounds) if draw < bound or bound == self._bounds[-1])
+        self._drawn += 1
+        return next(self._readers[chosen])
+
+    def state(self) -> dict[str, Any]:
+        """Return the place after the last sample: plain numbers and strings, good for JSON."""
+        sources = {name: [r.epoch, r.shard, r.offset] for name, r in self._readers.items()}
+        return {"stream": self.index, "drawn": self._drawn, "sources": sources, "bad": dict(self.counts)}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Go to the place that `state` describes."""
+        self._drawn = state["drawn"]
+        self.counts = Counter(state["bad"])
+        for name, reader in self._readers.items():
+            reader.epoch, reader.shard, reader.offset = state["sources"][name]
+
+
+class _Reader:
+    """The way of one stream through one source: epoch, place in this epoch's shards, samples taken of that shard."""
+
+    def __init__(self, feed: Feed, index: int, streams: int, *, seed: int, order: str, shuffle: int, bad: list[Bad]) -> None:
+        self.epoch = self.shard = self.offset = 0
+        self._feed, self._index, self._streams = feed, index, streams
+        self._order = stable_hash(seed, order, feed.name)
+        self._seed = stable_hash(seed, feed.name)
+        self._shuffle = shuffle
+        self._bad = bad
+        self._failed: set[str] = set()
+        self._samples = self._run()
+
+    def __next__(self) -> Sample:
+        return next(self._samples)
+
+    def _run(self) -> Iterator[Sample]:
+        while True:
+            mine = shard_order(self._order, self.epoch, len(self._feed.shards))[self._index :: self._streams]
+            while self.shard < len(mine):
+                yield from self._read(self._feed.shards[mine[self.shard]])
+                self.shard, self.offset = self.shard + 1, 0
+            self.epoch, self.shard = self.epoch + 1, 0
+
+    def _read(self, shard: Shard) -> Iterator[Sample]:
+        number, error = self.offset // self._shuffle, ""
+        samples = read_shard(shard)
+        try:
+            skipped = sum(1 for _ in islice(samples, number * self._shuffle))
+        except ShardError as cut:
+            skipped, error = 0, str(cut)
+        while not error:
+            block, error = _take(samples, self._shuffle)
+            random.Random(stable_hash(self._order, "block", self.epoch, shard.name, number)).shuffle(block)
+            for raw in block[self.offset - number * self._shuffle :]:
+                self.offset += 1
+                self._failed.clear()
+                yield Sample(f"{self._feed.name}/{raw.key}", stable_hash(self._seed, self.epoch, raw.key), raw)
+            if len(block) < self._shuffle and not error:
+                error = "" if skipped + len(block) else "holds no sample"
+                break
+            number += 1
+        if error:
+            self._report(shard, error)
+
+    def _report(self, shard: Shard, error: str) -> None:
+        self._bad.append(Bad(f"{self._feed.name}/{shard.name}", "unreadable shard", error))
+        self._failed.add(shard.name)
+        if len(self._failed) >= min(GIVE_UP, len(self._feed.shards)):
+            raise DataError(
+                f"data.sources.{self._feed.name}: {len(self._failed)} of {len(self._feed.shards)} shards could not be read, "
+                f"one after the other; the last was {shard.url or shard.root}: {error}"
+            )
+
+
+def _take(samples: Iterator[Raw], count: int) -> tuple[list[Raw], str]:
+    """Up to `count` samples, and why there are no more where the shard is damaged."""
+    block: list[Raw] = []
+    try:
+        block.extend(islice(samples, count))
+    except ShardError as error:
+        return block, str(error)
+    return block, ""

@@ -1,0 +1,149 @@
+"""Views: from the bytes of an image to the uint8 pixels that the student and every teacher see.
+
+One random-resized crop per sample, shared by all; cut out first, then resized once per distinct size (never a resize of a
+resize). Consumers of one size share one tensor. Pixels stay uint8: mean and std are each model's own business, on the device.
+
+Shapes: B batch, H W pixels, S side of a view.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import weakref
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..config.recipe import Data
+from ..types import View
+from .crops import Box, Shift, draw_crop, draw_shift, make_room
+from .decode import BadImage, Pixels, decode, read_header
+from .mosaic import mosaic, unmosaic
+from .seeding import stable_hash
+
+__all__ = ["Canvas", "ViewCutter", "ViewSpec", "as_views", "mosaic", "resize_into", "unmosaic"]
+
+HIGH_RESOLUTION = 768
+"""From this side on, images smaller than half of it are skipped: they would be enlarged more than twice (recipe.md 1.6)."""
+
+
+class ViewSpec(NamedTuple):
+    """What one consumer needs."""
+
+    name: str
+    """`student` or the teacher's name in the partition."""
+    size: int
+    """Side in pixels."""
+    patch: int
+    """Side of its patches, the unit of shifts."""
+
+
+class Canvas(NamedTuple):
+    """Pixels and boxes of a batch that is being filled, one pair for all `names`."""
+
+    names: tuple[str, ...]
+    size: int
+    patch: int
+    images_B3SS: Tensor
+    boxes_B4: Tensor
+
+
+class ViewCutter:
+    """Decodes, crops, flips and resizes samples for one partition."""
+
+    def __init__(self, specs: Sequence[ViewSpec], data: Data, *, size: int) -> None:
+        """Cut for `specs` as `data` says; `size` is the partition's, and decides which images are too small."""
+        self._specs = tuple(specs)
+        self._data = data
+        self._min_side = max(data.min_side, size // 2) if size >= HIGH_RESOLUTION else data.min_side
+        self._pool = _Pool()
+
+    def blank(self, count: int) -> list[Canvas]:
+        """Return canvases for `count` samples: one for each size, or for each consumer where crops are shifted."""
+        groups: dict[object, list[ViewSpec]] = {}
+        for spec in self._specs:
+            groups.setdefault(spec.name if self._data.shift_std else spec.size, []).append(spec)
+        return [self._canvas(group, count) for group in groups.values()]
+
+    def cut(self, data: bytes, seed: int, canvases: Sequence[Canvas], index: int) -> None:
+        """Fill row `index` of every canvas from an encoded image. Raises BadImage; then the row is undefined.
+
+        Everything random comes from `seed` (and, for shifts, the consumer's name).
+        """
+        header = read_header(data, max_pixels=self._data.max_pixels)
+        if min(header.height, header.width) < self._min_side:
+            raise BadImage("too small", f"{header.width} x {header.height} pixels, at least {self._min_side} wanted")
+        rng = random.Random(seed)
+        crop = draw_crop(rng, header.height, header.width, self._data.crop)
+        flip = rng.random() < self._data.crop.flip
+        shifts = [self._shift(seed, canvas) for canvas in canvases]
+        crop = make_room(crop, shifts) if self._data.shift_std else crop
+        largest = max(canvas.size for canvas in canvases)
+        pixels = decode(data, header, min_height=math.ceil(largest / crop.height), min_width=math.ceil(largest / crop.width))
+        _paint(torch.from_numpy(pixels), crop, shifts, canvases, index, flip=flip)
+
+    def _shift(self, seed: int, canvas: Canvas) -> Shift:
+        if not self._data.shift_std:
+            return Shift()
+        rng = random.Random(stable_hash(seed, canvas.names[0]))
+        return draw_shift(rng, self._data.shift_std, canvas.patch, canvas.size)
+
+    def _canvas(self, group: list[ViewSpec], count: int) -> Canvas:
+        spec = group[0]
+        images = self._pool.take((count, spec.size, spec.size, 3)).permute(0, 3, 1, 2)
+        return Canvas(tuple(s.name for s in group), spec.size, spec.patch, images, torch.empty(count, 4))
+
+
+def as_views(canvases: Sequence[Canvas]) -> dict[str, View]:
+    """Return the filled canvases by consumer; consumers of one canvas get the same tensors."""
+    return {name: View(canvas.images_B3SS, canvas.boxes_B4) for canvas in canvases for name in canvas.names}
+
+
+def resize_into(out_3SS: Tensor, crop_HW3: Tensor) -> None:
+    """Resize uint8 pixels into `out`, a channels-last image: bicubic, antialiased, as Pillow does it (within one level).
+
+    The same operator as `F.interpolate(mode="bicubic", antialias=True)`. Its `out` form saves fresh memory for every image,
+    which costs more than the resize itself; bicubic because CLIP, SigLIP and DINO were trained on bicubic pixels.
+    """
+    source = crop_HW3.permute(2, 0, 1)[None]
+    torch.ops.aten._upsample_bicubic2d_aa.out(source, out_3SS.shape[-2:], False, out=out_3SS[None])
+
+
+def _paint(
+    pixels_HW3: Tensor, crop: Box, shifts: Sequence[Shift], canvases: Sequence[Canvas], index: int, *, flip: bool
+) -> None:
+    """Cut whole pixels: the boxes say where the cut really lies, so that maps can be aligned exactly."""
+    total_rows, total_columns = pixels_HW3.shape[:2]
+    rows, columns = max(1, round(crop.height * total_rows)), max(1, round(crop.width * total_columns))
+    top = min(round(crop.top * total_rows), total_rows - rows)
+    left = min(round(crop.left * total_columns), total_columns - columns)
+    cut = {}
+    for canvas, shift in zip(canvases, shifts):
+        down = min(max(round(shift.down * rows), -top), total_rows - rows - top)
+        right = min(max(round(shift.right * columns), -left), total_columns - columns - left)
+        if (down, right) not in cut:
+            part = pixels_HW3[top + down : top + down + rows, left + right : left + right + columns]
+            cut[down, right] = part.permute(2, 0, 1).flip(2).permute(1, 2, 0) if flip else part
+        resize_into(canvas.images_B3SS[index], cut[down, right])
+        x, y = (-right if flip else right) / columns, down / rows
+        canvas.boxes_B4[index] = torch.tensor([x, y, x + 1, y + 1])
+
+
+class _Pool:
+    """Memory for batches, handed out again as soon as no tensor uses it: fresh pages cost more than a resize."""
+
+    def __init__(self) -> None:
+        self._buffers: list[tuple[Pixels, weakref.ref[Pixels]]] = []
+
+    def take(self, shape: tuple[int, ...]) -> Tensor:
+        """Return a uint8 tensor of undefined values; the memory stays its own until it and all its views are gone."""
+        size = math.prod(shape)
+        free = next((i for i, (buffer, user) in enumerate(self._buffers) if buffer.size == size and user() is None), None)
+        buffer = np.empty(size, np.uint8) if free is None else self._buffers.pop(free)[0]
+        user = buffer.view()  # the tensor keeps this array alive, and nobody else does
+        self._buffers.append((buffer, weakref.ref(user)))
+        return torch.from_numpy(user).view(shape)

@@ -1,0 +1,172 @@
+"""What one loader process does: run its streams, decode, and hand over its part of every batch.
+
+The same code runs in the training process when there are no workers.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections import Counter, deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from multiprocessing import connection, parent_process
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import IterableDataset, get_worker_info
+
+from ..config.recipe import Data
+from ..errors import DataError
+from ..types import View
+from .decode import BadImage
+from .stream import Bad, Feed, Sample, Stream
+from .tar import raise_file_limit
+from .views import Canvas, ViewCutter, ViewSpec, as_views
+
+__all__ = ["Part", "Parts", "start_worker"]
+
+
+@dataclass(frozen=True)
+class Part:
+    """The images of some consecutive streams in one step."""
+
+    keys: tuple[str, ...]
+    seeds_B: Tensor
+    views: dict[str, View]
+    states: list[dict[str, Any]]
+    """Of the streams, after these images."""
+    bad: list[Bad]
+    """What was left out on the way."""
+
+
+class Parts(IterableDataset[Part | DataError]):
+    """Endless parts of one rank's batches; worker w of W runs the w-th of W blocks of the rank's streams.
+
+    An error is yielded, not raised: it has to arrive in the training process with its message and nothing else.
+    """
+
+    def __init__(
+        self,
+        feeds: tuple[Feed, ...],
+        specs: tuple[ViewSpec, ...],
+        data: Data,
+        *,
+        partition: str,
+        size: int,
+        seed: int,
+        streams: int,
+        indices: range,
+        quota: int,
+        states: dict[int, dict[str, Any]],
+    ) -> None:
+        """Prepare the streams `indices` of `streams`, each giving `quota` images a step, from `states` where given."""
+        self._feeds, self._specs, self._data = feeds, specs, data
+        self._partition, self._size, self._seed = partition, size, seed
+        self._streams, self._indices, self._quota, self._states = streams, indices, quota, states
+
+    def __iter__(self) -> Iterator[Part | DataError]:
+        info = get_worker_info()
+        worker, workers = (info.id, info.num_workers) if info else (0, 1)
+        block = len(self._indices) // workers
+        streams = [self._stream(index) for index in self._indices[worker * block : (worker + 1) * block]]
+        cutter = ViewCutter(self._specs, self._data, size=self._size)
+        watch = _Watch(self._data.max_bad)
+        try:
+            while True:
+                yield self._part(streams, cutter, watch)
+        except DataError as error:
+            yield error
+
+    def _stream(self, index: int) -> Stream:
+        stream = Stream(self._feeds, index, self._streams, seed=self._seed, order=self._partition, shuffle=self._data.shuffle)
+        if index in self._states:
+            stream.load(self._states[index])
+        return stream
+
+    def _part(self, streams: list[Stream], cutter: ViewCutter, watch: _Watch) -> Part:
+        canvases = cutter.blank(len(streams) * self._quota)
+        samples: list[Sample] = []
+        bad: list[Bad] = []
+        for number, stream in enumerate(streams, start=1):
+            while len(samples) < number * self._quota:
+                sample = next(stream)
+                failure = _cut(cutter, sample, canvases, len(samples))
+                failures = [*stream.bad, *([failure] if failure else [])]
+                stream.bad.clear()
+                stream.counts.update(b.reason for b in failures)
+                bad.extend(failures)
+                watch.see(failures)
+                if failure is None:
+                    samples.append(sample)
+        seeds_B = torch.tensor([sample.seed for sample in samples])
+        return Part(tuple(s.key for s in samples), seeds_B, as_views(canvases), [s.state() for s in streams], bad)
+
+
+def _cut(cutter: ViewCutter, sample: Sample, canvases: list[Canvas], index: int) -> Bad | None:
+    """Put a sample into row `index`; says what is wrong with it where that cannot be done."""
+    read = sample.raw.image
+    if read is None:
+        return Bad(sample.key, "no image", f"members: {', '.join(sample.raw.parts)}")
+    try:
+        cutter.cut(read(), sample.seed, canvases, index)
+    except BadImage as error:
+        return Bad(sample.key, error.reason, error.detail)
+    except OSError as error:
+        return Bad(sample.key, "unreadable", str(error))
+    return None
+
+
+class _Watch:
+    """Stops the run when too many of the recent samples could not be used."""
+
+    WINDOW, AT_LEAST = 1000, 100
+    FEW = 0.05  # of the samples large enough: below that the source does not fit the partition
+
+    def __init__(self, max_bad: float) -> None:
+        self._max_bad = max_bad
+        self._recent: deque[Bad | None] = deque(maxlen=self.WINDOW)
+
+    def see(self, failures: list[Bad]) -> None:
+        """Take note of one sample: what was wrong with it and, before it, with shards; nothing when all is well."""
+        self._recent.extend(failures or [None])
+        if not failures or len(self._recent) < self.AT_LEAST:
+            return
+        small = sum(1 for b in self._recent if b and b.reason == "too small")
+        bad = [b for b in self._recent if b and b.reason != "too small"]
+        if len(bad) > self._max_bad * len(self._recent):
+            raise DataError(
+                f"{len(bad)} of the last {len(self._recent)} samples could not be used, "
+                f"more than data.max_bad={self._max_bad:g}: {_summary(bad)}; "
+                "mend or leave out these shards, or raise data.max_bad"
+            )
+        if small > (1 - self.FEW) * len(self._recent):
+            raise DataError(
+                f"{small} of the last {len(self._recent)} images are too small ({failures[-1].detail}); "
+                "use a source with larger images or a partition of lower size"
+            )
+
+
+def _summary(bad: list[Bad]) -> str:
+    counts = Counter(b.reason for b in bad).most_common()
+    examples = [next(b for b in reversed(bad) if b.reason == reason) for reason, _ in counts[:3]]
+    shown = ", ".join(f"{b.key} ({b.detail or b.reason})" for b in examples)
+    return f"{', '.join(f'{count} {reason}' for reason, count in counts)}; such as {shown}"
+
+
+def start_worker(_: int) -> None:
+    """Set up a loader process: one thread, deaf to the trainer's signals, and gone as soon as the trainer is."""
+    torch.set_num_threads(1)
+    raise_file_limit()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+
+
+def _exit_with_parent() -> None:
+    parent = parent_process()
+    if parent is not None:
+        connection.wait([parent.sentinel])
+        os._exit(1)
