@@ -41,4 +41,5 @@ def set_damp_step(module: nn.Module, seed: int, step: int) -> None:
     """Choose the noise of a step; call it on every rank before the step's first forward."""
     for noise in module.modules():
         if isinstance(noise, WeightNoise):
+            # a tuple of ints hashes to the same number in every process
             noise.seed = hash((seed, step, noise.index)) & ((1 << 63) - 1)

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import CheckpointError
+from ..paths import expand
 from .checkpoints import open_student, read_tensors
 from .damp import apply_damp
 from .keys import canonical
@@ -44,12 +45,11 @@ def start_weights(student: Student, start: Start) -> set[str]:
     """
     if start.kind == "scratch":
         return set()
+    source = expand(start.source)
     if start.kind == "timm":
-        state = _from_timm(student, start.source)
+        state = _from_timm(student, source)
     else:
-        path = Path(start.source)
-        ema = path / "ema"
-        state = _from_student(student, open_student(ema if start.ema and ema.is_dir() else path, ema=start.ema))
+        state = _from_student(student, open_student(source, ema=start.ema))
     return _load(student, _fit(student, state))
 
 

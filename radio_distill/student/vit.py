@@ -51,9 +51,11 @@ class Attention(TimmAttention):
 
 
 class FlashAttention(Attention):
-    """The same through the flash_attn package (CUDA, bf16 or fp16)."""
+    """The same through the flash_attn package, which has kernels for bf16 and fp16 alone: fp32 takes torch's."""
 
     def attend(self, qkv_BN3hd: Tensor) -> Tensor:
+        if qkv_BN3hd.dtype == torch.float32:
+            return super().attend(qkv_BN3hd)
         from flash_attn import flash_attn_qkvpacked_func
 
         return flash_attn_qkvpacked_func(qkv_BN3hd)
@@ -157,5 +159,5 @@ class Trunk(VisionTransformer):
 
     def _run(self, block: nn.Module, tokens: Tensor) -> Tensor:
         if self.grad_checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, tokens, use_reentrant=False)
+            return checkpoint(block, tokens, use_reentrant=False, preserve_rng_state=False)  # blocks draw nothing
         return block(tokens)
