@@ -73,7 +73,7 @@ def _add_commands_that_look(commands: Any) -> None:
     listing.add_argument("what", nargs="?", choices=["teachers", "recipes", "students"], help="one table; default: all")
     plan = _add(commands, "plan", "what a recipe will cost: FLOPs, memory, hours, disk, who does what")
     _add_recipe(plan)
-    plan.add_argument("--gpus", type=_positive, default=8, help="number of GPUs, one rank each (8)")
+    plan.add_argument("--gpus", type=_positive, default=1, help="number of GPUs, one rank each (1)")
     plan.add_argument("--gpu", default="h200", help="a100, h100, h200, b200, ... (h200)")
     plan.add_argument("--utilisation", type=float, default=0.45, help="share of the reachable bf16 rate that is used (0.45)")
     plan.add_argument("--json", action="store_true", help="print JSON")

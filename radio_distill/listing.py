@@ -86,7 +86,7 @@ def local_weights(card: TeacherCard) -> Path | None:
 def how_to_get(card: TeacherCard) -> str:
     """What to do when the weights are not here."""
     hub = hub_id(card.source)
-    if hub is None:
+    if hub is None or card.family == "run":
         return f"put them at {card.source}, or give the card another source"
     revision = f" --revision {card.revision}" if card.revision else ""
     return f"on a machine with a network: hf download {hub}{revision}   (licence: {card.licence})"

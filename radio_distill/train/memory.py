@@ -14,7 +14,15 @@ from ..student.arch import HeadArch, StudentArch
 from ..teachers.arch import Arch
 from ..teachers.base import load_teacher
 
-__all__ = ["StateBytes", "head_parameters", "partition_bytes", "state_bytes", "teacher_parameters", "trunk_parameters"]
+__all__ = [
+    "StateBytes",
+    "checkpoint_bytes",
+    "head_parameters",
+    "partition_bytes",
+    "state_bytes",
+    "teacher_parameters",
+    "trunk_parameters",
+]
 
 ACTIVATION_BYTES = 34
 """Bytes kept per token, channel and block for the backward pass in bf16 (docs/performance.md)."""
@@ -58,6 +66,11 @@ def teacher_parameters(card: TeacherCard) -> int:
     block = _block_parameters(arch.width, arch.mlp, gated=arch.gated)
     rows = arch.positions + arch.prefix + 3 * card.input.patch**2
     return (arch.depth + arch.map_pool) * block + rows * arch.width
+
+
+def checkpoint_bytes(student: StudentArch) -> int:
+    """Bytes of one checkpoint: fp32 weights, two moments, EMA, exported student."""
+    return 20 * (trunk_parameters(student) + head_parameters(student))
 
 
 def state_bytes(recipe: Recipe, cards: dict[str, TeacherCard], student: StudentArch, world_size: int) -> StateBytes:

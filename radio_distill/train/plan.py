@@ -14,7 +14,7 @@ from ..config.load import cards_of
 from ..config.recipe import Partition, Recipe
 from ..errors import RecipeError
 from .cost import PartitionCost, partition_cost, student_of
-from .memory import head_parameters, partition_bytes, state_bytes, teacher_parameters, trunk_parameters
+from .memory import checkpoint_bytes, head_parameters, partition_bytes, state_bytes, teacher_parameters, trunk_parameters
 from .partition import Assignment, assign
 from .run import run_path
 
@@ -115,7 +115,7 @@ def plan(recipe: Recipe, *, world_size: int, gpu: str = "h200", utilisation: flo
     seconds = max(per_rank) / (rate * utilisation)
     hours = seconds * recipe.optim.steps / 3600
     state = state_bytes(recipe, cards, student, world_size)
-    checkpoint_gib = 20 * (trunk_parameters(student) + head_parameters(student)) / GIB  # weights, moments, EMA, export
+    checkpoint_gib = checkpoint_bytes(student) / GIB
     memory = state.total / GIB + max(p.memory_gib for p in partitions) + RESERVE_GIB
     gpu_gib = gpu_gb * 1e9 / GIB
     return Plan(

@@ -1,0 +1,176 @@
+"""`radio-distill doctor [RECIPE]`: is everything here that a training needs? Looks, opens files, asks no network."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shutil
+from collections.abc import Iterator, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+
+from .config.load import cards_of, load_recipe
+from .config.recipe import Recipe
+from .errors import RadioDistillError
+from .listing import cached_weights, how_to_get, hub_id, local_weights, make_table, wide_console
+from .paths import cache_dir, expand
+
+__all__ = ["Finding", "examine_machine", "examine_recipe", "main"]
+
+PACKAGES = ("torch", "torchvision", "deepspeed", "timm", "open_clip_torch", "transformers", "webdataset", "pydantic")
+VARIABLES = ("HF_HOME", "HF_HUB_OFFLINE", "WANDB_MODE", "CUDA_VISIBLE_DEVICES", "DS_ACCELERATOR", "OMP_NUM_THREADS")
+
+
+class Finding(NamedTuple):
+    """One line of the report."""
+
+    what: str
+    text: str
+    missing: bool = False
+    """True when the recipe cannot run without it; `text` then says what to do."""
+
+
+def main(recipe: str | None, overrides: Sequence[str] = ()) -> int:
+    """Print the findings; 1 when something is missing that the recipe needs, else 0."""
+    findings = list(examine_machine())
+    if recipe is not None:
+        findings += examine_recipe(load_recipe(recipe, overrides))
+    table = make_table("", "what state", "detail")
+    for finding in findings:
+        table.add_row(finding.what, "MISSING" if finding.missing else "ok", finding.text)
+    wide_console().print(table)
+    return int(any(finding.missing for finding in findings))
+
+
+def examine_machine() -> Iterator[Finding]:
+    """Versions, processors, compiler, disk, environment. Nothing here is missing: a CPU and Python are enough to start."""
+    import torch
+    import torch.distributed as dist
+
+    yield Finding("python", platform.python_version())
+    yield Finding("packages", ", ".join(f"{name} {_version(name)}" for name in PACKAGES))
+    yield Finding("cpu", f"{os.cpu_count()} cores, bf16: {_cpu_bf16()}")
+    gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    for i, gpu in enumerate(gpus):
+        bf16 = "bf16" if gpu.major >= 8 else "no bf16: set engine.precision=fp32"
+        yield Finding(f"gpu {i}", f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB, {bf16}")
+    if not gpus:
+        yield Finding("gpu", f"none (torch was built for CUDA {torch.version.cuda}); toy recipes run on the CPU")
+    nccl = ".".join(map(str, torch.cuda.nccl.version())) if gpus and dist.is_nccl_available() else "not in use"
+    yield Finding("collectives", f"NCCL {nccl}, gloo {'yes' if dist.is_gloo_available() else 'no'}")
+    compiler = shutil.which(os.environ.get("CXX", "c++")) or "none; not needed"
+    yield Finding("c++ compiler", compiler)
+    yield Finding("cache", f"{cache_dir()}, {_free_gib(cache_dir()):.0f} GiB free")
+    yield Finding("environment", ", ".join(f"{name}={os.environ.get(name, '(not set)')}" for name in VARIABLES))
+
+
+def examine_recipe(recipe: Recipe) -> Iterator[Finding]:
+    """What the recipe asks for: teachers, start, balancers, images, packages, disk."""
+    for name, card in cards_of(recipe).items():
+        path = local_weights(card)
+        yield Finding(f"teacher {name}", str(path) if path else how_to_get(card), missing=path is None)
+    yield from _start(recipe)
+    if recipe.balance.path:
+        path = Path(expand(recipe.balance.path))
+        text = str(path) if path.is_dir() else f"no folder {path}; make it with `radio-distill stats`"
+        yield Finding("balancers", text, missing=not path.is_dir())
+    yield from _images(recipe)
+    yield from _packages(recipe)
+    yield _disk(recipe)
+
+
+def _start(recipe: Recipe) -> Iterator[Finding]:
+    start = recipe.start
+    if start.kind == "scratch":
+        return
+    source = Path(expand(start.source))
+    if start.kind == "run":
+        from .train.checkpoint import latest
+
+        found, advice = latest(source), f"no checkpoint in {source}; train that stage first"
+    elif source.exists():
+        found, advice = source, ""
+    else:
+        hub = hub_id(start.source) if start.kind == "radio" else _timm_hub_id(start.source)
+        found = cached_weights(hub) if hub else None
+        advice = f"on a machine with a network: hf download {hub}" if hub else f"no file or hub id {start.source!r}"
+    yield Finding(f"start from {start.kind}", str(found) if found else advice, missing=found is None)
+
+
+def _images(recipe: Recipe) -> Iterator[Finding]:
+    from .data.reading import ShardError, read_shard
+    from .data.sources import list_source
+
+    if not recipe.data.sources:
+        yield Finding("images", "data.sources is empty; name your images: data.sources.train.path=FOLDER", missing=True)
+    for name, source in recipe.data.sources.items():
+        try:
+            listing = list_source(name, source)
+            shards = listing.shards(1)
+            samples = [sample for shard in (shards[0], shards[-1]) for sample in islice(read_shard(shard), 1)]
+        except (RadioDistillError, ShardError) as error:
+            yield Finding(f"images {name}", str(error), missing=True)
+            continue
+        count = f"{len(listing.tars)} shards" if listing.tars else f"{len(listing.files)} images"
+        empty = not samples or any(sample.image is None for sample in samples)
+        text = (
+            f"{count}, but no image at the start of the first or last one" if empty else f"{count}; first and last can be read"
+        )
+        yield Finding(f"images {name}", text, missing=empty)
+
+
+def _packages(recipe: Recipe) -> Iterator[Finding]:
+    wanted = {
+        "flash_attn": ("flash", recipe.student.attention == "flash", "or set student.attention=sdpa"),
+        "wandb": ("wandb", recipe.log.wandb is not None, "or set log.wandb=null"),
+        "tensorboard": ("tensorboard", recipe.log.tensorboard, "or set log.tensorboard=false"),
+    }
+    for module, (extra, needed, otherwise) in wanted.items():
+        if needed:
+            here = find_spec(module) is not None
+            text = "installed" if here else f'pip install "radio-distill[{extra}]", {otherwise}'
+            yield Finding(f"package {module}", text, missing=not here)
+
+
+def _disk(recipe: Recipe) -> Finding:
+    from .train.cost import student_of
+    from .train.memory import checkpoint_bytes
+    from .train.run import run_path
+
+    folder = run_path(recipe)
+    free = _free_gib(folder)
+    needed = checkpoint_bytes(student_of(recipe)) * (recipe.checkpoint.keep_last + 1) / 2**30
+    text = f"{folder}: {free:.0f} GiB free, {needed:.1f} GiB needed for checkpoints"
+    return Finding("disk", text if free > needed else f"{text}; free some, or set run=", missing=free <= needed)
+
+
+def _free_gib(path: Path) -> float:
+    path = path.absolute()
+    while not path.exists():
+        path = path.parent
+    return shutil.disk_usage(path).free / 2**30
+
+
+def _cpu_bf16() -> str:
+    """How well the CPU multiplies bf16 matrices, by its flags."""
+    info = Path("/proc/cpuinfo")
+    flags = set(re.findall(r"\w+", info.read_text())) if info.exists() else set()
+    return next((name for flag, name in (("amx_bf16", "AMX"), ("avx512_bf16", "AVX-512")) if flag in flags), "emulated")
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "(not installed)"
+
+
+def _timm_hub_id(name: str) -> str | None:
+    import timm
+
+    config = timm.get_pretrained_cfg(name.removeprefix("timm:").removeprefix("timm/"))
+    return config.hf_hub_id if config else None

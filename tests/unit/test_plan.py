@@ -1,0 +1,106 @@
+"""A plan's arithmetic against published tables and by hand; every shipped recipe plans."""
+
+import json
+
+import pytest
+
+from radio_distill.config.load import list_recipes, load_recipe
+from radio_distill.errors import RecipeError
+from radio_distill.train.plan import GPUS, plan, to_json
+from radio_distill.train.plan_text import render
+
+TOY = "toy/stage3"
+
+
+@pytest.mark.parametrize("name", list_recipes())
+def test_every_shipped_recipe_plans_on_one_rank_and_on_several(name):
+    recipe = load_recipe(name)
+    for world_size in (1, 2 if name.startswith("toy/") else 8):
+        result = plan(recipe, world_size=world_size)
+        assert result.memory_gib < result.gpu_gib or world_size == 1
+        assert recipe.name in render(result)
+        assert json.loads(to_json(result))["world_size"] == world_size
+
+
+@pytest.mark.parametrize(("name", "hours"), [("stage1", 1050), ("stage2", 1570), ("stage3", 2580)])
+def test_hours_are_those_that_the_recipes_promise(name, hours):
+    """Steps x FLOP / (0.45 x 790 TFLOP/s), worked out independently; within 1 %."""
+    assert plan(load_recipe(name), world_size=8).gpu_hours == pytest.approx(hours, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("card", "parameters"),
+    [("dfn_clip", 632e6), ("siglip", 428e6), ("dinov2", 1136e6), ("sam", 637e6)],
+)
+def test_teacher_parameters_are_those_of_the_published_models(card, parameters):
+    """Image towers: CLIP ViT-H 632 M, SO400M 428 M, DINOv2-g 1.1 B, SAM-H encoder 637 M."""
+    teachers = {t.name: t.parameters for t in plan(load_recipe("stage1"), world_size=1).teachers}
+    assert teachers[card] == pytest.approx(parameters, rel=0.01)
+
+
+def test_student_parameters_are_those_of_vit_l_with_a_2048_px_table():
+    assert plan(load_recipe("stage1"), world_size=1).trunk_parameters == pytest.approx(320e6, rel=0.01)
+
+
+def test_the_slowest_rank_sets_the_pace():
+    result = plan(load_recipe(TOY), world_size=6)
+    low, high = result.partitions
+    assert sorted(low.ranks + high.ranks) == list(range(6))
+    slowest = max(p.total_flop * p.images_per_rank for p in result.partitions)
+    assert result.step_seconds == pytest.approx(slowest / (GPUS["h200"][0] * 0.45))
+    assert result.gpu_hours == pytest.approx(result.step_seconds * 40 * 6 / 3600)
+
+
+def test_a_rank_gets_whole_mosaics():
+    low = plan(load_recipe("toy/stage1"), world_size=2).partitions[0]
+    assert (low.images_per_rank, low.ranks) == (16, (0, 1))
+    with pytest.raises(
+        RecipeError, match=r"partitions.low.images=32 \(in groups of 16 for mosaics\) cannot be divided among 4 ranks"
+    ):
+        plan(load_recipe("toy/stage1"), world_size=4)
+
+
+def test_smaller_forwards_and_sharding_need_less_memory():
+    base = plan(load_recipe("stage3"), world_size=8)
+    small = plan(load_recipe("stage3", ["partitions.low.micro_batch=16", "partitions.high.micro_batch=2"]), world_size=8)
+    assert small.memory_gib < base.memory_gib / 2
+    assert small.step_seconds == base.step_seconds
+    zero2 = plan(load_recipe("stage3", ["engine.zero=2"]), world_size=8)
+    assert base.state_gib - zero2.state_gib == pytest.approx(4 * (base.trunk_parameters + base.head_parameters) * 7 / 8 / 2**30)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "note"),
+    [
+        (["optim.freeze_trunk=40"], "the trunk never learns: optim.freeze_trunk 40 >= optim.steps 40"),
+        (["optim.warmup=99"], "the learning rate never reaches its peak: optim.warmup 99 >= optim.steps 40"),
+        (["balance.window=99"], "the balancers change until the end: balance.window 99 > optim.steps 40"),
+        ([], "no images yet: train needs data.sources.NAME.path=..."),
+    ],
+)
+def test_what_looks_wrong_is_noted(overrides, note):
+    result = plan(load_recipe(TOY, overrides), world_size=1)
+    assert note in result.notes
+    assert f"note: {note}" in render(result)
+
+
+def test_too_little_memory_is_noted_with_what_to_do():
+    notes = plan(load_recipe("stage3"), world_size=8, gpu="a100-40").notes
+    assert any("GiB are needed and the GPU has 37; set a smaller partitions.NAME.micro_batch" in note for note in notes)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"gpu": "h2000"}, "unknown GPU 'h2000'; known: a100"),
+        ({"utilisation": 1.5}, "utilisation is 1.5, expected a share from above 0 to 1"),
+    ],
+)
+def test_wrong_settings_are_refused(settings, message):
+    with pytest.raises(RecipeError, match=message):
+        plan(load_recipe(TOY), world_size=1, **settings)
+
+
+def test_a_forward_that_does_not_divide_a_ranks_images_is_refused():
+    with pytest.raises(RecipeError, match=r"partitions.low.micro_batch=5 does not divide the 16 images of a rank; use 4"):
+        plan(load_recipe(TOY, ["partitions.low.micro_batch=5"]), world_size=1)
