@@ -84,7 +84,8 @@ def _rename(card: TeacherCard, state: dict[str, Tensor], params: RadioParams) ->
         renamed[name] = tensor
     if params.layer_scale and not any(".layer_scale1." in name for name in renamed):  # transformers would take ones
         raise TeacherError(
-            f"teacher {card.name!r}: {card.source} has no LayerScale; set `params.layer_scale: false` in the card if it needs none"
+            f"teacher {card.name!r}: {card.source} has no LayerScale, which its card expects; "
+            "get the release's own file, or set `params.layer_scale: false` in the card if the model has none"
         )
     return renamed
 
@@ -96,7 +97,7 @@ def _take_out_conditioner(card: TeacherCard, model: Any) -> None:
     ours = [tuple(round(v, 6) for v in x) for x in (card.input.mean, card.input.std)]
     if theirs != ours:
         raise TeacherError(
-            f"teacher {card.name!r}: its weights want mean, std {theirs}, the card's input says {ours}; correct the card"
+            f"teacher {card.name!r}: its weights were trained with mean, std {theirs}, the card says {ours}; correct the card"
         )
 
 

@@ -1,4 +1,10 @@
-"""A student of ours as a teacher: the source of the card is a run folder or an exported student."""
+"""A student of ours as a teacher: the source of the card is a run folder, one of its checkpoints, or an export.
+
+family: run
+source: runs/proxy
+input: {size: 432, patch: 16, mean: [0, 0, 0], std: [1, 1, 1], resizable: true}   # its conditioner is inside
+output: {summary: 3072, features: 1024}                                            # of the backbone
+"""
 
 from __future__ import annotations
 
@@ -17,31 +23,37 @@ __all__ = ["RunNet", "build"]
 
 
 def build(card: TeacherCard, weights: Weights) -> nn.Module:
-    """Pixels in [0, 1] -> the student's summary and features; its input conditioner is inside.
+    """Pixels in [0, 1] -> the student's summary and features; the architecture is read from the folder in any case.
 
-    Only `pretrained` is possible: the architecture is in the folder. Raises TeacherError when there is no such folder.
+    Raises TeacherError when the source is no folder with a student.
     """
     from ..student.checkpoints import load_student
+    from ..student.student import Student
+    from ..train.checkpoint import student_folder
 
     read_params(card, FamilyParams)
     folder = resolve(card)
-    if weights != "pretrained" or isinstance(folder, str):
+    if isinstance(folder, str):
         raise TeacherError(
-            f"teacher {card.name!r}: {card.source!r} must be the folder of a finished run; its architecture is only there"
+            f"teacher {card.name!r}: no folder {folder!r}; `source` must be a run folder, a checkpoint or an export"
         )
     try:
-        return RunNet(card, load_student(folder))
+        student = load_student(student_folder(folder))
     except CheckpointError as error:
         raise TeacherError(f"teacher {card.name!r}: {error}") from error
+    if weights == "random":
+        student = Student(student.arch)
+    return RunNet(card, student.to("meta") if weights == "meta" else student)
 
 
 class RunNet(nn.Module):
-    """A student as a teacher; every adaptor head is left out."""
+    """The backbone of a student; its adaptors are left out."""
 
     def __init__(self, card: TeacherCard, student: Any) -> None:
         super().__init__()
         self.card = card
         self.student = student
+        student.adaptors = nn.ModuleDict()
 
     def forward(self, pixels_B3HW: Tensor) -> VisionOutput:
         check_size(self.card, pixels_B3HW)

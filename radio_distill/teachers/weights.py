@@ -65,10 +65,8 @@ def read(card: TeacherCard, files: Sequence[str] = HF_FILES, *, prefix: str = ""
         if path is not None:
             return _strip(_shards(card, path, prefix, get), prefix)
     where = f"folder {source}" if isinstance(source, Path) else f"hub repository {source!r} or its local cache"
-    offline = (
-        "" if isinstance(source, Path) else "; unset HF_HUB_OFFLINE to download it, or set the card's `source` to a local path"
-    )
-    raise TeacherError(f"teacher {card.name!r}: none of {', '.join(files)} in {where}{offline}")
+    advice = "put one there" if isinstance(source, Path) else "unset HF_HUB_OFFLINE to download it, or use a local path"
+    raise TeacherError(f"teacher {card.name!r}: none of {', '.join(files)} in {where}; {advice} (`source` of the card)")
 
 
 def load(card: TeacherCard, net: nn.Module, state: dict[str, Tensor]) -> None:
@@ -111,19 +109,20 @@ def _shards(card: TeacherCard, path: Path, prefix: str, get: Callable[[str], Pat
 
 
 def _tensors(card: TeacherCard, path: Path, prefix: str) -> dict[str, Tensor]:
-    if path.suffix == ".safetensors":
-        from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
-        with safe_open(path, "pt") as file:
-            names = [key for key in file.keys() if key.startswith(prefix)] or list(file.keys())  # noqa: SIM118
-            return {key: file.get_tensor(key) for key in names}
     try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, "pt") as file:
+                names = [key for key in file.keys() if key.startswith(prefix)] or list(file.keys())  # noqa: SIM118
+                return {key: file.get_tensor(key) for key in names}
         # RADIO's own files hold their arguments beside the weights, as a plain Namespace.
         with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (pickle.UnpicklingError, RuntimeError) as error:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise TeacherError(
-            f"teacher {card.name!r}: {path} cannot be read as plain tensors; convert it to safetensors ({str(error).splitlines()[0]})"
+            f"teacher {card.name!r}: {path} cannot be read as plain tensors ({str(error).splitlines()[0]}); "
+            "it is damaged, or holds code: get it again, or convert it to safetensors"
         ) from error
     for key in NESTED:
         if isinstance(content.get(key), dict):
@@ -152,7 +151,8 @@ def _download(card: TeacherCard, repo: str, name: str) -> Path | None:
         return None
     except GatedRepoError as error:
         raise TeacherError(
-            f"teacher {card.name!r}: {repo} asks you to accept its licence ({card.licence}) on its hub page, then log in with `hf auth login`"
+            f"teacher {card.name!r}: {repo} is given out under {card.licence} only to those who accept it; "
+            "accept it on its hub page, then log in with `hf auth login`"
         ) from error
     except (HfHubHTTPError, OSError) as error:
         raise TeacherError(

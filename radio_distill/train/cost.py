@@ -1,0 +1,187 @@
+"""What a recipe costs: FLOPs per image of every partition, without building a network.
+
+1 multiply-add = 2 FLOP. Only matrix products count (linear layers, attention, patch embedding): norms, activations and
+resizes are under 1 %. N tokens, C width, M MLP width, L blocks: 2N(4C^2 + 2CM)L linear, 4 N^2 C L attention.
+Training costs three forwards (one more with recomputed blocks), a frozen teacher costs one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+
+from ..config.cards import TeacherCard
+from ..config.load import cards_of
+from ..config.recipe import Recipe, TeacherView
+from ..errors import RecipeError
+from ..student.arch import AdaptorSlot, HeadArch, StudentArch, TrunkArch
+from ..student.names import student_arch
+from ..teachers.arch import Arch
+from ..teachers.base import load_teacher
+
+__all__ = ["PartitionCost", "count_flops", "head_flops", "partition_cost", "student_of", "teacher_flops", "vit_flops"]
+
+
+@dataclass(frozen=True)
+class PartitionCost:
+    """FLOP per image of the student, in one partition."""
+
+    student_forward: float
+    """One forward of the trunk."""
+    heads_forward: float
+    """One forward of all adaptors."""
+    teachers: dict[str, float]
+    """By teacher: its share of a mosaic, or all views of its upsampler."""
+    balance: float
+    """The balancers' matrix products."""
+    ema_forward: float
+    """The EMA student's forward, where the loss needs it (MESA)."""
+    passes: int
+    """Forwards that a training step of the student is worth: 3, or 4 with recomputed blocks."""
+
+    @property
+    def total(self) -> float:
+        """Everything that one image costs in training."""
+        trained = self.passes * self.student_forward + 3 * self.heads_forward
+        return trained + self.ema_forward + sum(self.teachers.values()) + self.balance
+
+    @property
+    def teacher_share(self) -> float:
+        """Teachers and balancers over the total."""
+        return (sum(self.teachers.values()) + self.balance) / self.total
+
+
+def partition_cost(recipe: Recipe, partition: str) -> PartitionCost:
+    """FLOP per image of a partition, by its name in the recipe. Windowed training steps count as global ones.
+
+    Raises CardError for an unknown card, RecipeError for a mosaic that does not fit or an unknown student.
+    """
+    cell, cards, arch = recipe.partitions[partition], cards_of(recipe), student_of(recipe)
+    grid = cell.size // arch.trunk.patch_size
+    student = trunk_flops(arch.trunk, grid)
+    adaptors = {adaptor.name: adaptor for adaptor in arch.adaptors}
+    heads = balance = 0.0
+    teachers = {}
+    for name, view in cell.teachers.items():
+        card = cards[name]
+        mosaic = _images_per_mosaic(card, view, cell.size)
+        side = cell.size if view.mosaic else view.size or card.input.size
+        tokens = (side // card.input.patch * _factor(view)) ** 2
+        teachers[name] = _views(view) * teacher_flops(card, card.input.size if view.mosaic else side) / mosaic
+        balance += 2 * tokens * card.output.features**2
+        heads += head_flops(adaptors[name].features, grid**2 if view.grid == "student" else tokens)
+        summary = adaptors[name].summary
+        heads += head_flops(summary, 1) if summary else 0.0
+    return PartitionCost(
+        student_forward=student,
+        heads_forward=heads,
+        teachers=teachers,
+        balance=balance,
+        ema_forward=student if recipe.loss.mesa.weight > 0 else 0.0,
+        passes=4 if recipe.student.grad_checkpointing else 3,
+    )
+
+
+def student_of(recipe: Recipe) -> StudentArch:
+    """The architecture of the student that the recipe trains."""
+    outputs = {name: card.output for name, card in cards_of(recipe).items()}
+    slots = [AdaptorSlot(n, out.summary, out.features, use_summary=out.summary is not None) for n, out in outputs.items()]
+    return student_arch(recipe.student, slots)
+
+
+def trunk_flops(trunk: TrunkArch, grid: int) -> float:
+    """One forward of a student's trunk on a grid x grid image."""
+    return vit_flops(
+        grid**2 + trunk.num_prefix,
+        trunk.embed_dim,
+        trunk.depth,
+        trunk.mlp_hidden,
+        gated=trunk.swiglu,
+        patch=trunk.patch_size,
+        patches=grid**2,
+    )
+
+
+def head_flops(head: HeadArch, tokens: int) -> float:
+    """One forward of an adaptor's head on `tokens` tokens; an attention head is ViT blocks followed by an MLP."""
+    inner = head.inner * head.hidden**2
+    blocks = 0.0
+    if head.kind == "attention":
+        inner, blocks = 0, vit_flops(tokens, head.in_dim, head.inner, 4 * head.in_dim, gated=False, patch=1, patches=0)
+    return blocks + 2 * tokens * (head.in_dim * head.hidden + inner + head.hidden * head.out_dim * head.upsample**2)
+
+
+def vit_flops(tokens: int, width: int, depth: int, mlp: int, *, gated: bool, patch: int, patches: int) -> float:
+    """One forward of a plain ViT; tokens count class and register tokens, patches do not; mlp of one half if gated."""
+    linear = 2 * tokens * (4 * width**2 + (3 if gated else 2) * width * mlp)
+    attention = 4 * tokens**2 * width
+    return depth * (linear + attention) + 2 * patches * 3 * patch**2 * width
+
+
+def windowed_flops(arch: Arch, grid: int, patch: int) -> float:
+    """One forward of a ViT with windowed blocks on a grid x grid image (SAM).
+
+    The grid is padded to whole windows: padding takes part in attention but not in the MLP. The terms of relative
+    positions are counted as the original computes them; `teachers/sam.py` spends 5 % more to save memory.
+    """
+    assert arch.windows is not None
+    side, width, tokens = arch.windows.side, arch.width, grid**2
+    per_side = -(-grid // side)
+    padded, mlp = (per_side * side) ** 2, 2 * tokens * (3 if arch.gated else 2) * width * arch.mlp
+    positions = 4 * width if arch.windows.rel_pos else 0  # per token and per row or column of its attention area
+    window = 8 * padded * width**2 + mlp + 4 * per_side**2 * side**4 * width + padded * side * positions
+    whole = 8 * tokens * width**2 + mlp + 4 * tokens**2 * width + tokens * grid * positions
+    embed = 2 * tokens * 3 * patch**2 * width
+    return (arch.depth - arch.windows.num_global) * window + arch.windows.num_global * whole + embed
+
+
+def teacher_flops(card: TeacherCard, size: int) -> float:
+    """One forward of a teacher on a size x size image: from its card's `params.arch`, else counted on the network."""
+    if "arch" not in card.params:
+        return _counted(card.model_dump_json(), size)
+    arch = Arch(**card.params["arch"])
+    grid = size // card.input.patch
+    if arch.windows:
+        return windowed_flops(arch, grid, card.input.patch)
+    flops = vit_flops(
+        grid**2 + arch.prefix, arch.width, arch.depth, arch.mlp, gated=arch.gated, patch=card.input.patch, patches=grid**2
+    )
+    return flops + (4 * grid**2 * arch.width**2 if arch.map_pool else 0)  # keys and values of the pooling
+
+
+def count_flops(forward: Callable[[], Any]) -> int:
+    """FLOPs of a call, as PyTorch counts them; on `meta` tensors it computes nothing and holds for any network."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        forward()
+    return counter.get_total_flops()
+
+
+@cache
+def _counted(card_json: str, size: int) -> float:
+    teacher = load_teacher(TeacherCard.model_validate_json(card_json), weights="meta")
+    return count_flops(lambda: teacher.forward(torch.empty(1, 3, size, size, device="meta")))
+
+
+def _factor(view: TeacherView) -> int:
+    return getattr(view.upsampler, "factor", 1)
+
+
+def _views(view: TeacherView) -> int:
+    """Images that the teacher encodes for one image: the global view and the tiles."""
+    return _factor(view) ** 2 + 1 if _factor(view) > 1 else 1
+
+
+def _images_per_mosaic(card: TeacherCard, view: TeacherView, size: int) -> int:
+    per_side = card.input.size // size if view.mosaic else 1
+    if per_side < 1:
+        raise RecipeError(
+            f"images of {size} px do not fit a mosaic of {card.input.size} px (teacher {card.name!r}); "
+            "use a smaller partition size, or mosaic: false"
+        )
+    return per_side**2
