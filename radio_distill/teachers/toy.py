@@ -1,0 +1,286 @@
+"""The toy teachers: tiny ViTs trained on the toy world, so that everything runs without a download.
+
+They differ where the real teachers do: patch size, width, scale of the features, fixed or free input size, a class
+token, attention pooling or no summary at all, a text tower or none. `toy_train.py` makes their weights.
+
+Shapes: B batch, C channels, H W patch grid, N tokens, n texts, D width of the text-image embedding.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from ..config.cards import TeacherCard
+from ..errors import TeacherError
+from ..paths import data_path
+from ..types import VisionOutput
+from .base import Weights
+
+__all__ = ["TextTower", "ToyViT", "build", "load_text_tower"]
+
+MAX_WORDS = 40
+PAD, UNKNOWN = 0, 1
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention over (B, N, C)."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x_BNC: Tensor, mask_BN: Tensor | None = None) -> Tensor:
+        B, N, C = x_BNC.shape
+        q, k, v = self.qkv(x_BNC).view(B, N, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)
+        mask = None if mask_BN is None else mask_BN[:, None, None, :]
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return self.out(mixed.transpose(1, 2).reshape(B, N, C))
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width)
+        self.attention = Attention(width, heads)
+        self.norm2 = nn.LayerNorm(width)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+    def forward(self, x_BNC: Tensor, mask_BN: Tensor | None = None) -> Tensor:
+        x_BNC = x_BNC + self.attention(self.norm1(x_BNC), mask_BN)
+        return x_BNC + self.mlp(self.norm2(x_BNC))
+
+
+class AttentionPool(nn.Module):
+    """One learned query looks at all tokens (the MAP head of SigLIP)."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.query = nn.Parameter(torch.randn(1, 1, width) * 0.02)
+        self.kv = nn.Linear(width, 2 * width)
+        self.out = nn.Linear(width, width)
+        self.norm = nn.LayerNorm(width)
+        self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+
+    def forward(self, x_BNC: Tensor) -> Tensor:
+        B, N, C = x_BNC.shape
+        k, v = self.kv(x_BNC).view(B, N, 2, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)
+        q = self.query.expand(B, 1, C).view(B, 1, self.heads, C // self.heads).transpose(1, 2)
+        pooled = self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, C))
+        return pooled + self.mlp(self.norm(pooled))
+
+
+class ToyViT(nn.Module):
+    """A small ViT; normalised pixels in, `VisionOutput` out.
+
+    `pooling`: `class_token`, `attention` or None (no summary, and a convolutional neck like SAM's). `window`: side in
+    patches of the attention windows of every other block, beginning with the first; None attends globally everywhere.
+    """
+
+    def __init__(
+        self,
+        *,
+        size: int,
+        patch: int,
+        width: int,
+        depth: int,
+        heads: int = 4,
+        pooling: str | None,
+        summary: int | None,
+        features: int,
+        window: int | None = None,
+        resizable: bool = False,
+    ) -> None:
+        super().__init__()
+        self.size, self.patch, self.window, self.resizable, self.features = size, patch, window, resizable, features
+        grid = size // patch
+        self.embed = nn.Conv2d(3, width, patch, stride=patch)
+        self.position = nn.Parameter(torch.randn(1, width, grid, grid) * 0.02)
+        self.class_token = nn.Parameter(torch.randn(1, 1, width) * 0.02) if pooling == "class_token" else None
+        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
+        self.norm = nn.LayerNorm(width)
+        self.pool = AttentionPool(width, heads) if pooling == "attention" else None
+        self.project = nn.Identity() if summary in (None, width) else nn.Linear(width, summary, bias=False)
+        self.neck = nn.Identity() if features == width else Neck(width, features)
+        self.feature_scale: Tensor
+        self.register_buffer("feature_scale", torch.ones(()))
+
+    def forward(self, pixels_B3HW: Tensor) -> VisionOutput:
+        """Raises TeacherError for a size the network does not take."""
+        self._check(*pixels_B3HW.shape[-2:])
+        return self.encode_patches(self.embed(pixels_B3HW))
+
+    def encode_patches(self, patches_BCHW: Tensor) -> VisionOutput:
+        """Everything behind the patch embedding."""
+        B, C, H, W = patches_BCHW.shape
+        x = self.mix(self.tokens(patches_BCHW), (H, W))
+        features = self.neck(x[:, -H * W :].transpose(1, 2).reshape(B, C, H, W))
+        return VisionOutput(self.summarise(x), features * self.feature_scale)
+
+    def tokens(self, patches_BCHW: Tensor) -> Tensor:
+        """Patches with their positions added: (B, H * W, C)."""
+        return (patches_BCHW + self._position(*patches_BCHW.shape[-2:])).flatten(2).transpose(1, 2)
+
+    def mix(self, tokens_BNC: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
+        """The transformer; puts the class token in front. Without a `grid`, N may be any subset of the patches."""
+        x = tokens_BNC
+        if self.class_token is not None:
+            x = torch.cat([self.class_token.expand(len(x), 1, -1), x], 1)
+        for i, block in enumerate(self.blocks):
+            x = self._windowed(block, x, *grid) if grid and self.window and i % 2 == 0 else block(x)
+        return self.norm(x)
+
+    def summarise(self, x_BNC: Tensor) -> Tensor | None:
+        """The summary (B, D) of what `mix` returned; None without pooling."""
+        if self.class_token is not None:
+            return self.project(x_BNC[:, 0])
+        return None if self.pool is None else self.project(self.pool(x_BNC))
+
+    def _position(self, height: int, width: int) -> Tensor:
+        if self.position.shape[-2:] == (height, width):
+            return self.position
+        table = F.interpolate(self.position.float(), (height, width), mode="bicubic", align_corners=False)
+        return table.to(self.position.dtype)
+
+    def _windowed(self, block: nn.Module, x_BNC: Tensor, height: int, width: int) -> Tensor:
+        B, _, C = x_BNC.shape
+        k = self.window or height
+        tiles = x_BNC.view(B, height // k, k, width // k, k, C).transpose(2, 3)
+        mixed = block(tiles.reshape(-1, k * k, C)).view(tiles.shape)
+        return mixed.transpose(2, 3).reshape(B, -1, C)
+
+    def _check(self, height: int, width: int) -> None:
+        if not self.resizable and (height, width) != (self.size, self.size):
+            raise TeacherError(f"image size {height}x{width}: this toy teacher only takes {self.size}x{self.size}")
+        if height % self.patch or width % self.patch:
+            raise TeacherError(f"image size {height}x{width} is not a multiple of patch size {self.patch} (see nearest_size)")
+
+
+class Neck(nn.Module):
+    """Two convolutions that turn tokens into a map of `features` channels, normalised over channels (as in SAM)."""
+
+    def __init__(self, width: int, features: int) -> None:
+        super().__init__()
+        self.reduce = nn.Conv2d(width, features, 1, bias=False)
+        self.norm1 = nn.LayerNorm(features)
+        self.mix = nn.Conv2d(features, features, 3, padding=1, bias=False)
+        self.norm2 = nn.LayerNorm(features)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        x = self.norm1(self.reduce(x_BCHW).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return self.norm2(self.mix(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class TextTower(nn.Module):
+    """A two-layer transformer over words; its vectors are compared with a teacher's summary by cosine."""
+
+    def __init__(self, vocabulary: tuple[str, ...], *, width: int, out: int, depth: int = 2, heads: int = 4) -> None:
+        super().__init__()
+        self.vocabulary = vocabulary
+        self._index = {word: i for i, word in enumerate(vocabulary, UNKNOWN + 1)}
+        self.embed = nn.Embedding(len(vocabulary) + 2, width)
+        self.position = nn.Parameter(torch.randn(1, MAX_WORDS, width) * 0.02)
+        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
+        self.norm = nn.LayerNorm(width)
+        self.project = nn.Linear(width, out, bias=False)
+
+    def tokenize(self, texts: list[str]) -> Tensor:
+        """Word indices (n, MAX_WORDS), padded with PAD; words outside the vocabulary become UNKNOWN."""
+        tokens = torch.full((len(texts), MAX_WORDS), PAD)
+        for row, text in enumerate(texts):
+            words = split_words(text)[:MAX_WORDS]
+            tokens[row, : len(words)] = torch.tensor([self._index.get(w, UNKNOWN) for w in words], dtype=tokens.dtype)
+        return tokens
+
+    def forward(self, tokens_nL: Tensor) -> Tensor:
+        """Embeddings (n, D), not normalised."""
+        length = max(1, int((tokens_nL != PAD).sum(1).max()))
+        tokens = tokens_nL[:, :length]
+        known = tokens != PAD
+        known[:, 0] = True  # an empty text still attends to something
+        x = self.embed(tokens) + self.position[:, :length]
+        for block in self.blocks:
+            x = block(x, known)
+        weight = known.unsqueeze(-1).to(x.dtype)
+        return self.project((self.norm(x) * weight).sum(1) / weight.sum(1))
+
+    @torch.no_grad()
+    def encode_text(self, texts: list[str]) -> Tensor:
+        """Embed texts: (n, D) fp32, not normalised, on the tower's device."""
+        return self(self.tokenize(texts).to(self.position.device)).float()
+
+
+def split_words(text: str) -> list[str]:
+    """The lower-case words of a text, without punctuation."""
+    return re.findall(r"[a-z]+", text.lower())
+
+
+def build(card: TeacherCard, weights: Weights) -> nn.Module:
+    """The network of a card of family `toy`, fp32, frozen, in eval mode.
+
+    Raises TeacherError when `weights` is `pretrained` and the card's file is missing or does not fit.
+    """
+    if weights == "meta":
+        with torch.device("meta"):
+            return _network(card)
+    net = _network(card)
+    if weights == "pretrained":
+        _load(net, card, "vision.")
+    return net.eval().requires_grad_(False)
+
+
+def load_text_tower(card: TeacherCard) -> TextTower:
+    """The text tower that belongs to a toy teacher's summary; frozen. Raises TeacherError when it has none."""
+    if card.text is None:
+        raise TeacherError(f"teacher {card.name!r} has no text tower; expected a card with `text:`, such as toy_clip")
+    with safe_open(_weights_path(card), "pt") as file:
+        vocabulary = tuple(file.metadata()["vocabulary"].split())
+        width = file.get_slice("text.embed.weight").get_shape()[1]
+        out = file.get_slice("text.project.weight").get_shape()[0]
+    tower = TextTower(vocabulary, width=width, out=out)
+    _load(tower, card, "text.")
+    return tower.eval().requires_grad_(False)
+
+
+def _network(card: TeacherCard) -> ToyViT:
+    facts: dict[str, Any] = dict(card.params)
+    return ToyViT(
+        size=card.input.size,
+        patch=card.input.patch,
+        summary=card.output.summary,
+        features=card.output.features,
+        resizable=card.input.resizable,
+        **facts,
+    )
+
+
+def _weights_path(card: TeacherCard) -> Path:
+    """The card's source, taken from the folder of the cards unless it is absolute."""
+    path = data_path("teachers") / card.source
+    if not path.is_file():
+        command = "python -m radio_distill.teachers.toy_train --out teachers/toy"
+        raise TeacherError(f"{card.name}: no weights at {path}; expected the file that `{command}` writes")
+    return path
+
+
+def _load(module: nn.Module, card: TeacherCard, prefix: str) -> None:
+    path = _weights_path(card)
+    try:
+        with safe_open(path, "pt") as file:
+            state = {k.removeprefix(prefix): file.get_tensor(k).float() for k in file.keys() if k.startswith(prefix)}  # noqa: SIM118
+        module.load_state_dict(state)
+    except (SafetensorError, RuntimeError) as error:
+        raise TeacherError(
+            f"{card.name}: {path} does not fit the card ({error}); train it again or correct the card"
+        ) from error
