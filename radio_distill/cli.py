@@ -82,9 +82,10 @@ def _add_commands_that_look(commands: Any) -> None:
 
 
 def _add_commands_for_data(commands: Any) -> None:
-    shards = _add(commands, "shards", "pack a folder of images into WebDataset shards")
-    shards.add_argument("source", help="folder of images")
+    shards = _add(commands, "shards", "pack a folder of images (or shards) into WebDataset shards of equal size")
+    shards.add_argument("source", help="folder of images, or local shards")
     shards.add_argument("out", help="folder to write shards to")
+    shards.add_argument("--count", type=_positive, default=1000, help="images in a shard (1000)")
     shards.add_argument("--seed", type=int, default=0, help="seed of the order of the images (0)")
     toyworld = _add(commands, "toyworld", "render scenes with full ground truth into WebDataset shards")
     toyworld.add_argument("out", help="folder to write shards to")
@@ -92,6 +93,7 @@ def _add_commands_for_data(commands: Any) -> None:
     toyworld.add_argument("--size", type=_positive, default=128, help="side of an image in pixels (128)")
     toyworld.add_argument("--shards", type=_positive, default=8, help="number of shards (8)")
     toyworld.add_argument("--seed", type=int, default=0, help="seed of the scenes (0)")
+    toyworld.add_argument("--dense", action="store_true", help="also write depth, normals, segments and keypoints")
     _add_recipe(_add(commands, "stats", "statistics of the teachers' features, for balance.path"))
 
 
@@ -157,14 +159,22 @@ def _doctor(arguments: argparse.Namespace) -> int:
 def _shards(arguments: argparse.Namespace) -> int:
     from .data.shards import make_shards
 
-    make_shards(arguments.source, arguments.out, seed=arguments.seed)
+    make_shards(arguments.source, arguments.out, count=arguments.count, seed=arguments.seed)
     return 0
 
 
 def _toyworld(arguments: argparse.Namespace) -> int:
     from .data.toyworld import write_toyworld
 
-    write_toyworld(arguments.out, count=arguments.count, size=arguments.size, seed=arguments.seed, shards=arguments.shards)
+    write_toyworld(
+        arguments.out,
+        count=arguments.count,
+        size=arguments.size,
+        seed=arguments.seed,
+        shards=arguments.shards,
+        dense=arguments.dense,
+    )
+    print(f"wrote {arguments.shards} shards to {arguments.out}")
     return 0
 
 

@@ -114,35 +114,32 @@ def _partition(recipe: Recipe, name: str, partition: Partition, cards: dict[str,
 
 
 def _view(recipe: Recipe, partition: Partition, name: str, view: TeacherView, card: TeacherCard, path: KeyPath) -> Found:
-    size = card.input.size if view.size is None else view.size
-    if view.size is not None and not card.input.resizable and size != card.input.size:
+    size, patch = view.size or card.input.size, card.input.patch
+    if size != card.input.size and not card.input.resizable:
         yield Problem(f"teacher {name!r} at {size} px: its card allows {card.input.size} px only", (*path, "size"))
-    elif size < card.input.patch or size % card.input.patch:
-        fitting = max(1, round(size / card.input.patch)) * card.input.patch
-        yield Problem(
-            f"teacher {name!r} at {size} px: no multiple of its patch {card.input.patch}; nearest is {fitting}", (*path, "size")
-        )
+    elif size < patch or size % patch:
+        fitting = max(1, round(size / patch)) * patch
+        yield Problem(f"teacher {name!r} at {size} px: no multiple of its patch {patch}; nearest is {fitting}", (*path, "size"))
     if view.mosaic:
-        yield from _mosaic(recipe, partition, name, view, card, size, (*path, "mosaic"))
+        yield from _mosaic(recipe, partition, name, card, path)
 
 
-def _mosaic(
-    recipe: Recipe, partition: Partition, name: str, view: TeacherView, card: TeacherCard, size: int, path: KeyPath
-) -> Found:
-    k, patch = mosaic_side(partition, size), card.input.patch
-    if size != card.input.size:
-        text = f"teacher {name!r} at {size} px: a mosaic is shown at the card's {card.input.size} px; remove size"
-        yield Problem(text, (*path[:-1], "size"))
-    elif k < 2:
+def _mosaic(recipe: Recipe, partition: Partition, name: str, card: TeacherCard, path: KeyPath) -> Found:
+    view, size, patch, here = partition.teachers[name], card.input.size, card.input.patch, (*path, "mosaic")
+    if view.size not in (None, size):
+        yield Problem(
+            f"teacher {name!r} at {view.size} px: a mosaic is shown at the card's {size} px; remove size", (*path, "size")
+        )
+    elif mosaic_side(partition, size) < 2:
         text = f"teacher {name!r}: a mosaic needs 2 x 2 images of {partition.size} px in its {size} px; set mosaic: false"
-        yield Problem(text, path)
+        yield Problem(text, here)
     elif partition.size % patch:
-        yield Problem(f"teacher {name!r}: mosaic images of {partition.size} px are no multiple of its patch {patch}", path)
+        yield Problem(f"teacher {name!r}: mosaic images of {partition.size} px are no multiple of its patch {patch}", here)
     if not isinstance(view.upsampler, Bilinear):
-        yield Problem(f"teacher {name!r}: a mosaic cannot be upsampled by {view.upsampler.kind!r}; use bilinear", path)
+        yield Problem(f"teacher {name!r}: a mosaic cannot be upsampled by {view.upsampler.kind!r}; use bilinear", here)
     if summary_weight(recipe.teachers[name], card) > 0:
         text = f"teacher {name!r}: a mosaic has one summary for many images; set teachers.{name}.summary_weight=0"
-        yield Problem(text, path)
+        yield Problem(text, here)
 
 
 def _loss(recipe: Recipe) -> Found:

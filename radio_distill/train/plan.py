@@ -140,7 +140,7 @@ def plan(recipe: Recipe, *, world_size: int, gpu: str = "h200", utilisation: flo
         gpu_gib=gpu_gib,
         checkpoint_gib=checkpoint_gib,
         disk_gib=checkpoint_gib * (recipe.checkpoint.keep_last + 1),
-        notes=tuple(_notes(recipe, memory, gpu_gib, per_rank)),
+        notes=(*_notes(recipe, memory, gpu_gib, per_rank), *_mosaic_notes(recipe, cards, partitions)),
     )
 
 
@@ -210,4 +210,15 @@ def _notes(recipe: Recipe, memory_gib: float, gpu_gib: float, per_rank: list[flo
         notes.append(f"the balancers change until the end: balance.window {recipe.balance.window} > optim.steps {optim.steps}")
     if not recipe.data.sources:
         notes.append("no images yet: train needs data.sources.NAME.path=...")
+    return notes
+
+
+def _mosaic_notes(recipe: Recipe, cards: dict[str, TeacherCard], partitions: tuple[PartitionPlan, ...]) -> list[str]:
+    notes = []
+    for p in partitions:
+        whole = mosaic_images(recipe.partitions[p.name], cards)
+        if p.micro_batch % whole:
+            notes.append(
+                f"forwards of {p.micro_batch} images leave mosaics of {whole} partly empty; set partitions.{p.name}.micro_batch={whole}"
+            )
     return notes

@@ -80,6 +80,7 @@ def test_a_teacher_without_a_summary_needs_no_weight():
         ("partitions.low.teachers.toy_sam.upsampler={kind: tile, factor: 2}",
          "teacher 'toy_sam': a mosaic cannot be upsampled by 'tile'; use bilinear"),
         ("teachers.toy_sam.card=toy_dino", "teacher 'toy_sam': a mosaic needs 2 x 2 images of 96 px in its 84 px; set mosaic: false"),
+        ("partitions.low.teachers.toy_sam.size=96", "teacher 'toy_sam' at 96 px: a mosaic is shown at the card's 192 px; remove size"),
         ("student.vitdet.windows=[5]", "a window of 5 tokens does not divide the 12 tokens a side of partition 'low'"),
         ("student.num_registers=-1", "'student.num_registers' is -1, expected at least 0, or null"),
         ("start.source=", "'start.source' is null, expected text"),
@@ -110,6 +111,12 @@ def test_partitions_cannot_all_have_weight_0():
 
 def test_streams_divide_the_images_of_every_partition():
     assert problems("data.streams=16") == ["'data.streams' is 16, expected a divisor of partitions.high.images 8"]
+
+
+def test_mosaic_images_are_whole_patches(tmp_path):
+    (tmp_path / "sam.yaml").write_text("extends: toy_sam\nname: sam\ninput: {size: 180, patch: 12}")
+    expected = "teacher 'toy_sam': mosaic images of 88 px are no multiple of its patch 12"
+    assert expected in problems("partitions.low.size=88", f"teachers.toy_sam.card={tmp_path}/sam.yaml")
 
 
 def test_a_mosaic_gives_no_summary():

@@ -75,6 +75,10 @@ def test_smaller_forwards_and_sharding_need_less_memory():
         (["optim.freeze_trunk=40"], "the trunk never learns: optim.freeze_trunk 40 >= optim.steps 40"),
         (["optim.warmup=99"], "the learning rate never reaches its peak: optim.warmup 99 >= optim.steps 40"),
         (["balance.window=99"], "the balancers change until the end: balance.window 99 > optim.steps 40"),
+        (
+            ["partitions.low.micro_batch=2"],
+            "forwards of 2 images leave mosaics of 4 partly empty; set partitions.low.micro_batch=4",
+        ),
         ([], "no images yet: train needs data.sources.NAME.path=..."),
     ],
 )
