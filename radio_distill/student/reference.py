@@ -152,6 +152,8 @@ def _trunk_from_state(
         if key not in state:
             raise CheckpointError(f"{key} is missing; expected a RADIO ViT with cropped position embeddings (cpe_max_size)")
     dim, values = state["model.patch_generator.embedder.weight"].shape
+    if dim % num_heads:
+        raise CheckpointError(f"width {dim} is not a multiple of {num_heads} heads; the args do not belong to these weights")
     patch = math.isqrt(values // 3)
     swiglu = "model.blocks.0.mlp.w12.weight" in state
     hidden = state["model.blocks.0.mlp.w3.weight" if swiglu else "model.blocks.0.mlp.fc2.weight"].shape[1]
