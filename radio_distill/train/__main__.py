@@ -1,5 +1,7 @@
 """One rank of a training: `python -m radio_distill.train RECIPE [key=value ...]`, started by Slurm, torchrun or the CLI."""
 
+import logging
+import os
 import sys
 
 from . import preempt
@@ -10,6 +12,9 @@ preempt.listen()  # before torch is imported: a signal during the imports would 
 def main(argv: list[str]) -> int:
     """Train; returns 0 when the run is finished or was asked to stop and saved."""
     from ..cli import run_and_report
+
+    is_main = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
+    logging.basicConfig(level=logging.INFO if is_main else logging.WARNING, format="%(message)s", stream=sys.stderr)
 
     def train() -> int:
         from ..config.load import load_recipe

@@ -7,7 +7,6 @@ as they are, those of ZeRO-1/2 through DeepSpeed's universal checkpoint; ZeRO-3 
 
 from __future__ import annotations
 
-import copy
 import logging
 import shutil
 import time
@@ -23,7 +22,7 @@ from ..data.loader import merge_positions
 from ..log.sinks import drop_metrics_after
 from ..student.adaptors import fold_affine
 from ..student.checkpoints import save_student
-from ..student.spectral import fold
+from ..student.spectral import fold_state, spectral_eps
 from ..student.student import Student
 from . import agree, checkpoint
 from .ema import Ema
@@ -79,10 +78,9 @@ def export_student(student: Student, ema: Ema | None, balancers: dict[str, Balan
 
     Its adaptors then predict the teachers' own features: no consumer needs to know about PHI-S.
     """
-    plain = copy.deepcopy(student).cpu()
-    if ema is not None:
-        ema.copy_to(plain)
-    fold(plain)
+    state = student.state_dict() if ema is None else ema.state_dict()
+    plain = Student(student.arch)
+    plain.load_state_dict({name: x.cpu() for name, x in fold_state(state, eps=spectral_eps(student)).items()})
     for name, balancer in balancers.items():
         fold_affine(plain.adaptor(name), *balancer.inverse_affine())
     save_student(plain, folder)
