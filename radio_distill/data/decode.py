@@ -57,9 +57,9 @@ def read_header(data: bytes, *, max_pixels: int) -> Header:
 def decode(data: bytes, header: Header, *, min_height: int, min_width: int) -> Pixels:
     """Decode to (rows, columns, 3) uint8, upright. Raises BadImage when the data is damaged.
 
-    A JPEG at least twice as large as (`min_height`, `min_width`) is decoded at 1/2, 1/4 or 1/8 of its size (an area average
-    in the DCT, so nothing aliases), never below the two minima. Transparent pixels are laid over white; 16-bit values
-    are scaled to 8 bits; of an animation the first frame is taken.
+    A JPEG at least twice as large as (`min_height`, `min_width`) is decoded at 1/2, 3/8, 1/4 or 1/8 of its size (from the
+    low frequencies of its DCT, so nothing aliases), never below the two minima. Transparent pixels are laid over white;
+    16-bit values are scaled to 8 bits; of an animation the first frame is taken.
     """
     if not header.turbo:
         return _decode_pillow(data)
@@ -77,7 +77,7 @@ def decode(data: bytes, header: Header, *, min_height: int, min_width: int) -> P
 def _jpeg_header(data: bytes) -> Header | None:
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(data, strict=False)
-    except ValueError:
+    except (ValueError, KeyError):  # KeyError: a colour space that simplejpeg has no name for
         return None
     if colours in ("CMYK", "YCCK"):
         return None
@@ -116,7 +116,7 @@ def _decode_pillow(data: bytes) -> Pixels:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             image.load()
-            return np.asarray(_to_rgb(ImageOps.exif_transpose(image)))
+            return np.array(_to_rgb(ImageOps.exif_transpose(image)))
     except BadImage:
         raise
     except Exception as error:  # as above: truncated data, bad checksums, broken palettes

@@ -191,12 +191,14 @@ class _SkipLog:
 
     def __init__(self) -> None:
         self._counts: Counter[str] = Counter()
+        self._named: dict[str, set[str]] = {}
 
     def add(self, bad: list[Bad]) -> None:
         for key, reason, detail in bad:
             self._counts[reason] += 1
-            count = self._counts[reason]
-            if count <= self.NAMED:
+            count, named = self._counts[reason], self._named.setdefault(reason, set())
+            if len(named) < self.NAMED and key not in named:
+                named.add(key)
                 log.warning("skipped %s: %s%s", key, reason, f" ({detail})" if detail else "")
             elif count in (10, 100) or count % 1000 == 0:
                 log.warning("skipped so far: %s", ", ".join(f"{n} {r}" for r, n in self._counts.most_common()))

@@ -68,7 +68,7 @@ class LocalTar:
         block = os.pread(self._fd, BLOCK, position)
         if not block or block == ZERO_BLOCK:
             return None
-        if len(block) < BLOCK or _number(block[148:156]) != sum(block) - sum(block[148:156]) + 8 * ord(" "):
+        if not _is_header(block):
             raise ValueError(f"no tar header at byte {position}")
         name = _text(block[:100])
         if block[257:263] == b"ustar\0" and block[345]:
@@ -80,6 +80,12 @@ def raise_file_limit() -> None:
     """Allow as many open files as the system does: every stream holds one, and the usual 1024 are soon gone."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def _is_header(block: bytes) -> bool:
+    """Whether the stored checksum is that of the block; the checksum's own bytes count as blanks."""
+    stored = block[148:156].strip(b" \0")
+    return len(block) == BLOCK and stored.isdigit() and int(stored, 8) == sum(block) - sum(block[148:156]) + 8 * ord(" ")
 
 
 def _text(field: bytes) -> str:

@@ -104,7 +104,7 @@ def as_views(canvases: Sequence[Canvas]) -> dict[str, View]:
 
 
 def resize_into(out_3SS: Tensor, crop_HW3: Tensor) -> None:
-    """Resize uint8 pixels into `out`, a channels-last image: bicubic, antialiased, as Pillow does it (within one level).
+    """Resize uint8 pixels into `out`, a channels-last image: bicubic, antialiased, as Pillow does it (within two levels).
 
     The same operator as `F.interpolate(mode="bicubic", antialias=True)`. Its `out` form saves fresh memory for every image,
     which costs more than the resize itself; bicubic because CLIP, SigLIP and DINO were trained on bicubic pixels.

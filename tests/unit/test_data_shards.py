@@ -1,0 +1,101 @@
+"""Writing shards, and the cheap look at a source."""
+
+import json
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from radio_distill.config.recipe import Source
+from radio_distill.data.reading import read_shard
+from radio_distill.data.shards import ShardSummary, make_shards, scan
+from radio_distill.data.sources import list_source
+from radio_distill.errors import DataError
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    images = tmp_path / "images"
+    for i in range(23):
+        (images / str(i % 3)).mkdir(parents=True, exist_ok=True)
+        (images / str(i % 3) / f"photo.{i}.jpg").write_bytes(f"image {i}".encode())
+    (images / "0" / "photo.0.txt").write_text("caption 0")
+    (images / "1" / "photo.1.json").write_text("{}")
+    (images / "1" / "photo.1.cls").write_text("7")
+    (images / "notes.md").write_text("no image")
+    return images
+
+
+def read(path: Path) -> list[dict[str, bytes]]:
+    tars = list_source("x", Source(path=str(path))).tars
+    return [{suffix: get() for suffix, get in raw.parts.items()} for tar in tars for raw in read_shard(tar)]
+
+
+def test_every_image_is_written_once_with_its_sidecars(folder: Path, tmp_path: Path) -> None:
+    paths = make_shards(folder, tmp_path / "out", count=8, seed=1)
+    assert [p.name for p in paths] == ["000000.tar", "000001.tar", "000002.tar"]
+    samples = read(tmp_path / "out")
+    assert sorted(s["jpg"] for s in samples) == sorted(f"image {i}".encode() for i in range(23))
+    by_image = {s["jpg"]: {k: v for k, v in s.items() if k != "jpg"} for s in samples}
+    assert by_image[b"image 0"] == {"txt": b"caption 0"}
+    assert by_image[b"image 1"] == {"json": b"{}", "cls": b"7"}
+    assert [s["jpg"] for s in samples] != sorted(s["jpg"] for s in samples)
+    assert json.loads((tmp_path / "out/index.json").read_text()) == {
+        "shards": {"000000.tar": 7, "000001.tar": 8, "000002.tar": 8}
+    }
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_the_same_seed_writes_the_same_bytes(folder: Path, tmp_path: Path) -> None:
+    one, two, other = (make_shards(folder, tmp_path / name, seed=seed)[0] for name, seed in [("a", 1), ("b", 1), ("c", 2)])
+    assert one.read_bytes() == two.read_bytes() != other.read_bytes()
+
+
+def test_shards_can_be_split_again(folder: Path, tmp_path: Path) -> None:
+    make_shards(folder, tmp_path / "few")
+    assert len(make_shards(str(tmp_path / "few"), str(tmp_path / "many"), count=3)) == 8
+    assert sorted(map(str, read(tmp_path / "many"))) == sorted(map(str, read(tmp_path / "few")))
+
+
+def test_the_standard_reader_reads_them(folder: Path, tmp_path: Path) -> None:
+    import webdataset
+
+    path = make_shards(folder, tmp_path / "out")[0]
+    samples = list(webdataset.WebDataset(str(path), shardshuffle=False))
+    assert len(samples) == 23
+    assert all("jpg" in sample for sample in samples)
+    with tarfile.open(path) as tar:
+        assert len(tar.getmembers()) == 26
+
+
+def test_a_folder_that_holds_something_is_not_touched(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    make_shards(folder, tmp_path / "out")  # empty: fine
+    with pytest.raises(DataError, match=r"out is not empty; give a folder that does not exist yet"):
+        make_shards(folder, tmp_path / "out")
+
+
+def test_damaged_shards_are_not_copied(tmp_path: Path) -> None:
+    (tmp_path / "x.tar").write_bytes(b"rubbish" * 200)
+    with pytest.raises(DataError, match=r"x.tar is damaged: no tar header at byte 0; mend it or leave it out"):
+        make_shards(tmp_path / "x.tar", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_scan_counts_without_decoding(folder: Path, tmp_path: Path) -> None:
+    size = sum(p.stat().st_size for p in folder.rglob("*.jpg"))
+    assert scan("x", Source(path=str(folder))) == ShardSummary(shards=23, bytes=size, samples=23)
+    paths = make_shards(folder, tmp_path / "out", count=8)
+    size = sum(p.stat().st_size for p in paths)
+    assert scan("x", Source(path=str(tmp_path / "out"))) == ShardSummary(shards=3, bytes=size, samples=23)
+    (tmp_path / "out/index.json").unlink()
+    assert scan("x", Source(path=str(tmp_path / "out"))).samples is None
+    assert scan("x", Source(path="https://example.invalid/{000..009}.tar")) == ShardSummary(10, None, None)
+
+
+def test_scan_names_what_is_wrong(tmp_path: Path) -> None:
+    (tmp_path / "x.tar").touch()
+    with pytest.raises(DataError, match=r"data.sources.web: .*x.tar is empty \(0 bytes\); write it again"):
+        scan("web", Source(path=str(tmp_path)))
+    with pytest.raises(DataError, match=r"data.sources.web: .*y.tar does not exist; expected a folder, a tar or a URL"):
+        scan("web", Source(path=str(tmp_path / "y.tar")))
