@@ -218,7 +218,6 @@ def _mosaic_notes(recipe: Recipe, cards: dict[str, TeacherCard], partitions: tup
     for p in partitions:
         whole = mosaic_images(recipe.partitions[p.name], cards)
         if p.micro_batch % whole:
-            notes.append(
-                f"forwards of {p.micro_batch} images leave mosaics of {whole} partly empty; set partitions.{p.name}.micro_batch={whole}"
-            )
+            advice = f"set partitions.{p.name}.micro_batch={whole}"
+            notes.append(f"forwards of {p.micro_batch} images leave mosaics of {whole} partly empty; {advice}")
     return notes
