@@ -59,6 +59,7 @@ def build_model(card: TeacherCard, name: str, values: dict[str, Any], weights: W
     if state is None:
         with construct(weights):
             return cls._from_config(config, attn_implementation="sdpa", dtype=torch.float32)
+    transformers.utils.logging.disable_progress_bar()  # one line per rank in a job's log
     model, report = cls.from_pretrained(
         None, config=config, state_dict=state, dtype=torch.float32, attn_implementation="sdpa",
         ignore_mismatched_sizes=True, output_loading_info=True,

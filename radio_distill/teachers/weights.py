@@ -40,7 +40,7 @@ def resolve(card: TeacherCard) -> Path | str:
     path = Path(source)
     if path.exists():
         return path
-    hub = re.fullmatch(r"(?:timm:|[\w.-]+/)[\w.-]+", source)
+    hub = re.fullmatch(r"(?:timm:|\w[\w.-]*/)[\w.-]+", source)
     if hub and "${" not in card.source and path.suffix not in SUFFIXES:
         return source.replace("timm:", "timm/")
     raise TeacherError(
