@@ -59,12 +59,11 @@ def _cards(recipe: Recipe, load_card: Callable[[str], TeacherCard], cards: dict[
 
 def _student(recipe: Recipe) -> Found:
     patch = patch_size(recipe)
-    for window in recipe.student.vitdet.windows:  # a step draws one window, for all of its partitions
-        for name, partition in recipe.partitions.items():
-            grid = partition.size // patch
-            if grid % window:
-                text = f"a window of {window} tokens does not divide the {grid} tokens a side of partition {name!r}"
-                yield Problem(text, ("student", "vitdet", "windows"))
+    grids = {name: partition.size // patch for name, partition in recipe.partitions.items()}
+    for window in recipe.student.vitdet.windows:  # every partition draws among those that divide its grid
+        if all(grid % window for grid in grids.values()):
+            sides = ", ".join(f"{grid} of partition {name!r}" for name, grid in grids.items())
+            yield Problem(f"a window of {window} tokens divides no grid: sides are {sides}", ("student", "vitdet", "windows"))
     registers = recipe.student.num_registers
     if registers is not None and registers < 0:
         yield Problem(f"'student.num_registers' is {registers}, expected at least 0, or null", ("student", "num_registers"))

@@ -31,7 +31,7 @@ class Heads(Fields):
 
 class ViTDet(Fields):
     windows: tuple[Positive, ...] = ()
-    """Window sides in tokens, one drawn per batch; empty: never windowed."""
+    """Window sides in tokens; every partition draws one of those that divide its grid. Empty: never windowed."""
     probability: Share = 0.1
     """How often a training batch runs windowed (OURS)."""
     num_global: Positive = 4

@@ -41,8 +41,8 @@ class DistillTask(nn.Module):
         self.student = student
         self.trunk_frozen = False
         """While True only the heads get gradients (the first `optim.freeze_trunk` steps)."""
-        self.window: int | None = None
-        """Side in tokens of this step's attention windows; None: global attention."""
+        self.windows: dict[str, int | None] = {}
+        """Side in tokens of this step's attention windows, by partition; None: global attention."""
         self.balancers: dict[str, Balancer] = {}
         """Read for fidelity and dispersion; the service owns them."""
         self.adaloss = AdaLoss(recipe.loss.adaloss) if recipe.loss.adaloss is not None else None
@@ -59,14 +59,19 @@ class DistillTask(nn.Module):
 
     def set_step(self, step: int) -> None:
         """What changes with the step: the frozen trunk, the attention window, MESA, weight noise."""
-        recipe, vitdet = self.recipe, self.recipe.student.vitdet
+        recipe = self.recipe
         self.trunk_frozen = step < recipe.optim.freeze_trunk
         self.mesa_on = recipe.loss.mesa.weight > 0 and step >= recipe.loss.mesa.start
-        draw = random.Random(f"{recipe.seed}/{step}/vitdet")
-        windowed = bool(vitdet.windows) and draw.random() < vitdet.probability
-        self.window = draw.choice(vitdet.windows) if windowed else None
+        self.windows = {name: self._draw_window(name, step) for name in recipe.partitions}
         if recipe.student.damp > 0:
             set_damp_step(self.student, recipe.seed, step)
+
+    def _draw_window(self, partition: str, step: int) -> int | None:
+        """One of the windows that divide the partition's grid, or None."""
+        vitdet, side = self.recipe.student.vitdet, self.recipe.partitions[partition].size // self.student.patch_size
+        fitting = [window for window in vitdet.windows if side % window == 0]
+        draw = random.Random(f"{self.recipe.seed}/{step}/{partition}")
+        return draw.choice(fitting) if fitting and draw.random() < vitdet.probability else None
 
     def idle_loss(self) -> Tensor:
         """Zero, for a rank with fewer micro-batches than others: it still takes part in the backward pass."""
@@ -75,7 +80,7 @@ class DistillTask(nn.Module):
     def forward(self, batch: Batch, targets: Targets, counts: Counts) -> Losses:
         """Losses of one micro-batch. counts: per teacher, the global number of valid target positions of this partition."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.trunk_frozen), self._autocast(batch):
-            tokens = self.student.forward_tokens(_pixels(batch, "student"), seeds_B=batch.seeds_B, window=self.window)
+            tokens = self.student.forward_tokens(_pixels(batch, "student"), seeds_B=batch.seeds_B, window=self.windows[batch.partition])
         reference = self._ema_tokens(batch) if self.mesa_on else None
         with torch.autocast(tokens.features_BCHW.device.type, enabled=False):
             return self._losses(batch, targets, counts, tokens, reference)

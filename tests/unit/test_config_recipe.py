@@ -81,7 +81,7 @@ def test_a_teacher_without_a_summary_needs_no_weight():
          "teacher 'toy_sam': a mosaic cannot be upsampled by 'tile'; use bilinear"),
         ("teachers.toy_sam.card=toy_dino", "teacher 'toy_sam': a mosaic needs 2 x 2 images of 96 px in its 84 px; set mosaic: false"),
         ("partitions.low.teachers.toy_sam.size=96", "teacher 'toy_sam' at 96 px: a mosaic is shown at the card's 192 px; remove size"),
-        ("student.vitdet.windows=[5]", "a window of 5 tokens does not divide the 12 tokens a side of partition 'low'"),
+        ("student.vitdet.windows=[5]", "a window of 5 tokens divides no grid: sides are 12 of partition 'low', 24 of partition 'high'"),
         ("student.num_registers=-1", "'student.num_registers' is -1, expected at least 0, or null"),
         ("start.source=", "'start.source' is null, expected text"),
         ("start.source=''", "'start.source' is missing: a start of kind 'run' needs it"),

@@ -170,7 +170,7 @@ def test_attention_windows_and_adaloss_and_teacher_dropping_run():
         "toy/stage1", "partitions.low.images=16", "student.vitdet={windows: [2, 3], probability: 1.0}", "loss.adaloss=0.9",
         "loss.drop_teachers=0.5", "student.damp=0.05",
     )  # fmt: skip
-    assert task.window in (2, 3)
+    assert task.windows["low"] in (2, 3)
     gradient(task, service, [batch_of(recipe, service, "low", 16)], whole_counts(recipe, service))
     task.update_adaloss()
     assert task.adaloss is not None

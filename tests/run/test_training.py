@@ -1,0 +1,199 @@
+"""Whole trainings on the CPU: what a run leaves behind, exact resume, stops, other world sizes, errors.
+
+Every training is a process of its own, started as a user would start it.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from radio_distill.config.load import load_recipe
+from radio_distill.data.toyworld import render_images
+
+STEPS = 6
+TINY = [
+    "student.overrides={patch_size: 8, embed_dim: 32, depth: 2, num_heads: 2}",
+    "student.heads={hidden: 16, inner: 0}",
+    "partitions.low.images=32",
+    "balance.window=4",
+    "balance.every=2",
+    "optim.freeze_trunk=2",
+    f"optim.steps={STEPS}",
+    "data.streams=2",
+    "log.every=1",
+    "log.pictures=0",
+    "checkpoint.every=2",
+    "engine.zero=1",
+    "engine.workers=0",
+]
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    from PIL import Image
+
+    folder = tmp_path_factory.mktemp("photos")
+    for i, pixels in enumerate(render_images(5, range(96), size=64)):
+        Image.fromarray(pixels).save(folder / f"{i:03d}.jpg", quality=95)
+    return folder
+
+
+def command(photos, run, *overrides, recipe="toy/stage1", ranks=1):
+    head = [sys.executable, "-m", "radio_distill", "train", recipe]
+    return [*head, *TINY, f"data.sources.toy.path={photos}", f"run={run}", *overrides, "--ranks", str(ranks)]
+
+
+def train(*args, **kwargs):
+    return subprocess.run(command(*args, **kwargs), capture_output=True, text=True, timeout=240)
+
+
+def losses(run: Path) -> list[tuple[int, float, float]]:
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [(row["step"], row["loss"], row["grad_norm"]) for row in rows]
+
+
+def wait_for_step(run: Path, step: int, process: subprocess.Popen) -> None:
+    for _ in range(1200):
+        path = run / "metrics.jsonl"
+        if path.exists() and len(path.read_text().splitlines()) >= step:
+            return
+        assert process.poll() is None, "the training ended before the step was reached"
+        time.sleep(0.05)
+    raise AssertionError("the step was not reached in a minute")
+
+
+@pytest.fixture(scope="module")
+def whole(photos, tmp_path_factory):
+    """One uninterrupted run on one rank."""
+    run = tmp_path_factory.mktemp("whole") / "run"
+    done = train(photos, run)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return run
+
+
+def test_a_run_folder_holds_recipe_metrics_and_checkpoints(whole):
+    names = {str(p.relative_to(whole)) for p in whole.rglob("*")}
+    last = "checkpoints/step-00000006"
+    assert {"recipe.yaml", "metrics.jsonl", "checkpoints/latest", f"{last}/meta.json", f"{last}/student/student.safetensors"} <= names
+    assert {f"{last}/balancers/{t}.safetensors" for t in ("toy_clip", "toy_siglip", "toy_dino", "toy_sam")} <= names
+    assert (whole / "checkpoints" / "latest").read_text().strip() == "step-00000006"
+    assert sorted(p.name for p in (whole / "checkpoints").glob("step-*")) == ["step-00000004", "step-00000006"]  # keep_last
+    assert not list((whole / "checkpoints").glob(".tmp*"))
+    assert load_recipe(whole / "recipe.yaml").optim.steps == STEPS
+    row = json.loads((whole / "metrics.jsonl").read_text().splitlines()[-1])
+    assert {"loss", "lr", "grad_norm", "images_per_s", "time/data", "fidelity/low/toy_sam", "loss/low/toy_clip/summary"} <= row.keys()
+
+
+def test_a_killed_run_goes_on_bit_for_bit(photos, whole, tmp_path):
+    run = tmp_path / "run"
+    process = subprocess.Popen(command(photos, run), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wait_for_step(run, 3, process)  # after the checkpoint of step 2, inside the statistics window
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    again = train(photos, run)
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert "resuming at step" in again.stderr
+    assert losses(run) == losses(whole)
+
+
+def test_one_and_two_ranks_give_the_same_losses(photos, whole, tmp_path):
+    run = tmp_path / "run"
+    done = train(photos, run, ranks=2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for (step, loss, norm), (_, loss_1, norm_1) in zip(losses(run), losses(whole), strict=True):
+        assert loss == pytest.approx(loss_1, rel=2e-5), step
+        assert norm == pytest.approx(norm_1, rel=1e-4), step
+
+
+def test_a_signal_saves_and_another_world_size_goes_on(photos, whole, tmp_path):
+    run = tmp_path / "run"
+    process = subprocess.Popen(command(photos, run, "checkpoint.every=1000", ranks=2), stderr=subprocess.PIPE, text=True)
+    wait_for_step(run, 1, process)
+    process.send_signal(signal.SIGUSR1)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors[-3000:]
+    assert "as asked; the same command goes on from here" in errors
+    again = train(photos, run, ranks=1)
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert "saved on 2 ranks, now 1" in again.stderr
+    for (step, loss, _), (_, expected, _) in zip(losses(run), losses(whole), strict=True):
+        assert loss == pytest.approx(expected, rel=1e-4), step
+
+
+def test_stage_three_starts_from_stage_one_in_both_resolutions(photos, whole, tmp_path):
+    run = tmp_path / "run"
+    done = train(
+        photos, run, f"start.source={whole}", "optim.steps=2", "balance.window=2", "optim.freeze_trunk=0", "partitions.low.images=8",
+        "partitions.high.images=2", "log.pictures=2", recipe="toy/stage3",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    row = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    assert {"fidelity/low/toy_dino", "fidelity/high/toy_dino"} <= row.keys()
+    assert (run / "pictures" / "step-00000002-high.png").exists()
+
+
+def test_a_changed_recipe_is_refused_on_resume(photos, whole):
+    done = train(photos, whole, "optim.lr=0.5")
+    assert done.returncode == 2
+    assert "was started with another recipe" in done.stderr
+    assert "optim.lr: 0.002 -> 0.5" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_non_finite_teacher_stops_before_anything_is_saved(photos, tmp_path):
+    (tmp_path / "broken.py").write_text(
+        "from radio_distill.teachers.toy import build as toy\n"
+        "from radio_distill.types import VisionOutput\n"
+        "import torch\n"
+        "class Broken(torch.nn.Module):\n"
+        "    def __init__(self, net):\n"
+        "        super().__init__()\n"
+        "        self.net = net\n"
+        "    def forward(self, pixels):\n"
+        "        out = self.net(pixels)\n"
+        "        return VisionOutput(out.summary_BC, out.features_BCHW * float('nan'))\n"
+        "def build(card, weights):\n"
+        "    return Broken(toy(card, weights))\n"
+    )
+    card = load_recipe("toy/stage1").teachers  # the shipped card with another loader
+    assert "toy_clip" in card
+    from radio_distill.paths import shipped
+
+    text = shipped("teachers")["toy_clip"].read_text() + "loader: broken:build\n"
+    (tmp_path / "toy_clip.yaml").write_text(text)
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    arguments = command(photos, tmp_path / "run", f"teachers.toy_clip.card={tmp_path / 'toy_clip.yaml'}", ranks=2)
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=240, env=environment)
+    assert done.returncode == 2
+    assert "teacher 'toy_clip' gave non-finite features at step 0 on rank 0 (partition 'low')" in done.stderr
+    assert "nothing was updated, the last checkpoint stands" in done.stderr
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_run_in_use_is_refused(photos, whole):
+    import fcntl
+
+    with (whole / "lock").open("a+") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        done = train(photos, whole)
+    assert done.returncode == 2
+    assert "is in use by another job" in done.stderr
+
+
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(photos, whole, tmp_path):
+    from radio_distill.train.checkpoint import latest
+
+    folder = tmp_path / "checkpoints"
+    for step in (2, 4):
+        (folder / f"step-{step:08d}").mkdir(parents=True)
+    (folder / "step-00000002" / "meta.json").write_text("{}")
+    (folder / "latest").write_text("step-00000004\n")
+    found = latest(tmp_path)
+    assert found is not None
+    assert found.name == "step-00000002"
