@@ -141,7 +141,7 @@ def windowed_flops(arch: Arch, grid: int, patch: int) -> float:
 
 def teacher_flops(card: TeacherCard, size: int) -> float:
     """One forward of a teacher on a size x size image: from its card's `params.arch`, else counted on the network."""
-    if "arch" not in card.params:
+    if not card.params.get("arch"):
         return _counted(card.model_dump_json(), size)
     arch = Arch(**card.params["arch"])
     grid = size // card.input.patch
