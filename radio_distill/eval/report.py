@@ -1,0 +1,147 @@
+"""`radio-distill report FOLDER`: one self-contained HTML page of a run, or of a folder of runs (stages of one student).
+
+Everything is read from the run folders: recipe, metrics.jsonl, results.jsonl, pictures.
+"""
+
+from __future__ import annotations
+
+import base64
+import os
+from collections.abc import Iterable
+from html import escape
+from pathlib import Path
+
+from ..config.load import load_recipe
+from ..config.recipe import Recipe
+from ..errors import CheckpointError
+from ..log.sinks import read_metrics
+from ..types import Result
+from .__main__ import read
+from .chart import Series, line_chart
+
+__all__ = ["main", "write_report"]
+
+STYLE = """
+:root{color-scheme:light dark;--ink:#1c232e;--soft:#5d6b7d;--line:#d8dee6;--back:#fff;--band:#f5f7fa}
+@media(prefers-color-scheme:dark){:root{--ink:#e7ecf3;--soft:#9aa8ba;--line:#313b48;--back:#12171e;--band:#1a212a}}
+body{font:16px/1.5 system-ui,sans-serif;color:var(--ink);background:var(--back);max-width:56rem;margin:0 auto;padding:1rem}
+h1{font-size:1.5rem}h2{font-size:1.15rem;margin-top:2.2rem;border-bottom:1px solid var(--line)}
+p,figcaption{color:var(--soft)}.wide{overflow-x:auto}table{border-collapse:collapse;min-width:100%}
+td,th{padding:.35rem .6rem;text-align:right;border-bottom:1px solid var(--line);white-space:nowrap}
+td:first-child,th:first-child{text-align:left}tr.own td{background:var(--band);font-weight:600}
+svg{width:100%;height:auto}.grid{stroke:var(--line)}.base{stroke:var(--soft);stroke-dasharray:5 4}.mark{stroke:var(--soft);stroke-dasharray:2 3}
+.tick{font-size:11px;fill:var(--soft)}figure{margin:1.2rem 0}img{width:100%;image-rendering:pixelated}
+.legend span{margin-right:1rem;white-space:nowrap}.legend i{display:inline-block;width:.8rem;height:.8rem;border-radius:2px;margin-right:.35rem}
+.pictures{display:grid;grid-template-columns:max-content 1fr;gap:.5rem}code{background:var(--band);padding:.1rem .3rem}
+"""
+
+
+def main(folder: str) -> int:
+    """Write FOLDER/report.html and print where it is."""
+    print(write_report(Path(folder)))
+    return 0
+
+
+def write_report(folder: Path) -> Path:
+    """Write `report.html` into `folder`: a run, or a folder whose subfolders are runs. Raises CheckpointError when there is none."""
+    runs = _runs(folder)
+    body = [f"<h1>{escape(folder.resolve().name)}: {len(runs)} stage{'s' if len(runs) > 1 else ''}</h1>", _summary(runs)]
+    body += [_results(read(folder / "results.jsonl")), _curves(runs), _pictures(runs), _recipes(runs)]
+    page = (
+        '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">'
+        f"<title>{escape(folder.resolve().name)}</title><style>{STYLE}</style><body>{''.join(body)}</body></html>"
+    )
+    path = folder / "report.html"
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(page)
+    os.replace(temporary, path)
+    return path
+
+
+Run = tuple[Path, Recipe, list[dict[str, float]]]
+
+
+def _runs(folder: Path) -> list[Run]:
+    folders = [folder] if (folder / "recipe.yaml").exists() else sorted(p.parent for p in folder.glob("*/recipe.yaml"))
+    if not folders:
+        raise CheckpointError(f"{folder} is no run and holds none; expected recipe.yaml in it or in its subfolders")
+    return [(path, load_recipe(path / "recipe.yaml"), read_metrics(path)) for path in folders]
+
+
+def _summary(runs: list[Run]) -> str:
+    rows = []
+    teachers = list(dict.fromkeys(t for _, recipe, _ in runs for t in recipe.teachers))
+    for path, recipe, metrics in runs:
+        last = metrics[-1] if metrics else {}
+        cells = [path.name, " + ".join(f"{p.size} px x {p.images}" for p in recipe.partitions.values()), f"{last.get('step', 0):g}"]
+        cells += [_fidelity(last, teacher) for teacher in teachers]
+        rows.append(cells)
+    head = ["stage", "images per step", "steps", *teachers]
+    note = "Fidelity of each adaptor at the end of each stage: target variance over error. 1 is predicting the mean; higher is better."
+    return f"<p>{note} Low / high resolution where a stage has both.</p>" + _table(head, rows)
+
+
+def _fidelity(metrics: dict[str, float], teacher: str) -> str:
+    values = [v for k, v in metrics.items() if k.startswith("fidelity/") and k.endswith(f"/{teacher}")]
+    return " / ".join(f"{v:.2f}" for v in values) or "-"
+
+
+def _results(results: list[Result]) -> str:
+    if not results:
+        return ""
+    columns = list(dict.fromkeys(f"{r.task} {r.metric}" for r in results))
+    rows: dict[str, dict[str, str]] = {}
+    for r in results:
+        rows.setdefault(r.model, {"px": str(r.resolution)})[f"{r.task} {r.metric}"] = f"{r.value:.1f}"
+    lines = [[name, *(values.get(c, "-") for c in ["px", *columns])] for name, values in rows.items()]
+    own = [not name.startswith("teacher:") for name in rows]
+    first = results[0]
+    note = f"{first.count} held-out scenes of {first.dataset}, protocol {first.config_hash}; percent, higher is better."
+    return f"<h2>Evaluation</h2><p>{escape(note)}</p>" + _table(["model", "px", *columns], lines, own)
+
+
+def _curves(runs: list[Run]) -> str:
+    fidelity: dict[str, Series] = {}
+    loss: dict[str, Series] = {"loss": []}
+    marks: dict[float, str] = {}
+    start = 0.0
+    for path, _, metrics in runs:
+        marks[start] = path.name
+        for row in metrics:
+            loss["loss"].append((start + row["step"], row["loss"]))
+            for key, value in row.items():
+                if key.startswith("fidelity/"):
+                    fidelity.setdefault(key.removeprefix("fidelity/"), []).append((start + row["step"], value))
+        start += metrics[-1]["step"] if metrics else 0
+    charts = line_chart(fidelity, title="Fidelity by partition and teacher", baseline=1.0, marks=marks)
+    return "<h2>Training</h2>" + charts + line_chart(loss, title="Loss", marks=marks)
+
+
+def _pictures(runs: list[Run]) -> str:
+    found = [(path.name, picture) for path, _, _ in runs for picture in sorted((path / "pictures").glob("*.png"))[-2:]]
+    if not found:
+        return ""
+    note = "Rows: image, student, then every teacher's map above the student's prediction of it; colours are the first three principal components."
+    figures = [f"<figure><figcaption>{escape(f'{name}, {p.stem}')}</figcaption>{_image(p)}</figure>" for name, p in found]
+    return f"<h2>Feature maps</h2><p>{note}</p>" + "".join(figures)
+
+
+def _image(path: Path) -> str:
+    return f'<img alt="{escape(path.stem)}" src="data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}">'
+
+
+def _recipes(runs: list[Run]) -> str:
+    blocks = [
+        f"<details><summary>{escape(path.name)}</summary><div class='wide'><pre>{escape((path / 'recipe.yaml').read_text())}</pre></div></details>"
+        for path, _, _ in runs
+    ]
+    return "<h2>Recipes</h2>" + "".join(blocks)
+
+
+def _table(head: list[str], rows: Iterable[list[str]], own: list[bool] | None = None) -> str:
+    marks = own or []
+    lines = [f"<tr>{''.join(f'<th>{escape(c)}</th>' for c in head)}</tr>"]
+    for i, row in enumerate(rows):
+        style = ' class="own"' if i < len(marks) and marks[i] else ""
+        lines.append(f"<tr{style}>{''.join(f'<td>{escape(c)}</td>' for c in row)}</tr>")
+    return f"<div class='wide'><table>{''.join(lines)}</table></div>"
