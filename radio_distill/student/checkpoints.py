@@ -9,7 +9,7 @@ import argparse
 import json
 import os
 import pickle
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -143,7 +143,7 @@ def _plain(value: Tensor) -> Tensor:
     return (value.float() if value.is_floating_point() else value).contiguous()
 
 
-def _write(path: Path, write: Any) -> None:
+def _write(path: Path, write: Callable[[Path], object]) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     write(temporary)
     temporary.replace(path)

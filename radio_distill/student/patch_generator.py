@@ -27,7 +27,9 @@ class ClassTokens(nn.Module):
         self.token = nn.Parameter(torch.randn(num, dim) * dim**-0.5)
 
     def forward(self, patches_BLD: Tensor) -> Tensor:
-        prefix = self.token.to(patches_BLD.dtype).expand(len(patches_BLD), -1, -1)
+        prefix = self.token.to(patches_BLD.dtype).expand(
+            patches_BLD.shape[0], -1, -1
+        )  # len() would fix the batch size in an export
         return torch.cat([prefix, patches_BLD], dim=1)
 
 
@@ -87,8 +89,10 @@ class PatchGenerator(nn.Module):
             size = grid
             table_1DRC = table_1DRC[:, :, :rows, :cols]
         resized_1Dnn = F.interpolate(table_1DRC, size=size, mode="bilinear", align_corners=False)
-        positions = resized_1Dnn[:, :, :rows, :cols]
-        return positions.flatten(2).transpose(1, 2).to(self.pos_embed.dtype)
+        positions_1rcD = resized_1Dnn[:, :, :rows, :cols].permute(0, 2, 3, 1)
+        # Always copied: whether flattening needs it would otherwise be a branch on the aspect ratio.
+        positions_1rcD = positions_1rcD.to(self.pos_embed.dtype).clone(memory_format=torch.contiguous_format)
+        return positions_1rcD.flatten(1, 2)
 
     def train_positions(self, grid: tuple[int, int], draws: Draws) -> Tensor:
         """Position embeddings (B, L, D), each of a random viewport, a share `pos_dropout` of them zero."""

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ from torch import Tensor
 
 from radio_distill.config.recipe import Student as Spec
 from radio_distill.errors import CheckpointError
-from radio_distill.student.arch import AdaptorSlot
+from radio_distill.student.arch import AdaptorSlot, HeadArch
 from radio_distill.student.checkpoints import load_reference, load_student, open_student, save_student, student_from_hf
+from radio_distill.student.intermediates import forward_intermediates
 from radio_distill.student.keys import to_reference
 from radio_distill.student.reference import student_from_reference
 from radio_distill.student.start import parametrise
@@ -194,6 +196,48 @@ def test_repeated_names_read_the_first_entry() -> None:
     assert (loaded.num_cls_tokens, loaded.num_registers) == (4, 4)
     slotted = student_from_reference(args | {"teachers": [first, second, {**third, "token_slot": 0}]}, state)
     assert [a.token for a in slotted.arch.adaptors] == [0, 1, 0]
+
+
+def test_heads_of_every_kind_are_recognised() -> None:
+    student = make()
+    v1 = HeadArch("v1", 32, 20, 10)
+    attention = HeadArch("attention", 32, 20, 6, inner=2, upsample=2)
+    adaptors = [
+        replace(a, summary=v1, features=features) for a, features in zip(student.arch.adaptors, (v1, attention, attention))
+    ]
+    student = Student(replace(student.arch, adaptors=tuple(adaptors)))
+    args, state = reference(student)
+    loaded = student_from_reference(args, state)
+    assert loaded.arch.adaptors == student.arch.adaptors
+    same(student, loaded)
+    other = {key.replace("_projections.sam.blocks.", "_projections.sam.layers."): value for key, value in state.items()}
+    same(student, student_from_reference(args, other))
+
+
+def test_a_timm_dinov2_trunk_with_final_norm() -> None:
+    student = make(overrides={**TINY, "patch_size": 14, "swiglu": True}, layer_scale=0.2, final_norm=True, max_size=56)
+    args, state = reference(student, model="vit_small_patch14_reg4_dinov2", model_kwargs={**TINY, "patch_size": 14})
+    state = {key.replace("mlp.w12", "mlp.fc1").replace("mlp.w3", "mlp.fc2"): value for key, value in state.items()}
+    state["base_model.reg_token"] = torch.zeros(1, 4, 32)
+    loaded = student_from_reference(args, state).eval()
+    assert loaded.arch.trunk.nominal_size == 518
+    images = torch.rand(1, 3, 28, 42)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded.encode(images), student.encode(images), atol=0, rtol=0)
+    without = student_from_reference(args | {"model_norm": False}, state)
+    assert not without.arch.trunk.final_norm
+
+
+def test_a_shared_rotation_is_one_for_every_block() -> None:
+    args, state = reference(make())
+    normalizer = {"alphas": torch.rand(3), "means": torch.randn(3, 32), "rotation": torch.randn(32, 32)}
+    shared = state | {f"_intermediate_feature_normalizer.{key}": value for key, value in normalizer.items()}
+    each = shared | {"_intermediate_feature_normalizer.rotation": normalizer["rotation"].repeat(3, 1, 1)}
+    images = torch.rand(1, 3, 16, 16)
+    with torch.no_grad():
+        got, want = (forward_intermediates(student_from_reference(args, s).eval(), images, 3).layers for s in (shared, each))
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_scaled_norms_are_folded() -> None:

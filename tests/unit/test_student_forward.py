@@ -21,7 +21,9 @@ SLOTS = [AdaptorSlot("clip", 10, 12, True), AdaptorSlot("sam", None, 6, False, 2
 
 def make(**changes: object) -> Student:
     torch.manual_seed(0)
-    return build_student(Spec.model_validate({"model": "vit_tiny_patch16_224", "overrides": TINY, "max_size": 48} | changes), SLOTS)
+    return build_student(
+        Spec.model_validate({"model": "vit_tiny_patch16_224", "overrides": TINY, "max_size": 48} | changes), SLOTS
+    )
 
 
 def images(batch: int = 2, height: int = 16, width: int = 32) -> Tensor:
@@ -225,7 +227,9 @@ def test_a_share_of_the_samples_gets_no_positions() -> None:
 def test_eval_ignores_seeds() -> None:
     student = make().eval()
     with torch.no_grad():
-        assert torch.equal(student.forward_tokens(images(), torch.arange(2)).features_BCHW, student.encode(images()).features_BCHW)
+        assert torch.equal(
+            student.forward_tokens(images(), torch.arange(2)).features_BCHW, student.encode(images()).features_BCHW
+        )
 
 
 def test_frames_of_a_video_share_a_viewport() -> None:
