@@ -20,16 +20,22 @@ def main(argv: list[str] | None = None) -> int:
     """Evaluate every model on one suite; prints a table and appends `results.jsonl`."""
     parser = argparse.ArgumentParser(prog="python -m radio_distill.eval", description=main.__doc__)
     parser.add_argument("--suite", choices=SUITES, required=True)
-    parser.add_argument("--model", action="append", required=True, help="run folder, checkpoint, export, or teacher:NAME; may be repeated")
+    parser.add_argument(
+        "--model", action="append", required=True, help="run folder, checkpoint, export, or teacher:NAME; may be repeated"
+    )
     parser.add_argument("--resolution", type=int, help="side in pixels at which students run (default: the scenes' own)")
     parser.add_argument("--limit", type=int, help="at most this many scenes, for a quick look")
-    parser.add_argument("--out", type=Path, default=Path("results.jsonl"), help="file that results are appended to (default: %(default)s)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("results.jsonl"), help="file that results are appended to (default: %(default)s)"
+    )
     arguments = parser.parse_args(argv)
     from .models import load_model
     from .toy import ToyProtocol, evaluate
 
     protocol = ToyProtocol() if arguments.limit is None else ToyProtocol(train=arguments.limit, test=arguments.limit)
-    results = [r for name in arguments.model for r in evaluate(load_model(name), name, protocol, resolution=arguments.resolution)]
+    results = [
+        r for name in arguments.model for r in evaluate(load_model(name), name, protocol, resolution=arguments.resolution)
+    ]
     append(arguments.out, results)
     print(table(results))
     return 0

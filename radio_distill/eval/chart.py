@@ -13,7 +13,9 @@ WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 640, 260, 48, 12, 12, 34
 Series = list[tuple[float, float]]
 
 
-def line_chart(series: dict[str, Series], *, title: str, baseline: float | None = None, marks: dict[float, str] | None = None) -> str:
+def line_chart(
+    series: dict[str, Series], *, title: str, baseline: float | None = None, marks: dict[float, str] | None = None
+) -> str:
     """One chart with a legend. baseline: a dashed horizontal line. marks: vertical lines with a label, by x."""
     points = [p for line in series.values() for p in line if math.isfinite(p[1])]
     if not points:
@@ -40,7 +42,9 @@ def line_chart(series: dict[str, Series], *, title: str, baseline: float | None 
         body.append(f'<polyline fill="none" stroke="{colour}" stroke-width="2" points="{path}"/>')
     body.append(f'<text class="tick" x="{LEFT}" y="{HEIGHT - 8}">{low_x:g}</text>')
     body.append(f'<text class="tick" x="{WIDTH - RIGHT}" y="{HEIGHT - 8}" text-anchor="end">{high_x:g} steps</text>')
-    legend = " ".join(f'<span><i style="background:{c}"></i>{escape(name)}</span>' for c, name in zip(_colours(len(series)), series))
+    legend = " ".join(
+        f'<span><i style="background:{c}"></i>{escape(name)}</span>' for c, name in zip(_colours(len(series)), series)
+    )
     svg = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">{"".join(body)}</svg>'
     return f'<figure><figcaption>{escape(title)}</figcaption>{svg}<div class="legend">{legend}</div></figure>'
 

@@ -12,7 +12,9 @@ from torch import Tensor
 __all__ = ["knn_scores", "knn_top1"]
 
 
-def knn_scores(database_NC: Tensor, labels_N: Tensor, queries_MC: Tensor, *, classes: int, k: int = 20, temperature: float = 0.07) -> Tensor:
+def knn_scores(
+    database_NC: Tensor, labels_N: Tensor, queries_MC: Tensor, *, classes: int, k: int = 20, temperature: float = 0.07
+) -> Tensor:
     """Class scores (M, K): the k nearest by cosine vote with weight exp(similarity / temperature).
 
     The scores of a query sum to 1. k is at most the size of the database.
@@ -27,7 +29,9 @@ def knn_scores(database_NC: Tensor, labels_N: Tensor, queries_MC: Tensor, *, cla
     return torch.cat(scores)
 
 
-def knn_top1(database_NC: Tensor, labels_N: Tensor, queries_MC: Tensor, answers_M: Tensor, *, classes: int, k: int = 20) -> float:
+def knn_top1(
+    database_NC: Tensor, labels_N: Tensor, queries_MC: Tensor, answers_M: Tensor, *, classes: int, k: int = 20
+) -> float:
     """Top-1 accuracy in percent."""
     scores = knn_scores(database_NC, labels_N, queries_MC, classes=classes, k=k)
     return 100 * (scores.argmax(1) == answers_M).double().mean().item()

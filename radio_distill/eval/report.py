@@ -73,7 +73,11 @@ def _summary(runs: list[Run]) -> str:
     teachers = list(dict.fromkeys(t for _, recipe, _ in runs for t in recipe.teachers))
     for path, recipe, metrics in runs:
         last = metrics[-1] if metrics else {}
-        cells = [path.name, " + ".join(f"{p.size} px x {p.images}" for p in recipe.partitions.values()), f"{last.get('step', 0):g}"]
+        cells = [
+            path.name,
+            " + ".join(f"{p.size} px x {p.images}" for p in recipe.partitions.values()),
+            f"{last.get('step', 0):g}",
+        ]
         cells += [_fidelity(last, teacher) for teacher in teachers]
         rows.append(cells)
     head = ["stage", "images per step", "steps", *teachers]

@@ -30,7 +30,14 @@ def mean_iou(counts_KK: Tensor) -> float:
 
 
 def fit_linear(
-    features_NCHW: Tensor, labels_NYX: Tensor, *, classes: int, steps: int = 400, batch: int = 32, lr: float = 1e-2, seed: int = 0
+    features_NCHW: Tensor,
+    labels_NYX: Tensor,
+    *,
+    classes: int,
+    steps: int = 400,
+    batch: int = 32,
+    lr: float = 1e-2,
+    seed: int = 0,
 ) -> nn.Module:
     """Train the head: AdamW, linear warm-up and decay, cross-entropy on logits resized bilinearly to the labels."""
     generator = torch.Generator().manual_seed(seed)

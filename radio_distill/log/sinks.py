@@ -95,7 +95,9 @@ def _tensorboard(folder: Path) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
-        raise RadioDistillError('log.tensorboard=true needs the tensorboard package: pip install "radio-distill[tensorboard]"') from error
+        raise RadioDistillError(
+            'log.tensorboard=true needs the tensorboard package: pip install "radio-distill[tensorboard]"'
+        ) from error
     return SummaryWriter(str(folder))
 
 
@@ -112,7 +114,13 @@ def _wandb(recipe: Recipe, folder: Path) -> Any:
     config = recipe.model_dump(mode="json")
     try:
         return wandb.init(
-            project=recipe.log.wandb, name=recipe.name, id=identity.read_text(), resume="allow", mode=mode, dir=str(folder), config=config
+            project=recipe.log.wandb,
+            name=recipe.name,
+            id=identity.read_text(),
+            resume="allow",
+            mode=mode,
+            dir=str(folder),
+            config=config,
         )
     except Exception as error:  # wandb being unreachable must not cost a training
         log.warning("wandb could not start (%s); metrics.jsonl goes on. WANDB_MODE=offline avoids this.", error)

@@ -102,7 +102,9 @@ def load_teacher(card: TeacherCard, *, weights: Weights = "pretrained") -> Teach
     """
     target = card.loader or FAMILIES.get(card.family)
     if target is None:
-        raise CardError(f"card {card.name!r}: unknown family {card.family!r}, expected one of {', '.join(FAMILIES)} or a `loader`")
+        raise CardError(
+            f"card {card.name!r}: unknown family {card.family!r}, expected one of {', '.join(FAMILIES)} or a `loader`"
+        )
     net = _resolve(target, card)(card, weights)
     if weights == "meta" or next(net.parameters()).dtype == torch.float32:
         return Teacher(card, net)
@@ -114,4 +116,6 @@ def _resolve(target: str, card: TeacherCard) -> Callable[[TeacherCard, Weights],
     try:
         return getattr(import_module(module), function)
     except (ImportError, AttributeError, ValueError) as error:
-        raise CardError(f"card {card.name!r}: loader {target!r} cannot be imported ({error}); expected package.module:function") from error
+        raise CardError(
+            f"card {card.name!r}: loader {target!r} cannot be imported ({error}); expected package.module:function"
+        ) from error

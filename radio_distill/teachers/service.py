@@ -42,7 +42,9 @@ def mosaic_of(teacher_size: int, patch: int, image_size: int) -> Mosaic:
     """The finest k x k mosaic: 432 px in 1024 is 2 x 2 cells of 512, 256 px is 4 x 4 cells (RADIOv2.5)."""
     k = teacher_size // image_size
     if k < 1:
-        raise RecipeError(f"a mosaic of {image_size} px images does not fit a teacher of {teacher_size} px; use a smaller partition size")
+        raise RecipeError(
+            f"a mosaic of {image_size} px images does not fit a teacher of {teacher_size} px; use a smaller partition size"
+        )
     return Mosaic(k, teacher_size // k // patch * patch)
 
 
@@ -72,7 +74,9 @@ class TeacherService:
         self.timers = Timers(next(iter(teachers.values())).device)
         self._student_patch = student_patch
         self._upsamplers = {
-            (p, t): build_upsampler(view.upsampler) for p, part in recipe.partitions.items() for t, view in part.teachers.items()
+            (p, t): build_upsampler(view.upsampler)
+            for p, part in recipe.partitions.items()
+            for t, view in part.teachers.items()
         }
 
     def encode(self, batch: Batch) -> dict[str, VisionOutput]:
@@ -121,7 +125,9 @@ class TeacherService:
             upsampler = self._upsamplers[batch.partition, name]
             return upsampler(self._chunked(name), pixels, view.size or teacher.card.input.size)
 
-    def _encode_mosaic(self, batch: Batch, teacher: Teacher, pixels_B3HW: Tensor, encode: Callable[[Tensor], VisionOutput]) -> VisionOutput:
+    def _encode_mosaic(
+        self, batch: Batch, teacher: Teacher, pixels_B3HW: Tensor, encode: Callable[[Tensor], VisionOutput]
+    ) -> VisionOutput:
         """k x k images in one pass of the teacher. Borders are zero after normalisation, as in SAM's own pipeline."""
         size, patch = pixels_B3HW.shape[-1], teacher.patch_size
         k, tile = mosaic_of(teacher.card.input.size, patch, size)

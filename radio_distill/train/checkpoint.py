@@ -1,13 +1,13 @@
 """Checkpoints of a run: written under another name, renamed when complete, `latest` moved last.
 
-    runs/NAME/checkpoints/step-00005000/   engine/      DeepSpeed: weights, optimizer (sharded by rank)
-                                           rank-0.json  loader positions and log sums of every rank
-                                           rank-0.safetensors  its part of the statistics, while the window is open
-                                           shared.safetensors  EMA: the same on every rank
-                                           student/     folded fp32 weights, readable without DeepSpeed
-                                           balancers/   one safetensors per teacher
-                                           meta.json    step, world size, ZeRO stage; written last of the files
-    runs/NAME/checkpoints/latest           the name of the newest complete one
+runs/NAME/checkpoints/step-00005000/   engine/      DeepSpeed: weights, optimizer (sharded by rank)
+                                       rank-0.json  loader positions and log sums of every rank
+                                       rank-0.safetensors  its part of the statistics, while the window is open
+                                       shared.safetensors  EMA: the same on every rank
+                                       student/     folded fp32 weights, readable without DeepSpeed
+                                       balancers/   one safetensors per teacher
+                                       meta.json    step, world size, ZeRO stage; written last of the files
+runs/NAME/checkpoints/latest           the name of the newest complete one
 """
 
 from __future__ import annotations
@@ -111,14 +111,18 @@ def read_meta(checkpoint: Path) -> Meta:
     try:
         return Meta(**json.loads((checkpoint / "meta.json").read_text()))
     except (OSError, ValueError, TypeError) as error:
-        raise CheckpointError(f"{checkpoint} is not a complete checkpoint ({error}); name a run folder or another checkpoint") from error
+        raise CheckpointError(
+            f"{checkpoint} is not a complete checkpoint ({error}); name a run folder or another checkpoint"
+        ) from error
 
 
 def read_rank(checkpoint: Path, rank: int) -> dict[str, Any]:
     """The state that `rank` saved."""
     path = checkpoint / f"rank-{rank}.json"
     if not path.is_file():
-        raise CheckpointError(f"{path} is missing: the checkpoint was written by fewer ranks or is damaged; use the one before it")
+        raise CheckpointError(
+            f"{path} is missing: the checkpoint was written by fewer ranks or is damaged; use the one before it"
+        )
     return json.loads(path.read_text())
 
 
@@ -134,7 +138,9 @@ def student_folder(path: Path) -> Path:
         return path
     checkpoint = path if (path / "meta.json").is_file() else latest(path)
     if checkpoint is None:
-        raise CheckpointError(f"{path} holds no checkpoint; expected a run folder (checkpoints/step-*), one of its checkpoints, or an export")
+        raise CheckpointError(
+            f"{path} holds no checkpoint; expected a run folder (checkpoints/step-*), one of its checkpoints, or an export"
+        )
     return checkpoint / read_meta(checkpoint).student
 
 

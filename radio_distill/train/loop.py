@@ -130,7 +130,11 @@ def stop_all(t: Trainer, step: int, batches: list[Batch]) -> RadioDistillError:
         parts = [name for name, value in t.meter.state().items() if value != value or abs(value) == float("inf")]
         found = [f"rank {t.world.rank}: {', '.join(parts)}"] if parts else []
     messages = [m for rank in agree.gather(found) for m in rank]
-    detail = "\n  ".join(messages) if messages else "all losses are finite, a gradient is not; lower optim.lr or set engine.precision=fp32"
+    detail = (
+        "\n  ".join(messages)
+        if messages
+        else "all losses are finite, a gradient is not; lower optim.lr or set engine.precision=fp32"
+    )
     keys = ", ".join(key for batch in batches for key in batch.keys[:4])
     return TrainingError(
         f"non-finite value at step {step}; nothing was updated, the last checkpoint stands.\n  {detail}\n  samples of rank {t.world.rank}: {keys}"

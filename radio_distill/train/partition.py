@@ -48,7 +48,9 @@ class Assignment:
         return Share(index=group.index(rank), ranks=len(group), images=self.images[partition] // len(group))
 
 
-def assign(*, images: dict[str, int], costs: dict[str, float], world_size: int, multiple: dict[str, int] | None = None) -> Assignment:
+def assign(
+    *, images: dict[str, int], costs: dict[str, float], world_size: int, multiple: dict[str, int] | None = None
+) -> Assignment:
     """Share partitions among ranks.
 
     images: images per step, by partition. costs: FLOPs per image, by partition. multiple: a rank's images of that
@@ -69,7 +71,9 @@ def _fits(images: int, ranks: int, multiple: int) -> bool:
     return images % (ranks * multiple) == 0
 
 
-def _group_sizes(images: dict[str, int], costs: dict[str, float], world_size: int, multiple: dict[str, int]) -> dict[str, int] | None:
+def _group_sizes(
+    images: dict[str, int], costs: dict[str, float], world_size: int, multiple: dict[str, int]
+) -> dict[str, int] | None:
     """Group sizes that minimise the slowest rank's work; every group divides its images. None when there are none."""
     names = list(images)
     best: tuple[float, dict[str, int]] | None = None
@@ -100,7 +104,10 @@ def _apart(images: dict[str, int], sizes: dict[str, int], world_size: int) -> As
 
 
 def _no_division(images: dict[str, int], multiple: dict[str, int], world_size: int) -> str:
-    wanted = ", ".join(f"partitions.{n}.images={g}" + (f" (in groups of {multiple[n]} for mosaics)" if multiple[n] > 1 else "") for n, g in images.items())
+    wanted = ", ".join(
+        f"partitions.{n}.images={g}" + (f" (in groups of {multiple[n]} for mosaics)" if multiple[n] > 1 else "")
+        for n, g in images.items()
+    )
     fitting = [r for r in range(world_size, 0, -1) if all(_fits(g, r, multiple[n]) for n, g in images.items())]
     nearest = {n: max(1, round(g / (world_size * multiple[n]))) * world_size * multiple[n] for n, g in images.items()}
     advice = ", ".join(f"partitions.{n}.images={g}" for n, g in nearest.items())

@@ -37,7 +37,9 @@ class RunFolder:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise CheckpointError(f"{self.path} is in use by another job; wait for it, or set run= to another folder") from error
+            raise CheckpointError(
+                f"{self.path} is in use by another job; wait for it, or set run= to another folder"
+            ) from error
         return lock
 
     def _record(self, recipe: Recipe) -> None:

@@ -21,7 +21,7 @@ from ..student.arch import AdaptorSlot
 from ..student.names import student_arch
 from ..student.start import parametrise, start_weights
 from ..student.student import Student, build_student
-from ..teachers.base import Teacher, load_teacher
+from ..teachers.base import Teacher, Weights, load_teacher
 from ..teachers.service import TeacherService, mosaic_of, view_specs
 from . import agree, checkpoint
 from .cost import partition_cost
@@ -46,17 +46,19 @@ class Parts:
     streams: Streams
 
 
-def build_parts(recipe: Recipe, world: World) -> Parts:
-    """Load the teachers and find out who runs what; the streams are not open yet."""
+def build_parts(recipe: Recipe, world: World, *, weights: Weights = "pretrained") -> Parts:
+    """Load the teachers and find out who runs what; the streams are not open yet. weights: `random` for benchmarks."""
     if not recipe.data.sources:
         raise RecipeError("data.sources is empty; name your images: data.sources.train.path=FOLDER_OR_SHARDS")
-    teachers = build_teachers(recipe, world)
+    teachers = build_teachers(recipe, world, weights=weights)
     assignment = assignment_of(recipe, teachers, world.size)
     patch = student_arch(recipe.student, slots_of(recipe, teachers)).trunk.patch_size
     sizes = {name: (t.card.input.size, t.card.input.patch) for name, t in teachers.items()}
     specs = {name: view_specs(recipe, partition, sizes, patch) for name, partition in recipe.partitions.items()}
     service = TeacherService(recipe, teachers, student_patch=patch)
-    return Parts(service, StatisticsWindow(recipe.balance, teachers, world), assignment, Streams(recipe, assignment, world.rank, specs))
+    return Parts(
+        service, StatisticsWindow(recipe.balance, teachers, world), assignment, Streams(recipe, assignment, world.rank, specs)
+    )
 
 
 def build_start(recipe: Recipe, world: World, run: RunFolder, parts: Parts) -> tuple[Student, Path | None]:
@@ -83,7 +85,9 @@ def given_balancers(recipe: Recipe, service: TeacherService, world: World) -> di
     """Those of `balance.path`; empty when the statistics window makes them."""
     if not recipe.balance.path:
         if recipe.balance.window == 0:
-            raise RecipeError("balance.window is 0 and balance.path is empty; give the folder that `radio-distill stats` wrote, or a window")
+            raise RecipeError(
+                "balance.window is 0 and balance.path is empty; give the folder that `radio-distill stats` wrote, or a window"
+            )
         return {}
     channels = {name: teacher.card.output.features for name, teacher in service.teachers.items()}
     loaded = load_balancers(Path(expand(recipe.balance.path)), channels)
@@ -105,10 +109,10 @@ def first_balancers(parts: Parts, world: World) -> dict[str, Balancer]:
     return balancers
 
 
-def build_teachers(recipe: Recipe, world: World) -> dict[str, Teacher]:
+def build_teachers(recipe: Recipe, world: World, *, weights: Weights = "pretrained") -> dict[str, Teacher]:
     """Load every teacher onto this rank's device, in the recipe's precision."""
     dtype = torch.bfloat16 if recipe.engine.teacher_precision == "bf16" else torch.float32
-    teachers = {name: load_teacher(card).to(world.device, dtype) for name, card in cards_of(recipe).items()}
+    teachers = {name: load_teacher(card, weights=weights).to(world.device, dtype) for name, card in cards_of(recipe).items()}
     for name, teacher in teachers.items():
         if recipe.teachers[name].compile:
             teacher.net.compile(dynamic=False)

@@ -91,7 +91,12 @@ def resume(t: Trainer, path: Path) -> dict[str, Any]:
     meta = checkpoint.read_meta(path)
     same = meta.world_size == t.world.size
     if t.world.is_main:
-        log.info("resuming at step %d from %s%s", meta.step, path, "" if same else f" (saved on {meta.world_size} ranks, now {t.world.size})")
+        log.info(
+            "resuming at step %d from %s%s",
+            meta.step,
+            path,
+            "" if same else f" (saved on {meta.world_size} ranks, now {t.world.size})",
+        )
     _load_engine(t, path, meta, same)
     t.step = t.saved_step = meta.step
     shared = load_file(path / "shared.safetensors", device=str(t.world.device))
@@ -125,7 +130,9 @@ def _load_ranks(t: Trainer, path: Path, meta: checkpoint.Meta, same: bool) -> di
         ranks = [t.world.rank] if same else list(range(meta.world_size)) if t.world.is_main else []
         for rank in ranks:
             t.window.add(checkpoint.read_rank_tensors(path, rank, device=str(t.world.device)))
-    return {name: merge_positions([s["positions"][name] for s in states if name in s["positions"]]) for name in t.recipe.partitions}
+    return {
+        name: merge_positions([s["positions"][name] for s in states if name in s["positions"]]) for name in t.recipe.partitions
+    }
 
 
 def _group(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:

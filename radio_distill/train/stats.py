@@ -26,7 +26,9 @@ def main(argv: list[str]) -> int:
     """Gather statistics, write `RUN/balancers/` and say where it is."""
     recipe = load_recipe(argv[0], argv[1:], training=True)
     if recipe.balance.window == 0:
-        raise RecipeError("balance.window is 0: it says how many steps of images the statistics come from; set balance.window=300")
+        raise RecipeError(
+            "balance.window is 0: it says how many steps of images the statistics come from; set balance.window=300"
+        )
     world = distributed.init()
     try:
         balancers = gather(recipe, world)

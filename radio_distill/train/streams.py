@@ -58,6 +58,8 @@ def forwards(recipe: Recipe, assignment: Assignment, rank: int) -> int:
         size = min(partition.micro_batch or share.images, share.images)
         if share.images % size:
             best = max(d for d in range(1, size + 1) if share.images % d == 0)
-            raise RecipeError(f"partitions.{name}.micro_batch={size} does not divide the {share.images} images of a rank; use {best}")
+            raise RecipeError(
+                f"partitions.{name}.micro_batch={size} does not divide the {share.images} images of a rank; use {best}"
+            )
         total += share.images // size
     return total

@@ -80,10 +80,11 @@ class DistillTask(nn.Module):
     def forward(self, batch: Batch, targets: Targets, counts: Counts) -> Losses:
         """Losses of one micro-batch. counts: per teacher, the global number of valid target positions of this partition."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.trunk_frozen), self._autocast(batch):
-            tokens = self.student.forward_tokens(_pixels(batch, "student"), seeds_B=batch.seeds_B, window=self.windows[batch.partition])
+            tokens = self.student.forward_tokens(
+                _pixels(batch, "student"), seeds_B=batch.seeds_B, window=self.windows[batch.partition]
+            )
         reference = self._ema_tokens(batch) if self.mesa_on else None
-        with torch.autocast(tokens.features_BCHW.device.type, enabled=False):
-            return self._losses(batch, targets, counts, tokens, reference)
+        return self._losses(batch, targets, counts, tokens, reference)
 
     def _autocast(self, batch: Batch) -> torch.autocast:
         return torch.autocast(batch.seeds_B.device.type, torch.bfloat16, enabled=self.recipe.engine.precision == "bf16")
@@ -95,7 +96,9 @@ class DistillTask(nn.Module):
         with self._autocast(batch):
             return functional_call(_Tokens(self.student), average, (_pixels(batch, "ema_student"), batch.seeds_B))
 
-    def _losses(self, batch: Batch, targets: Targets, counts: Counts, tokens: StudentTokens, reference: StudentTokens | None) -> Losses:
+    def _losses(
+        self, batch: Batch, targets: Targets, counts: Counts, tokens: StudentTokens, reference: StudentTokens | None
+    ) -> Losses:
         parts: dict[str, Tensor] = {}
         terms = {name: self._terms(batch, name, target, counts[name], tokens, parts) for name, target in targets.items()}
         self._drop_teachers(terms, batch.seeds_B)
@@ -112,14 +115,17 @@ class DistillTask(nn.Module):
         total = total * self.recipe.partitions[batch.partition].weight
         return Losses(total, parts | {"loss": total.detach()})
 
-    def _terms(self, batch: Batch, name: str, target: Target, count: Tensor | float, tokens: StudentTokens, parts: dict[str, Tensor]) -> Terms:
+    def _terms(
+        self, batch: Batch, name: str, target: Target, count: Tensor | float, tokens: StudentTokens, parts: dict[str, Tensor]
+    ) -> Terms:
         """Per-image losses of one adaptor; adds the sums that make its fidelity to `parts`."""
         adaptor, balancer = self.student.adaptor(name), self.balancers[name]
         features, mask = self._predict(batch, name, target, tokens)
         sums_B, _ = feature_terms(features, target.features_BCHW, mask, self.recipe.loss.features)
         terms = {"features": sums_B / count}
         if target.summary_BC is not None and self._weight(name, "summary") > 0:
-            summary = adaptor.summary(tokens.class_tokens_BNC[:, adaptor.token].float())
+            with self._autocast(batch):
+                summary = adaptor.summary(tokens.class_tokens_BNC[:, adaptor.token])
             images = self.recipe.partitions[batch.partition].images
             terms["summary"] = summary_terms(summary, target.summary_BC, self.recipe.loss.summary, balancer.dispersion) / images
         with torch.no_grad():
@@ -129,11 +135,12 @@ class DistillTask(nn.Module):
 
     def _predict(self, batch: Batch, name: str, target: Target, tokens: StudentTokens) -> tuple[Tensor, Tensor | None]:
         """The adaptor's map on the target's grid. The *backbone* map is resized, then the head runs (RADIO issue #122)."""
-        features, mask = tokens.features_BCHW.float(), target.mask_B1HW
+        features, mask = tokens.features_BCHW, target.mask_B1HW
         if self.recipe.partitions[batch.partition].teachers[name].grid == "teacher":
             own, (height, width) = batch.views["student"].boxes_B4, target.features_BCHW.shape[-2:]
-            features, mask = resample_to(features, own, target.boxes_B4, (height, width), aligned=self._aligned)
-        return self.student.adaptor(name).features(features), mask
+            features, mask = resample_to(features.float(), own, target.boxes_B4, (height, width), aligned=self._aligned)
+        with self._autocast(batch):
+            return self.student.adaptor(name).features(features), mask
 
     def _mesa(self, batch: Batch, tokens: StudentTokens, reference: StudentTokens) -> Tensor:
         """Shift-equivariant MESA (C-RADIOv4, eq. 2): agree with the EMA student, which saw another crop."""
@@ -155,7 +162,9 @@ class DistillTask(nn.Module):
         if self.adaloss is None:
             return
         names = [f"{a.name}/{kind}" for a in self.student.arch.adaptors for kind in ("features", "summary") if getattr(a, kind)]
-        values = torch.stack([torch.as_tensor(self.step_terms.get(n, 0.0), dtype=torch.float32) for n in names]).to(self._device)
+        values = torch.stack([torch.as_tensor(self.step_terms.get(n, 0.0), dtype=torch.float32) for n in names]).to(
+            self._device
+        )
         agree.sum_ranks(values)
         self.adaloss.update({n: v for n, v in zip(names, values) if self._weight(*n.rsplit("/", 1)) > 0})
         self.step_terms = {}

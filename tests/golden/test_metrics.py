@@ -4,11 +4,11 @@ import json
 
 import pytest
 import torch
+from conftest import golden_cases
 from safetensors.torch import load_file
 
 from radio_distill.eval.knn import knn_scores
 from radio_distill.eval.segmentation import confusion, mean_iou
-from conftest import golden_cases
 
 
 def _pair(path):

@@ -80,14 +80,28 @@ def whole(photos, tmp_path_factory):
 def test_a_run_folder_holds_recipe_metrics_and_checkpoints(whole):
     names = {str(p.relative_to(whole)) for p in whole.rglob("*")}
     last = "checkpoints/step-00000006"
-    assert {"recipe.yaml", "metrics.jsonl", "checkpoints/latest", f"{last}/meta.json", f"{last}/student/student.safetensors"} <= names
+    assert {
+        "recipe.yaml",
+        "metrics.jsonl",
+        "checkpoints/latest",
+        f"{last}/meta.json",
+        f"{last}/student/student.safetensors",
+    } <= names
     assert {f"{last}/balancers/{t}.safetensors" for t in ("toy_clip", "toy_siglip", "toy_dino", "toy_sam")} <= names
     assert (whole / "checkpoints" / "latest").read_text().strip() == "step-00000006"
     assert sorted(p.name for p in (whole / "checkpoints").glob("step-*")) == ["step-00000004", "step-00000006"]  # keep_last
     assert not list((whole / "checkpoints").glob(".tmp*"))
     assert load_recipe(whole / "recipe.yaml").optim.steps == STEPS
     row = json.loads((whole / "metrics.jsonl").read_text().splitlines()[-1])
-    assert {"loss", "lr", "grad_norm", "images_per_s", "time/data", "fidelity/low/toy_sam", "loss/low/toy_clip/summary"} <= row.keys()
+    assert {
+        "loss",
+        "lr",
+        "grad_norm",
+        "images_per_s",
+        "time/data",
+        "fidelity/low/toy_sam",
+        "loss/low/toy_clip/summary",
+    } <= row.keys()
 
 
 def test_a_killed_run_goes_on_bit_for_bit(photos, whole, tmp_path):

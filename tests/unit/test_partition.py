@@ -33,10 +33,14 @@ def test_shares_of_all_ranks_add_up_to_the_images_of_the_step():
 
 
 def test_mosaics_are_never_cut_between_ranks():
-    with pytest.raises(RecipeError, match=r"images=8 \(in groups of 4 for mosaics\) cannot be divided among 4 ranks; use 2 ranks"):
+    with pytest.raises(
+        RecipeError, match=r"images=8 \(in groups of 4 for mosaics\) cannot be divided among 4 ranks; use 2 ranks"
+    ):
         assign(images={"low": 8}, costs={"low": 1.0}, world_size=4, multiple={"low": 4})
 
 
 def test_an_indivisible_batch_names_numbers_that_work():
-    with pytest.raises(RecipeError, match=r"partitions.low.images=10 .*among 3 ranks; use 2 ranks, or set partitions.low.images=9"):
+    with pytest.raises(
+        RecipeError, match=r"partitions.low.images=10 .*among 3 ranks; use 2 ranks, or set partitions.low.images=9"
+    ):
         assign(images={"low": 10}, costs={"low": 1.0}, world_size=3)

@@ -61,7 +61,14 @@ def test_nothing_half_written_carries_a_final_name(tmp_path):
         raise OSError("disk full")
 
     meta = checkpoint.Meta(step=5, world_size=1, zero=1, recipe="r", student="student")
-    arguments = {"rank": 0, "barrier": lambda: None, "save_shared": lambda f: None, "rank_state": {}, "rank_tensors": {}, "keep_last": 2}
+    arguments = {
+        "rank": 0,
+        "barrier": lambda: None,
+        "save_shared": lambda f: None,
+        "rank_state": {},
+        "rank_tensors": {},
+        "keep_last": 2,
+    }
     with pytest.raises(OSError, match="disk full"):
         checkpoint.write(tmp_path, meta, save_engine=fail, **arguments)
     assert checkpoint.latest(tmp_path) is None

@@ -66,7 +66,9 @@ def whole_counts(recipe, service):
     return {p: {t: float(service.positions(p, t)) for t in part.teachers} for p, part in recipe.partitions.items()}
 
 
-@pytest.mark.parametrize("loss", ["loss.features={mse: 1}", "loss.features={mse: 0, cosine: 0.9, smooth_l1: 0.1}", "loss.summary=angle"])
+@pytest.mark.parametrize(
+    "loss", ["loss.features={mse: 1}", "loss.features={mse: 0, cosine: 0.9, smooth_l1: 0.1}", "loss.summary=angle"]
+)
 def test_the_gradient_does_not_depend_on_how_a_batch_is_split(loss):
     recipe, service, task = build("toy/stage1", "partitions.low.images=32", loss)
     batch = batch_of(recipe, service, "low", 32)
@@ -79,7 +81,9 @@ def test_the_gradient_does_not_depend_on_how_a_batch_is_split(loss):
 
 
 def test_both_partitions_contribute_their_weighted_mean():
-    recipe, service, task = build("toy/stage3", "partitions.low.images=16", "partitions.high.images=4", "partitions.high.weight=3.0")
+    recipe, service, task = build(
+        "toy/stage3", "partitions.low.images=16", "partitions.high.images=4", "partitions.high.weight=3.0"
+    )
     counts = whole_counts(recipe, service)
     low, high = batch_of(recipe, service, "low", 16), batch_of(recipe, service, "high", 4)
     apart = [gradient(task, service, [b], counts)[0] for b in (low, high)]

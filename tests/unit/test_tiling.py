@@ -33,7 +33,7 @@ def test_tiles_are_the_map_of_the_whole_image_when_the_teacher_is_local():
     CALLS.clear()
     out = build_upsampler(Tile(kind="tile", factor=3))(patch_means, x, 8)
     assert torch.allclose(out.features_BCHW, F.avg_pool2d(x, 2))
-    assert [2 * (1 + 9)] == CALLS  # one call of the teacher for the global view and all tiles
+    assert CALLS == [2 * (1 + 9)]  # one call of the teacher for the global view and all tiles
 
 
 def test_the_summary_comes_from_the_global_view():
