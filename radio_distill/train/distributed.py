@@ -62,9 +62,16 @@ def init(backend: str | None = None) -> World:
 
 
 def shutdown() -> None:
-    """Leave the process group; makes no collective call, so that it cannot hang after an error on one rank."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    """Leave the process group; `init` may be called again afterwards.
+
+    While an exception is on its way out, an NCCL group is left to the exit of the process: taking it down waits for the
+    other ranks, which would hide the exception behind a hang.
+    """
+    failed = sys.exc_info()[0] is not None
+    if dist.is_initialized() and not (failed and dist.get_backend() == "nccl"):
+        import deepspeed.comm
+
+        deepspeed.comm.destroy_process_group()  # torch's, and DeepSpeed's own references to it
 
 
 def finite_everywhere(*tensors: Tensor) -> Tensor:

@@ -95,7 +95,7 @@ class Engine:
             self._reduce()
 
     def _reduce(self) -> None:
-        for p in self._parameters:
+        for p in self._parameters if self.zero < 3 else []:  # under ZeRO-3 a parameter is empty between its uses
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
         self._unreduced.close()

@@ -8,8 +8,10 @@ import torch
 import torch.distributed as dist
 from launch import launch
 
+from radio_distill.config.recipe import Recipe
 from radio_distill.errors import TrainingError
 from radio_distill.train.distributed import init, shutdown
+from radio_distill.train.engine import Engine
 
 
 def slurm_task(rank: int, folder: Path) -> None:
@@ -37,6 +39,20 @@ def test_slurm_tasks_find_each_other_without_a_compiler(tmp_path: Path) -> None:
     launch(slurm_task, 2, tmp_path)
     assert [(tmp_path / str(rank)).read_text() for rank in range(2)] == ["1.0", "1.0"]
     assert not (tmp_path / "extensions").exists()
+
+
+def twice(rank: int) -> None:
+    for seed in range(2):
+        world = init("gloo")
+        recipe = Recipe.model_validate({"name": "t", "teachers": {}, "partitions": {}, "optim": {"freeze_trunk": 0}})
+        engine = Engine.create(recipe, torch.nn.Linear(3, 1), world)
+        engine.backward(engine(torch.full((1, 3), float(seed))).sum())
+        engine.step()
+        shutdown()
+
+
+def test_one_process_can_train_two_runs_after_each_other() -> None:
+    launch(twice, 1)
 
 
 def alone(rank: int, folder: Path) -> None:
