@@ -60,7 +60,7 @@ def head_parameters(student: StudentArch) -> int:
 
 def teacher_parameters(card: TeacherCard) -> int:
     """Parameters of a teacher: from its card's `params.arch`, else counted on the network (built without memory)."""
-    if "arch" not in card.params:
+    if not card.params.get("arch"):
         return _counted(card.model_dump_json())
     arch = Arch(**card.params["arch"])
     block = _block_parameters(arch.width, arch.mlp, gated=arch.gated)
@@ -117,7 +117,7 @@ def _teacher_work(recipe: Recipe, name: str, view: TeacherView, card: TeacherCar
     forwards = min(forwards, recipe.teachers[name].chunk or forwards)
     arch = (
         Arch(**card.params["arch"])
-        if "arch" in card.params
+        if card.params.get("arch")
         else Arch(width=card.output.features, depth=1, mlp=4 * card.output.features)
     )
     channels = 6 * arch.width + (2 if arch.gated else 1) * arch.mlp
