@@ -105,8 +105,8 @@ def test_normals_are_perpendicular_to_the_surface_that_depth_describes():
 
 def test_a_keypoint_visible_in_both_views_is_one_point_of_space():
     pairs = 0
-    for index in range(8):
-        views = [render(3, index, size=256, view=v) for v in (0, 1)]
+    for index in range(6):
+        views = [render(3, index, size=128, view=v) for v in (0, 1)]
         first, second = (v.keypoints for v in views)
         assert first.names == second.names
         assert set(first.names) <= set(KEYPOINT_NAMES)
@@ -120,7 +120,7 @@ def test_a_keypoint_visible_in_both_views_is_one_point_of_space():
                 found.append(np.linalg.norm(patch - first.points_K3[k], axis=1).min())
             assert max(found) < 0.12, (index, first.names[k], found)
             pairs += 1
-    assert pairs > 25
+    assert pairs > 15
 
 
 def test_a_hidden_keypoint_has_a_surface_in_front_of_it():

@@ -14,18 +14,15 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from .objects import CATALOGUE, CLASSES, part_ids
+from .objects import CATALOGUE, CLASSES
 from .scene import GROUNDS, Camera, Scene, sample_scene
-from .shading import Surface, shade_ground, shade_object, shade_sky
-from .trace import Floats, Solid, any_hit, nearest_hit, normals_at
+from .stage import GROUND, Hits, Stage
+from .trace import Floats, Pixels, Solid
 
 __all__ = ["SEGMENT_NAMES", "Keypoints", "ToySample", "render", "render_images"]
 
 SEGMENT_NAMES: tuple[str, ...] = ("background", *GROUNDS, *CLASSES)
 FIRST_OBJECT = 1 + len(GROUNDS)
-FAR = 40.0
-"""Depth at which the ground ends and the background begins."""
-GROUND, BACKGROUND = -1, -2
 TOLERANCE = 0.06
 """Keypoints lie up to this far below the surface (see `objects`), so that a ray always meets it."""
 
@@ -72,88 +69,6 @@ class ToySample:
     camera: Camera
 
 
-class _Hits(NamedTuple):
-    t_N: Floats
-    """Depth, inf on the background."""
-    solid_N: NDArray
-    """Index of the solid, or GROUND, or BACKGROUND."""
-    points_3N: Floats
-    normals_3N: Floats
-
-
-class _Stage:
-    """A scene with its solids placed, seen by one camera at one size."""
-
-    def __init__(self, scene: Scene, camera: Camera, size: int) -> None:
-        self.scene, self.camera, self.size = scene, camera, size
-        self.solids: list[Solid] = []
-        owners: list[int] = []
-        parts: list[int] = []
-        for number, thing in enumerate(scene.objects):
-            primitives = CATALOGUE[thing.label].primitives
-            self.solids += [Solid.place(p, yaw=thing.yaw, position=thing.position, scale=thing.scale) for p in primitives]
-            owners += [number] * len(primitives)
-            parts += part_ids(thing.name)
-        self.owners, self.parts = np.array(owners), np.array(parts)
-        self.sun_31 = np.array(scene.sun, np.float32)[:, None]
-        self.origin_31 = np.array(camera.position, np.float32)[:, None]
-        self.rects, self.shadow_rects = self._rectangles()
-
-    def _rectangles(self) -> tuple[Floats, Floats]:
-        """What each solid, and each solid together with its shadow on the ground, covers on the screen."""
-        corners = [s.corners() for s in self.solids]
-        shadows = [np.concatenate([c, c - self.sun_31 * (c[2] / self.sun_31[2])], 1) for c in corners]
-        return self._screen_boxes(corners), self._screen_boxes(shadows)
-
-    def _screen_boxes(self, groups: list[Floats]) -> Floats:
-        xy, depth = self.camera.project(np.concatenate(groups, 1), self.size)
-        xy = xy.reshape(2, len(groups), -1)
-        boxes = np.concatenate([xy.min(2), xy.max(2)]).T
-        behind = depth.reshape(len(groups), -1).min(1) < 0.1
-        boxes[behind] = (-np.inf, -np.inf, np.inf, np.inf)
-        return boxes.astype(np.float32)
-
-    def cast(self, pixels_2N: Floats) -> _Hits:
-        rays = self.camera.rays(pixels_2N, self.size).astype(np.float32)
-        t, solid = nearest_hit(self.solids, self.rects, pixels_2N, self.origin_31, rays)
-        with np.errstate(divide="ignore"):
-            floor = -self.origin_31[2] / rays[2]
-        floor = np.where((floor > 0) & (floor < FAR), floor, np.inf)
-        on_floor = floor < t
-        t = np.where(on_floor, floor, t)
-        solid[on_floor], solid[np.isinf(t)] = GROUND, BACKGROUND
-        points = self.origin_31 + rays * np.where(solid == BACKGROUND, 1, t)
-        return _Hits(t, solid, points, self._normals(solid, points))
-
-    def _normals(self, solid: NDArray, points: Floats) -> Floats:
-        normals = np.zeros_like(points)
-        normals[2, solid == GROUND] = 1
-        for index in np.unique(solid[solid >= 0]):
-            chosen = np.flatnonzero(solid == index)
-            normals[:, chosen] = normals_at(self.solids[index], points[:, chosen])
-        return normals
-
-    def shade(self, pixels_2N: Floats, hits: _Hits) -> Floats:
-        """Display colours (3, N) in [0, 1]."""
-        lit = np.flatnonzero(hits.solid_N != BACKGROUND)
-        shadow = np.zeros(len(hits.t_N), bool)
-        shadow[lit] = any_hit(self.solids, self.shadow_rects, pixels_2N[:, lit], hits.points_3N[:, lit], self.sun_31)
-        colours = np.empty_like(hits.points_3N)
-        for index in np.unique(hits.solid_N):
-            chosen = np.flatnonzero(hits.solid_N == index)
-            surface = Surface(
-                hits.points_3N[:, chosen], hits.normals_3N[:, chosen], shadow[chosen], hits.t_N[chosen] / self.size
-            )
-            if index == BACKGROUND:
-                colours[:, chosen] = shade_sky(self.scene, surface.points_3N - self.origin_31)
-            elif index == GROUND:
-                colours[:, chosen] = shade_ground(self.scene, surface)
-            else:
-                owner = self.scene.objects[self.owners[index]]
-                colours[:, chosen] = shade_object(self.scene, surface, self.solids[index], owner)
-        return np.sqrt(np.clip(colours, 0, 1))  # a display gamma of 2
-
-
 def render(seed: int, index: int, size: int = 128, view: int = 0) -> ToySample:
     """Render view 0 or 1 of scene `index` with all its ground truth, `size` pixels square."""
     stage = _stage(seed, index, size, view)
@@ -191,24 +106,25 @@ def render_images(seed: int, indices: Sequence[int], *, size: int = 128, view: i
     return images
 
 
-def _stage(seed: int, index: int, size: int, view: int) -> _Stage:
+def _stage(seed: int, index: int, size: int, view: int) -> Stage:
     scene = sample_scene(seed, index)
-    return _Stage(scene, scene.cameras[view], size)
+    return Stage(scene, scene.cameras[view], size)
 
 
 @lru_cache(maxsize=8)
-def _pixel_centres(size: int) -> Floats:
+def _pixel_centres(size: int) -> Pixels:
     y, x = np.mgrid[:size, :size].astype(np.float32) + np.float32(0.5)
-    return np.stack([x.ravel(), y.ravel()])
+    return Pixels(np.stack([x.ravel(), y.ravel()]), side=size)
 
 
-def _draw(stage: _Stage, hits: _Hits) -> NDArray[np.uint8]:
+def _draw(stage: Stage, hits: Hits) -> NDArray[np.uint8]:
     size = stage.size
     colours = stage.shade(_pixel_centres(size), hits)
     edge = np.flatnonzero(_edges(hits.solid_N.reshape(size, size)))
     if len(edge):
         offsets = np.array([[-0.125, -0.375], [0.375, -0.125], [0.125, 0.375], [-0.375, 0.125]], np.float32)  # rotated grid
-        pixels = (_pixel_centres(size)[:, edge, None] + offsets.T[:, None, :]).reshape(2, -1)
+        xy = (_pixel_centres(size).xy_2N[:, edge, None] + offsets.T[:, None, :]).reshape(2, -1)
+        pixels = Pixels(xy)
         colours[:, edge] = stage.shade(pixels, stage.cast(pixels)).reshape(3, -1, 4).mean(2)
     return np.rint(colours.T * 255).astype(np.uint8).reshape(size, size, 3)
 
@@ -224,7 +140,7 @@ def _edges(ids_HW: NDArray) -> NDArray[np.bool_]:
     return edges
 
 
-def _keypoints(stage: _Stage) -> Keypoints:
+def _keypoints(stage: Stage) -> Keypoints:
     names, owners, points = [], [], []
     for number, thing in enumerate(stage.scene.objects):
         entry = CATALOGUE[thing.label]
@@ -236,7 +152,7 @@ def _keypoints(stage: _Stage) -> Keypoints:
             points.append(base + frame.axes_33 @ np.array(own, np.float32)[:, None] * thing.scale)
     points_3K = np.concatenate(points, 1)
     pixels, depth = stage.camera.project(points_3K, stage.size)
-    in_front = stage.cast(pixels.astype(np.float32)).t_N > depth - TOLERANCE
+    in_front = stage.cast(Pixels(pixels.astype(np.float32))).t_N > depth - TOLERANCE
     inside = (pixels >= 0).all(0) & (pixels < stage.size).all(0)
     return Keypoints(
         names=tuple(names),

@@ -68,7 +68,7 @@ class Camera:
     def rays(self, pixels_2N: np.ndarray, size: int) -> np.ndarray:
         """World directions (3, N) through pixel coordinates; one unit of length along a ray is one unit of z-depth."""
         flat = (pixels_2N - size / 2) / (self.focal * size)
-        return self.rotation_33.T @ np.concatenate([flat, np.ones_like(flat[:1])])
+        return self.rotation_33.T.astype(flat.dtype) @ np.concatenate([flat, np.ones_like(flat[:1])])
 
 
 @dataclass(frozen=True)
@@ -121,14 +121,15 @@ def sample_scene(seed: int, index: int) -> Scene:
     elevation = np.radians(rng.uniform(30, 40) if time in ("sunset", "dawn") else rng.uniform(45, 65))
     azimuth = np.radians(rng.choice((-1, 1)) * rng.uniform(20, 75) - 90)
     sun = (np.cos(elevation) * np.cos(azimuth), np.cos(elevation) * np.sin(azimuth), np.sin(elevation))
+    cameras, phase = _draw_cameras(rng), float(rng.uniform(0, 50))
     return Scene(
         objects=objects,
         ground=ground,
         time=time,
         sun=(float(sun[0]), float(sun[1]), float(sun[2])),
-        cameras=_draw_cameras(rng),
+        cameras=cameras,
         caption=_write_caption(rng, objects, ground, time),
-        phase=float(rng.uniform(0, 50)),
+        phase=phase,
     )
 
 
@@ -172,11 +173,11 @@ def _draw_cameras(rng: Generator) -> tuple[Camera, Camera]:
 
 
 def _write_caption(rng: Generator, objects: tuple[PlacedObject, ...], ground: str, time: str) -> str:
-    """All objects, subject first; now and then without their looks, or without the surroundings."""
-    subject, *others = (f"a {o.describe() if rng.random() < 0.75 else o.name}" for o in objects)
+    """All objects, subject first, many of them without their looks; often without the surroundings."""
+    subject, *others = (f"a {o.describe() if rng.random() < 0.6 else o.name}" for o in objects)
     joined = " and ".join(others)
     link = str(rng.choice(("next to", "with", "and")))
     body = f"{subject} {link} {joined}" if others else subject
     start = str(rng.choice(("", "a photo of ", "a picture of ")))
-    where = f" on {ground}" if rng.random() < 0.75 else ""
-    return f"{start}{body}{where}" + (f" at {time}" if rng.random() < 0.75 else "")
+    where = f" on {ground}" if rng.random() < 0.5 else ""
+    return f"{start}{body}{where}" + (f" at {time}" if rng.random() < 0.5 else "")

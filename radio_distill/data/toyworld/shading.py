@@ -20,8 +20,8 @@ __all__ = ["Surface", "shade_ground", "shade_object", "shade_sky"]
 class Surface(NamedTuple):
     points_3N: Floats
     normals_3N: Floats
-    shadow_N: NDArray[np.bool_]
-    """Whether the sun does not reach the point."""
+    sunny_N: NDArray[np.bool_]
+    """Whether the sun reaches the point."""
     footprint_N: Floats
     """Side of a pixel at the point's distance, in world units (up to the focal length)."""
 
@@ -42,6 +42,7 @@ LIGHTS: dict[str, _Light] = {
 LAMP_COLOUR = np.array([[1.0], [0.72], [0.36]], np.float32)
 LAMP_HEIGHT = 1.25
 TABLE = np.random.default_rng(0).random((64, 64), dtype=np.float32)
+FLAT_TABLE = TABLE.ravel()
 
 
 def shade_sky(scene: Scene, rays_3N: Floats) -> Floats:
@@ -85,7 +86,7 @@ def shade_object(scene: Scene, surface: Surface, solid: Solid, owner: PlacedObje
 def _irradiance(scene: Scene, surface: Surface) -> Floats:
     """Light per channel (3, N): sun, sky and ground bounce, lamps."""
     light, normals = LIGHTS[scene.time], surface.normals_3N
-    facing = np.clip(np.array(scene.sun, np.float32) @ normals, 0, 1) * ~surface.shadow_N
+    facing = np.clip(np.array(scene.sun, np.float32) @ normals, 0, 1) * surface.sunny_N
     sky = light.ambient * (0.62 + 0.38 * normals[2])
     tint = 0.5 * _column(light.zenith) + 0.5 * _column(light.horizon) + 0.08
     total = _column(light.sun) * facing + tint * sky
@@ -155,10 +156,12 @@ def _noise(x: Floats, y: Floats) -> Floats:
     fx, fy = x - floor_x, y - floor_y
     fx, fy = fx * fx * (3 - 2 * fx), fy * fy * (3 - 2 * fy)
     i, j = floor_x.astype(np.int32) & 63, floor_y.astype(np.int32) & 63
-    i1, j1 = (i + 1) & 63, (j + 1) & 63
-    near = TABLE[i, j] * (1 - fx) + TABLE[i1, j] * fx
-    far = TABLE[i, j1] * (1 - fx) + TABLE[i1, j1] * fx
-    return near * (1 - fy) + far * fy
+    i1, j1 = ((i + 1) & 63) * 64, (j + 1) & 63
+    i *= 64
+    near, far = FLAT_TABLE.take(i + j), FLAT_TABLE.take(i + j1)
+    near += (FLAT_TABLE.take(i1 + j) - near) * fx
+    far += (FLAT_TABLE.take(i1 + j1) - far) * fx
+    return near + (far - near) * fy
 
 
 def _column(colour: tuple[float, float, float]) -> Floats:

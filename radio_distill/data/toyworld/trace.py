@@ -13,13 +13,31 @@ from numpy.typing import NDArray
 
 from .objects import Primitive, rotation
 
-__all__ = ["Solid", "nearest_hit", "any_hit", "normals_at"]
+__all__ = ["Pixels", "Solid", "nearest_hit", "any_hit", "normals_at"]
 
 Floats = NDArray[np.floating]
 """float32 in everything that is done per ray."""
 EPS = 1e-3
 """Hits nearer than this are the surface the ray starts from."""
 SIGNS = np.array([[a, b, c] for a in (-1, 1) for b in (-1, 1) for c in (-1, 1)], np.float32).T
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """Where N rays pass through the screen."""
+
+    xy_2N: Floats
+    """Pixel coordinates; pixel centres lie at half integers."""
+    side: int = 0
+    """Not 0: the points are the pixel centres of a square image of this side, row by row."""
+
+    def within(self, rect: Floats) -> NDArray[np.intp]:
+        """Indices of the points inside x0, y0, x1, y1."""
+        if not self.side:
+            x, y = self.xy_2N
+            return np.flatnonzero((x >= rect[0]) & (x <= rect[2]) & (y >= rect[1]) & (y <= rect[3]))
+        x0, y0, x1, y1 = np.clip(np.rint(rect), 0, self.side).astype(int)
+        return (np.arange(y0, y1)[:, None] * self.side + np.arange(x0, x1)).ravel()
 
 
 @dataclass(frozen=True)
@@ -54,19 +72,19 @@ class Solid:
 
 
 def nearest_hit(
-    solids: list[Solid], rects: Floats, pixels_2N: Floats, origin_31: Floats, rays_3N: Floats
+    solids: list[Solid], rects: Floats, pixels: Pixels, origin_31: Floats, rays_3N: Floats
 ) -> tuple[Floats, NDArray]:
     """Distance (N) along each ray to the nearest solid, inf without one, and that solid's index (N), -1 without one.
 
-    `rects` (S, 4) are x0, y0, x1, y1 on the screen, `pixels_2N` where each ray passes through it.
+    `rects` (S, 4) are x0, y0, x1, y1 on the screen, `pixels` where each ray passes through it.
     """
     best = np.full(rays_3N.shape[1], np.inf, np.float32)
     which = np.full(rays_3N.shape[1], -1, np.int16)
     for index, (solid, rect) in enumerate(zip(solids, rects)):
-        inside = _inside(rect, pixels_2N)
+        inside = pixels.within(rect)
         if not len(inside):
             continue
-        t = _intersect(solid, origin_31, rays_3N[:, inside])
+        t = _intersect(solid, origin_31, rays_3N.take(inside, 1))
         closer = t < best[inside]
         chosen = inside[closer]
         best[chosen], which[chosen] = t[closer], index
@@ -74,16 +92,16 @@ def nearest_hit(
 
 
 def any_hit(
-    solids: list[Solid], rects: Floats, pixels_2N: Floats, origins_3N: Floats, direction_31: Floats
+    solids: list[Solid], rects: Floats, pixels: Pixels, origins_3N: Floats, direction_31: Floats, *, tried_N: NDArray[np.bool_]
 ) -> NDArray[np.bool_]:
-    """Whether each of the parallel rays that start at `origins_3N` meets a solid."""
-    hit = np.zeros(origins_3N.shape[1], bool)
+    """Whether each of the parallel rays that start at `origins_3N` meets a solid; only those of `tried_N` are followed."""
+    waiting = tried_N.copy()
     for solid, rect in zip(solids, rects):
-        inside = _inside(rect, pixels_2N)
-        inside = inside[~hit[inside]]
+        inside = pixels.within(rect)
+        inside = inside[waiting[inside]]
         if len(inside):
-            hit[inside] = np.isfinite(_intersect(solid, origins_3N[:, inside], direction_31))
-    return hit
+            waiting[inside] = np.isinf(_intersect(solid, origins_3N.take(inside, 1), direction_31))
+    return tried_N & ~waiting
 
 
 def normals_at(solid: Solid, points_3N: Floats) -> Floats:
@@ -98,11 +116,6 @@ def normals_at(solid: Solid, points_3N: Floats) -> Floats:
         own = planes[(planes[:, :3] @ p - planes[:, 3:]).argmax(0), :3].T
     own = own / np.linalg.norm(own, axis=0)
     return solid.axes_33 @ own
-
-
-def _inside(rect: Floats, pixels_2N: Floats) -> NDArray[np.intp]:
-    x, y = pixels_2N
-    return np.flatnonzero((x >= rect[0]) & (x <= rect[2]) & (y >= rect[1]) & (y <= rect[3]))
 
 
 def _intersect(solid: Solid, origins_3N: Floats, rays_3N: Floats) -> Floats:
