@@ -119,9 +119,10 @@ class _Reader:
         number, error = self.offset // self._shuffle, ""
         samples = read_shard(shard)
         try:
-            skipped = sum(1 for _ in islice(samples, number * self._shuffle))
+            for _ in islice(samples, number * self._shuffle):
+                pass
         except ShardError as cut:
-            skipped, error = 0, str(cut)
+            error = str(cut)
         while not error:
             block, error = _take(samples, self._shuffle)
             random.Random(stable_hash(self._order, "block", self.epoch, shard.name, number)).shuffle(block)
@@ -130,7 +131,7 @@ class _Reader:
                 self._failed.clear()
                 yield Sample(f"{self._feed.name}/{raw.key}", stable_hash(self._seed, self.epoch, raw.key), raw)
             if len(block) < self._shuffle and not error:
-                error = "" if skipped + len(block) else "holds no sample"
+                error = "" if number or block else "holds no sample"
                 break
             number += 1
         if error:

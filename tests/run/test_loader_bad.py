@@ -199,3 +199,9 @@ def test_real_photos_load() -> None:
     assert len({key for b in batches for key in b.keys}) == 64
     assert 90 < pixels.mean() < 150  # photographs are neither dark nor bright on average
     assert batches[-1].position["states"][0]["bad"] == {}
+
+
+def test_a_shard_of_a_whole_number_of_blocks_is_no_bad_shard(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    source = write(tmp_path / "a.tar", {f"{i}.jpg": encode(i) for i in range(8)})
+    assert len(keys(source, 6, shuffle=4)) == 8
+    assert not caplog.records
