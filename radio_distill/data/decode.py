@@ -15,7 +15,7 @@ import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-__all__ = ["BadImage", "Header", "Pixels", "decode", "read_header"]
+__all__ = ["BadImage", "Header", "Pixels", "Scratch", "decode", "read_header"]
 
 Pixels = NDArray[np.uint8]
 EXIF_ORIENTATION = 0x0112
@@ -42,6 +42,23 @@ class Header(NamedTuple):
     """Whether libjpeg-turbo decodes it."""
 
 
+class Scratch:
+    """Memory that one JPEG after the other is decoded into; fresh pages for every image cost up to a tenth of the decoding."""
+
+    LIMIT = 64 << 20  # larger images are rare, and this much memory is kept
+
+    def __init__(self) -> None:
+        self._buffer = np.empty(0, np.uint8)
+
+    def take(self, size: int) -> Pixels | None:
+        """Return at least `size` bytes, the same at every call; None, which lets the decoder allocate, above the limit."""
+        if size > self.LIMIT:
+            return None
+        if size > self._buffer.size:
+            self._buffer = np.empty(size, np.uint8)
+        return self._buffer
+
+
 def read_header(data: bytes, *, max_pixels: int) -> Header:
     """Read size and orientation. Raises BadImage when it is no image, or larger than `max_pixels`.
 
@@ -54,19 +71,26 @@ def read_header(data: bytes, *, max_pixels: int) -> Header:
     return header
 
 
-def decode(data: bytes, header: Header, *, min_height: int, min_width: int) -> Pixels:
-    """Decode to (rows, columns, 3) uint8, upright. Raises BadImage when the data is damaged.
+def decode(data: bytes, header: Header, scratch: Scratch, *, min_height: int, min_width: int) -> Pixels:
+    """Decode to (rows, columns, 3) uint8, upright; they may lie in `scratch` and last until it is used again.
 
     A JPEG at least twice as large as (`min_height`, `min_width`) is decoded at 1/2, 3/8, 1/4 or 1/8 of its size (from the
     low frequencies of its DCT, so nothing aliases), never below the two minima. Transparent pixels are laid over white;
-    16-bit values are scaled to 8 bits; of an animation the first frame is taken.
+    16-bit values are scaled to 8 bits; of an animation the first frame is taken. Raises BadImage when the data is damaged.
     """
     if not header.turbo:
         return _decode_pillow(data)
     if header.orientation >= TRANSPOSED:
         min_height, min_width = min_width, min_height
     try:
-        pixels = simplejpeg.decode_jpeg(data, min_height=min_height, min_width=min_width, min_factor=2)
+        rows, columns, _, _ = simplejpeg.decode_jpeg_header(data, min_height, min_width, 2, False)
+        pixels = simplejpeg.decode_jpeg(
+            data,
+            min_height=min_height,
+            min_width=min_width,
+            min_factor=2,
+            buffer=scratch.take(rows * columns * 3),
+        )
     except ValueError as error:
         if "Premature end" in str(error):
             raise BadImage("truncated", str(error)) from error

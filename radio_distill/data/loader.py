@@ -27,7 +27,7 @@ from ..types import Batch, View
 from .sources import choose_streams, list_source
 from .stream import Bad, Feed
 from .tar import raise_file_limit
-from .views import ViewSpec
+from .views import ViewSpec, as_views
 from .worker import Part, Parts, start_worker
 
 __all__ = ["Loader", "build_loader", "merge_positions"]
@@ -152,26 +152,12 @@ class Loader:
         batch = Batch(
             partition=self._partition,
             keys=tuple(key for part in parts for key in part.keys),
-            seeds_B=torch.cat([part.seeds_B for part in parts]),
-            views=_join([part.views for part in parts]),
+            seeds_B=torch.tensor([seed for part in parts for seed in part.seeds]),
+            views=as_views([part.canvases for part in parts]),
             position=position,
         )
         size = self._micro_batch or len(batch)
         return [_rows(batch, slice(start, start + size)) for start in range(0, len(batch), size)]
-
-
-def _join(views: list[dict[str, View]]) -> dict[str, View]:
-    """Put the rows of all parts under each other; what was one tensor for several consumers stays one."""
-    joined: dict[int, Tensor] = {}
-
-    def cat(tensors: list[Tensor]) -> Tensor:
-        key = id(tensors[0])
-        if key not in joined:
-            whole = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
-            joined[key] = whole.pin_memory() if torch.cuda.is_available() else whole
-        return joined[key]
-
-    return {name: View(cat([v[name].images_B3HW for v in views]), cat([v[name].boxes_B4 for v in views])) for name in views[0]}
 
 
 def _rows(batch: Batch, rows: slice) -> Batch:

@@ -16,12 +16,13 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ..config.recipe import Data
 from ..types import View
 from .crops import Box, Shift, draw_crop, draw_shift, make_room
-from .decode import BadImage, Pixels, decode, read_header
+from .decode import BadImage, Pixels, Scratch, decode, read_header
 from .mosaic import mosaic, unmosaic
 from .seeding import stable_hash
 
@@ -29,6 +30,9 @@ __all__ = ["Canvas", "ViewCutter", "ViewSpec", "as_views", "mosaic", "resize_int
 
 HIGH_RESOLUTION = 768
 """From this side on, images smaller than half of it are skipped: they would be enlarged more than twice (recipe.md 1.6)."""
+
+
+WHOLE_4 = np.array([0, 0, 1, 1], np.float32)
 
 
 class ViewSpec(NamedTuple):
@@ -49,7 +53,8 @@ class Canvas(NamedTuple):
     size: int
     patch: int
     images_B3SS: Tensor
-    boxes_B4: Tensor
+    boxes_B4: NDArray[np.float32]
+    """An array, not a tensor: small arrays travel between processes in the message, tensors each in a file of their own."""
 
 
 class ViewCutter:
@@ -61,6 +66,7 @@ class ViewCutter:
         self._data = data
         self._min_side = max(data.min_side, size // 2) if size >= HIGH_RESOLUTION else data.min_side
         self._pool = _Pool()
+        self._scratch = Scratch()
 
     def blank(self, count: int) -> list[Canvas]:
         """Return canvases for `count` samples: one for each size, or for each consumer where crops are shifted."""
@@ -83,7 +89,8 @@ class ViewCutter:
         shifts = [self._shift(seed, canvas) for canvas in canvases]
         crop = make_room(crop, shifts) if self._data.shift_std else crop
         largest = max(canvas.size for canvas in canvases)
-        pixels = decode(data, header, min_height=math.ceil(largest / crop.height), min_width=math.ceil(largest / crop.width))
+        height, width = math.ceil(largest / crop.height), math.ceil(largest / crop.width)
+        pixels = decode(data, header, self._scratch, min_height=height, min_width=width)
         _paint(torch.from_numpy(pixels), crop, shifts, canvases, index, flip=flip)
 
     def _shift(self, seed: int, canvas: Canvas) -> Shift:
@@ -95,22 +102,28 @@ class ViewCutter:
     def _canvas(self, group: list[ViewSpec], count: int) -> Canvas:
         spec = group[0]
         images = self._pool.take((count, spec.size, spec.size, 3)).permute(0, 3, 1, 2)
-        return Canvas(tuple(s.name for s in group), spec.size, spec.patch, images, torch.empty(count, 4))
+        return Canvas(tuple(s.name for s in group), spec.size, spec.patch, images, np.tile(WHOLE_4, (count, 1)))
 
 
-def as_views(canvases: Sequence[Canvas]) -> dict[str, View]:
-    """Return the filled canvases by consumer; consumers of one canvas get the same tensors."""
-    return {name: View(canvas.images_B3SS, canvas.boxes_B4) for canvas in canvases for name in canvas.names}
+def as_views(parts: Sequence[Sequence[Canvas]]) -> dict[str, View]:
+    """Put the rows of all parts of a batch under each other; consumers of one canvas get the same tensors."""
+    views: dict[str, View] = {}
+    for canvases in zip(*parts, strict=True):
+        images = canvases[0].images_B3SS if len(canvases) == 1 else torch.cat([c.images_B3SS for c in canvases])
+        images = images.pin_memory() if torch.cuda.is_available() else images
+        boxes = torch.from_numpy(np.concatenate([c.boxes_B4 for c in canvases]))
+        views |= dict.fromkeys(canvases[0].names, View(images, boxes))
+    return views
 
 
-def resize_into(out_3SS: Tensor, crop_HW3: Tensor) -> None:
-    """Resize uint8 pixels into `out`, a channels-last image: bicubic, antialiased, as Pillow does it (within two levels).
+def resize_into(out_13SS: Tensor, crop_HW3: Tensor) -> None:
+    """Resize uint8 pixels into `out`, one row of a channels-last batch: bicubic, antialiased, within two levels of Pillow's.
 
     The same operator as `F.interpolate(mode="bicubic", antialias=True)`. Its `out` form saves fresh memory for every image,
     which costs more than the resize itself; bicubic because CLIP, SigLIP and DINO were trained on bicubic pixels.
     """
     source = crop_HW3.permute(2, 0, 1)[None]
-    torch.ops.aten._upsample_bicubic2d_aa.out(source, out_3SS.shape[-2:], False, out=out_3SS[None])
+    torch.ops.aten._upsample_bicubic2d_aa.out(source, out_13SS.shape[-2:], False, out=out_13SS)
 
 
 def _paint(
@@ -128,9 +141,10 @@ def _paint(
         if (down, right) not in cut:
             part = pixels_HW3[top + down : top + down + rows, left + right : left + right + columns]
             cut[down, right] = part.permute(2, 0, 1).flip(2).permute(1, 2, 0) if flip else part
-        resize_into(canvas.images_B3SS[index], cut[down, right])
-        x, y = (-right if flip else right) / columns, down / rows
-        canvas.boxes_B4[index] = torch.tensor([x, y, x + 1, y + 1])
+        resize_into(canvas.images_B3SS[index : index + 1], cut[down, right])
+        if (down, right) != (0, 0):
+            x, y = (-right if flip else right) / columns, down / rows
+            canvas.boxes_B4[index] = x, y, x + 1, y + 1
 
 
 class _Pool:

@@ -15,16 +15,14 @@ from multiprocessing import connection, parent_process
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from ..config.recipe import Data
 from ..errors import DataError
-from ..types import View
 from .decode import BadImage
 from .stream import Bad, Feed, Sample, Stream
 from .tar import raise_file_limit
-from .views import Canvas, ViewCutter, ViewSpec, as_views
+from .views import Canvas, ViewCutter, ViewSpec
 
 __all__ = ["Part", "Parts", "start_worker"]
 
@@ -34,8 +32,8 @@ class Part:
     """The images of some consecutive streams in one step."""
 
     keys: tuple[str, ...]
-    seeds_B: Tensor
-    views: dict[str, View]
+    seeds: tuple[int, ...]
+    canvases: list[Canvas]
     states: list[dict[str, Any]]
     """Of the streams, after these images."""
     bad: list[Bad]
@@ -101,8 +99,8 @@ class Parts(IterableDataset[Part | DataError]):
                 watch.see(failures)
                 if failure is None:
                     samples.append(sample)
-        seeds_B = torch.tensor([sample.seed for sample in samples])
-        return Part(tuple(s.key for s in samples), seeds_B, as_views(canvases), [s.state() for s in streams], bad)
+        keys, seeds = tuple(s.key for s in samples), tuple(s.seed for s in samples)
+        return Part(keys, seeds, canvases, [s.state() for s in streams], bad)
 
 
 def _cut(cutter: ViewCutter, sample: Sample, canvases: list[Canvas], index: int) -> Bad | None:

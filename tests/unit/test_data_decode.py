@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from radio_distill.data.decode import BadImage, decode, read_header
+from radio_distill.data.decode import BadImage, Scratch, decode, read_header
 
 PHOTO = Image.fromarray(np.random.default_rng(0).integers(0, 256, (6, 8, 3), dtype=np.uint8)).resize(
     (400, 300), Image.Resampling.BICUBIC
@@ -22,7 +22,7 @@ def encode(image: Image.Image, kind: str = "JPEG", **options: object) -> bytes:
 
 def read(data: bytes, *, smallest: int = 10**6, max_pixels: int = 10**8) -> np.ndarray:
     header = read_header(data, max_pixels=max_pixels)
-    pixels = decode(data, header, min_height=smallest, min_width=smallest)
+    pixels = decode(data, header, Scratch(), min_height=smallest, min_width=smallest)
     assert pixels.dtype == np.uint8
     assert pixels.shape[2] == 3
     if smallest == 10**6:
@@ -118,18 +118,29 @@ def test_exif_orientation_is_applied(orientation: int, kind: str) -> None:
 def test_large_jpegs_are_decoded_smaller_but_never_below_the_target() -> None:
     data = encode(PHOTO.resize((1600, 1200), Image.Resampling.BICUBIC), quality=95)
     header = read_header(data, max_pixels=10**8)
-    assert decode(data, header, min_height=300, min_width=300).shape == (300, 400, 3)
-    assert decode(data, header, min_height=301, min_width=300).shape == (450, 600, 3)
-    assert decode(data, header, min_height=601, min_width=10).shape == (1200, 1600, 3)
-    assert error_of(decode(data, header, min_height=300, min_width=300), PHOTO) < 4
+    assert decode(data, header, Scratch(), min_height=300, min_width=300).shape == (300, 400, 3)
+    assert decode(data, header, Scratch(), min_height=301, min_width=300).shape == (450, 600, 3)
+    assert decode(data, header, Scratch(), min_height=601, min_width=10).shape == (1200, 1600, 3)
+    assert error_of(decode(data, header, Scratch(), min_height=300, min_width=300), PHOTO) < 4
+
+
+def test_scratch_is_used_again_and_may_be_too_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    small, large, scratch = encode(PHOTO.resize((40, 30))), encode(PHOTO, quality=95), Scratch()
+    header = read_header(large, max_pixels=10**8)
+    for data in (small, large, small, large):
+        pixels = decode(data, read_header(data, max_pixels=10**8), scratch, min_height=10**6, min_width=10**6)
+    assert np.shares_memory(pixels, scratch.take(1))
+    assert error_of(pixels, PHOTO) < 4
+    monkeypatch.setattr(Scratch, "LIMIT", 1000)
+    assert error_of(decode(large, header, scratch, min_height=10**6, min_width=10**6), PHOTO) < 4
 
 
 def test_a_turned_jpeg_is_decoded_smaller_by_its_seen_sides() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     data = encode(PHOTO.resize((1600, 1200)), exif=exif)
-    assert decode(data, read_header(data, max_pixels=10**8), min_height=400, min_width=300).shape == (400, 300, 3)
-    assert decode(data, read_header(data, max_pixels=10**8), min_height=401, min_width=300).shape == (600, 450, 3)
+    assert decode(data, read_header(data, max_pixels=10**8), Scratch(), min_height=400, min_width=300).shape == (400, 300, 3)
+    assert decode(data, read_header(data, max_pixels=10**8), Scratch(), min_height=401, min_width=300).shape == (600, 450, 3)
 
 
 def test_the_content_decides_and_not_the_name() -> None:

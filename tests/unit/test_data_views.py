@@ -36,7 +36,7 @@ def cut(data: bytes, specs: list[ViewSpec], *, seed: int = 0, size: int = 16, **
     cutter = ViewCutter(specs, Data.model_validate(options), size=size)
     canvases = cutter.blank(1)
     cutter.cut(data, seed, canvases, 0)
-    return as_views(canvases)  # type: ignore[return-value]
+    return as_views([canvases])  # type: ignore[return-value]
 
 
 def test_crops_keep_area_and_ratio_and_stay_inside() -> None:
@@ -86,7 +86,7 @@ def test_a_crop_makes_room_for_its_shifts_and_no_more() -> None:
 def test_resize_is_torch_bicubic_and_pillow_within_two_levels(height: int, width: int, size: int) -> None:
     source = torch.from_numpy(smooth(height, width).copy())
     out = torch.zeros(2, size, size, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
-    resize_into(out[1], source)
+    resize_into(out[1:], source)
     library = F.interpolate(source.permute(2, 0, 1)[None], size=(size, size), mode="bicubic", antialias=True)[0]
     pillow = np.asarray(Image.fromarray(source.numpy()).resize((size, size), Image.Resampling.BICUBIC)).astype(int)
     assert torch.equal(out[1], library)
