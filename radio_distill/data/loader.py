@@ -8,27 +8,23 @@ or any other number of ranks and processes that divides V. What had been prefetc
 
 from __future__ import annotations
 
-import atexit
 import logging
-import signal
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from ..config.recipe import Recipe
 from ..errors import DataError
 from ..types import Batch, View
+from .processes import ahead, read_in_processes
 from .sources import choose_streams, list_source
 from .stream import Bad, Feed
-from .tar import raise_file_limit
 from .views import ViewSpec, as_views
-from .worker import Part, Parts, start_worker
+from .worker import Part, Parts
 
 __all__ = ["Loader", "build_loader", "merge_positions"]
 
@@ -101,12 +97,15 @@ class Loader:
         self._skipped = _SkipLog()
 
     def __iter__(self) -> Iterator[list[Batch]]:
-        items, stop = self._start()
+        items, stop = read_in_processes(self._parts, self.workers)
         try:
-            while True:
-                yield self._step([self._next(items) for _ in range(max(1, self.workers))])
+            yield from ahead(self._steps(items)) if self.workers else self._steps(items)
         finally:
             stop()
+
+    def _steps(self, items: Iterator[Part | DataError]) -> Iterator[list[Batch]]:
+        while True:
+            yield self._step([self._next(items) for _ in range(max(1, self.workers))])
 
     def _next(self, items: Iterator[Part | DataError]) -> Part:
         try:
@@ -122,30 +121,6 @@ class Loader:
             raise item
         self._skipped.add(item.bad)
         return item
-
-    def _start(self) -> tuple[Iterator[Part | DataError], Callable[[], None]]:
-        """Start the loader processes; returns what they deliver, in order, and how to end them."""
-        raise_file_limit()
-        options: dict[str, Any] = {}
-        if self.workers:
-            # Not fork: the trainer has threads (gloo, CUDA). The server is forked from instead; it has imported torch once.
-            context = torch.multiprocessing.get_context("forkserver")
-            context.set_forkserver_preload(["radio_distill.data.worker"])
-            options = {"multiprocessing_context": context, "worker_init_fn": start_worker, "prefetch_factor": 2}
-        # A generator of its own: DataLoader would draw from the global one.
-        generator = torch.Generator()
-        loader = DataLoader(
-            self._parts, batch_size=None, num_workers=self.workers, collate_fn=_same, generator=generator, **options
-        )
-        # Blocked signals stay blocked in the server and wait in this process: a SIGUSR1 to all of a job ends neither.
-        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM})
-        try:
-            items = iter(loader)
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
-        stop = partial(_kill, getattr(items, "_workers", []))
-        atexit.register(stop)
-        return items, stop
 
     def _step(self, parts: list[Part]) -> list[Batch]:
         position = {**self._header, "states": [state for part in parts for state in part.states]}
@@ -239,13 +214,3 @@ def _fit_workers(wanted: int, streams: int) -> int:
     if workers < wanted:
         log.info("engine.workers=%d: %d are used, which divide the %d streams of this rank", wanted, workers, streams)
     return workers
-
-
-def _same(item: Any) -> Any:
-    return item
-
-
-def _kill(workers: list[Any]) -> None:
-    """End loader processes at once: they are deaf to SIGTERM, so an exit would wait for them for ever."""
-    for worker in workers:
-        worker.kill()

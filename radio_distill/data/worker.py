@@ -5,26 +5,20 @@ The same code runs in the training process when there are no workers.
 
 from __future__ import annotations
 
-import os
-import signal
-import threading
 from collections import Counter, deque
 from collections.abc import Iterator
 from dataclasses import dataclass
-from multiprocessing import connection, parent_process
 from typing import Any
 
-import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from ..config.recipe import Data
 from ..errors import DataError
 from .decode import BadImage
 from .stream import Bad, Feed, Sample, Stream
-from .tar import raise_file_limit
 from .views import Canvas, ViewCutter, ViewSpec
 
-__all__ = ["Part", "Parts", "start_worker"]
+__all__ = ["Part", "Parts"]
 
 
 @dataclass(frozen=True)
@@ -152,19 +146,3 @@ def _summary(bad: list[Bad]) -> str:
     examples = [next(b for b in reversed(bad) if b.reason == reason) for reason, _ in counts[:3]]
     shown = ", ".join(f"{b.key} ({b.detail or b.reason})" for b in examples)
     return f"{', '.join(f'{count} {reason}' for reason, count in counts)}; such as {shown}"
-
-
-def start_worker(_: int) -> None:
-    """Set up a loader process: one thread, deaf to the trainer's signals, and gone as soon as the trainer is."""
-    torch.set_num_threads(1)
-    raise_file_limit()
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_IGN)
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
-
-
-def _exit_with_parent() -> None:
-    parent = parent_process()
-    if parent is not None:
-        connection.wait([parent.sentinel])
-        os._exit(1)

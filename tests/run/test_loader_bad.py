@@ -169,13 +169,12 @@ def test_an_image_file_that_vanishes_is_skipped(tmp_path: Path) -> None:
 
 def test_a_killed_loader_process_is_a_data_error(tmp_path: Path) -> None:
     write(tmp_path / "a.tar", {f"{i}.jpg": encode(i) for i in range(8)})
-    built = loader(tmp_path, workers=1)
-    items, stop = built._start()
-    next(items)
-    items._workers[0].kill()  # type: ignore[attr-defined]  # what the kernel does when memory is short
+    iterator = iter(loader(tmp_path, workers=1))
+    next(iterator)
+    (worker,) = torch.multiprocessing.active_children()
+    worker.kill()  # what the kernel does when memory is short
     with pytest.raises(DataError, match=r"a loader process of partition 'low' failed: .*lower engine.workers"):
-        [built._next(items) for _ in range(9)]
-    stop()
+        list(islice(iterator, 9))
 
 
 def test_loader_processes_end_with_the_iteration(tmp_path: Path) -> None:
