@@ -3,13 +3,17 @@
 import pytest
 import torch
 
-from radio_distill.config.load import load_recipe
+from radio_distill import viz
+from radio_distill.config.load import dump, load_recipe
 from radio_distill.errors import CheckpointError, RecipeError
+from radio_distill.eval.__main__ import append
+from radio_distill.eval.report import write_report
 from radio_distill.log.meter import Meter, with_fidelity
-from radio_distill.log.sinks import console_line, drop_metrics_after, read_metrics
+from radio_distill.log.sinks import Sinks, console_line, drop_metrics_after, read_metrics
 from radio_distill.train import checkpoint
 from radio_distill.train.partition import assign
 from radio_distill.train.streams import forwards
+from radio_distill.types import Result
 
 
 def test_fidelity_is_variance_over_error_of_the_summed_interval():
@@ -89,3 +93,57 @@ def test_a_micro_batch_that_does_not_divide_names_one_that_does():
     assignment = assign(images={"low": 32}, costs={"low": 1.0}, world_size=2)
     with pytest.raises(RecipeError, match="micro_batch=12 does not divide the 16 images of a rank; use 8"):
         forwards(recipe, assignment, 0)
+
+
+def test_metrics_and_pictures_reach_tensorboard_and_wandb_offline(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    recipe = load_recipe("toy/stage1", ["log.tensorboard=true", "log.wandb=test"])
+    sinks = Sinks(recipe, tmp_path)
+    sinks.write(1, {"loss": 0.5})
+    viz.save_png(torch.rand(3, 8, 8), tmp_path / "a.png")
+    sinks.picture(1, "pca/low", tmp_path / "a.png")
+    sinks.close()
+    assert read_metrics(tmp_path) == [{"step": 1, "loss": 0.5}]
+    assert list((tmp_path / "tensorboard").glob("events.out.*"))
+    assert list((tmp_path / "wandb").glob("offline-run-*"))
+
+
+def test_principal_components_show_what_varies():
+    """Two regions with different features get two colours; the picture lies in [0, 1]."""
+    features = torch.zeros(2, 5, 4, 4)
+    features[:, 3, :, :2] = 7.0
+    picture = viz.pca_rgb(features)
+    assert picture.shape == (2, 3, 4, 4)
+    assert picture.min() >= 0
+    assert picture.max() <= 1
+    assert (picture[:, 0, :, 0] - picture[:, 0, :, 3]).abs().min() > 0.9
+
+
+def test_a_report_is_one_file_with_curves_tables_and_pictures(tmp_path):
+    for i, name in enumerate(("stage1", "stage2")):
+        run = tmp_path / name
+        (run / "pictures").mkdir(parents=True)
+        (run / "recipe.yaml").write_text(dump(load_recipe("toy/stage1")))
+        (run / "metrics.jsonl").write_text(
+            "".join(f'{{"step": {s}, "loss": {3 - s}, "fidelity/low/toy_clip": {1 + s + i}.25}}\n' for s in (1, 2))
+        )
+        viz.save_png(torch.rand(3, 8, 8), run / "pictures" / "step-1-low.png")
+    shared = {"suite": "toy", "unit": "percent", "higher_is_better": True, "dataset": "toyworld", "count": 9, "resolution": 96}
+    append(
+        tmp_path / "results.jsonl",
+        [
+            Result(task="knn", metric="top1", value=51.26, model="stage2", **shared),
+            Result(task="knn", metric="top1", value=33.0, model="teacher:toy_clip", **shared),
+        ],
+    )
+    page = write_report(tmp_path).read_text()
+    assert page.count("<svg") == 2
+    assert page.count("data:image/png;base64") == 2
+    assert "<td>51.3</td>" in page
+    assert "<td>4.25</td>" in page  # fidelity at the end of stage 2
+    assert "http" not in page.replace("http-equiv", "")
+
+
+def test_a_folder_without_runs_has_no_report(tmp_path):
+    with pytest.raises(CheckpointError, match=r"is no run and holds none; expected recipe\.yaml"):
+        write_report(tmp_path)

@@ -5,10 +5,12 @@ import torch
 
 from radio_distill.balance import identity
 from radio_distill.config.load import cards_of, load_recipe
+from radio_distill.errors import RecipeError
 from radio_distill.student.start import parametrise
 from radio_distill.student.student import build_student
 from radio_distill.teachers.base import load_teacher
 from radio_distill.teachers.service import TeacherService, mosaic_of, name_non_finite, view_specs
+from radio_distill.train.ema import Ema
 from radio_distill.train.setup import slots_of
 from radio_distill.train.task import DistillTask
 from radio_distill.types import Batch, View, VisionOutput
@@ -29,7 +31,7 @@ def build(name="toy/stage1", *overrides):
     service = TeacherService(recipe, teachers, student_patch=student.patch_size)
     service.balancers.update({n: identity(t.card.output.features) for n, t in teachers.items()})
     task = DistillTask(recipe, student)
-    task.attach(service.balancers, None)
+    task.balancers = service.balancers
     task.set_step(0)
     return recipe, service, task
 
@@ -181,3 +183,31 @@ def test_attention_windows_and_adaloss_and_teacher_dropping_run():
     assert set(task.adaloss.means) == {f"{n}/features" for n in recipe.teachers} | {
         f"{n}/summary" for n in ("toy_clip", "toy_siglip", "toy_dino")
     }
+
+
+def test_mesa_is_zero_for_an_equal_ema_student_and_counts_when_they_differ():
+    recipe, service, task = build(
+        "toy/stage1", "partitions.low.images=16", "loss.mesa={weight: 2.0, start: 0}", "student.pos_dropout=0"
+    )
+    batch = batch_of(recipe, service, "low", 16)
+    views = batch.views | {"ema_student": batch.views["student"]}
+    batch = Batch(batch.partition, batch.keys, batch.seeds_B, views)
+    counts = whole_counts(recipe, service)["low"]
+    ema = Ema(task.student, 0.5)
+    task.attach(service.balancers, ema)
+    task.set_step(0)
+    same = task(batch, service(batch), counts).parts["loss/low/mesa"]
+    assert same.item() == pytest.approx(0.0, abs=1e-9)
+    with torch.no_grad():
+        for p in task.student.model.parameters():
+            p.mul_(1.1)
+    losses = task(batch, service(batch), counts)
+    assert losses.parts["loss/low/mesa"].item() > 1e-6
+    terms = sum(v for k, v in losses.parts.items() if k.startswith("loss/low") and "mesa" not in k)
+    assert losses.total.item() == pytest.approx((terms + 2 * losses.parts["loss/low/mesa"]).item(), rel=1e-5)
+
+
+def test_mesa_without_an_ema_is_refused():
+    _, service, task = build("toy/stage1", "partitions.low.images=16", "loss.mesa.weight=1")
+    with pytest.raises(RecipeError, match=r"loss.mesa.weight needs the EMA student; set ema.decay above 0"):
+        task.attach(service.balancers, None)
