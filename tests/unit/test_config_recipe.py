@@ -1,5 +1,5 @@
 """Recipes: choices by kind, cross-checks between values, the resolved copy, and what a resume may change."""
-# ruff: noqa: E501  (a message stands on one line, as its reader sees it)
+
 
 from pathlib import Path
 

@@ -1,5 +1,5 @@
 """What the strict loader reads, how files and overrides are merged, and what it says about wrong ones."""
-# ruff: noqa: E501  (a message stands on one line, as its reader sees it)
+
 
 from pathlib import Path
 
