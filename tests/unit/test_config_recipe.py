@@ -1,6 +1,5 @@
 """Recipes: choices by kind, cross-checks between values, the resolved copy, and what a resume may change."""
 
-
 from pathlib import Path
 
 import pytest

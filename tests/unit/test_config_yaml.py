@@ -1,6 +1,5 @@
 """What the strict loader reads, how files and overrides are merged, and what it says about wrong ones."""
 
-
 from pathlib import Path
 
 import pytest
