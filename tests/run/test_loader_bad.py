@@ -16,8 +16,9 @@ from radio_distill.config.recipe import Data, Engine, Partition, Recipe, Source
 from radio_distill.data.loader import Loader, build_loader
 from radio_distill.data.views import ViewSpec
 from radio_distill.errors import DataError
+from tests.conftest import GOLDEN
 
-PHOTOS = Path(__file__).resolve().parents[3] / "shared" / "data" / "photos"
+PHOTOS = GOLDEN.parent / "data" / "photos"
 
 
 def encode(number: int, kind: str = "JPEG", *, mode: str = "RGB", size: tuple[int, int] = (24, 20), **options: object) -> bytes:
