@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import GOLDEN
 from PIL import Image
 
 from radio_distill.config.recipe import Data, Engine, Partition, Recipe, Source
 from radio_distill.data.loader import Loader, build_loader
 from radio_distill.data.views import ViewSpec
 from radio_distill.errors import DataError
-from tests.conftest import GOLDEN
 
 PHOTOS = GOLDEN.parent / "data" / "photos"
 
