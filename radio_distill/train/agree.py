@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..errors import RadioDistillError
 
-__all__ = ["any_rank", "sum_ranks", "gather", "on_main", "barrier"]
+__all__ = ["any_rank", "any_ranks", "sum_ranks", "gather", "on_main", "barrier"]
 
 T = TypeVar("T")
 
@@ -22,6 +22,14 @@ def any_rank(flag: Tensor | bool, device: torch.device) -> bool:
     if dist.is_initialized():
         dist.all_reduce(value, op=dist.ReduceOp.MAX)
     return bool(value)
+
+
+def any_ranks(flags: Sequence[bool], device: torch.device) -> list[bool]:
+    """For each of this rank's flags, whether it is true on any rank; one small all-reduce for all of them."""
+    values = torch.tensor(list(flags), dtype=torch.int32, device=device)
+    if dist.is_initialized():
+        dist.all_reduce(values, op=dist.ReduceOp.MAX)
+    return [bool(value) for value in values.tolist()]
 
 
 def sum_ranks(values: Tensor) -> None:

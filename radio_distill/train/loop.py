@@ -21,7 +21,7 @@ from ..teachers.service import check_finite, name_non_finite
 from ..types import Batch
 from . import agree, distributed, preempt
 from .setup import build_parts, build_start, open_run
-from .snapshot import resume, save, save_due
+from .snapshot import resume, save, save_late
 from .trainer import Trainer
 
 __all__ = ["train"]
@@ -65,8 +65,8 @@ def fit(t: Trainer) -> None:
             log_step(t)
         if t.pictures_due():
             t.draw(batches[-1])
-        stop = agree.any_rank(preempt.requested() is not None, t.world.device)
-        if stop or t.step == steps or save_due(t):
+        stop, late = agree.any_ranks([preempt.requested() is not None, save_late(t)], t.world.device)
+        if stop or late or t.step == steps or t.step % t.recipe.checkpoint.every == 0:
             save(t)
         if stop:
             log.info("stopped after step %d as asked; the same command goes on from here", t.step)

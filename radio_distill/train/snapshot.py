@@ -29,18 +29,16 @@ from .ema import Ema
 from .engine import to_universal
 from .trainer import Trainer
 
-__all__ = ["save", "save_due", "resume", "export_student"]
+__all__ = ["save", "save_late", "resume", "export_student"]
 
 log = logging.getLogger(__name__)
 
 TAG = "state"
 
 
-def save_due(t: Trainer) -> bool:
-    """By steps, or by minutes on rank 0's clock. A collective."""
-    spec = t.recipe.checkpoint
-    late = t.world.is_main and time.monotonic() - t.saved_at > spec.minutes * 60
-    return agree.any_rank(late, t.world.device) or t.step % spec.every == 0
+def save_late(t: Trainer) -> bool:
+    """Whether `checkpoint.minutes` have passed since the last save, by rank 0's clock."""
+    return t.world.is_main and time.monotonic() - t.saved_at > t.recipe.checkpoint.minutes * 60
 
 
 def save(t: Trainer) -> None:
