@@ -17,7 +17,7 @@ from ..config.recipe import BalanceKind
 from ..errors import TeacherError, TrainingError
 from .balancer import Balancer
 from .hadamard import hadamard
-from .phi_s import phi_s
+from .phi_s import axes_of, phi_s
 from .standardize import global_std, per_channel_std
 from .stats import Moments
 from .whiten import FLOOR, hca, pca, zca
@@ -26,20 +26,29 @@ __all__ = ["fit", "fit_on_first_rank"]
 
 log = logging.getLogger(__name__)
 
-MATRICES: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {"phi_s": phi_s, "pca": pca, "zca": zca, "hca": hca}
+MATRICES: dict[str, Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]] = {
+    "phi_s": phi_s,
+    "pca": pca,
+    "zca": zca,
+    "hca": hca,
+}
+ROTATED = ("phi_s", "hca")
 FLOORED = ("standardize", "pca", "zca", "hca")
 CONSTANT = 1e-13  # variance over squared mean below which only float32 rounding varies
 
 
-def fit(method: BalanceKind, moments: Moments, name: str) -> Balancer:
+def fit(method: BalanceKind, moments: Moments, name: str, *, previous: Balancer | None = None) -> Balancer:
     """Fit `method` to the moments of the teacher called `name`, in float64 on the CPU; waits for the device.
+
+    previous: an earlier fit of the same method; the order and signs of its principal axes are kept, so that heads which
+    already learn its targets are not handed another basis.
 
     The balancer is float32 and lies on the moments' device. Raises TrainingError for fewer than two vectors, TeacherError for
     features that are not finite or do not vary, RecipeError for a width without a Hadamard matrix.
     """
     mean_C, covariance_CC, count = moments.mean_C.cpu(), moments.covariance_CC.cpu(), moments.count.cpu()
     _check(method, moments, name)
-    weight, inverse, offset_C = _solve(method.kind, mean_C, covariance_CC, count)
+    weight, inverse, offset_C = _solve(method.kind, mean_C, covariance_CC, count, previous)
     if method.kind in FLOORED and _has_null_directions(method.kind, covariance_CC):
         _warn_of_null_directions(method.kind, name)
     balancer = Balancer(
@@ -53,23 +62,34 @@ def fit(method: BalanceKind, moments: Moments, name: str) -> Balancer:
     return balancer.to(moments.device)
 
 
-def fit_on_first_rank(method: BalanceKind, moments: Moments, name: str, *, group: dist.ProcessGroup | None = None) -> Balancer:
+def fit_on_first_rank(
+    method: BalanceKind,
+    moments: Moments,
+    name: str,
+    *,
+    previous: Balancer | None = None,
+    group: dist.ProcessGroup | None = None,
+) -> Balancer:
     """`fit` on the group's first rank, broadcast to the others; all ranks call it with the same all-reduced moments.
 
     Two machines may give eigenvectors that differ within repeated eigenvalues, so only one rank solves.
     """
     if not dist.is_initialized() or dist.get_rank(group) == 0:
-        balancer = fit(method, moments, name)
+        balancer = fit(method, moments, name, previous=previous)
     else:
         _check(method, moments, name)  # whatever the first rank raises is raised everywhere: nobody waits for it
         balancer = _shapes(method, moments, name)
     return balancer.broadcast(group)
 
 
-def _solve(kind: str, mean_C: Tensor, covariance_CC: Tensor, count: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _solve(
+    kind: str, mean_C: Tensor, covariance_CC: Tensor, count: Tensor, previous: Balancer | None
+) -> tuple[Tensor, Tensor, Tensor]:
     """W, its inverse and the offset of one method, float64."""
     if kind in MATRICES:
-        return *MATRICES[kind](covariance_CC), mean_C
+        known = previous is not None and previous.kind == kind and kind != "zca"  # zca does not depend on order and signs
+        like_CC = axes_of(previous.weight, rotated=kind in ROTATED) if previous is not None and known else None
+        return *MATRICES[kind](covariance_CC, like_CC), mean_C
     if kind == "standardize":
         std_C = per_channel_std(covariance_CC)
         return 1 / std_C, std_C, mean_C

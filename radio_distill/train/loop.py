@@ -90,7 +90,7 @@ def prepare(t: Trainer, step: int, batches: list[Batch]) -> None:
             raise stop_all(t, step, batches)
         for raw in raws:
             t.window.observe(raw)
-        t.service.balancers.update(t.window.refit())
+        t.service.balancers.update(t.window.refit(t.service.balancers))
 
 
 def train_step(t: Trainer, step: int, batches: list[Batch]) -> None:

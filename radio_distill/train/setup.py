@@ -103,7 +103,7 @@ def first_balancers(parts: Parts, world: World) -> dict[str, Balancer]:
     parts.streams.open({})
     for batch in parts.streams.next(world.device):
         parts.window.observe(parts.service.encode(batch))
-    balancers = parts.window.refit()
+    balancers = parts.window.refit({})
     parts.streams.close()
     parts.window.clear()
     return balancers

@@ -49,11 +49,11 @@ class StatisticsWindow:
             if out.summary_BC is not None:
                 self.dispersions[name].update(out.summary_BC)
 
-    def refit(self) -> dict[str, Balancer]:
-        """Balancers from the sums of all ranks, which stay as they are. A collective."""
+    def refit(self, previous: dict[str, Balancer]) -> dict[str, Balancer]:
+        """Balancers from the sums of all ranks, which stay as they are; the axes of `previous` ones are kept. A collective."""
         balancers = {}
         for name, moments in self.moments.items():
-            balancer = fit_on_first_rank(self.spec.method, moments.all_reduce(), name)
+            balancer = fit_on_first_rank(self.spec.method, moments.all_reduce(), name, previous=previous.get(name))
             if name in self.dispersions:
                 balancer = replace(balancer, dispersion=self.dispersions[name].all_reduce())
             balancers[name] = balancer

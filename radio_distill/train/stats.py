@@ -51,7 +51,7 @@ def gather(recipe: Recipe, world: distributed.World) -> dict[str, Balancer]:
                 raise error
             parts.window.observe(raw)
         if parts.window.refit_due(step):
-            balancers = parts.window.refit()
+            balancers = parts.window.refit({})
             if world.is_main:
                 log.info("statistics: %d of %d steps", step + 1, steps)
     return balancers

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from radio_distill.balance import Balancer, Moments, fit, identity, load_balancers, save_balancers
-from radio_distill.balance.phi_s import phi_s
+from radio_distill.balance.phi_s import phi_s, principal_axes
 from radio_distill.config import recipe
 from radio_distill.errors import CheckpointError, RecipeError, TeacherError, TrainingError
 
@@ -198,3 +198,30 @@ def test_a_balancer_cannot_be_changed() -> None:
         identity(4).kind = "phi_s"  # type: ignore[misc]
     assert isinstance(identity(4), Balancer)
     assert not isinstance(identity(4), nn.Module)
+
+
+@pytest.mark.parametrize("name", ["phi_s", "pca", "hca"])
+def test_a_refit_keeps_the_basis_of_the_one_before(name: str) -> None:
+    """Order and signs of eigenvectors are the solver's choice; a head must not have to learn a new one at every refit."""
+    first, second = Moments(CHANNELS), Moments(CHANNELS)
+    first.update(features(40, seed=0)[:20])
+    second.update(features(40, seed=0))
+    before = fit(METHODS[name], first, "toy")
+    after = fit(METHODS[name], second, "toy", previous=before)
+    x = features(40, seed=0)
+    alike = nn.functional.cosine_similarity(before.forward(x), after.forward(x), dim=1).mean()
+    assert alike > 0.95
+    variances = covariance_of(after.forward(x)).diagonal()
+    assert torch.allclose(variances, torch.ones_like(variances), atol=1e-4)
+
+
+def test_a_flipped_and_shuffled_basis_is_put_back() -> None:
+    m = Moments(CHANNELS)
+    m.update(features())
+    before = fit(METHODS["phi_s"], m, "toy")
+    again = fit(METHODS["phi_s"], m, "toy", previous=before)
+    assert torch.allclose(before.weight, again.weight, atol=1e-5)
+    _, axes = principal_axes(m.covariance_CC)
+    shuffled = axes[:, torch.randperm(CHANNELS)] * torch.randn(CHANNELS).sign()
+    _, restored = principal_axes(m.covariance_CC, shuffled)
+    assert torch.allclose(restored, shuffled, atol=1e-6)
