@@ -70,6 +70,7 @@ def _statistics(folder: Path, source: Path) -> None:
 
 
 def _train(stage: str, folder: Path, source: Path, *, before: str | None) -> None:
+    from .config.load import load_recipe
     from .train.launch import launch
 
     overrides = [f"data.sources.demo.path={source}", f"run={folder / stage}"]
@@ -80,6 +81,16 @@ def _train(stage: str, folder: Path, source: Path, *, before: str | None) -> Non
     code = launch(f"toy/{stage}", overrides, RANKS)
     if code:
         raise TrainingError(f"{stage} ended with exit code {code}; see the lines above, then run the demo again to go on")
+    if _steps(folder / stage) < load_recipe(f"toy/{stage}").optim.steps:
+        raise TrainingError(f"{stage} was asked to stop before its end and has saved; run the demo again to go on")
+
+
+def _steps(run: Path) -> int:
+    """How far a run has come."""
+    from .train import checkpoint
+
+    found = checkpoint.latest(run)
+    return checkpoint.read_meta(found).step if found is not None else 0
 
 
 def _evaluate(folder: Path) -> None:
