@@ -68,4 +68,6 @@ def table(results: list[Result]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from ..cli import run_and_report
+
+    sys.exit(run_and_report(main))

@@ -208,3 +208,24 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path):
     found = latest(tmp_path)
     assert found is not None
     assert found.name == "step-00000002"
+
+
+def test_the_readmes_example_runs(whole, repo):
+    code = (repo / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    names: dict = {}
+    exec(code.replace("runs/demo/stage3", str(whole)), names)
+    assert names["summary"].shape == (2, 3 * 32)
+    assert names["features"].shape == (2, 32, 12, 20)
+    assert names["clip"].features_BCHW.shape == (2, 128, 12, 20)
+
+
+def test_an_evaluation_prints_a_table_and_appends_results(whole, tmp_path):
+    out = tmp_path / "results.jsonl"
+    command = [sys.executable, "-m", "radio_distill", "eval", "--suite", "toy", "--model", str(whole), "--model", "teacher:toy_sam"]
+    arguments = [*command, "--limit", "24", "--resolution", "96", "--out", str(out)]
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "knn top1" in done.stdout
+    assert "teacher:toy_sam @192" in done.stdout
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [(r["task"], r["resolution"]) for r in rows] == [("knn", 96), ("segmentation", 96), ("segmentation", 192)]
