@@ -182,6 +182,9 @@ class Balance(Fields):
     """Steps at the start of the stage during which the statistics are gathered (PHI Table 10); 0: they are loaded."""
     every: Positive = 100
     """The balancers are recomputed from the sums every this many steps of the window."""
+    ahead: bool = False
+    """Gather the statistics of all `window` steps before the first step, with the teachers alone, instead of during them.
+    Adaptors of an earlier stage then keep what they know: every refit hands them another basis (OURS)."""
     path: str | None = None
     """Folder written by `radio-distill stats` (or a run's `balancers/`); starts from it instead of from nothing."""
 

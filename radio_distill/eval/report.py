@@ -96,11 +96,13 @@ def _results(results: list[Result]) -> str:
     columns = list(dict.fromkeys(f"{r.task} {r.metric}" for r in results))
     rows: dict[str, dict[str, str]] = {}
     for r in results:
-        rows.setdefault(r.model, {"px": str(r.resolution)})[f"{r.task} {r.metric}"] = f"{r.value:.1f}"
+        rows.setdefault(r.model, {"px": str(r.resolution)})[f"{r.task} {r.metric}"] = (
+            f"{r.value:.2f}" if r.unit == "ratio" else f"{r.value:.1f}"
+        )
     lines = [[name, *(values.get(c, "-") for c in ["px", *columns])] for name, values in rows.items()]
     own = [not name.startswith("teacher:") for name in rows]
     first = results[0]
-    note = f"{first.count} held-out scenes of {first.dataset}, protocol {first.config_hash}; percent, higher is better."
+    note = f"{first.count} held-out scenes of {first.dataset}, protocol {first.config_hash}; percent (fidelity: a ratio), higher is better."
     return f"<h2>Evaluation</h2><p>{escape(note)}</p>" + _table(["model", "px", *columns], lines, own)
 
 

@@ -16,6 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..align import resize_map
+from ..balance import Moments
+from ..config.load import list_cards
+from ..student.student import Student
+from ..teachers.base import load_teacher
 from ..types import Result, VisionModel, VisionOutput
 from .knn import knn_top1
 from .segmentation import confusion, fit_linear, mean_iou, predict
@@ -52,7 +57,8 @@ class Scenes:
 
 
 def evaluate(model: VisionModel, name: str, protocol: ToyProtocol, *, resolution: int | None = None) -> list[Result]:
-    """kNN top-1 (skipped for models without a summary) and linear mIoU of one model.
+    """kNN top-1 (skipped for models without a summary) and linear mIoU of one model; of a student also the fidelity of every
+    adaptor that predicts a toy teacher.
 
     resolution: side in pixels at which a student is run; a teacher of a fixed size takes its own.
     """
@@ -72,7 +78,36 @@ def evaluate(model: VisionModel, name: str, protocol: ToyProtocol, *, resolution
     head = fit_linear(known.features_BCHW, labels, classes=classes, steps=protocol.steps)
     guess = predict(head, asked.features_BCHW, (protocol.size, protocol.size))
     miou = mean_iou(confusion(guess, test.segmentation_NSS, classes))
-    return [*results, _result("segmentation", "mIoU", miou, name, protocol, size[0])]
+    results.append(_result("segmentation", "mIoU", miou, name, protocol, size[0]))
+    if isinstance(model, Student):
+        for teacher, value in fidelity(model, test.images_N3SS, size).items():
+            results.append(_result(teacher, "fidelity", value, name, protocol, size[0], unit="ratio"))
+    return results
+
+
+@torch.no_grad()
+def fidelity(student: Student, images_N3SS: Tensor, size: tuple[int, int], *, batch: int = 32) -> dict[str, float]:
+    """Target variance over error (FeatSharp, eq. 7) of every adaptor named like a toy teacher, in raw units, on held-out scenes.
+
+    Targets are the teacher's map resized to the student's grid; the variance is taken around their mean over all images.
+    """
+    cards = list_cards()
+    teachers = {
+        a.name: load_teacher(cards[a.name]) for a in student.arch.adaptors if a.name in cards and cards[a.name].family == "toy"
+    }
+    if not teachers:
+        return {}
+    errors = dict.fromkeys(teachers, 0.0)
+    moments = {name: Moments(teacher.card.output.features) for name, teacher in teachers.items()}
+    for part in images_N3SS.split(batch):
+        pixels = _resized(part, size)
+        predictions = student.encode_adaptors(pixels)
+        for name, teacher in teachers.items():
+            predicted = predictions[name].features_BCHW
+            target = resize_map(teacher.encode(pixels).features_BCHW, (predicted.shape[-2], predicted.shape[-1]))
+            errors[name] += (predicted - target).square().sum().item()
+            moments[name].update(target)
+    return {name: float(m.covariance_CC.trace() * (m.count - 1)) / errors[name] for name, m in moments.items()}
 
 
 @cache
@@ -91,19 +126,26 @@ def encode(model: VisionModel, images_N3SS: Tensor, size: tuple[int, int], *, ba
     """Outputs of all images, fp32."""
     outputs = []
     for part in images_N3SS.split(batch):
-        pixels = part.float() / 255
-        if tuple(pixels.shape[-2:]) != size:
-            pixels = F.interpolate(pixels, size=size, mode="bilinear", antialias=True, align_corners=False)
-        outputs.append(model.encode(pixels))
+        outputs.append(model.encode(_resized(part, size)))
     summaries = [o.summary_BC for o in outputs if o.summary_BC is not None]
     return VisionOutput(
         torch.cat(summaries).float() if summaries else None, torch.cat([o.features_BCHW for o in outputs]).float()
     )
 
 
-def _result(task: str, metric: str, value: float, model: str, protocol: ToyProtocol, resolution: int) -> Result:
+def _resized(images_N3SS: Tensor, size: tuple[int, int]) -> Tensor:
+    """uint8 images as floats in [0, 1], resized (antialiased) to `size`."""
+    pixels = images_N3SS.float() / 255
+    if tuple(pixels.shape[-2:]) == size:
+        return pixels
+    return F.interpolate(pixels, size=size, mode="bilinear", antialias=True, align_corners=False)
+
+
+def _result(
+    task: str, metric: str, value: float, model: str, protocol: ToyProtocol, resolution: int, *, unit: str = "percent"
+) -> Result:
     digest = hashlib.sha256(json.dumps(protocol.__dict__, sort_keys=True).encode()).hexdigest()[:12]
     return Result(
-        suite="toy", task=task, metric=metric, value=value, unit="percent", higher_is_better=True, model=model,
+        suite="toy", task=task, metric=metric, value=value, unit=unit, higher_is_better=True, model=model,
         dataset="toyworld", count=protocol.test, resolution=resolution, config_hash=digest,
     )  # fmt: skip

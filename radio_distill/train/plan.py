@@ -206,7 +206,7 @@ def _notes(recipe: Recipe, memory_gib: float, gpu_gib: float, per_rank: list[flo
         notes.append(f"the trunk never learns: optim.freeze_trunk {optim.freeze_trunk} >= optim.steps {optim.steps}")
     if optim.warmup >= optim.steps:
         notes.append(f"the learning rate never reaches its peak: optim.warmup {optim.warmup} >= optim.steps {optim.steps}")
-    if recipe.balance.window > optim.steps:
+    if recipe.balance.window > optim.steps and not recipe.balance.ahead:
         notes.append(f"the balancers change until the end: balance.window {recipe.balance.window} > optim.steps {optim.steps}")
     if not recipe.data.sources:
         notes.append("no images yet: train needs data.sources.NAME.path=...")

@@ -22,7 +22,7 @@ from ..student.names import student_arch
 from ..student.start import parametrise, start_weights
 from ..student.student import Student, build_student
 from ..teachers.base import Teacher, Weights, load_teacher
-from ..teachers.service import TeacherService, mosaic_of, view_specs
+from ..teachers.service import TeacherService, mosaic_of, name_non_finite, view_specs
 from . import agree, checkpoint
 from .cost import partition_cost
 from .distributed import World
@@ -71,9 +71,10 @@ def build_start(recipe: Recipe, world: World, run: RunFolder, parts: Parts) -> t
         loaded = start_weights(student, _resolved(recipe.start))
         if world.is_main:
             log.info("starting from %s", recipe.start.source or "scratch")
-        if loaded and not parts.service.balancers:
-            parts.service.balancers.update(first_balancers(parts, world))
-        for name in loaded:
+        if not parts.service.balancers and (loaded or recipe.balance.ahead):
+            steps = recipe.balance.window if recipe.balance.ahead else 1
+            parts.service.balancers.update(gather_balancers(parts, world, steps))
+        for name in loaded:  # they predict the teachers' own features; put them into this stage's balanced space
             balancer = parts.service.balancers[name]
             matrix = balancer.weight if balancer.weight.ndim == 2 else balancer.weight.diag()
             fold_affine(student.adaptor(name), matrix.cpu(), balancer.bias_C.cpu())
@@ -94,15 +95,21 @@ def given_balancers(recipe: Recipe, service: TeacherService, world: World) -> di
     return {name: balancer.to(world.device) for name, balancer in loaded.items()}
 
 
-def first_balancers(parts: Parts, world: World) -> dict[str, Balancer]:
-    """Balancers from the images of the first step alone.
+def gather_balancers(parts: Parts, world: World, steps: int) -> dict[str, Balancer]:
+    """Balancers from the images of the first `steps` steps, with the teachers alone; the streams are closed afterwards.
 
-    Adaptors of an earlier stage predict the teachers' own features. These balancers are folded into them, so that they
-    go on in this stage's balanced space instead of learning it again.
+    Raises TrainingError on the rank whose teacher gives a non-finite output.
     """
     parts.streams.open({})
-    for batch in parts.streams.next(world.device):
-        parts.window.observe(parts.service.encode(batch))
+    for step in range(steps):
+        for batch in parts.streams.next(world.device):
+            raw = parts.service.encode(batch)
+            error = name_non_finite(batch, raw, rank=world.rank, step=step)
+            if error is not None:
+                raise error
+            parts.window.observe(raw)
+        if world.is_main and (step + 1) % max(1, steps // 5) == 0 and steps > 1:
+            log.info("statistics: %d of %d steps", step + 1, steps)
     balancers = parts.window.refit({})
     parts.streams.close()
     parts.window.clear()

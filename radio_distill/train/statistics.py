@@ -35,8 +35,8 @@ class StatisticsWindow:
         self.dispersions = {name: Dispersion(out.summary, device=self._device) for name, out in outputs.items() if out.summary}
 
     def is_open(self, step: int) -> bool:
-        """Whether statistics are gathered at this step."""
-        return step < self.spec.window
+        """Whether statistics are gathered at this step of the training."""
+        return step < self.spec.window and not self.spec.ahead
 
     def refit_due(self, step: int) -> bool:
         """Whether the balancers are refitted at this step: the first and last step of the window, and every `every` steps."""

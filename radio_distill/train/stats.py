@@ -10,14 +10,12 @@ from pathlib import Path
 
 from ..balance import Balancer, save_balancers
 from ..config.load import load_recipe
-from ..config.recipe import Recipe
 from ..errors import RecipeError
-from ..teachers.service import name_non_finite
 from . import agree, distributed
 from .run import run_path
-from .setup import build_parts
+from .setup import build_parts, gather_balancers
 
-__all__ = ["main", "gather"]
+__all__ = ["main"]
 
 log = logging.getLogger(__name__)
 
@@ -31,30 +29,12 @@ def main(argv: list[str]) -> int:
         )
     world = distributed.init()
     try:
-        balancers = gather(recipe, world)
+        balancers = gather_balancers(build_parts(recipe, world), world, recipe.balance.window)
         out = run_path(recipe) / "balancers"
         agree.on_main(lambda: _write(out, balancers))
     finally:
         distributed.shutdown()
     return 0
-
-
-def gather(recipe: Recipe, world: distributed.World) -> dict[str, Balancer]:
-    """Run the teachers over the first `balance.window` steps of data; the balancers are the same on all ranks."""
-    parts, steps = build_parts(recipe, world), recipe.balance.window
-    parts.streams.open({})
-    for step in range(steps):
-        for batch in parts.streams.next(world.device):
-            raw = parts.service.encode(batch)
-            error = name_non_finite(batch, raw, rank=world.rank, step=step)
-            if error is not None:
-                raise error
-            parts.window.observe(raw)
-        if parts.window.refit_due(step):
-            balancers = parts.window.refit({})
-            if world.is_main:
-                log.info("statistics: %d of %d steps", step + 1, steps)
-    return balancers
 
 
 def _write(out: Path, balancers: dict[str, Balancer]) -> None:

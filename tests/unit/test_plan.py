@@ -43,7 +43,7 @@ def test_student_parameters_are_those_of_vit_l_with_a_2048_px_table():
 
 
 def test_the_slowest_rank_sets_the_pace():
-    result = plan(load_recipe(TOY), world_size=6)
+    result = plan(load_recipe(TOY, ["optim.steps=40"]), world_size=6)
     low, high = result.partitions
     assert sorted(low.ranks + high.ranks) == list(range(6))
     slowest = max(p.total_flop * p.images_per_rank for p in result.partitions)
@@ -52,12 +52,13 @@ def test_the_slowest_rank_sets_the_pace():
 
 
 def test_a_rank_gets_whole_mosaics():
-    low = plan(load_recipe("toy/stage1"), world_size=2).partitions[0]
+    recipe = load_recipe("toy/stage1", ["partitions.low.images=32"])
+    low = plan(recipe, world_size=2).partitions[0]
     assert (low.images_per_rank, low.ranks) == (16, (0, 1))
     with pytest.raises(
         RecipeError, match=r"partitions.low.images=32 \(in groups of 16 for mosaics\) cannot be divided among 4 ranks"
     ):
-        plan(load_recipe("toy/stage1"), world_size=4)
+        plan(recipe, world_size=4)
 
 
 def test_smaller_forwards_and_sharding_need_less_memory():
@@ -72,9 +73,12 @@ def test_smaller_forwards_and_sharding_need_less_memory():
 @pytest.mark.parametrize(
     ("overrides", "note"),
     [
-        (["optim.freeze_trunk=40"], "the trunk never learns: optim.freeze_trunk 40 >= optim.steps 40"),
-        (["optim.warmup=99"], "the learning rate never reaches its peak: optim.warmup 99 >= optim.steps 40"),
-        (["balance.window=99"], "the balancers change until the end: balance.window 99 > optim.steps 40"),
+        (["optim.steps=40", "optim.freeze_trunk=40"], "the trunk never learns: optim.freeze_trunk 40 >= optim.steps 40"),
+        (["optim.steps=40", "optim.warmup=99"], "the learning rate never reaches its peak: optim.warmup 99 >= optim.steps 40"),
+        (
+            ["optim.steps=40", "balance.window=99", "balance.ahead=false"],
+            "the balancers change until the end: balance.window 99 > optim.steps 40",
+        ),
         (
             ["partitions.low.micro_batch=2"],
             "forwards of 2 images leave mosaics of 4 partly empty; set partitions.low.micro_batch=4",
