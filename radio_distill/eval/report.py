@@ -78,16 +78,16 @@ def _summary(runs: list[Run]) -> str:
             " + ".join(f"{p.size} px x {p.images}" for p in recipe.partitions.values()),
             f"{last.get('step', 0):g}",
         ]
-        cells += [_fidelity(last, teacher) for teacher in teachers]
+        cells += [_fidelity(last, recipe, teacher) for teacher in teachers]
         rows.append(cells)
     head = ["stage", "images per step", "steps", *teachers]
     note = "Fidelity of each adaptor at the end of each stage: target variance over error. 1 is predicting the mean; higher is better."
     return f"<p>{note} Low / high resolution where a stage has both.</p>" + _table(head, rows)
 
 
-def _fidelity(metrics: dict[str, float], teacher: str) -> str:
-    values = [v for k, v in metrics.items() if k.startswith("fidelity/") and k.endswith(f"/{teacher}")]
-    return " / ".join(f"{v:.2f}" for v in values) or "-"
+def _fidelity(metrics: dict[str, float], recipe: Recipe, teacher: str) -> str:
+    values = [metrics.get(f"fidelity/{partition}/{teacher}") for partition in recipe.partitions]
+    return " / ".join(f"{v:.2f}" for v in values if v is not None) or "-"
 
 
 def _results(results: list[Result]) -> str:

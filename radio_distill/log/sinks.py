@@ -51,16 +51,16 @@ class Sinks:
             self._wandb.finish()
 
 
-def console_line(step: int, steps: int, metrics: dict[str, float]) -> str:
-    """One aligned, greppable line. Per teacher: fidelity (target variance / error; 1 is predicting the mean)."""
+def console_line(step: int, recipe: Recipe, metrics: dict[str, float]) -> str:
+    """One aligned, greppable line. Per teacher: fidelity (target variance / error; 1 is predicting the mean) by partition."""
     fidelity: dict[str, list[str]] = {}
-    for name, value in metrics.items():
-        if name.startswith("fidelity/"):
-            fidelity.setdefault(name.split("/")[2], []).append(f"{value:.2f}")
+    for partition, part in recipe.partitions.items():
+        for teacher in part.teachers:
+            fidelity.setdefault(teacher, []).append(f"{metrics[f'fidelity/{partition}/{teacher}']:.2f}")
     heads = " ".join(f"{teacher} {'/'.join(values)}" for teacher, values in fidelity.items())
     left = metrics.get("time/left_h", 0.0)
     return (
-        f"step {step:>6}/{steps}  loss {metrics['loss']:.4f}  fidelity {heads}  grad {metrics['grad_norm']:.2f}  lr {metrics['lr']:.1e}  "
+        f"step {step:>6}/{recipe.optim.steps}  loss {metrics['loss']:.4f}  fidelity {heads}  grad {metrics['grad_norm']:.2f}  lr {metrics['lr']:.1e}  "
         f"{metrics['images_per_s']:.0f} img/s  data {100 * metrics['time/data']:.0f}%  teachers {100 * metrics['time/teachers']:.0f}%  "
         f"eta {int(left)}h{round(left % 1 * 60):02d}"
     )

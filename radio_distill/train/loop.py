@@ -146,4 +146,4 @@ def log_step(t: Trainer) -> None:
     metrics = t.collect()
     if t.sinks is not None:
         t.sinks.write(t.step, metrics)
-        log.info(console_line(t.step, t.recipe.optim.steps, metrics))
+        log.info(console_line(t.step, t.recipe, metrics))

@@ -45,14 +45,16 @@ def test_metrics_after_the_checkpoint_are_forgotten_and_half_lines_ignored(tmp_p
     assert read_metrics(tmp_path) == [{"step": 1, "loss": 2.0}]
 
 
-def test_the_console_line_shows_fidelity_per_teacher_and_partition():
-    metrics = {
-        "loss": 0.4312, "grad_norm": 0.82, "lr": 9.8e-4, "images_per_s": 2310.0, "time/data": 0.01, "time/teachers": 0.7, "time/left_h": 7.2,
-        "fidelity/low/dfn": 2.5, "fidelity/high/dfn": 1.8,
-    }  # fmt: skip
-    line = console_line(1200, 50000, metrics)
-    assert "step   1200/50000  loss 0.4312  fidelity dfn 2.50/1.80  grad 0.82  lr 9.8e-04  2310 img/s  data 1%" in line
-    assert line.endswith("eta 7h12")
+def test_the_console_line_shows_fidelity_per_teacher_in_the_order_of_the_partitions():
+    recipe = load_recipe("toy/stage3")
+    metrics = dict.fromkeys(("loss", "grad_norm", "lr", "images_per_s", "time/data", "time/teachers"), 0.5) | {
+        "time/left_h": 7.2
+    }
+    metrics |= {f"fidelity/{p}/{t}": 1.0 for p in ("high", "low") for t in recipe.teachers}
+    metrics |= {"fidelity/high/toy_clip": 1.8, "fidelity/low/toy_clip": 2.5}
+    line = console_line(20, recipe, metrics)
+    assert "step     20/100  loss 0.5000  fidelity toy_clip 2.50/1.80 toy_siglip 1.00/1.00" in line
+    assert line.endswith("data 50%  teachers 50%  eta 7h12")
 
 
 def test_a_full_disk_is_noticed_before_anything_is_written(tmp_path):
