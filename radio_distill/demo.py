@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 STAGES = ("stage1", "stage2", "stage3")
 TEACHERS = ("toy_clip", "toy_siglip", "toy_dino", "toy_sam")
 RANKS = 2
-SCENES, SIZE, SHARDS = 2048, 192, 8
+SCENES, SIZE, SHARDS = 1536, 192, 8
 
 
 def main(images: str | None = None, run: str = "runs/demo") -> int:

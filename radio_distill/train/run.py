@@ -29,7 +29,11 @@ class RunFolder:
         if is_main:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = self._take_lock()
-            self._record(recipe)
+            try:
+                self._record(recipe)
+            except CheckpointError:
+                self._lock.close()  # refused: the folder is free for others again
+                raise
 
     def _take_lock(self) -> IO[str]:
         """An advisory lock that goes away with the process, however it ends."""

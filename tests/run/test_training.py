@@ -196,7 +196,7 @@ def test_a_non_finite_teacher_stops_before_anything_is_saved(photos, tmp_path):
 def test_a_run_in_use_is_refused(whole):
     recipe = load_recipe(whole / "recipe.yaml")
     with (whole / "lock").open("a+") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         with pytest.raises(CheckpointError, match="is in use by another job; wait for it, or set run= to another folder"):
             RunFolder(recipe, is_main=True)
 
