@@ -99,12 +99,13 @@ def _evaluate(folder: Path) -> None:
     from .eval.toy import ToyProtocol, evaluate
 
     path, protocol = folder / "results.jsonl", ToyProtocol()
-    models = {f"random:{folder / STAGES[-1]}": "untrained student"} | {f"teacher:{t}": f"teacher:{t}" for t in TEACHERS}
-    models |= {str(folder / stage): stage for stage in STAGES}
+    last = folder / STAGES[-1]
+    rows: list[tuple[str, str, int | None]] = [(f"random:{last}", "untrained student", 96)]
+    rows += [(f"teacher:{teacher}", f"teacher:{teacher}", None) for teacher in TEACHERS]
+    rows += [(str(folder / stage), stage, 96) for stage in STAGES] + [(str(last), f"{STAGES[-1]}, high resolution", 192)]
     done = {r.model for r in read(path)}
-    for source, name in models.items():
+    for source, name, resolution in rows:
         if name not in done:
-            resolution = 96 if not source.startswith("teacher:") else None
             append(path, evaluate(load_model(source), name, protocol, resolution=resolution))
             log.info("  %s", name)
     print(table(read(path)))
