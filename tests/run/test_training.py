@@ -223,7 +223,18 @@ def test_the_readmes_example_runs(whole, repo):
 
 def test_an_evaluation_prints_a_table_and_appends_results(whole, tmp_path):
     out = tmp_path / "results.jsonl"
-    command = [sys.executable, "-m", "radio_distill", "eval", "--suite", "toy", "--model", str(whole), "--model", "teacher:toy_sam"]
+    command = [
+        sys.executable,
+        "-m",
+        "radio_distill",
+        "eval",
+        "--suite",
+        "toy",
+        "--model",
+        str(whole),
+        "--model",
+        "teacher:toy_sam",
+    ]
     arguments = [*command, "--limit", "24", "--resolution", "96", "--out", str(out)]
     done = subprocess.run(arguments, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
