@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from radio_distill.config.load import load_recipe
+from radio_distill.config.load import load_card, load_recipe
 from radio_distill.data.toyworld import render_images
 from radio_distill.errors import CheckpointError
 from radio_distill.paths import shipped
@@ -218,7 +218,7 @@ def test_the_readmes_example_runs(whole, repo):
     exec(code.replace("runs/demo/stage3", str(whole)), names)
     assert names["summary"].shape == (2, 3 * 32)
     assert names["features"].shape == (2, 32, 12, 20)
-    assert names["clip"].features_BCHW.shape == (2, 128, 12, 20)
+    assert names["clip"].features_BCHW.shape == (2, load_card("toy_clip").output.features, 12, 20)
 
 
 def test_an_evaluation_prints_a_table_and_appends_results(whole, tmp_path):
@@ -241,4 +241,6 @@ def test_an_evaluation_prints_a_table_and_appends_results(whole, tmp_path):
     assert "knn top1" in done.stdout
     assert "teacher:toy_sam @192" in done.stdout
     rows = [json.loads(line) for line in out.read_text().splitlines()]
-    assert [(r["task"], r["resolution"]) for r in rows] == [("knn", 96), ("segmentation", 96), ("segmentation", 192)]
+    adaptors = [(name, 96) for name in ("toy_clip", "toy_siglip", "toy_dino", "toy_sam")]
+    found = [(r["task"], r["resolution"]) for r in rows]
+    assert found == [("knn", 96), ("segmentation", 96), *adaptors, ("segmentation", 192)]
