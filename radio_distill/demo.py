@@ -73,6 +73,9 @@ def _train(stage: str, folder: Path, source: Path, *, before: str | None) -> Non
     from .config.load import load_recipe
     from .train.launch import launch
 
+    steps = load_recipe(f"toy/{stage}").optim.steps
+    if _steps(folder / stage) == steps:
+        return
     overrides = [f"data.sources.demo.path={source}", f"run={folder / stage}"]
     if before is None:
         overrides += [f"balance.path={folder / 'statistics' / 'balancers'}", "balance.window=0"]
@@ -81,7 +84,7 @@ def _train(stage: str, folder: Path, source: Path, *, before: str | None) -> Non
     code = launch(f"toy/{stage}", overrides, RANKS)
     if code:
         raise TrainingError(f"{stage} ended with exit code {code}; see the lines above, then run the demo again to go on")
-    if _steps(folder / stage) < load_recipe(f"toy/{stage}").optim.steps:
+    if _steps(folder / stage) < steps:
         raise TrainingError(f"{stage} was asked to stop before its end and has saved; run the demo again to go on")
 
 
@@ -100,8 +103,8 @@ def _evaluate(folder: Path) -> None:
 
     path, protocol = folder / "results.jsonl", ToyProtocol()
     last = folder / STAGES[-1]
-    rows: list[tuple[str, str, int | None]] = [(f"random:{last}", "untrained student", 96)]
-    rows += [(f"teacher:{teacher}", f"teacher:{teacher}", None) for teacher in TEACHERS]
+    rows = [(f"random:{last}", "untrained student", 96)]
+    rows += [(f"teacher:{teacher}", f"teacher:{teacher}", 96) for teacher in TEACHERS]  # those of a fixed size take their own
     rows += [(str(folder / stage), stage, 96) for stage in STAGES] + [(str(last), f"{STAGES[-1]}, high resolution", 192)]
     done = {r.model for r in read(path)}
     for source, name, resolution in rows:

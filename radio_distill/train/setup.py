@@ -108,6 +108,8 @@ def gather_balancers(parts: Parts, world: World, steps: int) -> dict[str, Balanc
             if error is not None:
                 raise error
             parts.window.observe(raw)
+        if step == 0 and steps > 1:
+            parts.window.refit({})  # fixes the mean directions that the dispersions of later summaries are measured to
         if world.is_main and (step + 1) % max(1, steps // 5) == 0 and steps > 1:
             log.info("statistics: %d of %d steps", step + 1, steps)
     balancers = parts.window.refit({})

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from radio_distill.balance import load_balancers
 from radio_distill.config.load import load_card, load_recipe
 from radio_distill.data.toyworld import render_images
 from radio_distill.errors import CheckpointError
@@ -244,3 +245,24 @@ def test_an_evaluation_prints_a_table_and_appends_results(whole, tmp_path):
     adaptors = [(name, 96) for name in ("toy_clip", "toy_siglip", "toy_dino", "toy_sam")]
     found = [(r["task"], r["resolution"]) for r in rows]
     assert found == [("knn", 96), ("segmentation", 96), *adaptors, ("segmentation", 192)]
+
+
+def test_statistics_are_written_for_every_teacher_with_their_dispersion(photos, tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "radio_distill",
+        "stats",
+        "toy/stage1",
+        *TINY,
+        "balance.ahead=true",
+        f"run={tmp_path / 'stats'}",
+    ]
+    done = subprocess.run([*command, f"data.sources.toy.path={photos}"], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    balancers = load_balancers(tmp_path / "stats" / "balancers")
+    assert set(balancers) == {"toy_clip", "toy_siglip", "toy_dino", "toy_sam"}
+    assert all(b.kind == "phi_s" and int(b.facts["count"]) > 1000 for b in balancers.values())
+    assert 0 < balancers["toy_clip"].dispersion.item() < 3
+    assert balancers["toy_clip"].dispersion.item() != 1.0
+    assert balancers["toy_sam"].dispersion.item() == 1.0  # it has no summary
