@@ -23,6 +23,9 @@ def resize_map(features_BCHW: Tensor, size: tuple[int, int]) -> Tensor:
     if tuple(features_BCHW.shape[-2:]) == size:
         return features_BCHW
     reducing = features_BCHW.shape[-2] > size[0] or features_BCHW.shape[-1] > size[1]
+    if size[1] == 1:  # torch 2.15 repeats one row where it resizes the height of a map one cell wide: resize it lying down
+        narrow = F.interpolate(features_BCHW.float(), (features_BCHW.shape[-2], 1), mode="bilinear", antialias=reducing)
+        return F.interpolate(narrow.mT.contiguous(), (1, size[0]), mode="bilinear", antialias=reducing).mT
     with torch.autocast(features_BCHW.device.type, enabled=False):
         return F.interpolate(features_BCHW.float(), size=size, mode="bilinear", antialias=reducing, align_corners=False)
 
