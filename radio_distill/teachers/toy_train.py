@@ -1,4 +1,4 @@
-"""Train the toy teachers on the toy world and write their weights; about an hour on one CPU core.
+"""Train the toy teachers on the toy world and write their weights; an hour or so on one CPU core.
 
     python -m radio_distill.teachers.toy_train --out teachers/toy
 

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
 
 from .. import viz
 from ..config.recipe import Recipe
@@ -40,6 +39,8 @@ class Trainer:
         self.task.attach(self.service.balancers, self.ema)
         self.meter = Meter(world.device)
         self.sinks = Sinks(recipe, run.path) if world.is_main else None
+        self.last_grad_norm, self.last_lr = torch.zeros(()), 0.0
+        """Of the last optimizer step."""
         self.saved_step, self.saved_at = -1, time.monotonic()
         self._seconds: dict[str, float] = {}
         self._since = time.monotonic()
@@ -82,9 +83,6 @@ class Trainer:
         metrics |= {"grad_norm": self.last_grad_norm.item(), "lr": self.last_lr}
         self._seconds, self._since = {}, time.monotonic()
         return metrics
-
-    last_grad_norm: Tensor = torch.zeros(())
-    last_lr: float = 0.0
 
     def pictures_due(self) -> bool:
         """Only rank 0 draws; no collective is involved."""
