@@ -1,0 +1,183 @@
+"""JAFAR: every output position attends to all low-resolution features, with keys and queries from the image (JAFAR, NeurIPS 2025).
+
+A comparison upsampler, and one of the inputs that the fusion network can take. The attention weights are averaged over the heads and
+applied to the raw features, so the output is a convex combination of them.
+
+Shapes: B batch, C channels, D key width, h w source, H W output, N = h * w.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+__all__ = ["Jafar"]
+
+WIDTH = 128
+HEADS = 4
+GROUPS = 8
+EPSILON = torch.finfo(
+    torch.float32
+).eps  # of the RMSNorms; left open, torch would take the one of bfloat16 where that is the dtype
+SCORES_PER_CHUNK = 2**25
+"""Attention weights held at a time: 128 MiB in float32. The whole of them is HEADS * (H W) * (h w): 2 GB for 27 -> 108."""
+
+
+class Jafar(nn.Module):
+    """Guided upsampler to any size.
+
+    `reference` reproduces the published module: guidance reduced bilinearly without antialiasing, and the value and output
+    projections that its attention holds and never uses.
+    """
+
+    def __init__(self, channels: int, *, reference: bool = False) -> None:
+        super().__init__()
+        self.reference = reference
+        self.upsampler = _Network(channels, inert=reference)
+
+    def forward(self, source_BChw: Tensor, guidance_B3HW: Tensor, size: tuple[int, int]) -> Tensor:
+        """(B, C, *size) from the source (B, C, h, w) and the whitened image of any size of at least 2 x 2 pixels."""
+        height, width = guidance_B3HW.shape[2:]
+        cap = min(height, 2 * size[0]), min(width, 2 * size[1])
+        if cap != (height, width):
+            guidance_B3HW = F.interpolate(guidance_B3HW, cap, mode="bilinear", antialias=not self.reference)
+        out: Tensor = self.upsampler(source_BChw, guidance_B3HW, size)
+        return out
+
+
+class _Network(nn.Module):
+    def __init__(self, channels: int, *, inert: bool) -> None:
+        super().__init__()
+        self.image_encoder = _encoder(3, kernel=3)
+        self.query_encoder = _encoder(WIDTH)
+        self.key_encoder = _encoder(WIDTH)
+        self.key_features_encoder = _encoder(channels)
+        self.sft_key = _Modulation()
+        self.cross_decode = _Decoder(channels, inert=inert)
+        self.rope = _Rope()
+
+    def forward(self, source_BChw: Tensor, image_B3HW: Tensor, size: tuple[int, int]) -> Tensor:
+        image_BDHW = self.rope(self.image_encoder(image_B3HW))
+        queries = F.adaptive_avg_pool2d(self.query_encoder(image_BDHW), size)
+        keys = F.adaptive_avg_pool2d(self.key_encoder(image_BDHW), tuple(source_BChw.shape[2:]))
+        keys = self.sft_key(keys, self.key_features_encoder(F.normalize(source_BChw, dim=1)))
+        out: Tensor = self.cross_decode(queries, keys, source_BChw)
+        return out
+
+
+class _Residual(nn.Module):
+    """x + conv(silu(norm(conv(silu(norm(x)))))), all 1 x 1."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm1 = nn.GroupNorm(GROUPS, WIDTH)
+        self.conv1 = nn.Conv2d(WIDTH, WIDTH, 1, bias=False)
+        self.norm2 = nn.GroupNorm(GROUPS, WIDTH)
+        self.conv2 = nn.Conv2d(WIDTH, WIDTH, 1, bias=False)
+
+    def forward(self, x_BDHW: Tensor) -> Tensor:
+        hidden = self.conv1(F.silu(self.norm1(x_BDHW)))
+        return x_BDHW + self.conv2(F.silu(self.norm2(hidden)))
+
+
+def _encoder(channels: int, kernel: int = 1) -> nn.Sequential:
+    first = nn.Conv2d(channels, WIDTH, kernel, padding=kernel // 2, padding_mode="reflect", bias=False)
+    return nn.Sequential(first, _Residual(), _Residual())
+
+
+class _Rope(nn.Module):
+    """Learned rotary frequencies on coordinates that run from 0 to 1 over the image.
+
+    Channel i is paired with i + D/2. The first half of the channels starts with row angles and the second with column angles,
+    as published: the two partners turn by different angles, so this is no pure rotation.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        axis = 2 * math.pi * torch.logspace(0, -2, WIDTH // 4).repeat(2)
+        self.freqs = nn.Parameter(torch.block_diag(axis, axis))  # (2, D): row, column
+
+    def forward(self, x_BDHW: Tensor) -> Tensor:
+        rows, columns = (torch.linspace(0, 1, n, device=x_BDHW.device) for n in x_BDHW.shape[2:])
+        freqs = self.freqs.float()
+        angles_DHW = freqs[0, :, None, None] * rows[:, None] + freqs[1, :, None, None] * columns
+        first, second = x_BDHW.chunk(2, dim=1)
+        turned = torch.cat([-second, first], dim=1)
+        return (x_BDHW * angles_DHW.cos() + turned * angles_DHW.sin()).to(x_BDHW.dtype)
+
+
+class _Modulation(nn.Module):
+    """gamma(features) * norm(keys) + beta(features)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gamma = nn.Conv2d(WIDTH, WIDTH, 1, bias=False)
+        self.beta = nn.Conv2d(WIDTH, WIDTH, 1, bias=False)
+
+    def forward(self, keys_BDhw: Tensor, features_BDhw: Tensor) -> Tensor:
+        return self.gamma(features_BDhw) * F.group_norm(keys_BDhw, GROUPS) + self.beta(features_BDhw)
+
+
+class _Decoder(nn.Module):
+    def __init__(self, channels: int, *, inert: bool) -> None:
+        super().__init__()
+        self.conv2d = nn.Conv2d(WIDTH, WIDTH, 3, padding=1, bias=False)
+        self.cross_attn = _CrossAttention(channels, inert=inert)
+
+    def forward(self, queries_BDHW: Tensor, keys_BDhw: Tensor, values_BChw: Tensor) -> Tensor:
+        queries = self.conv2d(F.group_norm(queries_BDHW, GROUPS))
+        out_BCL: Tensor = self.cross_attn(queries.flatten(2).mT, keys_BDhw.flatten(2).mT, values_BChw.flatten(2).mT).mT
+        return out_BCL.unflatten(2, queries.shape[2:])
+
+
+class _CrossAttention(nn.Module):
+    def __init__(self, channels: int, *, inert: bool) -> None:
+        super().__init__()
+        self.norm_q = nn.RMSNorm(WIDTH, EPSILON)
+        self.norm_k = nn.RMSNorm(WIDTH, EPSILON)
+        self.attention = _Projections(channels, inert=inert)
+        if inert:
+            self.norm_v = nn.RMSNorm(channels, EPSILON)
+
+    def forward(self, queries_BLD: Tensor, keys_BND: Tensor, values_BNC: Tensor) -> Tensor:
+        """(B, L, C), computed over few enough queries at a time that the scores stay within SCORES_PER_CHUNK."""
+        queries, keys = self.attention(self.norm_q(queries_BLD), self.norm_k(keys_BND))
+        per_query = keys.shape[0] * HEADS * keys.shape[2]
+        chunks = queries.split(max(1, SCORES_PER_CHUNK // per_query), dim=2)
+        if len(chunks) == 1:
+            return _attend(queries, keys, values_BNC)
+        if torch.is_grad_enabled():  # keep no chunk's scores for the backward pass
+            return torch.cat([checkpoint(_attend, chunk, keys, values_BNC, use_reentrant=False) for chunk in chunks], dim=1)
+        return torch.cat([_attend(chunk, keys, values_BNC) for chunk in chunks], dim=1)
+
+
+class _Projections(nn.Module):
+    """Queries and keys by head, named as in `nn.MultiheadAttention`."""
+
+    def __init__(self, channels: int, *, inert: bool) -> None:
+        super().__init__()
+        self.q_proj_weight = nn.Parameter(torch.empty(WIDTH, WIDTH))
+        self.k_proj_weight = nn.Parameter(torch.empty(WIDTH, WIDTH))
+        self.in_proj_bias = nn.Parameter(torch.zeros((3 if inert else 2) * WIDTH))
+        nn.init.xavier_uniform_(self.q_proj_weight)
+        nn.init.xavier_uniform_(self.k_proj_weight)
+        if inert:
+            self.v_proj_weight = nn.Parameter(nn.init.xavier_uniform_(torch.empty(WIDTH, channels)))
+            self.out_proj = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, queries_BLD: Tensor, keys_BND: Tensor) -> tuple[Tensor, Tensor]:
+        """Both as (B, heads, count, D / heads), the queries scaled."""
+        bias_q, bias_k = self.in_proj_bias[:WIDTH], self.in_proj_bias[WIDTH : 2 * WIDTH]
+        queries = F.linear(queries_BLD, self.q_proj_weight, bias_q) * (WIDTH // HEADS) ** -0.5
+        keys = F.linear(keys_BND, self.k_proj_weight, bias_k)
+        return queries.unflatten(2, (HEADS, -1)).transpose(1, 2), keys.unflatten(2, (HEADS, -1)).transpose(1, 2)
+
+
+def _attend(queries: Tensor, keys: Tensor, values_BNC: Tensor) -> Tensor:
+    """(B, L, C): softmax in float32, averaged over the heads, applied to the raw values."""
+    weights_BLN = (queries @ keys.mT).float().softmax(dim=-1).mean(dim=1)
+    return weights_BLN.to(values_BNC.dtype) @ values_BNC
