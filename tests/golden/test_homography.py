@@ -1,0 +1,32 @@
+"""Homographies against tensors of the reference implementation, found by globbing."""
+
+import json
+
+import pytest
+import torch
+from conftest import golden_cases
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from radio_distill.upsamplers.homography import sampling_grid, view_to_base
+
+CASES = pytest.mark.parametrize("path", golden_cases("featsharp/homography*.safetensors"), ids=lambda p: p.stem)
+
+
+@CASES
+def test_sampling_grids_are_the_published_ones(path):
+    g = load_file(path)
+    for key in (k for k in g if k.startswith("grid.") and k != "grid.homography"):
+        got = sampling_grid(g["grid.homography"], tuple(g[key].shape[1:3]), reference=True)
+        assert (got - g[key]).abs().max() < 2e-5, key
+
+
+@CASES
+def test_matrices_from_corner_quads_are_the_published_ones(path):
+    g = load_file(path)
+    with safe_open(path, "pt") as file:
+        side = json.loads(file.metadata()["config"])["image_size"]
+    for key in (k for k in g if k.startswith("collate.homography_")):
+        quads = g[key.replace("homography", "bounds")]
+        got = view_to_base(quads, g["collate.bounds_0"], (side, side), (side, side))
+        assert (got - g[key]).abs().max() < 2e-5, key
