@@ -3,7 +3,6 @@
 import json
 
 import pytest
-import torch
 from conftest import golden_cases
 from safetensors import safe_open
 from safetensors.torch import load_file
