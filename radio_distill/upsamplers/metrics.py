@@ -1,0 +1,176 @@
+"""How good an upsampler is, measured on a fixed set of held-out images: fidelity, total variation, over-tiling, divergence.
+
+MMD is in `mmd.py`, CRF in `crf.py`. `reference=True` gives the published code's numbers where they differ from the paper's
+definitions: there every mean over valid positions is over at least half of all positions.
+
+Shapes: B batch, C channels, H W grid.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..balance import Balancer
+from ..types import VisionOutput
+from .tiling import cut, stitch
+
+__all__ = ["Fidelity", "gauss_kl", "masked_error", "overtiling", "total_variation"]
+
+
+class Fidelity:
+    """FeatSharp, eq. 7: variance of the targets over the error of the predictions, both summed over everything seen.
+
+    1 is as good as predicting the mean; higher is better. In raw teacher units, given the balancer of the features. Sums are
+    float64 on the features' device; nothing waits for the device before `value`.
+    """
+
+    def __init__(self, balancer: Balancer) -> None:
+        self.balancer = balancer
+        channels = balancer.channels
+        self._sums = torch.zeros(3 + channels, dtype=torch.float64, device=balancer.mean_C.device)
+
+    @torch.no_grad()
+    def update(self, pred_BCHW: Tensor, target_BCHW: Tensor, valid_B1HW: Tensor | None = None) -> None:
+        """Count a batch of predictions and targets (balanced); positions that are not valid do not count."""
+        pred, target = pred_BCHW.float(), target_BCHW.float()
+        valid = torch.ones_like(target[:, :1]) if valid_B1HW is None else valid_B1HW.float()
+        centred = target - self.balancer.centre_C[:, None, None]  # near the true mean: its square costs no digits
+        error = (self.balancer.raw_square_C(pred - target) * valid).sum(dtype=torch.float64)
+        square = (self.balancer.raw_square_C(centred) * valid).sum(dtype=torch.float64)
+        count = valid.sum(dtype=torch.float64)
+        sum_C = (centred * valid).sum((0, 2, 3), dtype=torch.float64)
+        self._sums += torch.cat([torch.stack([error, square, count]), sum_C])
+
+    def reduce(self, group: dist.ProcessGroup | None = None) -> None:
+        """Add up all ranks' sums; all must call it."""
+        if dist.is_initialized():
+            dist.all_reduce(self._sums, group=group)
+
+    @property
+    def error(self) -> Tensor:
+        """Mean squared error per position and channel, raw."""
+        return self._sums[0] / self._per_channel
+
+    @property
+    def variance(self) -> Tensor:
+        """Mean squared distance of the targets to their own mean per channel, raw: what predicting that mean would give."""
+        mean_C = (self._sums[3:] / self._sums[2]).float()
+        of_mean = self.balancer.raw_square_C(mean_C[None, :, None, None]).sum(dtype=torch.float64) / self.balancer.channels
+        return self._sums[1] / self._per_channel - of_mean
+
+    @property
+    def value(self) -> Tensor:
+        """The fidelity, a float64 scalar; NaN before the first update."""
+        return self.variance / self.error
+
+    @property
+    def _per_channel(self) -> Tensor:
+        return self._sums[2] * self.balancer.channels
+
+
+def masked_error(pred_BCHW: Tensor, target_BCHW: Tensor, valid_B1HW: Tensor, *, reference: bool = False) -> Tensor:
+    """Mean squared error over valid positions and all channels.
+
+    The published fidelity of one step is the teacher's mean channel variance (1 / alpha^2 of PHI-S) over this in raw units
+    with `reference=True`.
+    """
+    error_BHW = (pred_BCHW.float() - target_BCHW.float()).square().mean(1)
+    return mean_over(error_BHW * valid_B1HW[:, 0], valid_B1HW, reference=reference)
+
+
+def total_variation(
+    map_BCHW: Tensor, valid_B1HW: Tensor | None = None, scale_B1HW: Tensor | None = None, *, reference: bool = False
+) -> Tensor:
+    """Mean smooth-L1 difference (beta 1) of vertical neighbours plus that of horizontal ones, a scalar.
+
+    A pair counts when both are valid; `scale` weighs every position, a pair by the geometric mean.
+    """
+    with torch.autocast(map_BCHW.device.type, enabled=False):
+        x = map_BCHW.float()
+        valid = torch.ones_like(x[:, :1]) if valid_B1HW is None else valid_B1HW.float()
+        total = x.new_zeros(())
+        for axis in (2, 3):
+            pairs = _product_of_neighbours(valid, axis)
+            steps = F.smooth_l1_loss(_without_first(x, axis), _without_last(x, axis), reduction="none").mean(1, keepdim=True)
+            if scale_B1HW is not None:
+                steps = steps * _product_of_neighbours(scale_B1HW.float(), axis).sqrt()
+            total = total + mean_over(steps * pairs, pairs, reference=reference)
+        return total
+
+
+def mean_over(values: Tensor, valid: Tensor, *, reference: bool) -> Tensor:
+    """The sum of `values`, which are 0 where not valid, over the number of valid ones."""
+    return values.sum() / valid.float().sum().clamp(min=valid.numel() / 2 if reference else 1)
+
+
+@torch.no_grad()
+def overtiling(
+    encode: Callable[[Tensor], VisionOutput],
+    images_B3HW: Tensor,
+    size: tuple[int, int],
+    level: int,
+    *,
+    balancer: Balancer | None = None,
+    reference: bool = False,
+) -> Tensor:
+    """Mean squared difference of stitched level x level tiles and the whole image encoded at once (paper, Figure 15): a scalar.
+
+    Both see the image at `level` times `size`, the teacher's (height, width) in pixels; `encode` must take larger ones. 0 at
+    level 1. In raw units, or with a balancer in balanced ones. `reference`: resized without antialiasing.
+    """
+    large = (size[0] * level, size[1] * level)
+    image = F.interpolate(images_B3HW, large, mode="bilinear", antialias=not reference, align_corners=False)
+    whole, tiled = encode(image).features_BCHW, stitch(encode(cut(image, level)).features_BCHW, level)
+    if balancer is not None:
+        whole, tiled = balancer.forward(whole), balancer.forward(tiled)
+    return (whole.float() - tiled.float()).square().mean()
+
+
+@torch.no_grad()
+def gauss_kl(x: Tensor, y: Tensor) -> Tensor:
+    """KL(N(x) || N(y)) of Gaussians fitted to two sets of vectors (N, C), or to all positions of maps: a float64 scalar.
+
+    Where a determinant vanishes (usual for many channels) both sets are projected onto the upper half of x's principal axes
+    until none does. Waits for the device.
+    """
+    x_NC, y_NC = (_flat(v).double() for v in (x, y))
+    while True:
+        cov_x, cov_y = _covariance(x_NC), _covariance(y_NC)
+        spread_x, axes_x = torch.linalg.eigh(cov_x)
+        spread_x, spread_y = spread_x.clamp(min=JITTER), torch.linalg.eigvalsh(cov_y).clamp(min=JITTER)
+        channels = len(cov_x)
+        if min(spread_x.prod(), spread_y.prod()) > JITTER or channels == 1:
+            break
+        upper = axes_x[:, channels // 2 :]
+        x_NC, y_NC = x_NC @ upper, y_NC @ upper
+    apart = y_NC.mean(0) - x_NC.mean(0)
+    both = torch.linalg.solve(cov_y, torch.cat([cov_x, apart[:, None]], dim=1))
+    return 0.5 * (both[:, :-1].trace() + apart @ both[:, -1] - channels + spread_y.log().sum() - spread_x.log().sum())
+
+
+JITTER = 1e-5  # added to every variance, and the smallest determinant that counts; the published values
+
+
+def _covariance(x_NC: Tensor) -> Tensor:
+    return x_NC.mT.cov() + JITTER * torch.eye(x_NC.shape[1], dtype=x_NC.dtype, device=x_NC.device)
+
+
+def _flat(x: Tensor) -> Tensor:
+    return x if x.ndim == 2 else x.movedim(1, -1).flatten(0, -2)
+
+
+def _without_first(x: Tensor, axis: int) -> Tensor:
+    return x.narrow(axis, 1, x.shape[axis] - 1)
+
+
+def _without_last(x: Tensor, axis: int) -> Tensor:
+    return x.narrow(axis, 0, x.shape[axis] - 1)
+
+
+def _product_of_neighbours(x: Tensor, axis: int) -> Tensor:
+    return _without_first(x, axis) * _without_last(x, axis)
