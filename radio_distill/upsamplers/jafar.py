@@ -13,18 +13,18 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+
+from .chunks import in_chunks
+from .image_encoder import GROUPS, at_most_twice, encoder
 
 __all__ = ["Jafar"]
 
 WIDTH = 128
 HEADS = 4
-GROUPS = 8
-EPSILON = torch.finfo(
-    torch.float32
-).eps  # of the RMSNorms; left open, torch would take the one of bfloat16 where that is the dtype
+EPSILON = torch.finfo(torch.float32).eps
+"""Of the RMSNorms; left open, torch takes the one of bfloat16 where that is the dtype."""
 SCORES_PER_CHUNK = 2**25
-"""Attention weights held at a time: 128 MiB in float32. The whole of them is HEADS * (H W) * (h w): 2 GB for 27 -> 108."""
+"""Attention weights held at a time: 128 MiB in float32. Whole, HEADS * (H W) * (h w) are 4.3 GB for one map of 64 -> 256 cells."""
 
 
 class Jafar(nn.Module):
@@ -41,10 +41,7 @@ class Jafar(nn.Module):
 
     def forward(self, source_BChw: Tensor, guidance_B3HW: Tensor, size: tuple[int, int]) -> Tensor:
         """(B, C, *size) from the source (B, C, h, w) and the whitened image of any size of at least 2 x 2 pixels."""
-        height, width = guidance_B3HW.shape[2:]
-        cap = min(height, 2 * size[0]), min(width, 2 * size[1])
-        if cap != (height, width):
-            guidance_B3HW = F.interpolate(guidance_B3HW, cap, mode="bilinear", antialias=not self.reference)
+        guidance_B3HW = at_most_twice(guidance_B3HW, size, antialias=not self.reference)
         out: Tensor = self.upsampler(source_BChw, guidance_B3HW, size)
         return out
 
@@ -52,41 +49,22 @@ class Jafar(nn.Module):
 class _Network(nn.Module):
     def __init__(self, channels: int, *, inert: bool) -> None:
         super().__init__()
-        self.image_encoder = _encoder(3, kernel=3)
-        self.query_encoder = _encoder(WIDTH)
-        self.key_encoder = _encoder(WIDTH)
-        self.key_features_encoder = _encoder(channels)
+        self.image_encoder = encoder(3, WIDTH, kernel=3)
+        self.query_encoder = encoder(WIDTH, WIDTH)
+        self.key_encoder = encoder(WIDTH, WIDTH)
+        self.key_features_encoder = encoder(channels, WIDTH)
         self.sft_key = _Modulation()
         self.cross_decode = _Decoder(channels, inert=inert)
         self.rope = _Rope()
 
     def forward(self, source_BChw: Tensor, image_B3HW: Tensor, size: tuple[int, int]) -> Tensor:
+        h, w = source_BChw.shape[2:]
         image_BDHW = self.rope(self.image_encoder(image_B3HW))
         queries = F.adaptive_avg_pool2d(self.query_encoder(image_BDHW), size)
-        keys = F.adaptive_avg_pool2d(self.key_encoder(image_BDHW), tuple(source_BChw.shape[2:]))
+        keys = F.adaptive_avg_pool2d(self.key_encoder(image_BDHW), (h, w))
         keys = self.sft_key(keys, self.key_features_encoder(F.normalize(source_BChw, dim=1)))
         out: Tensor = self.cross_decode(queries, keys, source_BChw)
         return out
-
-
-class _Residual(nn.Module):
-    """x + conv(silu(norm(conv(silu(norm(x)))))), all 1 x 1."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm1 = nn.GroupNorm(GROUPS, WIDTH)
-        self.conv1 = nn.Conv2d(WIDTH, WIDTH, 1, bias=False)
-        self.norm2 = nn.GroupNorm(GROUPS, WIDTH)
-        self.conv2 = nn.Conv2d(WIDTH, WIDTH, 1, bias=False)
-
-    def forward(self, x_BDHW: Tensor) -> Tensor:
-        hidden = self.conv1(F.silu(self.norm1(x_BDHW)))
-        return x_BDHW + self.conv2(F.silu(self.norm2(hidden)))
-
-
-def _encoder(channels: int, kernel: int = 1) -> nn.Sequential:
-    first = nn.Conv2d(channels, WIDTH, kernel, padding=kernel // 2, padding_mode="reflect", bias=False)
-    return nn.Sequential(first, _Residual(), _Residual())
 
 
 class _Rope(nn.Module):
@@ -145,14 +123,10 @@ class _CrossAttention(nn.Module):
 
     def forward(self, queries_BLD: Tensor, keys_BND: Tensor, values_BNC: Tensor) -> Tensor:
         """(B, L, C), computed over few enough queries at a time that the scores stay within SCORES_PER_CHUNK."""
-        queries, keys = self.attention(self.norm_q(queries_BLD), self.norm_k(keys_BND))
-        per_query = keys.shape[0] * HEADS * keys.shape[2]
-        chunks = queries.split(max(1, SCORES_PER_CHUNK // per_query), dim=2)
-        if len(chunks) == 1:
-            return _attend(queries, keys, values_BNC)
-        if torch.is_grad_enabled():  # keep no chunk's scores for the backward pass
-            return torch.cat([checkpoint(_attend, chunk, keys, values_BNC, use_reentrant=False) for chunk in chunks], dim=1)
-        return torch.cat([_attend(chunk, keys, values_BNC) for chunk in chunks], dim=1)
+        dtype = self.norm_q.weight.dtype
+        queries, keys = self.attention(self.norm_q(queries_BLD.to(dtype)), self.norm_k(keys_BND.to(dtype)))
+        step = SCORES_PER_CHUNK // (len(keys) * HEADS * keys.shape[2])
+        return in_chunks(lambda part: _attend(queries[:, :, part], keys, values_BNC), queries.shape[2], step)
 
 
 class _Projections(nn.Module):

@@ -1,0 +1,76 @@
+"""NAF-style upsampling: attention to the 9 x 9 cells around each position, keys and queries from the image alone (NAF, CVPR 2026).
+
+The weights do not depend on the features, so one network can serve any teacher; they are softmaxes and apply to the raw features, so
+every channel of the output is a convex combination. It is a candidate for the residual path of FeatSharp.
+
+Ours differs from the published one in three ways: positions are counted in cells instead of fractions of the image, so that the
+weights do not depend on the size of the map; windows are clipped at borders instead of shifted; and the image is encoded at no more
+than twice the output's size (published: four times).
+
+Shapes: B batch, C channels, D width, h w cells, H W output.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .cell_attention import attend_cells, whole_factors
+from .image_encoder import at_most_twice, encoder
+
+__all__ = ["Naf"]
+
+WINDOW = 9
+HEADS = 4
+PERIODS = 100.0
+"""Ratio of the longest to the shortest rotary period (NAF's base)."""
+
+
+class Naf(nn.Module):
+    """Guided upsampler by any whole factors.
+
+    The width (a multiple of 32) is the number of channels, but at least 32 and at most the published 256.
+    """
+
+    def __init__(self, channels: int, *, width: int | None = None) -> None:
+        super().__init__()
+        width = width or min(256, 32 * math.ceil(channels / 32))
+        if channels % HEADS or width % 32:
+            raise ValueError(
+                f"NAF with {channels} channels and width {width}: channels must be a multiple of {HEADS}, the width one of 32; "
+                "pad the features or take another upsampler"
+            )
+        self.pixels = encoder(3, width // 2)
+        self.patterns = encoder(3, width // 2, kernel=3, residual_kernel=3)
+        self.scale = (width // HEADS) ** -0.5
+
+    def forward(self, source_BChw: Tensor, guidance_B3HW: Tensor, size: tuple[int, int]) -> Tensor:
+        """(B, C, *size) from the source and the whitened image; raises ValueError unless `size` is a whole multiple of the source."""
+        cells = source_BChw.shape[2], source_BChw.shape[3]
+        factors = whole_factors(cells, size)
+        guidance_B3HW = at_most_twice(guidance_B3HW, size)
+        encoded = torch.cat([self.pixels(guidance_B3HW), self.patterns(guidance_B3HW)], dim=1)
+        queries = _turn(F.adaptive_avg_pool2d(encoded, size), factors)
+        keys = F.adaptive_avg_pool2d(queries, cells)  # the mean of the cell's own queries
+        return attend_cells(queries * self.scale, keys, source_BChw, window=WINDOW, heads=HEADS)
+
+
+def _turn(x_BDHW: Tensor, factors: tuple[int, int]) -> Tensor:
+    """Rotary positions in cells, in every head: half of the frequencies for rows, half for columns.
+
+    The shortest period is the window, so that no two of its cells look alike.
+    """
+    d = x_BDHW.shape[1] // HEADS
+    device = x_BDHW.device
+    rates = 2 * math.pi / (WINDOW * PERIODS ** torch.linspace(0, 1, d // 4, device=device))
+    rows, columns = (torch.arange(n, device=device).add(0.5) / f for n, f in zip(x_BDHW.shape[2:], factors))
+    angles_y = (rates[:, None, None] * rows[:, None]).expand(-1, -1, len(columns))
+    angles_x = (rates[:, None, None] * columns).expand(-1, len(rows), -1)
+    angles = torch.cat([angles_y, angles_x])  # (d / 2, H, W)
+    first, second = x_BDHW.unflatten(1, (HEADS, 2, d // 2)).unbind(2)
+    cos, sin = angles.cos(), angles.sin()
+    turned = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=2)
+    return turned.flatten(1, 2).to(x_BDHW.dtype)
