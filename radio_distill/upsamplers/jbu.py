@@ -1,0 +1,133 @@
+"""The joint bilateral upsampler: a map made finer by averaging neighbours that look alike in the image.
+
+Shapes: B batch, C channels, h w the coarse grid, H W the fine grid, K = 49 taps (row-major).
+
+A level multiplies the grid by an integer; the stack has one level per prime factor. Weights depend on the image and the
+position alone, every output is a convex combination of bilinear values, and a level costs about as much as writing its output.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .adaptive_conv import RADIUS, TAPS, filter_resized, neighbour_dots
+
+__all__ = ["JBU", "JBULevel", "check_level", "check_size", "prime_factors", "spatial_logits", "temperature"]
+
+
+class JBULevel(nn.Module):
+    """One level (FeatUp, section 3.1, with FeatSharp's plain bilinear source).
+
+    `reference`: also hold the two gains of the published layer, which cancel in the normalisation, and use its guarded
+    normalisation; it differs only where sigma < 0.25 and nothing near the centre looks like it.
+    """
+
+    def __init__(self, *, reference: bool = False) -> None:
+        super().__init__()
+        self.range_proj = nn.Sequential(nn.Conv2d(3, 32, 1), nn.GELU(), nn.Conv2d(32, 32, 1))
+        self.range_temp = nn.Parameter(torch.zeros(()))
+        self.sigma_spatial = nn.Parameter(torch.ones(()))
+        self.reference = reference
+        if reference:
+            self.range_alpha = nn.Parameter(torch.zeros(()))
+            self.spatial_alpha = nn.Parameter(torch.zeros(()))
+
+    def forward(self, source_BChw: Tensor, guidance_B3HW: Tensor) -> Tensor:
+        """(B, C, h, w) and an image at the target size -> (B, C, H, W) in the source's dtype (autocast's under autocast).
+
+        H and W are multiples of h and w, not smaller than 4 pixels.
+        """
+        check_level(source_BChw, guidance_B3HW)
+        return filter_resized(source_BChw, self.kernel(guidance_B3HW))
+
+    def kernel(self, guidance_B3HW: Tensor) -> Tensor:
+        """The weights of the 7x7 neighbours of every pixel, at least float32: (B, H, W, 49), each summing to 1."""
+        with torch.autocast(guidance_B3HW.device.type, enabled=False):
+            guidance = guidance_B3HW.to(torch.promote_types(guidance_B3HW.dtype, torch.float32))
+            first, activation, second = self.range_proj
+            keys = pointwise(second, activation(pointwise(first, guidance)))
+            similar = temperature(self.range_temp).to(keys.dtype) * neighbour_dots(keys)
+            near = spatial_logits(self.sigma_spatial.to(keys.dtype))
+            if not self.reference:
+                return (similar + near).softmax(-1)  # = softmax(similar) * exp(near), normalised
+            kernel = self.range_alpha.exp() * similar.softmax(-1) * (self.spatial_alpha.exp() * near.exp())
+            return kernel / kernel.sum(-1, keepdim=True).clamp_min(1e-7)
+
+
+class JBU(nn.Module):
+    """Levels for the prime factors of `factor`, ascending; `factor` 1 gives the source back."""
+
+    def __init__(self, factor: int, *, reference: bool = False) -> None:
+        super().__init__()
+        self.factor = factor
+        self.factors = prime_factors(factor)
+        self.ups = nn.ModuleList(JBULevel(reference=reference) for _ in self.factors)
+
+    def forward(self, source_BChw: Tensor, guidance_B3HW: Tensor, size: tuple[int, int]) -> Tensor:
+        """(B, C, h, w) and a whitened image of any size -> (B, C, *size), size = (factor * h, factor * w).
+
+        Each level sees the image averaged over its own grid.
+        """
+        check_size(source_BChw, self.factor, size)
+        for factor, level in zip(self.factors, self.ups):
+            h, w = source_BChw.shape[-2:]
+            source_BChw = level(source_BChw, F.adaptive_avg_pool2d(guidance_B3HW, (factor * h, factor * w)))
+        return source_BChw
+
+
+def prime_factors(factor: int) -> list[int]:
+    """12 -> [2, 2, 3]; 1 -> []."""
+    if factor < 1:
+        raise ValueError(f"upsampling factor {factor} is not a positive integer; use 1 for no upsampling")
+    factors, divisor = [], 2
+    while factor > 1:
+        while factor % divisor == 0:
+            factors.append(divisor)
+            factor //= divisor
+        divisor += 1
+    return factors
+
+
+def pointwise(layer: nn.Module, x_BDHW: Tensor) -> Tensor:
+    """A 1x1 convolution in the input's dtype, whatever the dtype of the weights."""
+    assert isinstance(layer, nn.Conv2d)
+    assert layer.bias is not None
+    return F.conv2d(x_BDHW, layer.weight.to(x_BDHW.dtype), layer.bias.to(x_BDHW.dtype))
+
+
+def temperature(logarithm: Tensor) -> Tensor:
+    """The factor on the dot products: exp, kept within 1e-4 and 1e4."""
+    return logarithm.exp().clamp(1e-4, 1e4)
+
+
+def spatial_logits(sigma: Tensor) -> Tensor:
+    """-distance^2 / (2 sigma^2) of the 49 taps; the window's half width is 1."""
+    steps = torch.linspace(-1, 1, TAPS, device=sigma.device, dtype=sigma.dtype)
+    return -(steps[:, None].square() + steps.square()).flatten() / (2 * sigma.square())
+
+
+def check_level(source_BChw: Tensor, guidance_B3HW: Tensor) -> None:
+    """Raise ValueError unless the guidance lies on a multiple of the source's grid."""
+    (h, w), (height, width) = source_BChw.shape[-2:], guidance_B3HW.shape[-2:]
+    if height % h or width % w:
+        raise ValueError(
+            f"guidance {height}x{width} is not a whole multiple of the map's {h}x{w}; "
+            f"resize it to {max(1, round(height / h)) * h}x{max(1, round(width / w)) * w}"
+        )
+    if min(height, width) <= RADIUS:
+        raise ValueError(
+            f"a {height}x{width} map is too small for a 7x7 kernel, which is reflected at the border; "
+            f"expected at least {RADIUS + 1} pixels a side: use a larger image or factor"
+        )
+
+
+def check_size(source_BChw: Tensor, factor: int, size: tuple[int, int]) -> None:
+    """Raise ValueError unless `size` is the source's size times the factor."""
+    h, w = source_BChw.shape[-2:]
+    if tuple(size) != (factor * h, factor * w):
+        raise ValueError(
+            f"an upsampler of factor {factor} makes {factor * h}x{factor * w} out of {h}x{w}, not {size[0]}x{size[1]}; "
+            "ask for that size, and resize the result if another is needed"
+        )
