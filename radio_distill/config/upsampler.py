@@ -1,0 +1,83 @@
+"""The network of an upsampler: which maps it mixes, and how. Sources as in recipe.py: FS = FeatSharp paper, OURS = our choice."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from .cards import Fields
+from .document import KeyPath, Problem
+
+__all__ = ["Network", "check_network"]
+
+Input = Literal["jbu", "bilinear", "tiles", "rgb", "jafar", "resfu", "naf"]
+
+FUSION_ONLY = ("progressive", "inputs", "mixer", "window", "position", "norm", "hidden")
+
+
+class Network(Fields):
+    kind: Literal["featsharp", "featup", "bilinear", "tile", "s2", "jafar", "sapa", "resfu", "naf"] = "featsharp"
+    """`featsharp`: fusion of `inputs` by local attention (FS section 3). `featup`: a stack of joint bilateral upsamplers.
+    `bilinear`, `tile`, `s2`: nothing is learned but the bias map. The others are comparison rows."""
+    factor: Literal[1, 2, 3, 4, 6, 8] = 2
+    """How much finer than the teacher's own grid the map becomes; 1: the same grid, only denoised."""
+    progressive: bool = False
+    """featsharp: one fusion level per prime factor, each with its own tiles, instead of one level of the whole factor."""
+    inputs: tuple[Input, ...] = ("bilinear", "tiles")
+    """featsharp: the maps that are fused. The first one is the residual path: untrained, the output is that map."""
+    mixer: Literal["block", "mlp", "attention", "linear"] = "block"
+    """featsharp: `block`: local attention, then MLP. `mlp`, `attention`: one of them. `linear`: one matrix per position."""
+    window: Annotated[int, Field(ge=1)] = 7
+    """featsharp: side of the attention window in output cells, odd; at borders it is clipped."""
+    position: Literal["alibi", "rope", "xpos", "none"] = "alibi"
+    """featsharp: how attention knows distances. `alibi`: a penalty per head, on rows in even heads and on columns in odd ones."""
+    norm: bool = True
+    """featsharp: LayerNorm before attention and MLP (FS's shipped configs: no)."""
+    hidden: Annotated[float, Field(gt=0)] = 4.0
+    """featsharp: hidden width of the gated MLP is 2/3 of this many times the teacher's channels (`reference`: times the
+    channels of all inputs together)."""
+    debias: bool = True
+    """Learn a map that is added to every encoding, global and tile alike, so that position artefacts cancel (FS section 3.3)."""
+    beta: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """s2: share of the bilinear map; the rest is the stitched tiles (FS section 4)."""
+    reference: bool = False
+    """Reproduce the published modules number for number: aliased reductions, square images, 16 heads padded to a power of two."""
+
+
+def check_network(network: Network, path: KeyPath = ()) -> list[Problem]:
+    """What does not fit together in a network that lies at `path` of a recipe; empty when it can be built."""
+    return [Problem(text, (*path, key)) for key, text in _conflicts(network)]
+
+
+def _conflicts(network: Network) -> Iterator[tuple[str, str]]:
+    if network.kind != "featsharp":
+        for key in FUSION_ONLY:
+            if getattr(network, key) != Network.model_fields[key].default:
+                yield key, f"'{key}' has no effect with kind '{network.kind}', expected kind 'featsharp'; remove '{key}'"
+    if network.kind != "s2" and network.beta != Network.model_fields["beta"].default:
+        yield "beta", f"'beta' has no effect with kind '{network.kind}', expected kind 's2'; remove 'beta'"
+    if network.kind in ("featup", "sapa", "resfu", "naf") and network.factor == 1:
+        yield "factor", f"'factor' is 1, but kind '{network.kind}' only enlarges; use 2 or more, or kind 'featsharp'"
+    if network.kind == "featsharp":
+        yield from _fusion(network)
+    if network.reference and network.kind == "naf":
+        yield "reference", "kind 'naf' has no published counterpart; set 'reference' to false"
+
+
+def _fusion(network: Network) -> Iterator[tuple[str, str]]:
+    if network.window % 2 == 0:
+        near = f"{network.window - 1} or {network.window + 1}"
+        yield "window", f"'window' is {network.window}, expected an odd number of cells; use {near}"
+    if not network.inputs or network.inputs[0] == "rgb":
+        yield (
+            "inputs",
+            f"'inputs' is {list(network.inputs)}, expected a feature map first (the residual path), such as 'bilinear'",
+        )
+    if len(set(network.inputs)) < len(network.inputs):
+        yield "inputs", f"'inputs' is {list(network.inputs)}, expected each at most once"
+    if network.reference and "naf" in network.inputs:
+        yield "inputs", "input 'naf' has no published counterpart; remove it or set 'reference' to false"
+    if network.reference and network.mixer == "linear":
+        yield "mixer", "mixer 'linear' has no published counterpart; set 'reference' to false"
