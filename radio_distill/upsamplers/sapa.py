@@ -7,12 +7,11 @@ Shapes: B batch, C channels, D key width, h w source, H W.
 
 from __future__ import annotations
 
-import math
-
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .cell_attention import attend_cells
+from .jbu import check_size, prime_factors
 
 __all__ = ["Sapa"]
 
@@ -25,18 +24,14 @@ class Sapa(nn.Module):
 
     def __init__(self, channels: int, factor: int) -> None:
         super().__init__()
-        self.factors = _prime_factors(factor)
+        self.factor = factor
+        self.factors = prime_factors(factor)
         self.ups = nn.ModuleList(_Level(channels) for _ in self.factors)
 
     def forward(self, source_BChw: Tensor, guidance_B3HW: Tensor, size: tuple[int, int]) -> Tensor:
         """(B, C, *size); raises ValueError unless `size` is the source's times the factor."""
+        check_size(source_BChw, self.factor, size)
         h, w = source_BChw.shape[2:]
-        total = math.prod(self.factors)
-        if size != (h * total, w * total):
-            raise ValueError(
-                f"output size {size[0]}x{size[1]} from {h}x{w} cells with an upsampler of factor {total}, "
-                f"expected {h * total}x{w * total}: ask for that and resize the result"
-            )
         for factor, level in zip(self.factors, self.ups):
             h, w = h * factor, w * factor
             source_BChw = level(source_BChw, F.adaptive_avg_pool2d(guidance_B3HW, (h, w)))
@@ -57,11 +52,3 @@ class _Level(nn.Module):
 def _per_position(layers: nn.Module, x_BCHW: Tensor) -> Tensor:
     out: Tensor = layers(x_BCHW.permute(0, 2, 3, 1))
     return out.permute(0, 3, 1, 2)
-
-
-def _prime_factors(factor: int) -> list[int]:
-    """Ascending, with multiplicity; none for 1."""
-    for prime in range(2, factor + 1):
-        if factor % prime == 0:
-            return [prime, *_prime_factors(factor // prime)]
-    return []
