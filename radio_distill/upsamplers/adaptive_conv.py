@@ -109,12 +109,16 @@ def fold(kernel_BHWK: Tensor, rows: FoldTable, columns: FoldTable) -> Tensor:
     """Kernels on resized pixels -> weights on coarse cells: (blocks down, B * blocks across, pixels, window cells)."""
     batch, height, width, _ = kernel_BHWK.shape
     down, across = rows.axis, columns.axis
-    missing = (0, 0, 0, across.blocks * across.pixels - width, 0, down.blocks * down.pixels - height)
-    kernel = F.pad(kernel_BHWK, missing).unflatten(3, (TAPS, TAPS))
-    weights = torch.einsum("bywij,yir->bywrj", kernel, rows.weights_PKT)
-    weights = torch.einsum("byxrj,xjs->byxrs", weights, columns.weights_PKT)
-    weights = weights.reshape(batch, down.blocks, down.pixels, across.blocks, across.pixels, down.window * across.window)
-    return weights.permute(1, 0, 3, 2, 4, 5).reshape(down.blocks, batch * across.blocks, -1, down.window * across.window)
+    rows_count, columns_count = down.blocks * down.pixels, across.blocks * across.pixels
+    kernel = F.pad(kernel_BHWK, (0, 0, 0, columns_count - width, 0, rows_count - height))
+    # products with the long side last: y (i, b x j) -> y (r, b x j), then x (b y r, j) -> x (b y r, s)
+    kernel = kernel.unflatten(3, (TAPS, TAPS)).permute(1, 3, 0, 2, 4).reshape(rows_count, TAPS, -1)
+    weights = torch.bmm(rows.weights_PKT.mT, kernel).view(rows_count, down.window, batch, columns_count, TAPS)
+    weights = weights.permute(3, 2, 0, 1, 4).reshape(columns_count, -1, TAPS)
+    weights = torch.bmm(weights, columns.weights_PKT)
+    weights = weights.view(across.blocks, across.pixels, batch, down.blocks, down.pixels, down.window, across.window)
+    weights = weights.permute(3, 2, 0, 4, 1, 5, 6)
+    return weights.reshape(down.blocks, batch * across.blocks, -1, down.window * across.window)
 
 
 class BlockProduct(torch.autograd.Function):
