@@ -78,7 +78,7 @@ class AttentionDownsampler(nn.Module):
 class SimpleDownsampler(nn.Module):
     """One learned positive kernel, the same for all channels and positions.
 
-    Untrained it is the mean over each cell. At even strides the pixels are averaged in pairs first, so that the effective
+    Untrained it is close to the mean over each cell. At even strides the pixels are averaged in pairs first, so that the effective
     kernel has kernel + 1 taps around the cell's centre. `reference`: the published window and zero borders.
     """
 
@@ -137,7 +137,7 @@ class FeatUpDownsampler(nn.Module):
             if side < self.kernel or (side - self.kernel) // stride + 1 != cells:
                 raise ValueError(
                     f"windows of {self.kernel} on {side} pixels cannot be laid out as {cells} cells; "
-                    f"resize the map to {cells * self.kernel} pixels, or choose the number of cells it is a multiple of"
+                    f"resize the map to {cells * self.kernel} pixels, one kernel for each cell"
                 )
             strides.append(stride)
         return strides[0], strides[1]
