@@ -40,7 +40,8 @@ class FeatSharp(nn.Module):
         maps: the low-resolution map (B, C, h, w), then the stitched tiles of each level, where tiles are among the inputs.
         image: the whitened image, of any size.
         """
-        x, tiles = maps[0], maps[1:] or [None] * len(self.ups)
+        x = maps[0]
+        tiles: list[Tensor] | list[None] = maps[1:] or [None] * len(self.ups)
         for level, tiles_BCHW in zip(self.ups, tiles, strict=True):
             x = level(x, tiles_BCHW, image_B3HW)
         return x

@@ -25,9 +25,9 @@ class Rotary(nn.Module):
 
     def __init__(self, width: int, *, decay: bool) -> None:
         super().__init__()
-        self.half, self.decay = width // 2, decay
-        pair = torch.arange(self.half // 2)
-        self.register_buffer("scale", (2 * pair + 0.4 * self.half) / (1.4 * self.half))
+        self.per_axis, self.decay = width // 2, decay
+        pair = torch.arange(self.per_axis // 2)
+        self.register_buffer("scale", (2 * pair + 0.4 * self.per_axis) / (1.4 * self.per_axis))
 
     def forward(self, q_BHWD: Tensor, k_BHWD: Tensor) -> tuple[Tensor, Tensor]:
         """Both rotated, computed in float32, in their own dtypes."""
@@ -36,7 +36,7 @@ class Rotary(nn.Module):
         (cos_r, sin_r, decay_r), (cos_c, sin_c, decay_c) = ([table[:, None] for table in rows], columns)
 
         def rotate(x_BHWD: Tensor, sign: int) -> Tensor:
-            by_row, by_column = x_BHWD.float().split(self.half, -1)
+            by_row, by_column = x_BHWD.float().split(self.per_axis, -1)
             turned = _turn(by_row, cos_r, sin_r) * decay_r**sign, _turn(by_column, cos_c, sin_c) * decay_c**sign
             return torch.cat(turned, -1).to(x_BHWD.dtype)
 
@@ -45,7 +45,7 @@ class Rotary(nn.Module):
     def _tables(self, num: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """Cosine, sine and decay (N, D / 2) for positions 0 .. num - 1; one value per pair, repeated."""
         at_N1 = torch.arange(num, device=device, dtype=torch.float32)[:, None]
-        frequency = BASE ** (torch.arange(self.half // 2, device=device) * (-2 / self.half))
+        frequency = BASE ** (torch.arange(self.per_axis // 2, device=device) * (-2 / self.per_axis))
         angle = at_N1 * frequency
         scale = self.scale.float() if self.decay else torch.ones_like(self.scale, dtype=torch.float32)
         decay = scale ** (at_N1 / DECAY_CELLS)
