@@ -1,0 +1,32 @@
+"""What an upsampler is trained for: agreement of views, and the terms beside it. FS = FeatSharp (paper or configuration)."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from .cards import Fields
+
+__all__ = ["Objective"]
+
+Weight = Annotated[float, Field(ge=0)]
+
+
+class Objective(Fields):
+    uncertainty: bool = True
+    """Learn a log-variance per output position: places whose features cannot be foretold count less (FS configuration: on)."""
+    seam: Annotated[float, Field(gt=0)] = 2.0
+    """Weight of the output rows and columns on both sides of a tile border against all others (FS configuration: 2); 1 where
+    there are no tiles."""
+    tv: Weight = 0.0
+    """Weight of the total variation."""
+    crf: Weight = 0.0
+    """Weight of the conditional-random-field term (FeatUp: 0.001)."""
+    mmd: Weight = 0.0
+    """Weight of the maximum mean discrepancy between low- and high-resolution features."""
+    mmd_pick: Literal["all", "nearest"] = "all"
+    """Which high-resolution vectors take part: all, or of every low-resolution cell the nearest one."""
+    reference: bool = False
+    """Take the published step number for number: its grid convention, its masks and denominators, CRF in a view's frame, and
+    of every cell the farthest vector for MMD."""

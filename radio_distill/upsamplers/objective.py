@@ -1,0 +1,154 @@
+"""The loss of an upsampler: its map of the base image, seen from other views, must be what the teacher says of these views.
+
+FeatSharp, section 3.2: warp the high-resolution map of the base into each view, reduce it with a learned downsampler, compare
+with the teacher's (balanced, de-biased) features of that view. Beside it: total variation, CRF and MMD of the map itself.
+
+Shapes: B samples, J views, C channels, h w the teacher's grid, H W the upsampled grid.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..balance import Balancer
+from ..config.objective import Objective
+from ..losses import fidelity_sums
+from .crf import crf
+from .homography import warp
+from .map_weights import MapWeights, UncertaintyNet, seam_weights
+from .metrics import total_variation
+from .mmd import Bandwidth, Pick, map_mmd
+from .view_masks import Masks
+
+__all__ = ["Base", "StepLoss", "Views", "ViewLoss"]
+
+Sums = tuple[Tensor, Tensor, Tensor]
+Terms = dict[str, tuple[float, Tensor]]
+
+
+class Base(NamedTuple):
+    """The upsampler's answer for the base images."""
+
+    low_BChw: Tensor
+    """The teacher's own map, balanced and de-biased."""
+    high_BCHW: Tensor
+    """The upsampled one."""
+    image_B3HW: Tensor
+    """The whitened images at any size: CRF looks at their colours."""
+    seeds_B: Tensor
+    """int64, one per image: draw the positions of CRF and MMD."""
+
+
+class Views(NamedTuple):
+    """What the teacher says of the J views of every base image, and where they lie."""
+
+    features_JBChw: Tensor
+    """Balanced and de-biased features of the views; gradients reach the bias map that they hold."""
+    matrices_JB33: Tensor
+    """View to base, in [-1, 1] edge coordinates (`homography.py`)."""
+    masks: Masks
+    """Which cells count (`covered_masks`)."""
+    keep_JBKhw: Tensor | None = None
+    """1 where the downsampler keeps a logit, 0 where it drops it. None: its own affair."""
+
+
+class StepLoss(NamedTuple):
+    """The result of one step."""
+
+    total: Tensor
+    """The scalar to differentiate."""
+    parts: dict[str, Tensor]
+    """Detached scalars: `views`, the weighted disagreement; `error` and `raw_error`, the mean squared one in balanced and in
+    raw units; `uncertainty`, `tv`, `crf`, `mmd` before their weights, where these are not 0."""
+    fidelity: Sums
+    """(error, variance, count), to be summed over steps and ranks; fidelity = variance / error (`losses.fidelity_sums`)."""
+
+
+class ViewLoss(nn.Module):
+    """What is trained beside the upsampler (downsampler and uncertainty), and the loss of a step."""
+
+    def __init__(self, channels: int, downsampler: nn.Module, options: Objective) -> None:
+        """`downsampler(high_BCHW, size, keep_mask)` reduces maps of `channels` channels."""
+        super().__init__()
+        self.options = options
+        self.downsampler = downsampler
+        self.uncertainty = UncertaintyNet(channels) if options.uncertainty else None
+
+    def forward(self, base: Base, views: Views, balancer: Balancer) -> StepLoss:
+        """Compare the upsampled map of the base images with the teacher's features of their views."""
+        base = base._replace(low_BChw=base.low_BChw.float(), high_BCHW=base.high_BCHW.float())
+        high = base.high_BCHW
+        log_variance = high.new_zeros(len(high), 1, *_size(high)) if self.uncertainty is None else self.uncertainty(high)
+        seam = seam_weights(_size(high), _size(base.low_BChw), self.options.seam, high.device)
+        weights = MapWeights(seam.expand_as(log_variance), torch.exp(-log_variance))
+
+        loss, parts, sums = self._disagreement(high, views, weights, balancer)
+        terms = self._terms_of_the_map(base, views, weights)
+        if self.uncertainty is not None:
+            terms["uncertainty"] = 1.0, _masked(log_variance / 2, views.masks.base_B1HW).mean()
+        for name, (weight, value) in terms.items():
+            loss, parts[name] = loss + weight * value, value.detach()
+        return StepLoss(loss, parts, sums)
+
+    def _disagreement(
+        self, high_BCHW: Tensor, views: Views, weights: MapWeights, balancer: Balancer
+    ) -> tuple[Tensor, dict[str, Tensor], Sums]:
+        """The weighted squared error of all views, the same without weights, and the sums of fidelity."""
+        size, reference = _size(views.features_JBChw[0]), self.options.reference
+        loss = error = raw = high_BCHW.new_zeros(())
+        sums = high_BCHW.new_zeros(3)
+        for j, over in enumerate(_denominators(views.masks.views_JB1hw, reference)):
+            matrix, target, mask = views.matrices_JB33[j], views.features_JBChw[j].float(), views.masks.views_JB1hw[j]
+            seen = warp(high_BCHW, matrix, _size(high_BCHW), reference=reference)
+            pred = self.downsampler(seen, size, None if views.keep_JBKhw is None else views.keep_JBKhw[j]).float()
+            square_B1hw = _masked((pred - target).square().mean(1, keepdim=True), mask)
+            loss = loss + (square_B1hw * weights.in_view(matrix, size, reference=reference)).sum() / over
+            error = error + square_B1hw.detach().sum() / over
+            of_view = torch.stack(fidelity_sums(pred, target, balancer, mask))
+            raw = raw + of_view[0] / balancer.channels / over
+            sums = sums + of_view
+        return loss, {"views": loss.detach(), "error": error, "raw_error": raw}, (sums[0], sums[1], sums[2])
+
+    def _terms_of_the_map(self, base: Base, views: Views, weights: MapWeights) -> Terms:
+        """The terms that look at the map of the base alone, as far as they have a weight: name -> (weight, value)."""
+        options, reference, high = self.options, self.options.reference, base.high_BCHW
+        terms: Terms = {}
+        if options.tv:
+            value = total_variation(high, views.masks.base_B1HW, weights.on_map_B1HW, reference=reference)
+            terms["tv"] = options.tv, value
+        if options.crf:
+            guide = F.interpolate(base.image_B3HW, _size(high), mode="bilinear", antialias=not reference)
+            if reference:  # published: the seams as the first view sees them, laid over the map of the base
+                seam = warp(weights.seam_B1HW, views.matrices_JB33[0], _size(high), padding="zeros", reference=True)
+                weights = weights._replace(seam_B1HW=seam)
+            mask, scale = views.masks.crf_B1HW, weights.on_map_B1HW
+            value = crf(high, guide, base.seeds_B, valid_B1HW=mask, scale_B1HW=scale, reference=reference)
+            terms["crf"] = options.crf, value
+        if options.mmd:
+            pick: Pick = "farthest" if reference else options.mmd_pick
+            kind: Bandwidth = "reference" if reference else "median"
+            terms["mmd"] = options.mmd, map_mmd(base.low_BChw, high, pick=pick, kind=kind, seeds_B=base.seeds_B)
+        return terms
+
+
+def _denominators(masks_JB1hw: Tensor, reference: bool) -> Tensor:
+    """What the sum of each view is divided by, (J,): the valid cells of all of them, so that every cell counts the same.
+
+    `reference`: the view's own, but at least half of its cells, times the number of views.
+    """
+    counts_J = masks_JB1hw.flatten(1).sum(1).float()
+    if reference:
+        return len(counts_J) * counts_J.clamp(min=masks_JB1hw[0].numel() / 2)
+    return counts_J.sum().clamp(min=1).expand(len(counts_J))
+
+
+def _masked(x: Tensor, mask: Tensor | None) -> Tensor:
+    return x if mask is None else torch.where(mask, x, 0)
+
+
+def _size(map_BCHW: Tensor) -> tuple[int, int]:
+    return map_BCHW.shape[-2], map_BCHW.shape[-1]
