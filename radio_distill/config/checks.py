@@ -9,9 +9,9 @@ from ..errors import CardError
 from .cards import TeacherCard
 from .document import KeyPath, Problem
 from .messages import did_you_mean
-from .recipe import Bilinear, Partition, Recipe, Teacher, TeacherView
+from .recipe import Bilinear, Data, Job, Partition, Recipe, Teacher, TeacherView
 
-__all__ = ["check_recipe", "mosaic_side", "patch_size", "summary_weight"]
+__all__ = ["check_recipe", "data_problems", "mosaic_side", "patch_size", "ranges", "summary_weight"]
 
 Found = Iterator[Problem]
 
@@ -25,8 +25,8 @@ def check_recipe(recipe: Recipe, load_card: Callable[[str], TeacherCard], *, tra
     for name, partition in recipe.partitions.items():
         problems += _partition(recipe, name, partition, cards)
     problems += _loss(recipe)
-    problems += _ranges(recipe)
-    problems += _data(recipe, training=training)
+    problems += ranges(recipe)
+    problems += data_problems(recipe.data, recipe.partitions, training=training)
     return problems
 
 
@@ -158,7 +158,8 @@ def _loss(recipe: Recipe) -> Found:
         yield Problem(text, ("balance", "window"))
 
 
-def _ranges(recipe: Recipe) -> Found:
+def ranges(recipe: Job) -> Found:
+    """Numbers of any training that are out of range."""
     optim, crop = recipe.optim, recipe.data.crop
     if not all(0 <= beta < 1 for beta in optim.betas):
         yield Problem(f"'optim.betas' is {list(optim.betas)}, expected numbers from 0 to below 1", ("optim", "betas"))
@@ -177,11 +178,12 @@ def _ranges(recipe: Recipe) -> Found:
         )
 
 
-def _data(recipe: Recipe, *, training: bool) -> Found:
-    if training and not recipe.data.sources:
+def data_problems(data: Data, partitions: dict[str, Partition], *, training: bool) -> Found:
+    """What is wrong with the images of any training."""
+    if training and not data.sources:
         yield Problem("'data.sources' is empty; say where the images are: data.sources.train.path=FOLDER", ("data", "sources"))
-    streams = recipe.data.streams
-    for name, partition in recipe.partitions.items():
+    streams = data.streams
+    for name, partition in partitions.items():
         if streams is not None and (streams < 1 or partition.images % streams):
             text = f"'data.streams' is {streams}, expected a divisor of partitions.{name}.images {partition.images}"
             yield Problem(text, ("data", "streams"))

@@ -2,19 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..errors import CardError, RecipeError
 from ..paths import expand, shipped
 from .cards import TeacherCard
 from .checks import check_recipe
 from .document import Problem, to_yaml
-from .recipe import Recipe
+from .recipe import Job, Recipe
 from .strict import find, read
 
-__all__ = ["cards_of", "dump", "list_cards", "list_recipes", "load_card", "load_recipe", "resume_conflicts"]
+if TYPE_CHECKING:
+    from .upsampler_recipe import UpsamplerRecipe
+
+__all__ = [
+    "cards_of",
+    "dump",
+    "list_cards",
+    "list_recipes",
+    "load_card",
+    "load_job",
+    "load_recipe",
+    "load_upsampler_recipe",
+    "resume_conflicts",
+]
+
+J = TypeVar("J", bound=Job)
 
 HOW_IT_RUNS = ("engine", "log", "checkpoint")
 """The groups that a resumed run may change; all others say what is learned."""
@@ -25,16 +40,28 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = (), *, training: 
 
     `training` also asks for what only a training needs: `data.sources`. Raises RecipeError listing every error.
     """
+    return _load(Recipe, source, overrides, lambda recipe: check_recipe(recipe, load_card, training=training))
+
+
+def load_upsampler_recipe(source: str | Path, overrides: Sequence[str] = (), *, training: bool = False) -> UpsamplerRecipe:
+    """The same for the recipe of an upsampler (`upsampler/dfn_clip_3x`)."""
+    from .upsampler_recipe import UpsamplerRecipe, check_upsampler
+
+    return _load(UpsamplerRecipe, source, overrides, lambda recipe: check_upsampler(recipe, load_card, training=training))
+
+
+def load_job(kind: type[J], source: str | Path) -> J:
+    """Read a recipe of either kind, whose values need no check: it was written by a run."""
+    return _load(kind, source, (), lambda recipe: [])
+
+
+def _load(kind: type[J], source: str | Path, overrides: Sequence[str], check: Callable[[J], list[Problem]]) -> J:
     recipes = list_recipes()
     try:
         path = find(source, recipes, what="recipe")
     except ValueError as error:
         raise RecipeError(str(error)) from None
-
-    def check(recipe: Recipe) -> list[Problem]:
-        return check_recipe(recipe, load_card, training=training)
-
-    return read(Recipe, path, overrides, shipped=recipes, error=RecipeError, check=check)
+    return read(kind, path, overrides, shipped=recipes, error=RecipeError, check=check)
 
 
 def load_card(name: str | Path) -> TeacherCard:
@@ -62,12 +89,12 @@ def cards_of(recipe: Recipe) -> dict[str, TeacherCard]:
     return {name: load_card(teacher.card or name) for name, teacher in recipe.teachers.items()}
 
 
-def dump(recipe: Recipe) -> str:
+def dump(recipe: Job) -> str:
     """The whole recipe as YAML, defaults included; `load_recipe` of it gives the same recipe."""
     return to_yaml(recipe.model_dump(mode="json"))
 
 
-def resume_conflicts(before: Recipe, after: Recipe) -> list[str]:
+def resume_conflicts(before: Job, after: Job) -> list[str]:
     """What `after` would change about what is learned: `optim.lr: 0.001 -> 0.002`. Empty when a run may go on with it."""
     old, new = (_flat(recipe.model_dump(mode="json", exclude=set(HOW_IT_RUNS))) for recipe in (before, after))
     return [f"{key}: {old.get(key)} -> {new.get(key)}" for key in {**old, **new} if old.get(key) != new.get(key)]

@@ -13,7 +13,7 @@ from pydantic import Field
 
 from .cards import CLIP_MEAN, CLIP_STD, Fields
 
-__all__ = ["Recipe"]
+__all__ = ["Job", "Recipe"]
 
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -221,8 +221,8 @@ class Loss(Fields):
 
 
 class Optim(Fields):
-    kind: Literal["lamb", "adamw"] = "lamb"
-    """LAMB (PHI Table 10), exact under ZeRO-1/2 sharding; AdamW as the option without surprises."""
+    kind: Literal["lamb", "adamw", "nadam"] = "lamb"
+    """LAMB (PHI Table 10), exact under ZeRO-1/2 sharding; AdamW as the option without surprises; NAdam for upsamplers (FS)."""
     steps: Positive = 300_000
     """Optimizer steps of this stage."""
     lr: Annotated[float, Field(gt=0)] = 1e-3
@@ -319,8 +319,8 @@ class Checkpoint(Fields):
     """Older ones are deleted."""
 
 
-class Recipe(Fields):
-    """One stage."""
+class Job(Fields):
+    """What every training has, of a student or of an upsampler: a name, statistics, an optimizer, images, and how it runs."""
 
     name: str
     """Name of the recipe; the run folder is `runs/NAME` unless `run` says otherwise."""
@@ -330,18 +330,8 @@ class Recipe(Fields):
     """Run folder; empty: `runs/NAME`."""
     seed: int = 0
     """Seed of everything that is drawn at random."""
-    student: Student = Student()
-    """The model that is trained."""
-    start: Start = Start()
-    """Where its weights come from."""
-    teachers: dict[str, Teacher]
-    """The frozen teachers, by a name of your choice."""
-    partitions: dict[str, Partition]
-    """Resolution groups; every optimizer step contains all of them."""
     balance: Balance = Balance()
     """How teachers are equalised."""
-    loss: Loss = Loss()
-    """What is minimised."""
     optim: Optim = Optim()
     """Optimizer and schedule."""
     ema: Ema = Ema()
@@ -354,3 +344,18 @@ class Recipe(Fields):
     """What is written down; may change on resume."""
     checkpoint: Checkpoint = Checkpoint()
     """When it is saved; may change on resume."""
+
+
+class Recipe(Job):
+    """One stage."""
+
+    student: Student = Student()
+    """The model that is trained."""
+    start: Start = Start()
+    """Where its weights come from."""
+    teachers: dict[str, Teacher]
+    """The frozen teachers, by a name of your choice."""
+    partitions: dict[str, Partition]
+    """Resolution groups; every optimizer step contains all of them."""
+    loss: Loss = Loss()
+    """What is minimised."""

@@ -34,9 +34,9 @@ def _student(path: Path, *, untrained: bool) -> VisionModel:
 
     from ..student.checkpoints import load_student
     from ..student.student import Student
-    from ..train.checkpoint import student_folder
+    from ..train.checkpoint import artifact_folder
 
-    student = load_student(student_folder(path)).eval()
+    student = load_student(artifact_folder(path)).eval()
     if not untrained:
         return student
     torch.manual_seed(0)

@@ -9,7 +9,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from ..config.recipe import Recipe
+from ..config.recipe import Job, Recipe
 from ..errors import RadioDistillError
 
 __all__ = ["Sinks", "console_line", "read_metrics", "drop_metrics_after"]
@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 class Sinks:
     """Writes one set of metrics to every place the recipe names."""
 
-    def __init__(self, recipe: Recipe, folder: Path) -> None:
+    def __init__(self, recipe: Job, folder: Path) -> None:
         self._path = folder / "metrics.jsonl"
         self._tensorboard = _tensorboard(folder / "tensorboard") if recipe.log.tensorboard else None
         self._wandb = _wandb(recipe, folder) if recipe.log.wandb else None
@@ -101,7 +101,7 @@ def _tensorboard(folder: Path) -> Any:
     return SummaryWriter(str(folder))
 
 
-def _wandb(recipe: Recipe, folder: Path) -> Any:
+def _wandb(recipe: Job, folder: Path) -> Any:
     """A wandb run, resumed under the same id; offline unless WANDB_MODE asks for something else."""
     try:
         import wandb

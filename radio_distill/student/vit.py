@@ -8,6 +8,7 @@ Shapes: B batch, N tokens, L patches, S class tokens + registers, D width, h hea
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from functools import partial
 from importlib.util import find_spec
 from typing import Literal
@@ -18,6 +19,7 @@ from timm.layers import Attention as TimmAttention
 from timm.layers import Mlp
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from ..errors import RecipeError
@@ -29,6 +31,9 @@ from .vitdet import Windows, global_period, is_global
 __all__ = ["AttentionKind", "attention_class", "Trunk"]
 
 AttentionKind = Literal["sdpa", "flash"]
+
+PLAIN_TOKENS = 1024
+"""On a CPU the fused kernel's backward is slower than plain products; up to this many tokens their memory is no matter."""
 
 
 class Attention(TimmAttention):
@@ -47,7 +52,9 @@ class Attention(TimmAttention):
     def attend(self, qkv_BN3hd: Tensor) -> Tensor:
         """Attention of every head: (B, N, h, d)."""
         q, k, v = (t.transpose(1, 2) for t in qkv_BN3hd.unbind(2))
-        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+        plain = q.device.type == "cpu" and torch.is_grad_enabled() and q.shape[2] <= PLAIN_TOKENS
+        with sdpa_kernel(SDPBackend.MATH) if plain else nullcontext():
+            return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
 
 class FlashAttention(Attention):

@@ -4,7 +4,7 @@ runs/NAME/checkpoints/step-00005000/   engine/      DeepSpeed: weights, optimize
                                        rank-0.json  loader positions and log sums of every rank
                                        rank-0.safetensors  its part of the statistics, while the window is open
                                        shared.safetensors  EMA: the same on every rank
-                                       student/     folded fp32 weights, readable without DeepSpeed
+                                       student/     (or upsampler/) fp32 weights, readable without DeepSpeed
                                        balancers/   one safetensors per teacher
                                        meta.json    step, world size, ZeRO stage; written last of the files
 runs/NAME/checkpoints/latest           the name of the newest complete one
@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ..errors import CheckpointError
 
-__all__ = ["Meta", "latest", "write", "read_meta", "read_rank", "read_rank_tensors", "student_folder", "check_space"]
+__all__ = ["Meta", "latest", "write", "read_meta", "read_rank", "read_rank_tensors", "artifact_folder", "check_space"]
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ class Meta:
     world_size: int
     zero: int
     recipe: str
-    student: str
+    artifact: str
     """Folder of the exported weights, inside the checkpoint."""
 
 
@@ -132,16 +132,22 @@ def read_rank_tensors(checkpoint: Path, rank: int, *, device: str = "cpu") -> di
     return load_file(path, device=device) if path.is_file() else {}
 
 
-def student_folder(path: Path) -> Path:
-    """The exported student of a run folder, of one of its checkpoints, or the folder itself."""
-    if (path / "student.safetensors").is_file():
+def artifact_folder(path: Path, kind: str = "student") -> Path:
+    """The exported student (or `upsampler`) of a run folder, of one of its checkpoints, or the folder itself.
+
+    Raises CheckpointError when there is none, or one of the other kind.
+    """
+    if (path / f"{kind}.safetensors").is_file():
         return path
     checkpoint = path if (path / "meta.json").is_file() else latest(path)
     if checkpoint is None:
         raise CheckpointError(
             f"{path} holds no checkpoint; expected a run folder (checkpoints/step-*), one of its checkpoints, or an export"
         )
-    return checkpoint / read_meta(checkpoint).student
+    found = read_meta(checkpoint).artifact
+    if found != kind:
+        raise CheckpointError(f"{path} is the run of a {found}, expected that of a {kind}")
+    return checkpoint / found
 
 
 def check_space(run: Path, estimate_bytes: int) -> None:

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..config.recipe import Optim, Recipe
+from ..config.recipe import Job, Optim
 from ..errors import CheckpointError, RecipeError
 from .distributed import World
 from .engine_config import deepspeed_config
@@ -32,12 +32,23 @@ __all__ = ["Engine", "to_universal"]
 SUMMARY = "engine.json"
 
 
+
+
 class Engine:
     """One task, its optimizer and its schedule on all ranks."""
 
     @classmethod
-    def create(cls, recipe: Recipe, task: nn.Module, world: World, *, micro_steps: int = 1) -> Engine:
+    def create(
+        cls,
+        recipe: Job,
+        task: nn.Module,
+        world: World,
+        *,
+        micro_steps: int = 1,
+        groups: list[dict[str, Any]] | None = None,
+    ) -> Engine:
         """Wrap `task` (moved to the rank's device). micro_steps: calls of `backward` per call of `step`, on every rank.
+        groups: as `optim.parameter_groups` gives them; None: those of a distillation.
 
         Raises RecipeError for combinations that cannot run.
         """
@@ -45,7 +56,7 @@ class Engine:
         from pydantic import ValidationError
 
         config = deepspeed_config(recipe)
-        optimizer = make_optimizer(task, recipe.optim, zero=recipe.engine.zero)
+        optimizer = make_optimizer(task, recipe.optim, zero=recipe.engine.zero, groups=groups)
         try:
             wrapped, *_ = deepspeed.initialize(model=task, optimizer=optimizer, config=config, dist_init_required=False)
         except ValidationError as error:

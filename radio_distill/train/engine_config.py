@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 from typing import Any
 
-from ..config.recipe import Recipe
+from ..config.recipe import Job
 from ..errors import RecipeError
 
 __all__ = ["deepspeed_config"]
@@ -67,7 +67,7 @@ OWNED = {
 }
 
 
-def deepspeed_config(recipe: Recipe) -> dict[str, Any]:
+def deepspeed_config(recipe: Job) -> dict[str, Any]:
     """The complete configuration for `deepspeed.initialize`.
 
     Raises RecipeError for a key of `engine.deepspeed` that is unknown or belongs to the recipe, and for features that
@@ -109,7 +109,7 @@ def _zero(stage: int) -> dict[str, Any]:
     return zero
 
 
-def _check_zero3(recipe: Recipe) -> None:
+def _check_zero3(recipe: Job) -> None:
     if recipe.engine.zero != 3:
         return
     for field, wrong, remedy in (

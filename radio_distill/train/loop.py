@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import faulthandler
 import logging
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
 from ..config.recipe import Recipe
 from ..errors import RadioDistillError, TrainingError
-from ..log.sinks import console_line
 from ..student.spectral import power_iterate
 from ..teachers.service import check_finite, name_non_finite
 from ..types import Batch
@@ -23,6 +24,7 @@ from . import agree, distributed, preempt
 from .setup import build_parts, build_start, open_run
 from .snapshot import resume, save, save_late
 from .trainer import Trainer
+from .training import Training
 
 __all__ = ["train"]
 
@@ -33,7 +35,7 @@ def train(recipe: Recipe) -> int:
     """Run or resume the stage a recipe describes; returns 0 when it is finished or was asked to stop and has saved."""
     world = distributed.init()
     try:
-        fit(build(recipe, world))
+        fit(build(recipe, world), distil_step)
         return 0
     finally:
         faulthandler.cancel_dump_traceback_later()
@@ -51,22 +53,20 @@ def build(recipe: Recipe, world: distributed.World) -> Trainer:
     return trainer
 
 
-def fit(t: Trainer) -> None:
+def fit(t: Training, one_step: Callable[[Any, int, list[Batch]], None]) -> None:
     """Train until the last step or a stop signal, then save."""
-    steps = t.recipe.optim.steps
+    steps = t.job.optim.steps
     for step in range(t.step, steps):
-        watch(t.recipe.engine.watchdog_minutes)
-        with t.clock("data"):
-            batches = t.streams.next(t.world.device)
-        prepare(t, step, batches)
-        train_step(t, step, batches)
+        watch(t.job.engine.watchdog_minutes)
+        batches = t.next_batches()
+        one_step(t, step, batches)
         t.step = step + 1
-        if t.step % t.recipe.log.every == 0 or t.step == steps:
+        if t.step % t.job.log.every == 0 or t.step == steps:
             log_step(t)
         if t.pictures_due():
             t.draw(batches[-1])
         stop, late = agree.any_ranks([preempt.requested() is not None, save_late(t)], t.world.device)
-        if stop or late or t.step == steps or t.step % t.recipe.checkpoint.every == 0:
+        if stop or late or t.step == steps or t.step % t.job.checkpoint.every == 0:
             save(t)
         if stop:
             log.info("stopped after step %d as asked; the same command goes on from here", t.step)
@@ -76,6 +76,12 @@ def fit(t: Trainer) -> None:
 def watch(minutes: float) -> None:
     """Restart the watchdog: a rank that hangs for longer prints the stacks of its threads and exits with 1."""
     faulthandler.dump_traceback_later(minutes * 60, exit=True)
+
+
+def distil_step(t: Trainer, step: int, batches: list[Batch]) -> None:
+    """One step of a distillation."""
+    prepare(t, step, batches)
+    train_step(t, step, batches)
 
 
 def prepare(t: Trainer, step: int, batches: list[Batch]) -> None:
@@ -110,14 +116,9 @@ def train_step(t: Trainer, step: int, batches: list[Batch]) -> None:
         t.meter.add(losses.parts)
     for _ in range(t.micro_steps - len(batches)):
         t.engine.backward(t.task.idle_loss())
-    if agree.any_rank(bad | ~t.engine.grads_finite(), t.world.device):
+    if not t.update(bad):
         raise stop_all(t, step, batches)
-    t.last_grad_norm, t.last_lr = t.engine.grad_norm(), t.engine.lr
-    t.engine.step()
     t.task.update_adaloss()
-    if t.ema is not None:
-        t.ema.update()
-    t.meter.steps += 1
 
 
 def stop_all(t: Trainer, step: int, batches: list[Batch]) -> RadioDistillError:
@@ -141,9 +142,9 @@ def stop_all(t: Trainer, step: int, batches: list[Batch]) -> RadioDistillError:
     )
 
 
-def log_step(t: Trainer) -> None:
+def log_step(t: Training) -> None:
     """One reduction, one line."""
     metrics = t.collect()
     if t.sinks is not None:
         t.sinks.write(t.step, metrics)
-        log.info(console_line(t.step, t.recipe, metrics))
+        log.info(t.console_line(metrics))

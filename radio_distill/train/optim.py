@@ -1,6 +1,6 @@
-"""LAMB and AdamW, their parameter groups, and the learning-rate schedule.
+"""LAMB, AdamW and NAdam, their parameter groups, and the learning-rate schedule.
 
-Both optimizers are one rule with two step lengths (g gradient, w weight, t the number of the update, from 1):
+The first two are one rule with two step lengths (g gradient, w weight, t the number of the update, from 1):
 
     m <- b1 m + (1 - b1) g        v <- b2 v + (1 - b2) g^2
     u  = (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps) + decay w
@@ -10,7 +10,7 @@ r is 1 where |w| or |u| is 0, and in groups without decay (biases, norms, tokens
 gradient is clipped here. A ZeRO-1/2 optimizer holds one flat slice per group that cuts through parameters, so LAMB adds up
 the two squared norms of every parameter over all ranks: one all-reduce of 2 numbers per parameter and group.
 
-Neither counts its own updates: `set_step` writes learning rate and t into every group before an update. A frozen group
+None counts its own updates: `set_step` writes learning rate and t into every group before an update. A frozen group
 (t < 1) keeps weights and moments, so when it thaws its bias correction starts at t = 1. (Counting the frozen steps would
 make the first updates after 5000 of them 3 times too long: m is corrected as if it were full, v likewise.)
 """
@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from ..config.recipe import Optim
 from ..errors import RecipeError
 
-__all__ = ["AdamW", "Lamb", "make_optimizer", "parameter_groups", "schedule", "set_step"]
+__all__ = ["AdamW", "Lamb", "NAdam", "make_optimizer", "parameter_groups", "schedule", "set_step"]
 
 # Not decayed though they are matrices: position table, class and register tokens (timm's and the reference's names).
 NO_DECAY = frozenset({"pos_embed", "cls_token", "reg_token"})
@@ -65,14 +65,18 @@ def _decays(name: str, parameter: Tensor) -> bool:
     return parameter.ndim >= 2 and NO_DECAY.isdisjoint(name.split("."))
 
 
-def make_optimizer(module: nn.Module, spec: Optim, *, zero: int) -> AdamW:
-    """The recipe's optimizer over all trainable parameters of `module`. Raises RecipeError for LAMB under ZeRO-3."""
+def make_optimizer(module: nn.Module, spec: Optim, *, zero: int, groups: list[dict[str, Any]] | None = None) -> AdamW:
+    """The recipe's optimizer over all trainable parameters of `module`, in `groups` when they are given.
+
+    Raises RecipeError for LAMB under ZeRO-3.
+    """
     if spec.kind == "lamb" and zero == 3:
         raise RecipeError(
             "optim.kind=lamb does not run with engine.zero=3; set engine.zero=1 (LAMB is exact there) or optim.kind=adamw"
         )
-    groups = parameter_groups(module, spec.weight_decay, freeze_trunk=spec.freeze_trunk)
-    return {"lamb": Lamb, "adamw": AdamW}[spec.kind](groups, lr=spec.lr, betas=spec.betas, eps=spec.eps)
+    if groups is None:
+        groups = parameter_groups(module, spec.weight_decay, freeze_trunk=spec.freeze_trunk)
+    return {"lamb": Lamb, "adamw": AdamW, "nadam": NAdam}[spec.kind](groups, lr=spec.lr, betas=spec.betas, eps=spec.eps)
 
 
 def schedule(spec: Optim) -> Callable[[int], float]:
@@ -92,7 +96,7 @@ def schedule(spec: Optim) -> Callable[[int], float]:
 def set_step(optimizer: torch.optim.Optimizer, step: int, lr: float) -> None:
     """Prepare update `step` (from 0): the learning rate of every group, and the number of the update as the group counts it."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group["rate"]
         group["step"] = step + 1 - group["freeze"]
 
 
@@ -109,7 +113,8 @@ class AdamW(torch.optim.Optimizer):
         weight_decay: float = 0.0,
     ) -> None:
         super().__init__(
-            params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "freeze": 0, "step": 1, "name": ""}
+            params,
+            {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "freeze": 0, "step": 1, "rate": 1.0, "name": ""},
         )
 
     @torch.no_grad()
@@ -140,15 +145,41 @@ class AdamW(torch.optim.Optimizer):
         torch._foreach_div_(updates, math.sqrt(1 - beta2 ** group["step"]))
         torch._foreach_add_(updates, group["eps"])
         torch._foreach_reciprocal_(updates)
-        torch._foreach_mul_(updates, averages)
-        torch._foreach_div_(updates, 1 - beta1 ** group["step"])
+        torch._foreach_mul_(updates, self._momentum(group, averages, grads))
         if group["weight_decay"]:
             torch._foreach_add_(updates, params, alpha=group["weight_decay"])
             self._adapt(group, params, updates)
         torch._foreach_add_(params, updates, alpha=-group["lr"])
 
+    def _momentum(self, group: dict[str, Any], averages: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
+        """The first moment, corrected for its start at 0."""
+        return list(torch._foreach_div(averages, 1 - group["betas"][0] ** group["step"]))
+
     def _adapt(self, group: dict[str, Any], params: list[Tensor], updates: list[Tensor]) -> None:
         """Scale the updates of a decaying group in place; AdamW leaves them."""
+
+
+class NAdam(AdamW):
+    """Adam with Nesterov momentum (Dozat 2016), decoupled weight decay; torch.optim.NAdam's rule and momentum schedule.
+
+        mu_t = b1 (1 - 0.96^(0.004 t) / 2)
+        m_hat = mu_(t+1) m / (1 - mu_1 ... mu_(t+1)) + (1 - mu_t) g / (1 - mu_1 ... mu_t)
+    """
+
+    def _momentum(self, group: dict[str, Any], averages: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
+        beta, t = group["betas"][0], group["step"]
+        now, then = _nesterov(beta, t), _nesterov(beta, t + 1)
+        ahead = torch._foreach_mul(averages, then / (1 - _nesterov_product(beta, t + 1)))
+        torch._foreach_add_(ahead, grads, alpha=(1 - now) / (1 - _nesterov_product(beta, t)))
+        return list(ahead)
+
+
+def _nesterov(beta: float, t: int) -> float:
+    return beta * (1 - 0.5 * 0.96 ** (0.004 * t))
+
+
+def _nesterov_product(beta: float, t: int) -> float:
+    return math.prod(_nesterov(beta, i) for i in range(1, t + 1))
 
 
 @dataclass(frozen=True)

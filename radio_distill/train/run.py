@@ -7,15 +7,15 @@ import os
 from pathlib import Path
 from typing import IO
 
-from ..config.load import dump, load_recipe, resume_conflicts
-from ..config.recipe import Recipe
+from ..config.load import dump, load_job, resume_conflicts
+from ..config.recipe import Job
 from ..errors import CheckpointError
 from ..paths import expand
 
 __all__ = ["RunFolder", "run_path"]
 
 
-def run_path(recipe: Recipe) -> Path:
+def run_path(recipe: Job) -> Path:
     """Where the run of a recipe lies: `run`, or runs/NAME."""
     return Path(expand(recipe.run or f"runs/{recipe.name}"))
 
@@ -23,7 +23,7 @@ def run_path(recipe: Recipe) -> Path:
 class RunFolder:
     """Opens the folder of a run on rank 0: creates it, or checks that this recipe may go on in it."""
 
-    def __init__(self, recipe: Recipe, *, is_main: bool) -> None:
+    def __init__(self, recipe: Job, *, is_main: bool) -> None:
         self.path = run_path(recipe)
         self._lock: IO[str] | None = None
         if is_main:
@@ -46,10 +46,10 @@ class RunFolder:
             ) from error
         return lock
 
-    def _record(self, recipe: Recipe) -> None:
+    def _record(self, recipe: Job) -> None:
         path = self.path / "recipe.yaml"
         if path.exists():
-            changed = resume_conflicts(load_recipe(path), recipe)
+            changed = resume_conflicts(load_job(type(recipe), path), recipe)
             if changed:
                 lines = "\n".join(f"  {line}" for line in changed[:10])
                 raise CheckpointError(

@@ -158,5 +158,5 @@ def _resolved(start: Start) -> Start:
     """The same start, with a run folder replaced by the student in its newest checkpoint."""
     if start.kind != "run":
         return start
-    folder = checkpoint.student_folder(Path(expand(start.source)))
+    folder = checkpoint.artifact_folder(Path(expand(start.source)))
     return start.model_copy(update={"source": str(folder)})

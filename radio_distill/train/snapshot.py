@@ -27,7 +27,7 @@ from ..student.student import Student
 from . import agree, checkpoint
 from .ema import Ema
 from .engine import to_universal
-from .trainer import Trainer
+from .training import Training
 
 __all__ = ["save", "save_late", "resume", "export_student"]
 
@@ -36,39 +36,30 @@ log = logging.getLogger(__name__)
 TAG = "state"
 
 
-def save_late(t: Trainer) -> bool:
+def save_late(t: Training) -> bool:
     """Whether `checkpoint.minutes` have passed since the last save, by rank 0's clock."""
-    return t.world.is_main and time.monotonic() - t.saved_at > t.recipe.checkpoint.minutes * 60
+    return t.world.is_main and time.monotonic() - t.saved_at > t.job.checkpoint.minutes * 60
 
 
-def save(t: Trainer) -> None:
+def save(t: Training) -> None:
     """Write a checkpoint of the current step; does nothing when it was just saved. Called by all ranks."""
     if t.step == t.saved_step:
         return
     agree.on_main(lambda: checkpoint.check_space(t.run.path, _estimate_bytes(t)))
     path = checkpoint.write(
         t.run.path,
-        checkpoint.Meta(t.step, t.world.size, t.recipe.engine.zero, t.recipe.name, "student"),
+        checkpoint.Meta(t.step, t.world.size, t.job.engine.zero, t.job.name, t.artifact),
         rank=t.world.rank,
         barrier=agree.barrier,
         save_engine=lambda folder: t.engine.save(folder, TAG),
-        save_shared=lambda folder: _save_shared(t, folder),
+        save_shared=t.save_shared,
         rank_state={"positions": t.streams.positions, "meter": t.meter.state()},
-        rank_tensors=t.window.state() if t.window.is_open(t.step) else {},
-        keep_last=t.recipe.checkpoint.keep_last,
+        rank_tensors=t.rank_tensors(),
+        keep_last=t.job.checkpoint.keep_last,
     )
     t.saved_step, t.saved_at = t.step, time.monotonic()
     if t.world.is_main:
         log.info("saved %s", path)
-
-
-def _save_shared(t: Trainer, folder: Path) -> None:
-    """What is the same on every rank."""
-    save_balancers(folder / "balancers", t.service.balancers)
-    groups = {"ema": t.ema.state_dict() if t.ema else {}, "adaloss": t.task.adaloss.state_dict() if t.task.adaloss else {}}
-    tensors = {f"{group}.{name}": x for group, items in groups.items() for name, x in items.items()}
-    save_file({name: x.detach().cpu().contiguous() for name, x in tensors.items()}, folder / "shared.safetensors")
-    export_student(t.task.student, t.ema, t.service.balancers, folder / "student")
 
 
 def export_student(student: Student, ema: Ema | None, balancers: dict[str, Balancer], folder: Path) -> None:
@@ -84,7 +75,7 @@ def export_student(student: Student, ema: Ema | None, balancers: dict[str, Balan
     save_student(plain, folder)
 
 
-def resume(t: Trainer, path: Path) -> dict[str, Any]:
+def resume(t: Training, path: Path) -> dict[str, Any]:
     """Put everything back as the checkpoint has it; returns where the streams stood. Called by all ranks."""
     meta = checkpoint.read_meta(path)
     same = meta.world_size == t.world.size
@@ -97,19 +88,13 @@ def resume(t: Trainer, path: Path) -> dict[str, Any]:
         )
     _load_engine(t, path, meta, same)
     t.step = t.saved_step = meta.step
-    shared = load_file(path / "shared.safetensors", device=str(t.world.device))
-    if t.ema is not None:
-        t.ema.load_state_dict(_group(shared, "ema"))
-    if t.task.adaloss is not None:
-        t.task.adaloss.load_state_dict(_group(shared, "adaloss"))
-    balancers = load_balancers(path / "balancers")
-    t.service.balancers.update({name: balancer.to(t.world.device) for name, balancer in balancers.items()})
+    t.load_shared(path)
     if t.world.is_main:
         drop_metrics_after(t.run.path, meta.step)
     return _load_ranks(t, path, meta, same)
 
 
-def _load_engine(t: Trainer, path: Path, meta: checkpoint.Meta, same: bool) -> None:
+def _load_engine(t: Training, path: Path, meta: checkpoint.Meta, same: bool) -> None:
     if same or meta.zero not in (1, 2):
         t.engine.load(path / "engine", TAG)
         return
@@ -119,24 +104,18 @@ def _load_engine(t: Trainer, path: Path, meta: checkpoint.Meta, same: bool) -> N
     agree.on_main(lambda: shutil.rmtree(path / "engine" / f"{TAG}_universal"))
 
 
-def _load_ranks(t: Trainer, path: Path, meta: checkpoint.Meta, same: bool) -> dict[str, Any]:
+def _load_ranks(t: Training, path: Path, meta: checkpoint.Meta, same: bool) -> dict[str, Any]:
     """Data positions, log sums and statistics; at another world size the first are merged and the last go to rank 0."""
     states = [checkpoint.read_rank(path, rank) for rank in range(meta.world_size)]
     if same:
         t.meter.load(states[t.world.rank]["meter"])
-    if t.window.is_open(meta.step):
-        ranks = [t.world.rank] if same else list(range(meta.world_size)) if t.world.is_main else []
-        for rank in ranks:
-            t.window.add(checkpoint.read_rank_tensors(path, rank, device=str(t.world.device)))
+    ranks = [t.world.rank] if same else list(range(meta.world_size)) if t.world.is_main else []
+    t.load_rank_tensors([checkpoint.read_rank_tensors(path, rank, device=str(t.world.device)) for rank in ranks])
     return {
-        name: merge_positions([s["positions"][name] for s in states if name in s["positions"]]) for name in t.recipe.partitions
+        name: merge_positions([s["positions"][name] for s in states if name in s["positions"]]) for name in t.streams.names
     }
 
 
-def _group(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
-    return {key.removeprefix(f"{name}."): x for key, x in tensors.items() if key.startswith(f"{name}.")}
-
-
-def _estimate_bytes(t: Trainer) -> int:
-    """fp32 weights, two moments, the EMA and the exported student."""
-    return 5 * torch.finfo(torch.float32).bits // 8 * sum(p.numel() for p in t.task.parameters())
+def _estimate_bytes(t: Training) -> int:
+    """fp32 weights, two moments, the EMA and the exported model."""
+    return 5 * torch.finfo(torch.float32).bits // 8 * sum(p.numel() for p in t.engine.module.parameters())

@@ -21,7 +21,7 @@ class Streams:
     """The micro-batches of consecutive steps, over all partitions of this rank."""
 
     def __init__(self, recipe: Recipe, assignment: Assignment, rank: int, specs: dict[str, list[ViewSpec]]) -> None:
-        self._recipe, self._specs = recipe, specs
+        self._recipe, self._specs, self.names = recipe, specs, tuple(recipe.partitions)
         self._shares = {name: share for name in recipe.partitions if (share := assignment.share(name, rank)) is not None}
         self._loaders: dict[str, Iterator[list[Batch]]] = {}
         self.positions: dict[str, Any] = {}

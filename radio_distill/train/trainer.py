@@ -1,49 +1,80 @@
-"""The state of a running training. The loop (loop.py) moves it; nothing here knows the order of a step."""
+"""The state of a distillation: teachers, balancers and the student beside what every training has."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from .. import viz
+from ..balance import load_balancers, save_balancers
 from ..config.recipe import Recipe
-from ..log import Meter, Sinks
+from ..log.sinks import console_line
 from ..student.student import Student
 from ..types import Batch
 from . import agree
 from .distributed import World
-from .ema import Ema
-from .engine import Engine
+from .snapshot import export_student
 from .run import RunFolder
 from .setup import Parts
 from .streams import forwards
 from .task import Counts, DistillTask
+from .training import Training
 
 __all__ = ["Trainer"]
 
 
-class Trainer:
+class Trainer(Training):
     """Teachers, balancers, engine, EMA, streams, logs, and the step they stand at."""
 
+    artifact = "student"
+
     def __init__(self, recipe: Recipe, world: World, run: RunFolder, parts: Parts, student: Student) -> None:
-        self.recipe, self.world, self.run = recipe, world, run
-        self.service, self.window, self.streams = parts.service, parts.window, parts.streams
-        self.step = 0
-        self.micro_steps = max(forwards(recipe, parts.assignment, rank) for rank in range(world.size))
+        self.recipe = recipe
+        self.service, self.window = parts.service, parts.window
         self.task = DistillTask(recipe, student)
-        self.engine = Engine.create(recipe, self.task, world, micro_steps=self.micro_steps)
-        self.ema = Ema(student, recipe.ema.decay) if recipe.ema.decay > 0 else None
+        micro_steps = max(forwards(recipe, parts.assignment, rank) for rank in range(world.size))
+        super().__init__(recipe, world, run, parts.streams, self.task, student, micro_steps=micro_steps)
         self.task.attach(self.service.balancers, self.ema)
-        self.meter = Meter(world.device)
-        self.sinks = Sinks(recipe, run.path) if world.is_main else None
-        self.last_grad_norm, self.last_lr = torch.zeros(()), 0.0
-        """Of the last optimizer step."""
-        self.saved_step, self.saved_at = -1, time.monotonic()
-        self._seconds: dict[str, float] = {}
-        self._since = time.monotonic()
+
+    def console_line(self, metrics: dict[str, float]) -> str:
+        return console_line(self.step, self.recipe, metrics)
+
+    @property
+    def images_per_step(self) -> int:
+        return sum(p.images for p in self.recipe.partitions.values())
+
+    def extra_seconds(self) -> dict[str, float]:
+        return {f"time/teachers/{name}": seconds for name, seconds in self.service.timers.collect().items()}
+
+    def save_shared(self, folder: Path) -> None:
+        save_balancers(folder / "balancers", self.service.balancers)
+        groups = {
+            "ema": self.ema.state_dict() if self.ema else {},
+            "adaloss": self.task.adaloss.state_dict() if self.task.adaloss else {},
+        }
+        tensors = {f"{group}.{name}": x for group, items in groups.items() for name, x in items.items()}
+        save_file({name: x.detach().cpu().contiguous() for name, x in tensors.items()}, folder / "shared.safetensors")
+        export_student(self.task.student, self.ema, self.service.balancers, folder / self.artifact)
+
+    def load_shared(self, folder: Path) -> None:
+        shared = load_file(folder / "shared.safetensors", device=str(self.world.device))
+        if self.ema is not None:
+            self.ema.load_state_dict(_group(shared, "ema"))
+        if self.task.adaloss is not None:
+            self.task.adaloss.load_state_dict(_group(shared, "adaloss"))
+        balancers = load_balancers(folder / "balancers")
+        self.service.balancers.update({name: balancer.to(self.world.device) for name, balancer in balancers.items()})
+
+    def rank_tensors(self) -> dict[str, Tensor]:
+        return self.window.state() if self.window.is_open(self.step) else {}
+
+    def load_rank_tensors(self, states: list[dict[str, Tensor]]) -> None:
+        if self.window.is_open(self.step):
+            for state in states:
+                self.window.add(state)
 
     def counts(self, batches: list[Batch]) -> dict[str, Counts]:
         """Global number of valid target positions of this step, by partition and teacher.
@@ -65,30 +96,6 @@ class Trainer:
             counts[p][t] = total
         return counts
 
-    @contextmanager
-    def clock(self, name: str) -> Iterator[None]:
-        """Add the wall time of a block to the interval's account."""
-        begin = time.perf_counter()
-        yield
-        self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - begin
-
-    def collect(self) -> dict[str, float]:
-        """The interval's metrics, reduced over ranks. A collective."""
-        steps, elapsed = self.meter.steps, time.monotonic() - self._since
-        metrics = self.meter.collect()
-        metrics |= {f"time/{name}": self._seconds.get(name, 0.0) / elapsed for name in ("data", "teachers")}
-        metrics |= {f"time/teachers/{name}": seconds / elapsed for name, seconds in self.service.timers.collect().items()}
-        metrics["images_per_s"] = steps * sum(p.images for p in self.recipe.partitions.values()) / elapsed
-        metrics["time/left_h"] = (self.recipe.optim.steps - self.step) * elapsed / max(1, steps) / 3600
-        metrics |= {"grad_norm": self.last_grad_norm.item(), "lr": self.last_lr}
-        self._seconds, self._since = {}, time.monotonic()
-        return metrics
-
-    def pictures_due(self) -> bool:
-        """Only rank 0 draws; no collective is involved."""
-        every = self.recipe.log.pictures
-        return bool(every) and self.world.is_main and (self.step % every == 0 or self.step == self.recipe.optim.steps)
-
     @torch.no_grad()
     def draw(self, batch: Batch, images: int = 6) -> None:
         """PCA panels of every teacher's target and the student's prediction of it, for the first images of a batch."""
@@ -105,3 +112,7 @@ class Trainer:
         viz.save_png(viz.panel(rows), path)
         if self.sinks is not None:
             self.sinks.picture(self.step, f"pca/{batch.partition}", path)
+
+
+def _group(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
+    return {key.removeprefix(f"{name}."): x for key, x in tensors.items() if key.startswith(f"{name}.")}

@@ -56,7 +56,7 @@ def test_a_teacher_without_a_summary_needs_no_weight():
          "'balance.method.kind' is 'phis', expected one of 'phi_s', 'global_standardize', 'standardize', 'pca', 'zca', 'hca', 'none'"
          "; did you mean 'phi_s'?"),
         ("balance.method=pca", "'balance.method' is 'pca', expected a map with `kind`, such as {kind: ...}"),
-        ("optim.kind=lamp", "'optim.kind' is 'lamp', expected one of 'lamb', 'adamw'; did you mean 'lamb'?"),
+        ("optim.kind=lamp", "'optim.kind' is 'lamp', expected one of 'lamb', 'adamw', 'nadam'; did you mean 'lamb'?"),
         ("loss.feature_wieght=2", "unknown key 'loss.feature_wieght', did you mean 'teachers.NAME.feature_weight'?"),
         ("lr=1", "unknown key 'lr', did you mean 'optim.lr'?"),
         ("data.sources.x.path=3", "'data.sources.x.path' is 3, expected text or a list"),
@@ -153,7 +153,7 @@ def test_a_resume_may_change_how_it_runs_and_nothing_else():
     before = load_recipe(TOY)
     assert resume_conflicts(before, load_recipe(TOY, ["engine.workers=3", "log.every=9", "checkpoint.every=7"])) == []
     after = load_recipe(TOY, ["optim.lr=0.004", "teachers.toy_clip.summary_weight=0.5"])
-    assert resume_conflicts(before, after) == ["teachers.toy_clip.summary_weight: 1.0 -> 0.5", "optim.lr: 0.001 -> 0.004"]
+    assert resume_conflicts(before, after) == ["optim.lr: 0.001 -> 0.004", "teachers.toy_clip.summary_weight: 1.0 -> 0.5"]
 
 
 def test_a_recipe_may_stand_anywhere(tmp_path, monkeypatch):

@@ -8,7 +8,7 @@ from torch.nn.utils import parametrize
 
 from radio_distill.config.recipe import Optim
 from radio_distill.errors import RecipeError
-from radio_distill.train.optim import AdamW, Lamb, make_optimizer, parameter_groups, set_step
+from radio_distill.train.optim import AdamW, Lamb, NAdam, make_optimizer, parameter_groups, set_step
 
 DECAYS = [0.02, 0.02, 0.0, 0.0]
 
@@ -117,3 +117,17 @@ def test_lamb_is_refused_under_zero3() -> None:
     with pytest.raises(RecipeError, match=r"optim\.kind=lamb does not run with engine\.zero=3; set engine\.zero=1"):
         make_optimizer(Task(), Optim(), zero=3)
     assert type(make_optimizer(Task(), Optim(kind="adamw"), zero=3)) is AdamW
+
+
+def test_nadam_is_torchs_nadam():
+    torch.manual_seed(0)
+    start, grads = torch.randn(5, 3), torch.randn(7, 5, 3)
+    ours, theirs = start.clone().requires_grad_(), start.clone().requires_grad_()
+    mine = NAdam([ours], lr=1e-2, betas=(0.9, 0.999), eps=1e-8)
+    reference = torch.optim.NAdam([theirs], lr=1e-2, betas=(0.9, 0.999), eps=1e-8)
+    for step, grad in enumerate(grads):
+        ours.grad, theirs.grad = grad.clone(), grad.clone()
+        set_step(mine, step, 1e-2)
+        mine.step()
+        reference.step()
+    torch.testing.assert_close(ours, theirs)

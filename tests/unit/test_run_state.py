@@ -66,7 +66,7 @@ def test_nothing_half_written_carries_a_final_name(tmp_path):
     def fail(folder):
         raise OSError("disk full")
 
-    meta = checkpoint.Meta(step=5, world_size=1, zero=1, recipe="r", student="student")
+    meta = checkpoint.Meta(step=5, world_size=1, zero=1, recipe="r", artifact="student")
     arguments = {
         "rank": 0,
         "barrier": lambda: None,
@@ -85,7 +85,7 @@ def test_nothing_half_written_carries_a_final_name(tmp_path):
 
 def test_a_folder_that_is_no_checkpoint_is_named(tmp_path):
     with pytest.raises(CheckpointError, match="holds no checkpoint; expected a run folder"):
-        checkpoint.student_folder(tmp_path)
+        checkpoint.artifact_folder(tmp_path)
     with pytest.raises(CheckpointError, match="is not a complete checkpoint"):
         checkpoint.read_meta(tmp_path)
 

@@ -1,0 +1,111 @@
+"""The recipe of an upsampler: one teacher, one network, one run folder (`radio-distill upsampler RECIPE`).
+
+Sources of numbers: FS = FeatSharp paper, CODE = its public configuration, OURS = our choice (docs/upsamplers.md has the
+measurements it rests on).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from ..errors import CardError
+from .cards import Fields, TeacherCard
+from .checks import data_problems, ranges
+from .document import Problem
+from .jitter import Jitter
+from .objective import Objective
+from .recipe import Balance, Ema, Job, Optim, Partition, Positive, Weight
+from .upsampler import Network, check_network
+
+__all__ = ["UpsamplerRecipe", "check_upsampler"]
+
+VIEWS = "views"
+"""Name of the one partition of an upsampler's training."""
+
+
+class Downsampler(Fields):
+    kind: Literal["attention", "simple"] = "attention"
+    """`attention`: FS eq. 2, weights that depend on the content. `simple`: one learned kernel."""
+    kernel: Annotated[int, Field(ge=1)] = 7
+    """Side of its window in fine cells, odd (FS: 7, CODE: 9)."""
+
+
+class Rates(Fields):
+    jbu: Weight = 1.0
+    """Learning rate of joint bilateral parameters over `optim.lr` (CODE: 0.2)."""
+    uncertainty: Weight = 0.02
+    """Learning rate of the uncertainty network over `optim.lr` (CODE)."""
+
+
+class UpsamplerRecipe(Job):
+    """Multi-view training of one upsampler (FS section 3)."""
+
+    teacher: str
+    """Name or path of the teacher's card."""
+    size: Positive
+    """Side in pixels of the teacher's input; images are `network.factor` times as large."""
+    network: Network = Network()
+    """What is trained."""
+    images: Positive = 32
+    """Images in one optimizer step, over all ranks (FS: 8 GPUs x 4)."""
+    micro_batch: int | None = None
+    """Images per rank and forward; null: all at once."""
+    chunk: int | None = None
+    """At most this many teacher images in one forward; null: all."""
+    views: Positive = 5
+    """Jittered views of every image (CODE)."""
+    jitter: Jitter = Jitter()
+    """How the views differ."""
+    downsampler: Downsampler = Downsampler()
+    """How the fine map is reduced to a view's grid."""
+    loss: Objective = Objective()
+    """What is minimised."""
+    rates: Rates = Rates()
+    """Learning rates that differ."""
+    spectral: bool = False
+    """Spectral reparametrisation of every Linear (CODE: yes); folded away in what is saved."""
+    held_out: Positive = 64
+    """Images of the held-out set that fidelity is measured on when the training ends."""
+    balance: Balance = Balance(window=100, ahead=True)
+    """PHI-S of the teacher's features, gathered before the first step; `window` counts steps (FS: 96,000 images)."""
+    optim: Optim = Optim(kind="nadam", steps=3000, lr=1e-4, warmup=100, weight_decay=0.0, eps=1e-8, freeze_trunk=0, clip=5.0)
+    """NAdam, 3,000 steps; 9,000 in the long schedule (FS)."""
+    ema: Ema = Ema(decay=0.0)
+    """FS: none."""
+
+    @property
+    def partitions(self) -> dict[str, Partition]:
+        """What the loader has to deliver: square images of factor * size pixels."""
+        size = self.size * self.network.factor
+        return {VIEWS: Partition(size=size, images=self.images, micro_batch=self.micro_batch, teachers={})}
+
+
+def check_upsampler(
+    recipe: UpsamplerRecipe, load_card: Callable[[str], TeacherCard], *, training: bool
+) -> list[Problem]:
+    """Everything in the recipe that does not fit together; empty when it can be run."""
+    problems = check_network(recipe.network, ("network",))
+    try:
+        problems += _size(recipe, load_card(recipe.teacher))
+    except CardError as error:
+        problems.append(Problem(f"teacher {recipe.teacher!r}: {error}".replace("\n", "\n    "), ("teacher",)))
+    if recipe.downsampler.kernel % 2 == 0:
+        near = f"{recipe.downsampler.kernel - 1} or {recipe.downsampler.kernel + 1}"
+        problems.append(Problem(f"'downsampler.kernel' is {recipe.downsampler.kernel}, expected an odd number; use {near}", ("downsampler", "kernel")))
+    if recipe.micro_batch is not None and not 1 <= recipe.micro_batch <= recipe.images:
+        problems.append(Problem(f"'micro_batch' is {recipe.micro_batch}, expected 1 to {recipe.images} (images), or null", ("micro_batch",)))
+    if recipe.balance.window == 0 and recipe.balance.path is None:
+        problems.append(Problem("'balance.window' is 0 and there is no 'balance.path': no statistics; give one", ("balance", "window")))
+    return [*problems, *ranges(recipe), *data_problems(recipe.data, recipe.partitions, training=training)]
+
+
+def _size(recipe: UpsamplerRecipe, card: TeacherCard) -> Iterator[Problem]:
+    size, patch = recipe.size, card.input.patch
+    if size != card.input.size and not card.input.resizable:
+        yield Problem(f"'size' is {size}: the card of {card.name!r} allows {card.input.size} px only", ("size",))
+    elif size < patch or size % patch:
+        fitting = max(1, round(size / patch)) * patch
+        yield Problem(f"'size' is {size}, no multiple of the patch {patch} of {card.name!r}; nearest is {fitting}", ("size",))
