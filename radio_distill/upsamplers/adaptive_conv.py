@@ -175,11 +175,13 @@ def windows(padded_BhwC: Tensor, part: slice, down: Axis, across: Axis) -> Tenso
 
 def add_windows(total_BhwC: Tensor, cells: Tensor, part: slice, down: Axis, across: Axis) -> None:
     """The adjoint of `windows`: add (rows, B, blocks across, window, window, C) to the map, in a fixed order."""
+    batch, _, padded_width, channels = total_BhwC.shape
     first, height, width = part.start * down.cells, (part.stop - part.start) * down.cells, across.blocks * across.cells
+    strips = total_BhwC.new_zeros(part.stop - part.start, batch, down.window, padded_width, channels)
+    for s in range(across.window):
+        strips[:, :, :, s : s + width : across.cells] += cells[:, :, :, :, s].transpose(2, 3)
     for r in range(down.window):
-        rows = total_BhwC[:, first + r : first + r + height : down.cells]
-        for s in range(across.window):
-            rows[:, :, s : s + width : across.cells] += cells[:, :, :, r, s].transpose(0, 1)
+        total_BhwC[:, first + r : first + r + height : down.cells] += strips[:, :, r].transpose(0, 1)
 
 
 def neighbour_dots(keys_BDHW: Tensor) -> Tensor:
