@@ -78,8 +78,8 @@ class AttentionDownsampler(nn.Module):
 class SimpleDownsampler(nn.Module):
     """One learned positive kernel, the same for all channels and positions.
 
-    Untrained it is close to the mean over each cell. At even strides the pixels are averaged in pairs first, so that the effective
-    kernel has kernel + 1 taps around the cell's centre. `reference`: the published window and zero borders.
+    Untrained it is close to the mean over each cell. At even strides the pixels are averaged in pairs first, so that the
+    effective kernel has kernel + 1 taps around the cell's centre. `reference`: the published window and zero borders.
     """
 
     def __init__(self, kernel: int = 7, *, reference: bool = False) -> None:
