@@ -20,7 +20,7 @@ from torch import Tensor
 from ..align import resize_map
 from ..config.jitter import Jitter, Outside
 from ..seeded import uniform
-from ..upsamplers.homography import square_to_quad, warp
+from ..upsamplers.homography import square, square_to_quad, warp
 
 __all__ = ["draw_matrices", "warp_views"]
 
@@ -106,8 +106,7 @@ def _perspective(spread_JB: Tensor, corners_JB8: Tensor, stds: tuple[float, floa
     # Inverse of the normal distribution cut off at REACH: what drawing again until it fits gives, without a loop.
     below = torch.special.ndtr(-REACH / std)
     displaced_JB8 = std * torch.special.ndtri(below + (1 - 2 * below) * (corners_JB8 + 2.0**-25))
-    square = torch.tensor([[-1, -1], [1, -1], [1, 1], [-1, 1]], device=spread_JB.device)
-    quads = square + 2 * displaced_JB8.unflatten(-1, (4, 2))
+    quads = square(spread_JB.device) + 2 * displaced_JB8.unflatten(-1, (4, 2))
     return square_to_quad(quads.flatten(0, 1)).unflatten(0, spread_JB.shape)
 
 

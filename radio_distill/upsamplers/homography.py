@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["covered", "quad_to_quad", "sampling_grid", "square_to_quad", "view_to_base", "warp"]
+__all__ = ["covered", "quad_to_quad", "sampling_grid", "square", "square_to_quad", "view_to_base", "warp"]
 
 
 EDGE = 1e-6  # rounding of a float32 matrix: a view that is the base must be covered
@@ -32,10 +32,16 @@ def square_to_quad(corners_B42: Tensor) -> Tensor:
     d1, d2, excess = p1 - p2, p3 - p2, p0 - p1 + p2 - p3
     area_B1 = _cross(d1, d2)
     g_B1, h_B1 = _cross(excess, d2) / area_B1, _cross(d1, excess) / area_B1
-    rows_B23 = torch.stack([p1 - p0 + g_B1 * p1, p3 - p0 + h_B1 * p3, p0], dim=2)
-    last_B13 = torch.cat([g_B1, h_B1, torch.ones_like(g_B1)], dim=1)[:, None]
-    unit = torch.tensor([[0.5, 0, 0.5], [0, 0.5, 0.5], [0, 0, 1]], dtype=torch.float64, device=corners_B42.device)
-    return torch.cat([rows_B23, last_B13], dim=1) @ unit
+    # columns of the matrix for [0, 1]^2, then for (x + 1) / 2 and (y + 1) / 2
+    along_x, along_y = (torch.cat(column, dim=1) for column in ((p1 - p0 + g_B1 * p1, g_B1), (p3 - p0 + h_B1 * p3, h_B1)))
+    origin = torch.cat([p0, torch.ones_like(g_B1)], dim=1)
+    return torch.stack([along_x / 2, along_y / 2, (along_x + along_y) / 2 + origin], dim=2)
+
+
+def square(device: torch.device | str) -> Tensor:
+    """The corners of [-1, 1]^2 in the order that `square_to_quad` takes them: (4, 2) of (x, y), float64, made on the device."""
+    corner = torch.arange(4, device=device)
+    return torch.stack([(corner % 3 > 0).double(), (corner > 1).double()], dim=1) * 2 - 1
 
 
 def quad_to_quad(from_B42: Tensor, to_B42: Tensor) -> Tensor:
@@ -111,7 +117,8 @@ def _centres(n: int, device: torch.device, reference: bool) -> Tensor:
 
 def _from_pixels(quads_B42: Tensor, size: tuple[int, int]) -> Tensor:
     height, width = size
-    return 2 * quads_B42.double() / torch.tensor([width, height], dtype=torch.float64, device=quads_B42.device) - 1
+    x, y = quads_B42.double().unbind(-1)
+    return torch.stack([2 * x / width - 1, 2 * y / height - 1], dim=-1)
 
 
 def _cross(a_B2: Tensor, b_B2: Tensor) -> Tensor:

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from radio_distill.upsamplers.homography import covered, quad_to_quad, sampling_grid, square_to_quad, view_to_base, warp
+from radio_distill.upsamplers.homography import covered, quad_to_quad, sampling_grid, square, square_to_quad, view_to_base, warp
 
-SQUARE = torch.tensor([[-1.0, -1], [1, -1], [1, 1], [-1, 1]])
+SQUARE = square("cpu").float()
 TURN = torch.tensor([[[0.9, -0.1, 0.05], [0.08, 0.85, -0.02], [0.03, -0.04, 1.0]]])
 
 
@@ -28,6 +28,10 @@ def _position(h, w):
 def test_the_corners_of_the_square_go_to_the_corners_of_the_quad():
     quads = _quads(50)
     assert torch.allclose(_apply(square_to_quad(quads), SQUARE.expand(50, 4, 2)), quads.double(), atol=1e-12)
+
+
+def test_the_square_is_gone_round_from_its_upper_left_corner():
+    assert SQUARE.tolist() == [[-1, -1], [1, -1], [1, 1], [-1, 1]]
 
 
 def test_a_matrix_and_its_way_back_are_the_identity():
