@@ -86,6 +86,8 @@ class FusionLevel(nn.Module):
                     return learned
 
         x_BHWG = torch.cat([bring(name).permute(0, 2, 3, 1) for name in self.inputs], -1)
+        # weights kept in bfloat16 for inference (under autocast, all the same): the norm wants its input like them
+        x_BHWG = x_BHWG.to(next(self.block.parameters()).dtype)
         out: Tensor = self.block(x_BHWG).permute(0, 3, 1, 2)
         return out
 

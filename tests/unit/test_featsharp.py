@@ -148,9 +148,12 @@ def test_the_balancer_moves_with_the_module_and_keeps_its_precision():
     assert sharpener().bfloat16().balancer.weight.dtype == torch.float32
 
 
-def test_results_stay_near_float32_under_bfloat16_autocast():
-    model = sharpener(inputs=("jbu", "tiles", "rgb"))
+@pytest.mark.parametrize("inputs", [("jbu", "tiles", "rgb"), ("bilinear", "tiles"), ("naf", "tiles")])
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
+def test_results_stay_near_float32_under_bfloat16_autocast(inputs, weights):
+    model = sharpener(inputs=inputs)
     exact = model(PatchMeans(), image(), (12, 16)).high_BCHW
+    model.network.to(weights)
     with torch.autocast("cpu", torch.bfloat16):
         rough = model(PatchMeans(), image(), (12, 16)).high_BCHW
     assert (rough - exact).abs().max() < 0.05 * exact.abs().max()
