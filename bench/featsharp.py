@@ -27,6 +27,7 @@ import statistics
 import time
 from collections.abc import Callable
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -94,6 +95,8 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="auto: what multiplies faster")
     parser.add_argument("--batch", type=int, default=1)
     arguments = parser.parse_args()
+    if arguments.plot and not find_spec("matplotlib"):
+        parser.error("--plot needs matplotlib, which is not installed: pip install matplotlib")
     torch.set_num_threads(1)
     torch.manual_seed(0)
     bench = Bench(TEACHERS[arguments.teacher], torch.device(arguments.device), arguments.batch, 1 if arguments.quick else 3)
@@ -277,12 +280,15 @@ def summarize(native: Times, rows: list[Times], end: str, name: str, tokens: int
 
 
 def crossovers(base: dict[int, float], own: float, network: float) -> tuple[float, float]:
-    """Factors from which FeatSharp is cheaper, with the global view charged and shared; at least 1.
+    """Factors from which FeatSharp is cheaper, with the global view charged and shared; at least 1, nan where the base model's
+    time per token does not grow with the factor (a device that waits for its launches).
 
     Times per output token: base a + b u^2 (least squares), FeatSharp own * (1 + 1/u^2) + network, shared: own + network.
     """
     squares = [u * u for u in base]
     b, a = statistics.linear_regression(squares, list(base.values()))
+    if b <= 0:
+        return math.nan, math.nan
     gap = own + network - a
     charged = (gap + math.sqrt(gap**2 + 4 * b * own)) / (2 * b)
     return math.sqrt(max(1.0, charged)), math.sqrt(max(1.0, gap / b))
@@ -311,10 +317,8 @@ def print_tables(where: dict, rows: tuple[Times, ...], report: dict[str, dict[st
 
 def draw(networks: dict[str, dict], title: str) -> None:
     """Figure 14: time per output token over the factor."""
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise SystemExit("--plot needs matplotlib, which is not installed: pip install matplotlib") from error
+    import matplotlib
+
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
