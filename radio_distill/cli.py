@@ -105,6 +105,9 @@ def _add_commands_that_train(commands: Any) -> None:
     train = _add(commands, "train", "train or resume one stage")
     _add_recipe(train)
     train.add_argument("--ranks", type=_positive, default=1, help="processes to start on this machine (1)")
+    upsampler = _add(commands, "upsampler", "train or resume an upsampler of one teacher (FeatSharp and others)")
+    _add_recipe(upsampler)
+    upsampler.add_argument("--ranks", type=_positive, default=1, help="processes to start on this machine (1)")
     _add(commands, "eval", "score checkpoints, exports and teachers on a suite (eval --help tells more)", add_help=False)
     report = _add(commands, "report", "write a run's report: curves, results, pictures")
     report.add_argument("run", help="run folder")
@@ -197,6 +200,19 @@ def _train(arguments: argparse.Namespace) -> int:
     return train([arguments.recipe, *arguments.overrides])
 
 
+def _upsampler(arguments: argparse.Namespace) -> int:
+    from .config.load import load_upsampler_recipe
+
+    load_upsampler_recipe(arguments.recipe, arguments.overrides, training=True)
+    if arguments.ranks > 1:
+        from .train.launch import launch
+
+        return launch(arguments.recipe, arguments.overrides, arguments.ranks, module="radio_distill.upsamplers")
+    from .upsamplers.__main__ import main as train
+
+    return train([arguments.recipe, *arguments.overrides])
+
+
 def _eval(arguments: argparse.Namespace) -> int:
     from .eval.__main__ import main as evaluate
 
@@ -218,6 +234,7 @@ HANDLERS: dict[str, Callable[[argparse.Namespace], int]] = {
     "toyworld": _toyworld,
     "stats": _stats,
     "train": _train,
+    "upsampler": _upsampler,
     "eval": _eval,
     "report": _report,
 }

@@ -87,6 +87,11 @@ class Start(Fields):
 class Bilinear(Fields):
     kind: Literal["bilinear"] = "bilinear"
 
+    @property
+    def factor(self) -> int:
+        """The teacher's own grid."""
+        return 1
+
 
 class Tile(Fields):
     kind: Literal["tile"]
@@ -101,7 +106,28 @@ class S2(Fields):
     """Share of the bilinear map; the rest is the stitched tiles (FS section 4)."""
 
 
-Upsampler = Annotated[Bilinear | Tile | S2, Field(discriminator="kind")]
+class Trained(Fields):
+    kind: Literal["featsharp", "featup", "jafar", "sapa", "resfu", "naf"]
+    """What `radio-distill upsampler` has trained for this teacher."""
+    factor: Literal[1, 2, 3, 4, 6, 8]
+    """How much finer the map becomes."""
+    weights: str
+    """Run folder of the upsampler, one of its checkpoints, or a folder with upsampler.safetensors."""
+
+
+class Debias(Fields):
+    kind: Literal["debias"]
+    """The teacher's own map plus the de-bias map of a trained upsampler: what FeatSharp's low-resolution targets are."""
+    weights: str
+    """As for a trained upsampler."""
+
+    @property
+    def factor(self) -> int:
+        """The teacher's own grid."""
+        return 1
+
+
+Upsampler = Annotated[Bilinear | Tile | S2 | Trained | Debias, Field(discriminator="kind")]
 
 
 class TeacherView(Fields):

@@ -17,10 +17,10 @@ from .checks import data_problems, ranges
 from .document import Problem
 from .jitter import Jitter
 from .objective import Objective
-from .recipe import Balance, Ema, Job, Optim, Partition, Positive, Weight
+from .recipe import Balance, Ema, Job, Optim, Partition, Positive, Recipe, Weight
 from .upsampler import Network, check_network
 
-__all__ = ["UpsamplerRecipe", "check_upsampler"]
+__all__ = ["VIEWS", "AnyRecipe", "Downsampler", "UpsamplerRecipe", "check_upsampler"]
 
 VIEWS = "views"
 """Name of the one partition of an upsampler's training."""
@@ -55,10 +55,8 @@ class UpsamplerRecipe(Job):
     """Images per rank and forward; null: all at once."""
     chunk: int | None = None
     """At most this many teacher images in one forward; null: all."""
-    views: Positive = 5
-    """Jittered views of every image (CODE)."""
     jitter: Jitter = Jitter()
-    """How the views differ."""
+    """How many views an image has, and how they differ."""
     downsampler: Downsampler = Downsampler()
     """How the fine map is reduced to a view's grid."""
     loss: Objective = Objective()
@@ -83,9 +81,11 @@ class UpsamplerRecipe(Job):
         return {VIEWS: Partition(size=size, images=self.images, micro_batch=self.micro_batch, teachers={})}
 
 
-def check_upsampler(
-    recipe: UpsamplerRecipe, load_card: Callable[[str], TeacherCard], *, training: bool
-) -> list[Problem]:
+AnyRecipe = Recipe | UpsamplerRecipe
+"""What the loader reads images for."""
+
+
+def check_upsampler(recipe: UpsamplerRecipe, load_card: Callable[[str], TeacherCard], *, training: bool) -> list[Problem]:
     """Everything in the recipe that does not fit together; empty when it can be run."""
     problems = check_network(recipe.network, ("network",))
     try:
@@ -94,11 +94,20 @@ def check_upsampler(
         problems.append(Problem(f"teacher {recipe.teacher!r}: {error}".replace("\n", "\n    "), ("teacher",)))
     if recipe.downsampler.kernel % 2 == 0:
         near = f"{recipe.downsampler.kernel - 1} or {recipe.downsampler.kernel + 1}"
-        problems.append(Problem(f"'downsampler.kernel' is {recipe.downsampler.kernel}, expected an odd number; use {near}", ("downsampler", "kernel")))
+        problems.append(
+            Problem(
+                f"'downsampler.kernel' is {recipe.downsampler.kernel}, expected an odd number; use {near}",
+                ("downsampler", "kernel"),
+            )
+        )
     if recipe.micro_batch is not None and not 1 <= recipe.micro_batch <= recipe.images:
-        problems.append(Problem(f"'micro_batch' is {recipe.micro_batch}, expected 1 to {recipe.images} (images), or null", ("micro_batch",)))
+        problems.append(
+            Problem(f"'micro_batch' is {recipe.micro_batch}, expected 1 to {recipe.images} (images), or null", ("micro_batch",))
+        )
     if recipe.balance.window == 0 and recipe.balance.path is None:
-        problems.append(Problem("'balance.window' is 0 and there is no 'balance.path': no statistics; give one", ("balance", "window")))
+        problems.append(
+            Problem("'balance.window' is 0 and there is no 'balance.path': no statistics; give one", ("balance", "window"))
+        )
     return [*problems, *ranges(recipe), *data_problems(recipe.data, recipe.partitions, training=training)]
 
 

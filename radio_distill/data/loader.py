@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config.recipe import Recipe
+from ..config.upsampler_recipe import AnyRecipe
 from ..errors import DataError
 from ..types import Batch, View
 from .processes import ahead, read_in_processes
@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 
 def build_loader(
-    recipe: Recipe,
+    recipe: AnyRecipe,
     partition: str,
     specs: Sequence[ViewSpec],
     *,

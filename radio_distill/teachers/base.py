@@ -17,7 +17,7 @@ from ..config.cards import TeacherCard
 from ..errors import CardError, TeacherError
 from ..types import VisionOutput
 
-__all__ = ["Teacher", "load_teacher", "Weights"]
+__all__ = ["Teacher", "chunked", "load_teacher", "Weights"]
 
 Weights = Literal["pretrained", "random", "meta"]
 """`pretrained`: what the card names; `random`: the true architecture, untrained; `meta`: shapes only, no memory."""
@@ -92,6 +92,19 @@ class Teacher:
         out = self.net(pixels_B3HW.to(self.dtype))
         summary = None if out.summary_BC is None else out.summary_BC.float()
         return VisionOutput(summary, out.features_BCHW.float())
+
+
+def chunked(teacher: Teacher, chunk: int | None) -> Callable[[Tensor], VisionOutput]:
+    """The teacher's forward, at most `chunk` images at a time; None: all at once."""
+
+    def encode(pixels_B3HW: Tensor) -> VisionOutput:
+        if chunk is None or len(pixels_B3HW) <= chunk:
+            return teacher.forward(pixels_B3HW)
+        parts = [teacher.forward(part) for part in pixels_B3HW.split(chunk)]
+        summaries = [p.summary_BC for p in parts if p.summary_BC is not None]
+        return VisionOutput(torch.cat(summaries) if summaries else None, torch.cat([p.features_BCHW for p in parts]))
+
+    return encode
 
 
 def load_teacher(card: TeacherCard, *, weights: Weights = "pretrained") -> Teacher:

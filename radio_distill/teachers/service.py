@@ -24,7 +24,7 @@ from ..data.views import ViewSpec, mosaic, unmosaic
 from ..errors import RecipeError, TrainingError
 from ..types import Batch, Target, Targets, VisionOutput
 from ..upsamplers.base import build_upsampler
-from .base import Teacher
+from .base import Teacher, chunked
 
 __all__ = ["TeacherService", "Mosaic", "Timers", "check_finite", "mosaic_of", "name_non_finite", "view_specs"]
 
@@ -58,7 +58,7 @@ def view_specs(recipe: Recipe, partition: Partition, sizes: dict[str, tuple[int,
         specs.append(ViewSpec("ema_student", partition.size, student_patch))
     for name, view in partition.teachers.items():
         size, patch = sizes[name]
-        pixels = partition.size if view.mosaic else (view.size or size) * build_upsampler(view.upsampler).factor
+        pixels = partition.size if view.mosaic else (view.size or size) * view.upsampler.factor
         specs.append(ViewSpec(name, pixels, patch))
     return specs
 
@@ -74,7 +74,9 @@ class TeacherService:
         self.timers = Timers(next(iter(teachers.values())).device)
         self._student_patch = student_patch
         self._upsamplers = {
-            (p, t): build_upsampler(view.upsampler)
+            (p, t): build_upsampler(
+                view.upsampler, (x := teachers[t]).card, view.size or x.card.input.size, device=x.device, dtype=x.dtype
+            )
             for p, part in recipe.partitions.items()
             for t, view in part.teachers.items()
         }
@@ -121,9 +123,9 @@ class TeacherService:
         with self.timers(name):
             pixels = teacher.normalize(batch.views[name].images_B3HW)
             if view.mosaic:
-                return self._encode_mosaic(batch, teacher, pixels, self._chunked(name))
+                return self._encode_mosaic(batch, teacher, pixels, chunked(teacher, self.recipe.teachers[name].chunk))
             upsampler = self._upsamplers[batch.partition, name]
-            return upsampler(self._chunked(name), pixels, view.size or teacher.card.input.size)
+            return upsampler(chunked(teacher, self.recipe.teachers[name].chunk), pixels, view.size or teacher.card.input.size)
 
     def _encode_mosaic(
         self, batch: Batch, teacher: Teacher, pixels_B3HW: Tensor, encode: Callable[[Tensor], VisionOutput]
@@ -138,19 +140,6 @@ class TeacherService:
         features = encode(images).features_BCHW
         cells = k * tile // patch
         return VisionOutput(None, unmosaic(features[..., :cells, :cells], k, tile, patch, offsets_B2, size)[: len(batch)])
-
-    def _chunked(self, name: str) -> Callable[[Tensor], VisionOutput]:
-        """The teacher's forward, at most `chunk` images at a time."""
-        teacher, chunk = self.teachers[name], self.recipe.teachers[name].chunk
-
-        def encode(pixels_B3HW: Tensor) -> VisionOutput:
-            if chunk is None or len(pixels_B3HW) <= chunk:
-                return teacher.forward(pixels_B3HW)
-            parts = [teacher.forward(part) for part in pixels_B3HW.split(chunk)]
-            summaries = [p.summary_BC for p in parts if p.summary_BC is not None]
-            return VisionOutput(torch.cat(summaries) if summaries else None, torch.cat([p.features_BCHW for p in parts]))
-
-        return encode
 
     @torch.no_grad()
     def _target(self, batch: Batch, name: str, out: VisionOutput) -> Target:

@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+from collections.abc import Callable
 
 from . import preempt
 
@@ -11,10 +12,6 @@ preempt.listen()  # before torch is imported: a signal during the imports would 
 
 def main(argv: list[str]) -> int:
     """Train; returns 0 when the run is finished or was asked to stop and saved."""
-    from ..cli import run_and_report
-
-    is_main = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
-    logging.basicConfig(level=logging.INFO if is_main else logging.WARNING, format="%(message)s", stream=sys.stderr)
 
     def train() -> int:
         from ..config.load import load_recipe
@@ -22,6 +19,15 @@ def main(argv: list[str]) -> int:
 
         return fit(load_recipe(argv[0], argv[1:]))
 
+    return run_rank(train)
+
+
+def run_rank(train: Callable[[], int]) -> int:
+    """Run a training in this process; only rank 0 logs more than warnings."""
+    from ..cli import run_and_report
+
+    is_main = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
+    logging.basicConfig(level=logging.INFO if is_main else logging.WARNING, format="%(message)s", stream=sys.stderr)
     return run_and_report(train)
 
 

@@ -10,20 +10,35 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..config.cards import TeacherCard
 from ..config.load import cards_of
-from ..config.recipe import Recipe, TeacherView
-from ..errors import RecipeError
+from ..config.recipe import Recipe, TeacherView, Trained
+from ..config.upsampler import Network
+from ..errors import CheckpointError, RecipeError
+from ..paths import expand
 from ..student.arch import AdaptorSlot, HeadArch, StudentArch, TrunkArch
 from ..student.names import student_arch
 from ..teachers.arch import Arch
 from ..teachers.base import load_teacher
+from ..upsamplers.featsharp import FeatSharp
+from ..upsamplers.folder import read_network
+from ..upsamplers.sharpener import view_factors
 
-__all__ = ["PartitionCost", "count_flops", "head_flops", "partition_cost", "student_of", "teacher_flops", "vit_flops"]
+__all__ = [
+    "PartitionCost",
+    "count_flops",
+    "head_flops",
+    "partition_cost",
+    "student_of",
+    "teacher_flops",
+    "teacher_images",
+    "vit_flops",
+]
 
 
 @dataclass(frozen=True)
@@ -35,7 +50,7 @@ class PartitionCost:
     heads_forward: float
     """One forward of all adaptors."""
     teachers: dict[str, float]
-    """By teacher: its share of a mosaic, or all views of its upsampler."""
+    """By teacher: its share of a mosaic, or all views of its upsampler and the upsampler's network."""
     balance: float
     """The balancers' matrix products."""
     ema_forward: float
@@ -70,8 +85,9 @@ def partition_cost(recipe: Recipe, partition: str) -> PartitionCost:
         card = cards[name]
         mosaic = _images_per_mosaic(card, view, cell.size)
         side = cell.size if view.mosaic else view.size or card.input.size
-        tokens = (side // card.input.patch * _factor(view)) ** 2
-        teachers[name] = _views(view) * teacher_flops(card, card.input.size if view.mosaic else side) / mosaic
+        tokens = (side // card.input.patch * view.upsampler.factor) ** 2
+        teachers[name] = teacher_images(view) * teacher_flops(card, card.input.size if view.mosaic else side) / mosaic
+        teachers[name] += network_flops(view, card, side // card.input.patch)
         balance += 2 * tokens * card.output.features**2
         heads += head_flops(adaptors[name].features, grid**2 if view.grid == "student" else tokens)
         summary = adaptors[name].summary
@@ -168,13 +184,42 @@ def _counted(card_json: str, size: int) -> float:
     return count_flops(lambda: teacher.forward(torch.empty(1, 3, size, size, device="meta")))
 
 
-def _factor(view: TeacherView) -> int:
-    return getattr(view.upsampler, "factor", 1)
-
-
-def _views(view: TeacherView) -> int:
+def teacher_images(view: TeacherView) -> int:
     """Images that the teacher encodes for one image: the global view and the tiles."""
-    return _factor(view) ** 2 + 1 if _factor(view) > 1 else 1
+    spec = view.upsampler
+    if isinstance(spec, Trained):
+        return sum(factor**2 for factor in view_factors(_network(spec)))
+    return spec.factor**2 + 1 if spec.factor > 1 else 1
+
+
+def network_flops(view: TeacherView, card: TeacherCard, grid: int) -> float:
+    """One forward of a trained upsampler's network on one image, from a grid x grid map; 0 for other upsamplers.
+
+    Products with weights, local attention and the balancer's two rotations; what joint bilateral filters do is 0.1 % of a block.
+    """
+    spec, width = view.upsampler, card.output.features
+    if not isinstance(spec, Trained):
+        return 0.0
+    network, tokens = _network(spec), (grid * spec.factor) ** 2
+    rotations = 2 * 2 * tokens * width**2
+    if network.kind != "featsharp":
+        return rotations
+    with torch.device("meta"):
+        levels = FeatSharp(network, width).ups
+    matrices = [m for level in levels for m in level.modules() if isinstance(m, torch.nn.Linear)]
+    attention = 0.0
+    if network.mixer in ("block", "attention"):
+        attention = 4 * min(network.window, grid * spec.factor) ** 2 * len(network.inputs) * width
+    return rotations + tokens * (sum(2 * m.weight.numel() for m in matrices) + attention)
+
+
+def _network(spec: Trained) -> Network:
+    """What the weights hold, when they are there; else what a recipe of this kind has by default."""
+    folder = Path(expand(spec.weights))
+    try:
+        return read_network(folder)
+    except CheckpointError:
+        return Network(kind=spec.kind, factor=spec.factor)
 
 
 def _images_per_mosaic(card: TeacherCard, view: TeacherView, size: int) -> int:

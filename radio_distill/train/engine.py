@@ -32,8 +32,6 @@ __all__ = ["Engine", "to_universal"]
 SUMMARY = "engine.json"
 
 
-
-
 class Engine:
     """One task, its optimizer and its schedule on all ranks."""
 

@@ -20,13 +20,13 @@ FORWARDED = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 GRACE_SECONDS = 20.0
 
 
-def launch(recipe: str, overrides: list[str], ranks: int) -> int:
-    """Run `python -m radio_distill.train` in `ranks` processes; returns 0, or the first exit code that is not 0.
+def launch(recipe: str, overrides: list[str], ranks: int, *, module: str = "radio_distill.train") -> int:
+    """Run `python -m MODULE RECIPE ...` in `ranks` processes; returns 0, or the first exit code that is not 0.
 
     When one process fails the others get SIGTERM and, after a grace period, SIGKILL: no rank is left waiting.
     """
     port = _free_port()
-    processes = [_start(recipe, overrides, rank, ranks, port) for rank in range(ranks)]
+    processes = [_start(module, recipe, overrides, rank, ranks, port) for rank in range(ranks)]
 
     def forward(number: int, frame: FrameType | None) -> None:
         for process in processes:
@@ -41,7 +41,7 @@ def launch(recipe: str, overrides: list[str], ranks: int) -> int:
             signal.signal(number, handler)
 
 
-def _start(recipe: str, overrides: list[str], rank: int, ranks: int, port: int) -> subprocess.Popen[bytes]:
+def _start(module: str, recipe: str, overrides: list[str], rank: int, ranks: int, port: int) -> subprocess.Popen[bytes]:
     env = os.environ | {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -51,7 +51,7 @@ def _start(recipe: str, overrides: list[str], rank: int, ranks: int, port: int) 
         "MASTER_PORT": str(port),
     }
     env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
-    return subprocess.Popen([sys.executable, "-m", "radio_distill.train", recipe, *overrides], env=env)
+    return subprocess.Popen([sys.executable, "-m", module, recipe, *overrides], env=env)
 
 
 def _wait(processes: list[subprocess.Popen[bytes]]) -> int:

@@ -13,6 +13,7 @@ from ..config.recipe import Partition, Recipe, TeacherView
 from ..student.arch import HeadArch, StudentArch
 from ..teachers.arch import Arch
 from ..teachers.base import load_teacher
+from .cost import teacher_images
 
 __all__ = [
     "StateBytes",
@@ -104,7 +105,7 @@ def partition_bytes(
 
 def _map_bytes(view: TeacherView, card: TeacherCard, size: int, student_tokens: int) -> int:
     """fp32 features of one image: as the teacher gave them and, balanced, as the loss takes them."""
-    side = (size if view.mosaic else view.size or card.input.size) // card.input.patch * getattr(view.upsampler, "factor", 1)
+    side = (size if view.mosaic else view.size or card.input.size) // card.input.patch * view.upsampler.factor
     loss_tokens = student_tokens if view.grid == "student" else side**2
     return 4 * card.output.features * (side**2 + loss_tokens)
 
@@ -112,8 +113,7 @@ def _map_bytes(view: TeacherView, card: TeacherCard, size: int, student_tokens: 
 def _teacher_work(recipe: Recipe, name: str, view: TeacherView, card: TeacherCard, partition: Partition, images: int) -> int:
     """One block's tensors in a forward without gradient: residual, qkv, MLP."""
     size = card.input.size if view.mosaic else view.size or card.input.size
-    factor = getattr(view.upsampler, "factor", 1)
-    forwards = images * (factor**2 + 1 if factor > 1 else 1) / ((size // partition.size) ** 2 if view.mosaic else 1)
+    forwards = images * teacher_images(view) / ((size // partition.size) ** 2 if view.mosaic else 1)
     forwards = min(forwards, recipe.teachers[name].chunk or forwards)
     arch = (
         Arch(**card.params["arch"])

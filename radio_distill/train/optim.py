@@ -114,7 +114,16 @@ class AdamW(torch.optim.Optimizer):
     ) -> None:
         super().__init__(
             params,
-            {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "freeze": 0, "step": 1, "rate": 1.0, "name": ""},
+            {
+                "lr": lr,
+                "betas": betas,
+                "eps": eps,
+                "weight_decay": weight_decay,
+                "freeze": 0,
+                "step": 1,
+                "rate": 1.0,
+                "name": "",
+            },
         )
 
     @torch.no_grad()
@@ -162,8 +171,8 @@ class AdamW(torch.optim.Optimizer):
 class NAdam(AdamW):
     """Adam with Nesterov momentum (Dozat 2016), decoupled weight decay; torch.optim.NAdam's rule and momentum schedule.
 
-        mu_t = b1 (1 - 0.96^(0.004 t) / 2)
-        m_hat = mu_(t+1) m / (1 - mu_1 ... mu_(t+1)) + (1 - mu_t) g / (1 - mu_1 ... mu_t)
+    mu_t = b1 (1 - 0.96^(0.004 t) / 2)
+    m_hat = mu_(t+1) m / (1 - mu_1 ... mu_(t+1)) + (1 - mu_t) g / (1 - mu_1 ... mu_t)
     """
 
     def _momentum(self, group: dict[str, Any], averages: list[Tensor], grads: list[Tensor]) -> list[Tensor]:

@@ -13,7 +13,7 @@ import torch
 
 from ..balance import Balancer, load_balancers
 from ..config.load import cards_of
-from ..config.recipe import Recipe, Start
+from ..config.recipe import Job, Recipe, Start
 from ..errors import RecipeError
 from ..paths import expand
 from ..student.adaptors import fold_affine
@@ -147,7 +147,7 @@ def assignment_of(recipe: Recipe, teachers: dict[str, Teacher], world_size: int)
     return assign(images=images, costs=costs, world_size=world_size, multiple=multiple)
 
 
-def open_run(recipe: Recipe, world: World) -> RunFolder:
+def open_run(recipe: Job, world: World) -> RunFolder:
     """Create or check the run folder on rank 0; an error there is raised everywhere."""
     opened: list[RunFolder] = []
     agree.on_main(lambda: opened.append(RunFolder(recipe, is_main=True)))

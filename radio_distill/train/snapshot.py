@@ -14,10 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 
-from ..balance import Balancer, load_balancers, save_balancers
+from ..balance import Balancer
 from ..data.loader import merge_positions
 from ..log.sinks import drop_metrics_after
 from ..student.adaptors import fold_affine
@@ -111,9 +109,7 @@ def _load_ranks(t: Training, path: Path, meta: checkpoint.Meta, same: bool) -> d
         t.meter.load(states[t.world.rank]["meter"])
     ranks = [t.world.rank] if same else list(range(meta.world_size)) if t.world.is_main else []
     t.load_rank_tensors([checkpoint.read_rank_tensors(path, rank, device=str(t.world.device)) for rank in ranks])
-    return {
-        name: merge_positions([s["positions"][name] for s in states if name in s["positions"]]) for name in t.streams.names
-    }
+    return {name: merge_positions([s["positions"][name] for s in states if name in s["positions"]]) for name in t.streams.names}
 
 
 def _estimate_bytes(t: Training) -> int:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..config.recipe import Recipe
+from ..config.upsampler_recipe import AnyRecipe
 from ..data.loader import build_loader
 from ..data.views import ViewSpec
 from ..errors import RecipeError
@@ -20,7 +20,7 @@ __all__ = ["Streams", "forwards"]
 class Streams:
     """The micro-batches of consecutive steps, over all partitions of this rank."""
 
-    def __init__(self, recipe: Recipe, assignment: Assignment, rank: int, specs: dict[str, list[ViewSpec]]) -> None:
+    def __init__(self, recipe: AnyRecipe, assignment: Assignment, rank: int, specs: dict[str, list[ViewSpec]]) -> None:
         self._recipe, self._specs, self.names = recipe, specs, tuple(recipe.partitions)
         self._shares = {name: share for name in recipe.partitions if (share := assignment.share(name, rank)) is not None}
         self._loaders: dict[str, Iterator[list[Batch]]] = {}
@@ -48,7 +48,7 @@ class Streams:
         self._loaders.clear()
 
 
-def forwards(recipe: Recipe, assignment: Assignment, rank: int) -> int:
+def forwards(recipe: AnyRecipe, assignment: Assignment, rank: int) -> int:
     """Micro-batches of a rank in one step. Raises RecipeError when `micro_batch` does not divide a rank's images."""
     total = 0
     for name, partition in recipe.partitions.items():

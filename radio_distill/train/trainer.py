@@ -16,9 +16,9 @@ from ..student.student import Student
 from ..types import Batch
 from . import agree
 from .distributed import World
-from .snapshot import export_student
 from .run import RunFolder
 from .setup import Parts
+from .snapshot import export_student
 from .streams import forwards
 from .task import Counts, DistillTask
 from .training import Training

@@ -6,13 +6,19 @@ Shapes: B batch, C channels, H W, T tiles.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
+import torch
 from torch import Tensor
 
 from ..config import recipe
+from ..config.cards import TeacherCard
+from ..errors import TeacherError
 from ..types import VisionOutput
 from .tiling import S2, Bilinear, Tiles
+
+if TYPE_CHECKING:
+    from .upsampled import Trained
 
 __all__ = ["Upsampler", "build_upsampler"]
 
@@ -25,7 +31,8 @@ class Upsampler(Protocol):
     """The view must be `factor` times the teacher's size; 1: the teacher's own size."""
 
     def __call__(self, encode: Encode, pixels_B3HW: Tensor, size: int) -> VisionOutput:
-        """Encode `pixels` (factor * size on a side) into a map that is `factor` times the teacher's grid.
+        """Encode `pixels` (factor * size on a side) into a map that is `factor` times the teacher's grid, in the teacher's
+        own units.
 
         Everything that goes through the teacher goes through it in one call of `encode`. The summary comes from the
         global view, never from tiles.
@@ -33,8 +40,18 @@ class Upsampler(Protocol):
         ...
 
 
-def build_upsampler(spec: recipe.Upsampler) -> Upsampler:
-    """The upsampler a recipe asks for."""
+def build_upsampler(
+    spec: recipe.Upsampler,
+    card: TeacherCard,
+    size: int,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Upsampler:
+    """The upsampler a recipe asks for, for a teacher that runs at `size` px.
+
+    Raises CheckpointError when its weights are not there, TeacherError when they were trained for something else.
+    """
     match spec:
         case recipe.Bilinear():
             return Bilinear()
@@ -42,3 +59,22 @@ def build_upsampler(spec: recipe.Upsampler) -> Upsampler:
             return Tiles(factor)
         case recipe.S2(factor=factor, beta=beta):
             return S2(factor, beta)
+        case recipe.Debias(weights=weights):
+            return _trained(weights, card, size, device, dtype).debias()
+        case recipe.Trained(kind=kind, factor=factor, weights=weights):
+            made = _trained(weights, card, size, device, dtype)
+            if (kind, factor) != (made.saved.network.kind, made.factor):
+                raise TeacherError(
+                    f"{weights} holds a {made.factor}x {made.saved.network.kind} for {card.name!r}, but the recipe asks for a "
+                    f"{factor}x {kind}; correct the recipe or name other weights"
+                )
+            return made
+
+
+def _trained(weights: str, card: TeacherCard, size: int, device: torch.device | str, dtype: torch.dtype) -> Trained:
+    from .folder import check_teacher, load_upsampler
+    from .upsampled import Trained
+
+    saved = load_upsampler(weights)
+    check_teacher(saved, card, size)
+    return Trained(saved, device=device, dtype=dtype)

@@ -1,0 +1,184 @@
+"""An upsampler on disk: `upsampler.safetensors` + `upsampler.json`, everything that its use needs but the teacher itself.
+
+network.*             the network (none for bilinear, tile, s2)
+bias_buffer.buffer    the de-bias map (1, C, h, w)
+balancer.*            PHI-S of the teacher's features: the space the network works in
+downsampler.*         what it was trained against, for the fidelity suite
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ..balance import Balancer, identity
+from ..config.cards import TeacherCard
+from ..config.upsampler import Network
+from ..config.upsampler_recipe import Downsampler
+from ..errors import CheckpointError, TeacherError
+from ..paths import expand
+from ..student.spectral import fold_state
+from .downsample import AttentionDownsampler, SimpleDownsampler
+from .sharpener import Sharpener
+
+__all__ = ["SavedUpsampler", "build_downsampler", "check_teacher", "load_upsampler", "read_network", "save_upsampler"]
+
+WEIGHTS = "upsampler.safetensors"
+FACTS = "upsampler.json"
+
+
+@dataclass(frozen=True)
+class SavedUpsampler:
+    """A trained upsampler and what it was trained for."""
+
+    sharpener: Sharpener
+    downsampler: nn.Module
+    network: Network
+    card: TeacherCard
+    """The teacher's card at training time."""
+    size: int
+    """Side in pixels of the teacher's input."""
+    reduction: Downsampler
+    provenance: dict[str, Any]
+    """Recipe, step, number of images, versions."""
+
+    @property
+    def factor(self) -> int:
+        return self.network.factor
+
+    @property
+    def grid(self) -> int:
+        """Side of the teacher's own map."""
+        return self.size // self.card.input.patch
+
+
+def build_downsampler(spec: Downsampler, channels: int, *, reference: bool) -> nn.Module:
+    """The learned reduction that an upsampler is trained against."""
+    if spec.kind == "simple":
+        return SimpleDownsampler(spec.kernel, reference=reference)
+    return AttentionDownsampler(channels, spec.kernel, reference=reference)
+
+
+def save_upsampler(saved: SavedUpsampler, folder: Path, *, state: Mapping[str, Tensor] | None = None) -> None:
+    """Write plain fp32 weights and the facts into `folder`; each file appears complete or not at all.
+
+    state: other weights (an EMA), named `sharpener.*` and `downsampler.*`, in place of the current ones.
+    """
+    if state is None:
+        modules = {"sharpener": saved.sharpener, "downsampler": saved.downsampler}
+        state = {f"{prefix}.{key}": x for prefix, module in modules.items() for key, x in module.state_dict().items()}
+    tensors = {key.removeprefix("sharpener."): x for key, x in fold_state(state).items()}
+    tensors |= {f"balancer.{name}": x for name, x in saved.sharpener.balancer.tensors().items()}
+    plain = {name: x.detach().float().cpu().contiguous().clone() for name, x in tensors.items()}
+    facts = {
+        "format": 1,
+        "network": saved.network.model_dump(mode="json"),
+        "downsampler": saved.reduction.model_dump(mode="json"),
+        "size": saved.size,
+        "teacher": saved.card.model_dump(mode="json"),
+        "balancer": {"kind": saved.sharpener.balancer.kind, "facts": saved.sharpener.balancer.facts},
+        "provenance": saved.provenance,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(plain, folder / f"{WEIGHTS}.part")
+    (folder / f"{FACTS}.part").write_text(json.dumps(facts, indent=1) + "\n")
+    for name in (WEIGHTS, FACTS):
+        os.replace(folder / f"{name}.part", folder / name)
+
+
+def load_upsampler(path: str | Path) -> SavedUpsampler:
+    """Load an upsampler on the CPU in fp32, in evaluation mode: a run folder, one of its checkpoints, or an upsampler folder.
+
+    Raises CheckpointError when there is none, or when tensors are missing (such as the buffers of PHI-S).
+    """
+    from ..train.checkpoint import artifact_folder
+
+    folder = artifact_folder(Path(expand(str(path))), "upsampler")
+    facts = _facts(folder)
+    try:
+        tensors = load_file(folder / WEIGHTS)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{folder / WEIGHTS} cannot be read ({error}); write the upsampler again") from error
+    card, network = TeacherCard(**facts["teacher"]), Network(**facts["network"])
+    reduction, grid = Downsampler(**facts["downsampler"]), facts["size"] // card.input.patch
+    channels = card.output.features
+    sharpener = Sharpener(network, channels, (grid, grid), _balancer(folder, facts, tensors, channels))
+    downsampler = build_downsampler(reduction, channels, reference=network.reference)
+    _fill(sharpener, {k: x for k, x in tensors.items() if not k.startswith(("balancer.", "downsampler."))}, folder)
+    _fill(downsampler, {k.removeprefix("downsampler."): x for k, x in tensors.items() if k.startswith("downsampler.")}, folder)
+    for module in (sharpener, downsampler):
+        module.eval().requires_grad_(False)
+    return SavedUpsampler(sharpener, downsampler, network, card, facts["size"], reduction, facts["provenance"])
+
+
+def read_network(path: Path) -> Network:
+    """The network of an upsampler, without its weights. Raises CheckpointError when there is none."""
+    from ..train.checkpoint import artifact_folder
+
+    return Network(**_facts(artifact_folder(path, "upsampler"))["network"])
+
+
+def check_teacher(saved: SavedUpsampler, card: TeacherCard, size: int | None = None) -> None:
+    """Raise TeacherError when the upsampler was made for another teacher, or for another size of a teacher's input."""
+    was = saved.card
+    for what, theirs, ours in (
+        ("source", was.source, card.source),
+        ("revision", was.revision, card.revision),
+        ("channels", was.output.features, card.output.features),
+        ("patch", was.input.patch, card.input.patch),
+        ("size", saved.size, size or card.input.size),
+    ):
+        if theirs != ours:
+            raise TeacherError(
+                f"this upsampler was trained for teacher {was.name!r} with {what} {theirs}, and is asked to serve "
+                f"{card.name!r} with {what} {ours}; train one for it: radio-distill upsampler RECIPE teacher={card.name}"
+            )
+
+
+def _facts(folder: Path) -> dict[str, Any]:
+    if not (folder / FACTS).is_file():
+        raise CheckpointError(f"{folder / FACTS} does not exist; expected a folder with {FACTS} and {WEIGHTS}")
+    try:
+        facts: dict[str, Any] = json.loads((folder / FACTS).read_text())
+        TeacherCard(**facts["teacher"]), Network(**facts["network"]), Downsampler(**facts["downsampler"])
+        _ = facts["size"], facts["balancer"]["kind"], facts["provenance"]
+    except (KeyError, TypeError, ValueError, ValidationError) as error:
+        raise CheckpointError(f"{folder / FACTS} does not describe an upsampler ({error!r}); write it again") from error
+    return facts
+
+
+def _balancer(folder: Path, facts: dict[str, Any], tensors: dict[str, Tensor], channels: int) -> Balancer:
+    names = {name: f"balancer.{name}" for name in identity(channels).tensors()}
+    missing = [key for key in names.values() if key not in tensors]
+    if missing:
+        raise CheckpointError(
+            f"{folder / WEIGHTS} lacks the statistics of its teacher ({', '.join(missing)}); an upsampler cannot be used "
+            "without those it was trained with: copy the whole folder from its run again"
+        )
+    return Balancer(
+        kind=facts["balancer"]["kind"], facts=facts["balancer"]["facts"], **{n: tensors[k] for n, k in names.items()}
+    )
+
+
+def _fill(module: nn.Module, tensors: dict[str, Tensor], folder: Path) -> None:
+    try:
+        module.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise CheckpointError(f"{folder / WEIGHTS} does not fit {FACTS} beside it: {error}") from error
+
+
+def provenance(*, recipe: str, step: int, images: int) -> dict[str, Any]:
+    """Where weights come from."""
+    from .. import __version__
+
+    return {"recipe": recipe, "step": step, "images": images, "radio_distill": __version__, "torch": torch.__version__}

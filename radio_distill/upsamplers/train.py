@@ -1,0 +1,250 @@
+"""Train an upsampler: `radio-distill upsampler RECIPE`. The loop, engine, run folder and resume are those of every training.
+
+    batch -> teacher (global view, tiles, J jittered views) -> network -> warp into the views -> downsampler -> loss
+
+Shapes: B batch, J views, C channels.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from .. import viz
+from ..align import resize_map
+from ..balance import Balancer, load_balancers, save_balancers
+from ..config.load import load_card
+from ..config.upsampler_recipe import VIEWS, UpsamplerRecipe
+from ..data.jitter import draw_matrices, warp_views
+from ..data.views import ViewSpec
+from ..errors import RecipeError, TrainingError
+from ..paths import expand
+from ..student.spectral import apply_spectral, power_iterate
+from ..teachers.base import Teacher, chunked, load_teacher
+from ..train import agree, checkpoint, distributed
+from ..train.loop import fit
+from ..train.partition import assign
+from ..train.run import RunFolder
+from ..train.setup import open_run
+from ..train.snapshot import resume
+from ..train.statistics import StatisticsWindow
+from ..train.streams import Streams, forwards
+from ..train.training import Training
+from ..types import Batch, Losses
+from .folder import SavedUpsampler, build_downsampler, provenance, save_upsampler
+from .objective import Base, ViewLoss, Views
+from .sharpener import Sharpener
+from .view_masks import covered_masks
+
+__all__ = ["UpsamplerTask", "UpsamplerTraining", "train_upsampler"]
+
+log = logging.getLogger(__name__)
+
+BASE = "base"
+"""The view of a batch that holds the images at factor times the teacher's size."""
+
+
+class UpsamplerTask(nn.Module):
+    """Sharpener, downsampler and loss: what is trained. The teacher is handed in, so that it is neither sharded nor saved."""
+
+    def __init__(self, recipe: UpsamplerRecipe, teacher: Teacher, sharpener: Sharpener, loss: ViewLoss) -> None:
+        super().__init__()
+        self.recipe, self.sharpener, self.loss = recipe, sharpener, loss
+        self._teacher = [teacher]  # in a list: a frozen network must not become a submodule
+
+    @property
+    def teacher(self) -> Teacher:
+        return self._teacher[0]
+
+    def forward(self, batch: Batch) -> Losses:
+        """The share of one micro-batch in the step's loss."""
+        recipe, teacher = self.recipe, self.teacher
+        size, grid = (recipe.size, recipe.size), (recipe.size // teacher.patch_size,) * 2
+        encode = chunked(teacher, recipe.chunk)
+        images = batch.views[BASE].images_B3HW.float() / 255
+        pixels = teacher.normalize(images)
+        with self._autocast(pixels):
+            sharp = self.sharpener(encode, pixels, size)
+        matrices = draw_matrices(batch.seeds_B, recipe.jitter, grid)
+        seen = warp_views(images, matrices, size, recipe.jitter.outside)
+        targets = self.sharpener.generate(encode, teacher.normalize(seen.flatten(0, 1))).features_BCHW
+        views = Views(targets.unflatten(0, seen.shape[:2]), matrices.float(), covered_masks(matrices, grid))
+        base = Base(sharp.low_BChw, sharp.high_BCHW, pixels, batch.seeds_B)
+        step = self.loss(base, views, self.sharpener.balancer)
+        share = len(batch) / recipe.images
+        error, variance, _ = step.fidelity
+        parts = {f"loss/{name}": value * share for name, value in step.parts.items()}
+        parts |= {"loss": step.total.detach() * share, "error/views": error, "variance/views": variance}
+        return Losses(step.total * share, parts)
+
+    def _autocast(self, x: Tensor) -> torch.autocast:
+        return torch.autocast(x.device.type, torch.bfloat16, enabled=self.recipe.engine.precision == "bf16")
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Joint bilateral parameters and the uncertainty network learn at rates of their own; matrices may decay."""
+        rates, decay = self.recipe.rates, self.recipe.optim.weight_decay
+        groups: dict[tuple[str, bool], dict[str, Any]] = {}
+        for name, parameter in self.named_parameters():
+            kind = "uncertainty" if ".uncertainty." in name else "jbu" if ".jbu." in name else "rest"
+            key = kind, parameter.ndim >= 2
+            rate = {"uncertainty": rates.uncertainty, "jbu": rates.jbu, "rest": 1.0}[kind]
+            label = kind if key[1] else f"{kind}/no_decay"
+            group = {"name": label, "params": [], "weight_decay": decay if key[1] else 0.0, "freeze": 0, "rate": rate}
+            groups.setdefault(key, group)["params"].append(parameter)
+        return [groups[key] for key in sorted(groups)]
+
+
+class UpsamplerTraining(Training):
+    """The state of one upsampler's training."""
+
+    artifact = "upsampler"
+
+    def __init__(
+        self, recipe: UpsamplerRecipe, world: distributed.World, run: RunFolder, parts: Parts, task: UpsamplerTask
+    ) -> None:
+        self.recipe, self.task = recipe, task
+        super().__init__(
+            recipe, world, run, parts.streams, task, task, micro_steps=parts.micro_steps, groups=task.parameter_groups()
+        )
+
+    @property
+    def images_per_step(self) -> int:
+        return self.recipe.images
+
+    def console_line(self, metrics: dict[str, float]) -> str:
+        left = metrics["time/left_h"]
+        return (
+            f"step {self.step:>6}/{self.recipe.optim.steps}  loss {metrics['loss']:.4f}  "
+            f"fidelity {metrics['fidelity/views']:.3f}  grad {metrics['grad_norm']:.2f}  lr {metrics['lr']:.1e}  "
+            f"{metrics['images_per_s']:.1f} img/s  data {100 * metrics['time/data']:.0f}%  eta {int(left)}h{round(left % 1 * 60):02d}"
+        )
+
+    def saved(self) -> SavedUpsampler:
+        """The upsampler as it stands."""
+        recipe, task = self.recipe, self.task
+        facts = provenance(recipe=recipe.name, step=self.step, images=self.step * recipe.images)
+        return SavedUpsampler(
+            task.sharpener, task.loss.downsampler, recipe.network, task.teacher.card, recipe.size, recipe.downsampler, facts
+        )
+
+    def save_shared(self, folder: Path) -> None:
+        save_balancers(folder / "balancers", {"teacher": self.task.sharpener.balancer})
+        average = self.ema.state_dict() if self.ema is not None else {}
+        save_file({key: x.detach().cpu().contiguous() for key, x in average.items()}, folder / "shared.safetensors")
+        state = average or self.task.state_dict()
+        names = {"sharpener.": "sharpener.", "loss.downsampler.": "downsampler."}
+        plain = {
+            new + key.removeprefix(old): x for old, new in names.items() for key, x in state.items() if key.startswith(old)
+        }
+        save_upsampler(self.saved(), folder / self.artifact, state=plain)
+
+    def load_shared(self, folder: Path) -> None:
+        if self.ema is not None:
+            self.ema.load_state_dict(load_file(folder / "shared.safetensors", device=str(self.world.device)))
+        self.task.sharpener.balancer = load_balancers(folder / "balancers")["teacher"].to(self.world.device)
+
+    def rank_tensors(self) -> dict[str, Tensor]:
+        return {}  # statistics are complete before the first step
+
+    def load_rank_tensors(self, states: list[dict[str, Tensor]]) -> None:
+        pass
+
+    @torch.no_grad()
+    def draw(self, batch: Batch) -> None:
+        """PCA panel: image, the teacher's map, the upsampled map."""
+        images = batch.views[BASE].images_B3HW[:6].float() / 255
+        self.task.eval()
+        sharp = self.task.sharpener(self.task.teacher.forward, self.task.teacher.normalize(images), (self.recipe.size,) * 2)
+        self.task.train()
+        low = viz.resize(sharp.low_BChw, sharp.high_BCHW.shape[-2:])
+        maps = viz.pca_rgb(torch.cat([low, sharp.high_BCHW.float()])).chunk(2)
+        path = self.run.path / "pictures" / f"step-{self.step:08d}.png"
+        viz.save_png(viz.panel({"image": images, "low": maps[0], "high": maps[1]}), path)
+
+
+class Parts:
+    """The teacher, this rank's images, and how a step is divided."""
+
+    def __init__(self, recipe: UpsamplerRecipe, world: distributed.World) -> None:
+        if not recipe.data.sources:
+            raise RecipeError("data.sources is empty; name your images: data.sources.train.path=FOLDER_OR_SHARDS")
+        dtype = torch.bfloat16 if recipe.engine.teacher_precision == "bf16" else torch.float32
+        self.teacher = load_teacher(load_card(recipe.teacher)).to(world.device, dtype)
+        assignment = assign(images={VIEWS: recipe.images}, costs={VIEWS: 1.0}, world_size=world.size)
+        specs = [ViewSpec(BASE, recipe.partitions[VIEWS].size, self.teacher.patch_size)]
+        self.streams = Streams(recipe, assignment, world.rank, {VIEWS: specs})
+        self.micro_steps = max(forwards(recipe, assignment, rank) for rank in range(world.size))
+
+
+def train_upsampler(recipe: UpsamplerRecipe) -> int:
+    """Train or resume the upsampler a recipe describes; returns 0 when it is finished or was asked to stop and has saved."""
+    world = distributed.init()
+    try:
+        training = build(recipe, world)
+        fit(training, one_step)
+        return 0
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+        distributed.shutdown()
+
+
+def build(recipe: UpsamplerRecipe, world: distributed.World) -> UpsamplerTraining:
+    """Everything the loop needs, resumed where the run folder says so."""
+    run, parts = open_run(recipe, world), Parts(recipe, world)
+    found = checkpoint.latest(run.path)
+    balancer = load_balancers(found / "balancers")["teacher"] if found else statistics(recipe, world, parts)
+    torch.manual_seed(recipe.seed)
+    channels, side = parts.teacher.card.output.features, recipe.size // parts.teacher.patch_size
+    sharpener = Sharpener(recipe.network, channels, (side, side), balancer)
+    downsampler = build_downsampler(recipe.downsampler, channels, reference=recipe.network.reference)
+    task = UpsamplerTask(recipe, parts.teacher, sharpener, ViewLoss(channels, downsampler, recipe.loss)).to(world.device)
+    if recipe.spectral:
+        apply_spectral(task, init="one")
+    training = UpsamplerTraining(recipe, world, run, parts, task)
+    training.streams.open(resume(training, found) if found else {})
+    return training
+
+
+def statistics(recipe: UpsamplerRecipe, world: distributed.World, parts: Parts) -> Balancer:
+    """PHI-S of the teacher's maps at its own size: loaded, or from the images of the first `balance.window` steps."""
+    name, card = "teacher", parts.teacher.card
+    if recipe.balance.path:
+        return load_balancers(Path(expand(recipe.balance.path)), {card.name: card.output.features})[card.name]
+    window = StatisticsWindow(recipe.balance, {name: parts.teacher}, world)
+    encode = chunked(parts.teacher, recipe.chunk)
+    parts.streams.open({})
+    for step in range(recipe.balance.window):
+        for batch in parts.streams.next(world.device):
+            pixels = resize_map(batch.views[BASE].images_B3HW.float() / 255, (recipe.size, recipe.size))
+            out = encode(parts.teacher.normalize(pixels))
+            window.moments[name].update(out.features_BCHW)
+        if world.is_main and (step + 1) % max(1, recipe.balance.window // 5) == 0:
+            log.info("statistics: %d of %d steps", step + 1, recipe.balance.window)
+    parts.streams.close()
+    return window.refit({})[name]
+
+
+def one_step(t: UpsamplerTraining, step: int, batches: list[Batch]) -> None:
+    """One optimizer step over all micro-batches; raises TrainingError on every rank when anything is not finite."""
+    torch.manual_seed(hash((t.recipe.seed, step, t.world.rank)) % 2**63)
+    t.engine.set_step(step)
+    if t.recipe.spectral:
+        power_iterate(t.task)
+    bad = torch.zeros((), dtype=torch.bool, device=t.world.device)
+    for batch in batches:
+        losses = t.engine(batch)
+        bad |= ~torch.isfinite(losses.total.detach())
+        t.engine.backward(losses.total)
+        t.meter.add(losses.parts)
+    if not t.update(bad):
+        keys = agree.gather([key for batch in batches for key in batch.keys[:4]])
+        raise TrainingError(
+            f"non-finite loss or gradient of the upsampler of {t.recipe.teacher!r} at step {step}; nothing was updated, the "
+            f"last checkpoint stands. Look at these samples, lower optim.lr, or set engine.precision=fp32: {keys}"
+        )

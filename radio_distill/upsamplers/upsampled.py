@@ -1,0 +1,94 @@
+"""A trained upsampler in use: inside the TeacherService, or around any teacher as a model of its own.
+
+Shapes: B batch, C channels, H W.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..teachers.base import Teacher, chunked
+from ..types import VisionOutput
+from .folder import SavedUpsampler, check_teacher
+from .sharpener import Encode, Sharp
+
+__all__ = ["Debias", "Trained", "Upsampled"]
+
+
+class Trained:
+    """The trained network as an upsampler of the TeacherService: raw sharp maps, in the teacher's own units."""
+
+    def __init__(
+        self, saved: SavedUpsampler, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    ) -> None:
+        self.saved, self.factor, self.dtype = saved, saved.factor, dtype
+        self.sharpener = saved.sharpener.to(device)
+
+    @torch.no_grad()
+    def sharpen(self, encode: Encode, pixels_B3HW: Tensor, size: tuple[int, int]) -> Sharp:
+        """Balanced maps; the network runs under autocast where `dtype` is not float32."""
+        with torch.autocast(pixels_B3HW.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            return self.sharpener(encode, pixels_B3HW, size)
+
+    def __call__(self, encode: Encode, pixels_B3HW: Tensor, size: int) -> VisionOutput:
+        sharp = self.sharpen(encode, pixels_B3HW, (size, size))
+        return VisionOutput(sharp.summary_BC, self.sharpener.denormalize(sharp.high_BCHW.float()))
+
+    def debias(self) -> Debias:
+        """Its de-bias map alone, for targets that are not upsampled."""
+        return Debias(self)
+
+
+class Debias:
+    """The teacher's own map plus the de-bias map that was trained with an upsampler."""
+
+    factor = 1
+
+    def __init__(self, trained: Trained) -> None:
+        self.sharpener = trained.sharpener
+
+    @torch.no_grad()
+    def __call__(self, encode: Encode, pixels_B3HW: Tensor, size: int) -> VisionOutput:
+        out = self.sharpener.generate(encode, pixels_B3HW)
+        return VisionOutput(out.summary_BC, self.sharpener.denormalize(out.features_BCHW))
+
+
+class Upsampled:
+    """A teacher with an upsampler: a VisionModel whose maps are `factor` times as fine.
+
+        model = Upsampled(load_teacher(load_card("siglip")), load_upsampler("runs/upsampler_siglip_3x"))
+        sharp = model.encode(images).features_BCHW
+
+    Raises TeacherError when the upsampler was trained for another teacher.
+    """
+
+    def __init__(self, teacher: Teacher, saved: SavedUpsampler, *, chunk: int | None = None) -> None:
+        """chunk: at most this many teacher images (tiles and global views) in one forward; None: all."""
+        check_teacher(saved, teacher.card)
+        self.teacher, self.saved, self.factor = teacher, saved, saved.factor
+        self.patch_size = teacher.patch_size
+        self._chunk = chunk
+        self._trained = Trained(saved, device=teacher.device, dtype=teacher.dtype)
+
+    def nearest_size(self, height: int, width: int) -> tuple[int, int]:
+        """The nearest size in pixels that it takes: factor times what the teacher takes."""
+        small = self.teacher.nearest_size(round(height / self.factor), round(width / self.factor))
+        return small[0] * self.factor, small[1] * self.factor
+
+    @torch.no_grad()
+    def encode(self, images_B3HW: Tensor, *, denormalize: bool = True) -> VisionOutput:
+        """Encode images: uint8, or float in [0, 1], of any size and shape; sizes it does not take are resized (antialiased).
+
+        Returns the global view's summary (None where the teacher has none) and the map on `factor` times the teacher's grid;
+        denormalize=False leaves it in the balanced space the network works in.
+        """
+        pixels = self.teacher.normalize(images_B3HW)
+        size = self.nearest_size(*pixels.shape[-2:])
+        if tuple(pixels.shape[-2:]) != size:
+            pixels = F.interpolate(pixels, size=size, mode="bilinear", antialias=True, align_corners=False)
+        small = (size[0] // self.factor, size[1] // self.factor)
+        sharp = self._trained.sharpen(chunked(self.teacher, self._chunk), pixels, small)
+        high = sharp.high_BCHW.float()
+        return VisionOutput(sharp.summary_BC, self._trained.sharpener.denormalize(high) if denormalize else high)
