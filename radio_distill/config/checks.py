@@ -11,7 +11,7 @@ from .document import KeyPath, Problem
 from .messages import did_you_mean
 from .recipe import Bilinear, Data, Job, Partition, Recipe, Teacher, TeacherView
 
-__all__ = ["check_recipe", "data_problems", "mosaic_side", "patch_size", "ranges", "summary_weight"]
+__all__ = ["check_recipe", "data_problems", "patch_size", "ranges", "summary_weight"]
 
 Found = Iterator[Problem]
 
@@ -40,11 +40,6 @@ def patch_size(recipe: Recipe) -> int:
 def summary_weight(teacher: Teacher, card: TeacherCard) -> float:
     """The weight in effect: 0 for a teacher that has no summary."""
     return 0.0 if card.output.summary is None else teacher.summary_weight
-
-
-def mosaic_side(partition: Partition, teacher_size: int) -> int:
-    """k of the k x k images of the partition that one teacher image of this size shows."""
-    return teacher_size // partition.size
 
 
 def _cards(recipe: Recipe, load_card: Callable[[str], TeacherCard], cards: dict[str, TeacherCard]) -> Found:
@@ -129,7 +124,7 @@ def _mosaic(recipe: Recipe, partition: Partition, name: str, card: TeacherCard, 
         yield Problem(
             f"teacher {name!r} at {view.size} px: a mosaic is shown at the card's {size} px; remove size", (*path, "size")
         )
-    elif mosaic_side(partition, size) < 2:
+    elif 2 * partition.size > size:
         text = f"teacher {name!r}: a mosaic needs 2 x 2 images of {partition.size} px in its {size} px; set mosaic: false"
         yield Problem(text, here)
     elif partition.size % patch:

@@ -12,40 +12,21 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..align import resample_to
 from ..balance import Balancer
+from ..config.mosaic import mosaic_of
 from ..config.recipe import Partition, Recipe, TeacherView
 from ..data.views import ViewSpec, mosaic, unmosaic
-from ..errors import RecipeError, TrainingError
+from ..errors import TrainingError
 from ..types import Batch, Target, Targets, VisionOutput
 from ..upsamplers.base import build_upsampler
 from .base import Teacher, chunked
 
-__all__ = ["TeacherService", "Mosaic", "Timers", "check_finite", "mosaic_of", "name_non_finite", "view_specs"]
-
-
-class Mosaic(NamedTuple):
-    """How images of one partition are tiled into one image of a large-input teacher."""
-
-    k: int
-    """Images per side."""
-    tile: int
-    """Side of a cell in pixels; the image lies at a whole-patch offset inside it."""
-
-
-def mosaic_of(teacher_size: int, patch: int, image_size: int) -> Mosaic:
-    """The finest k x k mosaic: 432 px in 1024 is 2 x 2 cells of 512, 256 px is 4 x 4 cells (RADIOv2.5)."""
-    k = teacher_size // image_size
-    if k < 1:
-        raise RecipeError(
-            f"a mosaic of {image_size} px images does not fit a teacher of {teacher_size} px; use a smaller partition size"
-        )
-    return Mosaic(k, teacher_size // k // patch * patch)
+__all__ = ["TeacherService", "Timers", "check_finite", "name_non_finite", "view_specs"]
 
 
 def view_specs(recipe: Recipe, partition: Partition, sizes: dict[str, tuple[int, int]], student_patch: int) -> list[ViewSpec]:
@@ -132,7 +113,7 @@ class TeacherService:
     ) -> VisionOutput:
         """k x k images in one pass of the teacher. Borders are zero after normalisation, as in SAM's own pipeline."""
         size, patch = pixels_B3HW.shape[-1], teacher.patch_size
-        k, tile = mosaic_of(teacher.card.input.size, patch, size)
+        k, tile = mosaic_of(teacher.card, size)
         images, offsets_B2 = mosaic(pixels_B3HW, k, tile, patch, batch.seeds_B)
         side = teacher.card.input.size
         if images.shape[-1] < side:

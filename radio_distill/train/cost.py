@@ -17,9 +17,10 @@ import torch
 
 from ..config.cards import TeacherCard
 from ..config.load import cards_of
+from ..config.mosaic import mosaic_of
 from ..config.recipe import Recipe, TeacherView, Trained
 from ..config.upsampler import Network
-from ..errors import CheckpointError, RecipeError
+from ..errors import CheckpointError
 from ..paths import expand
 from ..student.arch import AdaptorSlot, HeadArch, StudentArch, TrunkArch
 from ..student.names import student_arch
@@ -83,7 +84,7 @@ def partition_cost(recipe: Recipe, partition: str) -> PartitionCost:
     teachers = {}
     for name, view in cell.teachers.items():
         card = cards[name]
-        mosaic = _images_per_mosaic(card, view, cell.size)
+        mosaic = mosaic_of(card, cell.size).images if view.mosaic else 1
         side = cell.size if view.mosaic else view.size or card.input.size
         tokens = (side // card.input.patch * view.upsampler.factor) ** 2
         teachers[name] = teacher_images(view) * teacher_flops(card, card.input.size if view.mosaic else side) / mosaic
@@ -220,13 +221,3 @@ def _network(spec: Trained) -> Network:
         return read_network(folder)
     except CheckpointError:
         return Network(kind=spec.kind, factor=spec.factor)
-
-
-def _images_per_mosaic(card: TeacherCard, view: TeacherView, size: int) -> int:
-    per_side = card.input.size // size if view.mosaic else 1
-    if per_side < 1:
-        raise RecipeError(
-            f"images of {size} px do not fit a mosaic of {card.input.size} px (teacher {card.name!r}); "
-            "use a smaller partition size, or mosaic: false"
-        )
-    return per_side**2

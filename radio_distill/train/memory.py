@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from ..config.cards import TeacherCard
+from ..config.mosaic import mosaic_of
 from ..config.recipe import Partition, Recipe, TeacherView
 from ..student.arch import HeadArch, StudentArch
 from ..teachers.arch import Arch
@@ -113,7 +114,7 @@ def _map_bytes(view: TeacherView, card: TeacherCard, size: int, student_tokens: 
 def _teacher_work(recipe: Recipe, name: str, view: TeacherView, card: TeacherCard, partition: Partition, images: int) -> int:
     """One block's tensors in a forward without gradient: residual, qkv, MLP."""
     size = card.input.size if view.mosaic else view.size or card.input.size
-    forwards = images * teacher_images(view) / ((size // partition.size) ** 2 if view.mosaic else 1)
+    forwards = images * teacher_images(view) / (mosaic_of(card, partition.size).images if view.mosaic else 1)
     forwards = min(forwards, recipe.teachers[name].chunk or forwards)
     arch = (
         Arch(**card.params["arch"])

@@ -9,9 +9,9 @@ import json
 from dataclasses import asdict, dataclass
 
 from ..config.cards import TeacherCard
-from ..config.checks import mosaic_side
 from ..config.load import cards_of
-from ..config.recipe import Partition, Recipe
+from ..config.mosaic import images_per_mosaic
+from ..config.recipe import Recipe
 from ..errors import RecipeError
 from .cost import PartitionCost, partition_cost, student_of
 from .memory import checkpoint_bytes, head_parameters, partition_bytes, state_bytes, teacher_parameters, trunk_parameters
@@ -147,14 +147,8 @@ def plan(recipe: Recipe, *, world_size: int, gpu: str = "h200", utilisation: flo
 def assign_ranks(recipe: Recipe, cards: dict[str, TeacherCard], costs: dict[str, PartitionCost], world_size: int) -> Assignment:
     """Which rank runs which partition, in whole mosaics."""
     images = {name: partition.images for name, partition in recipe.partitions.items()}
-    multiple = {name: mosaic_images(partition, cards) for name, partition in recipe.partitions.items()}
+    multiple = {name: images_per_mosaic(partition, cards) for name, partition in recipe.partitions.items()}
     return assign(images=images, costs={n: c.total for n, c in costs.items()}, world_size=world_size, multiple=multiple)
-
-
-def mosaic_images(partition: Partition, cards: dict[str, TeacherCard]) -> int:
-    """The most images that one mosaic of the partition holds; 1 when there is none."""
-    sides = [mosaic_side(partition, cards[name].input.size) for name, view in partition.teachers.items() if view.mosaic]
-    return max(sides, default=1) ** 2
 
 
 def to_json(result: Plan) -> str:
@@ -216,7 +210,7 @@ def _notes(recipe: Recipe, memory_gib: float, gpu_gib: float, per_rank: list[flo
 def _mosaic_notes(recipe: Recipe, cards: dict[str, TeacherCard], partitions: tuple[PartitionPlan, ...]) -> list[str]:
     notes = []
     for p in partitions:
-        whole = mosaic_images(recipe.partitions[p.name], cards)
+        whole = images_per_mosaic(recipe.partitions[p.name], cards)
         if p.micro_batch % whole:
             advice = f"set partitions.{p.name}.micro_batch={whole}"
             notes.append(f"forwards of {p.micro_batch} images leave mosaics of {whole} partly empty; {advice}")

@@ -13,6 +13,7 @@ import torch
 
 from ..balance import Balancer, load_balancers
 from ..config.load import cards_of
+from ..config.mosaic import images_per_mosaic
 from ..config.recipe import Job, Recipe, Start
 from ..errors import RecipeError
 from ..paths import expand
@@ -22,7 +23,7 @@ from ..student.names import student_arch
 from ..student.start import parametrise, start_weights
 from ..student.student import Student, build_student
 from ..teachers.base import Teacher, Weights, load_teacher
-from ..teachers.service import TeacherService, mosaic_of, name_non_finite, view_specs
+from ..teachers.service import TeacherService, name_non_finite, view_specs
 from . import agree, checkpoint
 from .cost import partition_cost
 from .distributed import World
@@ -136,12 +137,8 @@ def slots_of(recipe: Recipe, teachers: dict[str, Teacher]) -> list[AdaptorSlot]:
 
 def assignment_of(recipe: Recipe, teachers: dict[str, Teacher], world_size: int) -> Assignment:
     """Which rank runs which partition; a rank's images must fill whole mosaics."""
-    multiple = dict.fromkeys(recipe.partitions, 1)
-    for name, partition in recipe.partitions.items():
-        for teacher, view in partition.teachers.items():
-            if view.mosaic:
-                card = teachers[teacher].card
-                multiple[name] = max(multiple[name], mosaic_of(card.input.size, card.input.patch, partition.size).k ** 2)
+    cards = {name: teacher.card for name, teacher in teachers.items()}
+    multiple = {name: images_per_mosaic(partition, cards) for name, partition in recipe.partitions.items()}
     images = {name: partition.images for name, partition in recipe.partitions.items()}
     costs = {name: partition_cost(recipe, name).total for name in recipe.partitions}
     return assign(images=images, costs=costs, world_size=world_size, multiple=multiple)

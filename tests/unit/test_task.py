@@ -4,12 +4,13 @@ import pytest
 import torch
 
 from radio_distill.balance import identity
-from radio_distill.config.load import cards_of, load_recipe
+from radio_distill.config.load import cards_of, load_card, load_recipe
+from radio_distill.config.mosaic import mosaic_of
 from radio_distill.errors import RecipeError
 from radio_distill.student.start import parametrise
 from radio_distill.student.student import build_student
 from radio_distill.teachers.base import load_teacher
-from radio_distill.teachers.service import TeacherService, mosaic_of, name_non_finite, view_specs
+from radio_distill.teachers.service import TeacherService, name_non_finite, view_specs
 from radio_distill.train.ema import Ema
 from radio_distill.train.setup import slots_of
 from radio_distill.train.task import DistillTask
@@ -120,8 +121,8 @@ def test_targets_lie_on_the_students_grid_or_the_student_on_theirs():
 
 def test_mosaics_give_every_image_its_own_map():
     recipe, service, _ = build("toy/stage2", "partitions.low.images=16")
-    assert mosaic_of(192, 8, 96) == (2, 96)
-    assert mosaic_of(1024, 16, 432) == (2, 512)
+    assert mosaic_of(load_card("toy_sam"), 96) == (2, 96)
+    assert mosaic_of(load_card("sam_h"), 432) == (2, 512)
     batch = batch_of(recipe, service, "low", 6)  # one and a half mosaics
     out = service.encode(batch)["toy_sam"]
     assert out.features_BCHW.shape[0] == 6
