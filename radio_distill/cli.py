@@ -16,6 +16,8 @@ from .errors import RadioDistillError, RecipeError
 
 __all__ = ["main", "run_and_report"]
 
+TABLES = ("teachers", "recipes", "upsamplers", "students")
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, 1 (the answer is no), 2 (wrong input), 130 (interrupted)."""
@@ -69,8 +71,8 @@ def _add(commands: Any, name: str, about: str, **options: Any) -> argparse.Argum
 
 
 def _add_commands_that_look(commands: Any) -> None:
-    listing = _add(commands, "list", "teachers, recipes and students that can be used")
-    listing.add_argument("what", nargs="?", choices=["teachers", "recipes", "students"], help="one table; default: all")
+    listing = _add(commands, "list", "teachers, recipes, upsamplers and students that can be used")
+    listing.add_argument("what", nargs="?", choices=TABLES, help="one table; default: all")
     plan = _add(commands, "plan", "what a recipe will cost: FLOPs, memory, hours, disk, who does what")
     _add_recipe(plan)
     plan.add_argument("--gpus", type=_positive, default=1, help="number of GPUs, one rank each (1)")
@@ -138,7 +140,7 @@ def _demo(arguments: argparse.Namespace) -> int:
 def _list(arguments: argparse.Namespace) -> int:
     from .listing import print_tables
 
-    print_tables([arguments.what] if arguments.what else ["teachers", "recipes", "students"])
+    print_tables([arguments.what] if arguments.what else TABLES)
     return 0
 
 

@@ -11,7 +11,9 @@ from rich.console import Console
 from rich.table import Table
 
 from .config.cards import TeacherCard
-from .config.load import list_cards, list_recipes, load_recipe
+from .config.load import list_cards, list_recipes, load_recipe, load_upsampler_recipe
+from .config.recipe import Recipe
+from .config.upsampler_recipe import UpsamplerRecipe
 from .paths import data_path, expand
 
 __all__ = ["how_to_get", "local_weights", "make_table", "print_tables", "wide_console"]
@@ -20,8 +22,13 @@ WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".tar")
 
 
 def print_tables(which: Sequence[str]) -> None:
-    """Print the tables named: teachers, recipes, students."""
-    tables = {"teachers": teachers_table, "recipes": recipes_table, "students": students_table}
+    """Print the tables named: teachers, recipes, upsamplers, students."""
+    tables = {
+        "teachers": teachers_table,
+        "recipes": recipes_table,
+        "upsamplers": upsamplers_table,
+        "students": students_table,
+    }
     console = wide_console()
     for name in which:
         console.print(tables[name]())
@@ -44,14 +51,27 @@ def teachers_table() -> Table:
 
 
 def recipes_table() -> Table:
-    """One row per shipped recipe."""
+    """One row per shipped recipe of a stage."""
     table = make_table(
         "recipes (radio-distill plan NAME tells what one costs)", "recipe steps", "images per step", "teachers", "about"
     )
-    for name in list_recipes():
+    for name in list_recipes(Recipe):
         recipe = load_recipe(name)
         images = " + ".join(f"{p.images} at {p.size}" for p in recipe.partitions.values())
         table.add_row(name, f"{recipe.optim.steps:,}", images, " ".join(recipe.teachers), recipe.title)
+    return table
+
+
+def upsamplers_table() -> Table:
+    """One row per shipped recipe of an upsampler."""
+    table = make_table(
+        "recipes of upsamplers (radio-distill upsampler NAME trains one)", "recipe kind factor steps images views", "about"
+    )
+    for name in list_recipes(UpsamplerRecipe):
+        recipe = load_upsampler_recipe(name)
+        network, optim = recipe.network, recipe.optim
+        images, views = f"{recipe.images} at {recipe.image_size}", str(recipe.jitter.views)
+        table.add_row(name, network.kind, f"{network.factor}x", f"{optim.steps:,}", images, views, recipe.title)
     return table
 
 

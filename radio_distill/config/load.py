@@ -1,10 +1,10 @@
-"""Recipes and teacher cards by path or by shipped name."""
+"""Recipes, of stages and of upsamplers, and teacher cards: by path or by shipped name."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from ..errors import CardError, RecipeError
 from ..paths import expand, shipped
@@ -12,16 +12,15 @@ from .cards import TeacherCard
 from .checks import check_recipe
 from .document import Problem, to_yaml
 from .recipe import Job, Recipe
-from .strict import find, read
-
-if TYPE_CHECKING:
-    from .upsampler_recipe import UpsamplerRecipe
+from .strict import find, keys_of, read
+from .upsampler_recipe import AnyRecipe, UpsamplerRecipe, check_upsampler
 
 __all__ = [
     "cards_of",
     "dump",
     "list_cards",
     "list_recipes",
+    "load_any",
     "load_card",
     "load_job",
     "load_recipe",
@@ -30,6 +29,9 @@ __all__ = [
 ]
 
 J = TypeVar("J", bound=Job)
+
+KINDS: dict[type[Job], tuple[str, str]] = {Recipe: ("a stage", "train"), UpsamplerRecipe: ("an upsampler", "upsampler")}
+"""What a recipe of each kind describes, and the command that trains it."""
 
 HOW_IT_RUNS = ("engine", "log", "checkpoint")
 """The groups that a resumed run may change; all others say what is learned."""
@@ -45,9 +47,14 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = (), *, training: 
 
 def load_upsampler_recipe(source: str | Path, overrides: Sequence[str] = (), *, training: bool = False) -> UpsamplerRecipe:
     """The same for the recipe of an upsampler (`upsampler/dfn_clip_3x`)."""
-    from .upsampler_recipe import UpsamplerRecipe, check_upsampler
-
     return _load(UpsamplerRecipe, source, overrides, lambda recipe: check_upsampler(recipe, load_card, training=training))
+
+
+def load_any(source: str | Path, overrides: Sequence[str] = ()) -> AnyRecipe:
+    """Read a recipe of the kind that its keys say it is."""
+    if _kind(_find(source), otherwise=Recipe) is UpsamplerRecipe:
+        return load_upsampler_recipe(source, overrides)
+    return load_recipe(source, overrides)
 
 
 def load_job(kind: type[J], source: str | Path) -> J:
@@ -56,12 +63,28 @@ def load_job(kind: type[J], source: str | Path) -> J:
 
 
 def _load(kind: type[J], source: str | Path, overrides: Sequence[str], check: Callable[[J], list[Problem]]) -> J:
-    recipes = list_recipes()
+    path = _find(source)
+    found = _kind(path, otherwise=kind)
+    if found is not kind:
+        (is_of, command), (wanted, _) = KINDS[found], KINDS[kind]
+        raise RecipeError(
+            f"{source} is the recipe of {is_of}, expected that of {wanted}; it is trained by `radio-distill {command} {source}`"
+        )
+    return read(kind, path, overrides, shipped=shipped("recipes"), error=RecipeError, check=check)
+
+
+def _find(source: str | Path) -> Path:
     try:
-        path = find(source, recipes, what="recipe")
+        return find(source, list_recipes(), what="recipe")
     except ValueError as error:
         raise RecipeError(str(error)) from None
-    return read(kind, path, overrides, shipped=recipes, error=RecipeError, check=check)
+
+
+def _kind(path: Path, *, otherwise: type[Job]) -> type[Job]:
+    """The kind of recipe that more of the file's keys belong to; `otherwise` when they do not tell."""
+    keys = keys_of(path, shipped=shipped("recipes")) - set(Job.model_fields)
+    matches = {kind: len(keys & set(kind.model_fields)) for kind in KINDS}
+    return max(matches, key=lambda kind: (matches[kind], kind is otherwise))
 
 
 def load_card(name: str | Path) -> TeacherCard:
@@ -79,9 +102,15 @@ def list_cards() -> dict[str, TeacherCard]:
     return {name: load_card(name) for name in shipped("teachers")}
 
 
-def list_recipes() -> dict[str, Path]:
-    """Every shipped recipe, by name (`stage1`, `toy/stage1`)."""
-    return shipped("recipes")
+def list_recipes(kind: type[Job] = Job) -> dict[str, Path]:
+    """Every shipped recipe, or those of a kind, by name (`stage1`, `toy/stage1`).
+
+    A file whose name begins with `_` holds what others extend and is no recipe itself.
+    """
+    recipes = {name: path for name, path in shipped("recipes").items() if not path.name.startswith("_")}
+    if kind is Job:
+        return recipes
+    return {name: path for name, path in recipes.items() if _kind(path, otherwise=Recipe) is kind}
 
 
 def cards_of(recipe: Recipe) -> dict[str, TeacherCard]:

@@ -18,7 +18,7 @@ from .document import Document, Problem, Where, parse, parse_override
 from .messages import did_you_mean, explain
 from .schema import child, models_of
 
-__all__ = ["find", "read"]
+__all__ = ["find", "keys_of", "read"]
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -52,6 +52,11 @@ def read(
     if merged.problems:
         raise error(_report(merged))
     return result
+
+
+def keys_of(path: Path, *, shipped: Mapping[str, Path]) -> set[str]:
+    """The keys at the top of `path` and its parents, whatever is wrong with their values."""
+    return {key for document in _chain(path, shipped, ()) for key in document.values}
 
 
 def find(name: str | Path, shipped: Mapping[str, Path], *, what: str, beside: Path | None = None) -> Path:

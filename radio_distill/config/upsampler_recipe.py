@@ -75,10 +75,14 @@ class UpsamplerRecipe(Job):
     """FS: none."""
 
     @property
+    def image_size(self) -> int:
+        """Side in pixels of the images: what the network makes of one teacher image is `factor` times as fine."""
+        return self.size * self.network.factor
+
+    @property
     def partitions(self) -> dict[str, Partition]:
         """What the loader has to deliver: square images of factor * size pixels."""
-        size = self.size * self.network.factor
-        return {VIEWS: Partition(size=size, images=self.images, micro_batch=self.micro_batch, teachers={})}
+        return {VIEWS: Partition(size=self.image_size, images=self.images, micro_batch=self.micro_batch, teachers={})}
 
 
 AnyRecipe = Recipe | UpsamplerRecipe

@@ -18,7 +18,7 @@ import torch
 from ..config.cards import TeacherCard
 from ..config.load import cards_of
 from ..config.mosaic import mosaic_of
-from ..config.recipe import Recipe, TeacherView, Trained
+from ..config.recipe import Debias, Recipe, TeacherView, Trained
 from ..config.upsampler import Network
 from ..errors import CheckpointError
 from ..paths import expand
@@ -26,7 +26,7 @@ from ..student.arch import AdaptorSlot, HeadArch, StudentArch, TrunkArch
 from ..student.names import student_arch
 from ..teachers.arch import Arch
 from ..teachers.base import load_teacher
-from ..upsamplers.featsharp import FeatSharp
+from ..upsamplers.cost import network_flops
 from ..upsamplers.folder import read_network
 from ..upsamplers.sharpener import view_factors
 
@@ -88,7 +88,7 @@ def partition_cost(recipe: Recipe, partition: str) -> PartitionCost:
         side = cell.size if view.mosaic else view.size or card.input.size
         tokens = (side // card.input.patch * view.upsampler.factor) ** 2
         teachers[name] = teacher_images(view) * teacher_flops(card, card.input.size if view.mosaic else side) / mosaic
-        teachers[name] += network_flops(view, card, side // card.input.patch)
+        teachers[name] += upsampler_flops(view, card, side // card.input.patch)
         balance += 2 * tokens * card.output.features**2
         heads += head_flops(adaptors[name].features, grid**2 if view.grid == "student" else tokens)
         summary = adaptors[name].summary
@@ -193,25 +193,15 @@ def teacher_images(view: TeacherView) -> int:
     return spec.factor**2 + 1 if spec.factor > 1 else 1
 
 
-def network_flops(view: TeacherView, card: TeacherCard, grid: int) -> float:
-    """One forward of a trained upsampler's network on one image, from a grid x grid map; 0 for other upsamplers.
-
-    Products with weights, local attention and the balancer's two rotations; what joint bilateral filters do is 0.1 % of a block.
-    """
+def upsampler_flops(view: TeacherView, card: TeacherCard, grid: int) -> float:
+    """A trained upsampler's network on one image, from a grid x grid map, and the balancer's two rotations; else 0."""
     spec, width = view.upsampler, card.output.features
+    if isinstance(spec, Debias):
+        return 2.0 * 2 * grid**2 * width**2
     if not isinstance(spec, Trained):
         return 0.0
-    network, tokens = _network(spec), (grid * spec.factor) ** 2
-    rotations = 2 * 2 * tokens * width**2
-    if network.kind != "featsharp":
-        return rotations
-    with torch.device("meta"):
-        levels = FeatSharp(network, width).ups
-    matrices = [m for level in levels for m in level.modules() if isinstance(m, torch.nn.Linear)]
-    attention = 0.0
-    if network.mixer in ("block", "attention"):
-        attention = 4 * min(network.window, grid * spec.factor) ** 2 * len(network.inputs) * width
-    return rotations + tokens * (sum(2 * m.weight.numel() for m in matrices) + attention)
+    rotations = 2 * 2 * (grid * spec.factor) ** 2 * width**2
+    return rotations + network_flops(_network(spec), width, grid, card.input.patch)
 
 
 def _network(spec: Trained) -> Network:
