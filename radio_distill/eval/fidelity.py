@@ -1,0 +1,265 @@
+"""The `fidelity` suite: how well trained upsamplers agree with their teacher from other views of images they have not seen.
+
+    python -m radio_distill.eval --suite fidelity --model runs/upsampler_siglip_3x --model runs/upsampler_siglip_3x_featup
+
+Upsamplers of one teacher see the same images and views, and the teacher encodes what they share once. Every number is a
+function of the protocol, the images and the upsampler: what else is measured in the same call changes nothing.
+
+Shapes: B images, J views, C channels, h w the teacher's grid, H W the upsampled grid.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..align import resize_map
+from ..config.jitter import Jitter
+from ..config.upsampler import Network
+from ..data.jitter import draw_matrices, warp_views
+from ..teachers.base import Teacher, chunked, load_teacher
+from ..types import Result, VisionOutput
+from ..upsamplers.crf import crf
+from ..upsamplers.folder import SavedUpsampler
+from ..upsamplers.homography import warp
+from ..upsamplers.metrics import Fidelity, masked_error, overtiling, total_variation
+from ..upsamplers.mmd import map_mmd
+from ..upsamplers.sharpener import Sharp
+from ..upsamplers.view_masks import covered_masks
+from .held_out import HeldOut
+
+__all__ = ["FidelityProtocol", "Measured", "measure", "to_results"]
+
+log = logging.getLogger(__name__)
+
+FIRST_SEED = 73_000
+"""Image i draws its views, and the positions of CRF and MMD, with seed FIRST_SEED + i."""
+
+
+@dataclass(frozen=True)
+class FidelityProtocol:
+    """What is measured; its hash travels with every result."""
+
+    images: int = 64
+    """Held-out images."""
+    batch: int = 8
+    """Images taken together: MMD compares the vectors of so many images, and the published fidelity is a ratio of so many."""
+    fine: int = 4
+    """Views are cut from images of this many times the teacher's size (of the factor, where that is larger)."""
+    jitter: Jitter = field(default_factory=Jitter)
+    """The views; the same for all upsamplers, however they were trained."""
+    levels: tuple[int, ...] = (2, 3, 4)
+    """Over-tiling: tiles along each side."""
+
+    @property
+    def digest(self) -> str:
+        """Of everything above."""
+        facts = {**asdict(self), "jitter": self.jitter.model_dump()}
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
+
+
+class Measured(NamedTuple):
+    """One upsampler and its numbers by metric."""
+
+    model: str
+    """As it was named: the path of its run."""
+    teacher: str
+    size: int
+    """Side in pixels of the teacher's input."""
+    network: Network
+    steps: int
+    """How long it was trained."""
+    values: dict[str, float]
+
+
+class Metric(NamedTuple):
+    unit: str
+    higher_is_better: bool
+
+
+METRICS = {
+    "fidelity": Metric("ratio", True),  # FeatSharp, eq. 7, against the upsampler's own targets, bias map included
+    "fidelity_plain": Metric("ratio", True),  # the bias map taken out of both: the teacher's own features
+    "fidelity_published": Metric("ratio", True),  # the published code's estimator
+    "tv": Metric("loss", False),
+    "crf": Metric("loss", False),
+    "mmd": Metric("mmd2", False),
+    "mmd_published": Metric("mmd2", False),
+    "overtiling": Metric("mse", False),  # one number per level: overtiling_2, ...
+}
+
+
+def measure(
+    models: dict[str, SavedUpsampler],
+    data: HeldOut,
+    protocol: FidelityProtocol,
+    *,
+    device: torch.device | str = "cpu",
+    chunk: int = 32,
+) -> list[Measured]:
+    """Measure upsamplers, by name; those of one teacher together. Results come in the order of `models`.
+
+    chunk: at most this many teacher images in one forward. Raises TeacherError when a teacher's weights are not there.
+    """
+    measured: dict[str, Measured] = {}
+    for group in _groups(models, protocol):
+        teacher = load_teacher(next(iter(group.values())).card).to(device)
+        scores = {name: _Scores(saved, device) for name, saved in group.items()}
+        remember = _Memory(chunked(teacher, chunk))
+        for start in range(0, data.count, protocol.batch):
+            _score_batch(teacher, remember, scores, data, protocol, start)
+            remember.forget()
+        tiling = _overtiling(teacher, next(iter(group.values())).size, data, protocol)
+        for name, one in scores.items():
+            measured[name] = one.measured(name, tiling)
+    return [measured[name] for name in models]
+
+
+def to_results(measured: list[Measured], data: HeldOut, protocol: FidelityProtocol) -> list[Result]:
+    """One `Result` per number; task = teacher/factor/kind."""
+    return [
+        Result(
+            suite="fidelity",
+            task=f"{row.teacher}/{row.network.factor}x/{row.network.kind}",
+            metric=metric,
+            value=value,
+            unit=METRICS[metric.rstrip("_0123456789")].unit,
+            higher_is_better=METRICS[metric.rstrip("_0123456789")].higher_is_better,
+            model=row.model,
+            dataset=data.name,
+            count=data.count,
+            resolution=row.size,
+            config_hash=protocol.digest,
+        )
+        for row in measured
+        for metric, value in row.values.items()
+    ]
+
+
+def _groups(models: dict[str, SavedUpsampler], protocol: FidelityProtocol) -> Iterator[dict[str, SavedUpsampler]]:
+    """Upsamplers that can share images, views and teacher."""
+    groups: dict[tuple[object, ...], dict[str, SavedUpsampler]] = {}
+    for name, saved in models.items():
+        key = saved.card.name, saved.card.source, saved.card.revision, saved.size, max(protocol.fine, saved.factor)
+        groups.setdefault(key, {})[name] = saved
+    yield from groups.values()
+
+
+class _Memory:
+    """The teacher's encode, which answers at once what it was asked before: upsamplers want the same views and tiles."""
+
+    def __init__(self, encode: Callable[[Tensor], VisionOutput]) -> None:
+        self._encode = encode
+        self._known: list[tuple[Tensor, VisionOutput]] = []
+
+    def __call__(self, pixels_B3HW: Tensor) -> VisionOutput:
+        for pixels, out in self._known:
+            if pixels.shape == pixels_B3HW.shape and torch.equal(pixels, pixels_B3HW):
+                return out
+        self._known.append((pixels_B3HW, self._encode(pixels_B3HW)))
+        return self._known[-1][1]
+
+    def forget(self) -> None:
+        self._known.clear()
+
+
+class _Views(NamedTuple):
+    pixels_N3HW: Tensor
+    """The views as the teacher sees them, N = J * B."""
+    matrices_JB33: Tensor
+    masks_JB1hw: Tensor
+
+
+@torch.no_grad()
+def _score_batch(
+    teacher: Teacher, encode: _Memory, scores: dict[str, _Scores], data: HeldOut, protocol: FidelityProtocol, start: int
+) -> None:
+    first = next(iter(scores.values())).saved
+    size, grid, device = (first.size,) * 2, (first.grid,) * 2, teacher.device
+    fine = data.images(start, start + protocol.batch, first.size * max(protocol.fine, first.factor)).to(device)
+    seeds_B = torch.arange(start, start + len(fine), device=device) + FIRST_SEED
+    matrices = draw_matrices(seeds_B, protocol.jitter, grid)
+    seen = warp_views(fine, matrices, size, protocol.jitter.outside).flatten(0, 1)
+    views = _Views(teacher.normalize(seen), matrices.float(), covered_masks(matrices, grid).views_JB1hw)
+    for one in scores.values():
+        side = first.size * one.saved.factor
+        base = teacher.normalize(resize_map(fine, (side, side)))
+        sharp = one.saved.sharpener(encode, base, size)
+        one.compare(sharp, one.saved.sharpener.generate(encode, views.pixels_N3HW).features_BCHW, views)
+        one.look_at(sharp, base, seeds_B)
+
+
+class _Scores:
+    """What is summed up of one upsampler over the held-out set."""
+
+    def __init__(self, saved: SavedUpsampler, device: torch.device | str) -> None:
+        self.saved = saved
+        self.saved.sharpener.to(device)
+        self.saved.downsampler.to(device)
+        balancer = saved.sharpener.balancer
+        self._own, self._plain = Fidelity(balancer), Fidelity(balancer)
+        self._sums: dict[str, Tensor] = {}
+        self._images = 0
+
+    def compare(self, sharp: Sharp, targets_NChw: Tensor, views: _Views) -> None:
+        """The sharp map, seen from the views and reduced, against what the teacher says of them."""
+        sharpener, high = self.saved.sharpener, sharp.high_BCHW.float()
+        fine, grid = (high.shape[2], high.shape[3]), (targets_NChw.shape[2], targets_NChw.shape[3])
+        keep_all = high.new_ones(1, 1, 1, 1)  # the published downsampler would drop logits at random here too
+        bias = 0 if sharpener.bias_buffer is None else sharpener.bias_buffer(torch.zeros_like(targets_NChw[:1]))
+        errors, count = high.new_zeros(()), len(views.matrices_JB33)
+        for matrix, mask, target in zip(views.matrices_JB33, views.masks_JB1hw, targets_NChw.chunk(count), strict=True):
+            pred = self.saved.downsampler(warp(high, matrix, fine), grid, keep_all).float()
+            self._own.update(pred, target, mask)
+            self._plain.update(pred - bias, target - bias, mask)
+            raw = sharpener.denormalize(pred), sharpener.denormalize(target)
+            errors += masked_error(*raw, mask, reference=True) / count
+        balancer = sharpener.balancer
+        variance = balancer.inverse_weight.square().sum() / balancer.channels  # balanced channels have variance 1
+        self._add("fidelity_published", variance / errors, len(high))
+
+    def look_at(self, sharp: Sharp, base_B3HW: Tensor, seeds_B: Tensor) -> None:
+        """What the sharp map itself is like."""
+        low, high = sharp.low_BChw.float(), sharp.high_BCHW.float()
+        guidance = resize_map(base_B3HW, (high.shape[2], high.shape[3]))
+        values = {
+            "tv": total_variation(high),
+            "crf": crf(high, guidance, seeds_B),
+            "mmd": map_mmd(low, high, seeds_B=seeds_B),
+            "mmd_published": map_mmd(low, high, pick="farthest", kind="reference", seeds_B=seeds_B),
+        }
+        for name, value in values.items():
+            self._add(name, value, len(high))
+        self._images += len(high)
+
+    def measured(self, name: str, tiling: dict[str, float]) -> Measured:
+        """The numbers, when all images have been seen."""
+        saved = self.saved
+        means = {key: float(total / self._images) for key, total in self._sums.items()}
+        values = {"fidelity": float(self._own.value), "fidelity_plain": float(self._plain.value), **means, **tiling}
+        ordered = {key: values[key] for key in [*METRICS, *tiling] if key in values}
+        steps = int(saved.provenance.get("step", 0))
+        return Measured(name, saved.card.name, saved.size, saved.network, steps, ordered)
+
+    def _add(self, name: str, value: Tensor, images: int) -> None:
+        self._sums[name] = self._sums.get(name, value.new_zeros(())) + value * images
+
+
+def _overtiling(teacher: Teacher, size: int, data: HeldOut, protocol: FidelityProtocol) -> dict[str, float]:
+    """Over-tiling (paper, Figure 15) of the first batch, by level, in the teacher's own units; a property of the teacher."""
+    if not teacher.card.input.resizable:
+        log.info("%s takes %d px only: over-tiling is not measured, it needs the whole image at once", teacher.card.name, size)
+        return {}
+    values = {}
+    for level in protocol.levels:
+        images = [data.images(i, i + 1, size * level) for i in range(min(protocol.batch, data.count))]
+        errors = [overtiling(teacher.forward, teacher.normalize(image), (size, size), level) for image in images]
+        values[f"overtiling_{level}"] = float(torch.stack(errors).mean())
+    return values

@@ -1,0 +1,182 @@
+"""Tables of the fidelity suite in markdown: everything measured, then the layouts of the paper's Tables 7 to 10.
+
+The paper's own figures (`eval/fidelity.yaml`) stand in columns of their own, in Table 7, whose rows are teachers, in rows of
+their own. What several runs of one configuration gave is a mean and a standard deviation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from statistics import mean, stdev
+
+from ..config.cards import Fields
+from ..config.strict import read
+from ..config.upsampler import Network
+from ..errors import CardError
+from ..paths import shipped
+from .fidelity import Measured
+
+__all__ = ["SuiteCard", "load_suite", "method", "render"]
+
+Grid = dict[str, dict[str, list[float]]]
+"""Row -> column -> the numbers of the cell."""
+
+NAMES = {
+    "bilinear": "Bilinear", "jbu": "FeatUp", "featup": "FeatUp", "tiles": "Tiles", "tile": "Tiles", "s2": "S2",
+    "rgb": "RGB", "jafar": "JAFAR", "sapa": "SAPA", "resfu": "ReSFU", "naf": "NAF", "featsharp": "FeatSharp",
+}  # fmt: skip
+MIXERS = {"linear": "Linear", "attention": "Attention", "mlp": "MLP", "block": "Attention + MLP"}
+SHORT = {"fidelity": "fidelity", "tv": "TV", "crf": "CRF", "mmd": "MMD"}
+NOTE = "Published figures are means over training batches, ours are held out. '-': not published, or not measured here."
+
+
+class PublishedTable(Fields):
+    title: str
+    """What it compares."""
+    columns: tuple[str, ...]
+    """Heads, with what the paper's own heads stand for."""
+    ours: dict[str, str] = {}
+    """Our name of a method -> the row it is."""
+    rows: dict[str, tuple[float | None, ...]]
+    """One number per column; null where there is none."""
+
+
+class SuiteCard(Fields):
+    tables: dict[str, PublishedTable]
+    """By number."""
+
+
+def load_suite() -> SuiteCard:
+    """The published figures of the suite, `eval/fidelity.yaml`."""
+    files = shipped("eval")
+    return read(SuiteCard, files["fidelity"], shipped=files, error=CardError)
+
+
+def render(measured: list[Measured]) -> str:
+    """All tables to which something measured belongs."""
+    tables = load_suite().tables
+    parts = [_everything(measured)]
+    for number, table, grid, beside in (
+        ("7", tables["7"], _debias_gains(measured), False),
+        (
+            "8",
+            tables["8"],
+            _by_method((m for m in measured if m.network.factor <= 2), tables["8"], ("fidelity", "tv", "crf")),
+            True,
+        ),
+        ("9", tables["9"], _by_method((m for m in measured if m.network.factor > 2), tables["9"], tuple(SHORT)), True),
+        ("10", tables["10"], _by_mixer(measured), True),
+    ):
+        if grid:
+            parts.append(f"### Table {number}: {table.title}\n\n{_beside(table, grid, columns=beside)}")
+    if len(parts) > 1:
+        parts.append(NOTE)
+    return "\n\n".join(parts)
+
+
+def method(network: Network, *, ignore: tuple[str, ...] = ()) -> str:
+    """A name for what an upsampler does: its inputs or its kind, and every option that is not the default.
+
+    `ignore`: options that are not named.
+    """
+    fused = network.kind == "featsharp"
+    name = " + ".join(NAMES[i] for i in network.inputs) if fused else f"{NAMES[network.kind]} alone"
+    named = [key for key in Network.model_fields if key not in ("kind", "factor", "inputs", *ignore)]
+    options = {key: getattr(network, key) for key in named if getattr(network, key) != Network.model_fields[key].default}
+    words = {"debias": "no de-bias", "norm": "no norm", "reference": "reference", "progressive": "progressive"}
+    return ", ".join([name, *(words.get(key, f"{key} {value}") for key, value in options.items())])
+
+
+def _everything(measured: list[Measured]) -> str:
+    metrics = list(dict.fromkeys(key for m in measured for key in m.values))
+    head = ["model", "teacher", "factor", "method", "steps", *metrics]
+    lines = [
+        [
+            m.model,
+            m.teacher,
+            f"{m.network.factor}x",
+            method(m.network),
+            str(m.steps),
+            *(_number(m.values.get(k)) for k in metrics),
+        ]
+        for m in measured
+    ]
+    return _markdown(head, lines)
+
+
+def _debias_gains(measured: Iterable[Measured]) -> Grid:
+    """Table 7: fidelity with minus fidelity without the map, of runs that are otherwise equal, in the order they came."""
+    with_map, without = ({}, {})  # type: tuple[Grid, Grid]
+    for m in measured:
+        label = method(m.network, ignore=("debias",))
+        row, column = f"{m.teacher}, {label}, {m.steps} steps", f"{NAMES[m.network.kind]} {m.network.factor}x"
+        for suffix, metric in (("", "fidelity"), (", plain", "fidelity_plain")):
+            side = with_map if m.network.debias else without
+            side.setdefault(row + suffix, {}).setdefault(column, []).append(m.values[metric])
+    return {
+        row: {c: [one - other for one, other in zip(with_map[row][c], without[row][c])] for c in both}
+        for row in with_map
+        if (both := [c for c in with_map[row] if c in without.get(row, {})])
+    }
+
+
+def _by_method(measured: Iterable[Measured], table: PublishedTable, metrics: tuple[str, ...]) -> Grid:
+    """Tables 8 and 9: methods as rows; a group of columns for every teacher, factor and length of training."""
+    grid: Grid = {}
+    for m in measured:
+        name = method(m.network)
+        row = grid.setdefault(table.ours.get(name, name), {})
+        for metric in metrics:
+            row.setdefault(f"{_column(m)} {SHORT[metric]}", []).append(m.values[metric])
+    return grid
+
+
+def _by_mixer(measured: Iterable[Measured]) -> Grid:
+    """Table 10: what follows the inputs as rows."""
+    grid: Grid = {}
+    for m in measured:
+        if m.network.kind == "featsharp":
+            row = grid.setdefault(MIXERS[m.network.mixer], {})
+            row.setdefault(f"{_column(m)}, {method(m.network, ignore=('mixer',))}", []).append(m.values["fidelity"])
+    return grid
+
+
+def _column(m: Measured) -> str:
+    return f"{m.teacher} {m.network.factor}x, {m.steps} steps"
+
+
+def _beside(table: PublishedTable, grid: Grid, *, columns: bool) -> str:
+    """The published table with ours to its right, or (its columns mean the same) below it."""
+    measured = list(dict.fromkeys(column for row in grid.values() for column in row))
+    published = [f"{column} (paper)" if columns else column for column in table.columns]
+    head = list(dict.fromkeys([*published, *measured]))
+    lines = []
+    for name in dict.fromkeys([*table.rows, *grid]):
+        figures = dict(zip(published, table.rows.get(name, ())))
+        cells = {
+            **{c: "-" if x is None else f"{x:.3f}" for c, x in figures.items()},
+            **{c: _spread(x) for c, x in grid.get(name, {}).items()},
+        }
+        label = name if columns or name in grid else f"{name} (paper)"
+        lines.append([label, *(cells.get(column, "-") for column in head)])
+    return _markdown(["", *head], lines)
+
+
+def _spread(values: list[float]) -> str:
+    if len(values) < 2:
+        return _number(values[0])
+    digits = _digits(mean(values))
+    return f"{mean(values):.{digits}f} +- {stdev(values):.{digits}f} ({len(values)} runs)"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.{_digits(value)}f}"
+
+
+def _digits(value: float) -> int:
+    return 4 if abs(value) < 0.1 else 3
+
+
+def _markdown(head: list[str], lines: list[list[str]]) -> str:
+    rows = [head, ["---"] * len(head), *lines]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
