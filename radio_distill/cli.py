@@ -145,13 +145,20 @@ def _list(arguments: argparse.Namespace) -> int:
 
 
 def _plan(arguments: argparse.Namespace) -> int:
-    from .config.load import load_recipe
+    from .config.load import load_any
+    from .config.upsampler_recipe import UpsamplerRecipe
     from .train.plan import plan, to_json
-    from .train.plan_text import render
+    from .train.plan_text import render, render_upsampler
+    from .train.plan_upsampler import plan_upsampler
 
-    recipe = load_recipe(arguments.recipe, arguments.overrides)
-    result = plan(recipe, world_size=arguments.gpus, gpu=arguments.gpu, utilisation=arguments.utilisation)
-    print(to_json(result) if arguments.json else render(result))
+    recipe = load_any(arguments.recipe, arguments.overrides)
+    settings = {"world_size": arguments.gpus, "gpu": arguments.gpu, "utilisation": arguments.utilisation}
+    if isinstance(recipe, UpsamplerRecipe):
+        of_upsampler = plan_upsampler(recipe, **settings)
+        print(to_json(of_upsampler) if arguments.json else render_upsampler(of_upsampler))
+    else:
+        of_stage = plan(recipe, **settings)
+        print(to_json(of_stage) if arguments.json else render(of_stage))
     return 0
 
 

@@ -17,7 +17,7 @@ from .checks import data_problems, ranges
 from .document import Problem
 from .jitter import Jitter
 from .objective import Objective
-from .recipe import Balance, Ema, Job, Optim, Partition, Positive, Recipe, Weight
+from .recipe import Balance, Ema, Job, Optim, Partition, Positive, Recipe, Share, Weight
 from .upsampler import Network, check_network
 
 __all__ = ["VIEWS", "AnyRecipe", "Downsampler", "UpsamplerRecipe", "check_upsampler"]
@@ -38,6 +38,37 @@ class Rates(Fields):
     """Learning rate of joint bilateral parameters over `optim.lr` (CODE: 0.2)."""
     uncertainty: Weight = 0.02
     """Learning rate of the uncertainty network over `optim.lr` (CODE)."""
+
+
+class UpsamplerBalance(Balance):
+    window: Annotated[int, Field(ge=0)] = 100
+    """Steps whose images the statistics are made of (FS: 96,000 images); 0: they are loaded."""
+    ahead: bool = True
+    """They are gathered before the first step: the network works in one space from its beginning to its end."""
+
+
+class UpsamplerOptim(Optim):
+    kind: Literal["lamb", "adamw", "nadam"] = "nadam"
+    """NAdam (FS)."""
+    steps: Positive = 3000
+    """3,000, or 9,000 in the long schedule (FS)."""
+    lr: Annotated[float, Field(gt=0)] = 1e-4
+    """Peak learning rate (FS; CODE: 5e-4)."""
+    warmup: Annotated[int, Field(ge=0)] = 100
+    """Steps of linear warm-up (CODE)."""
+    weight_decay: Weight = 0.0
+    """None (FS)."""
+    eps: float = 1e-8
+    """Added to the root of the second moment (NAdam's own default)."""
+    freeze_trunk: Literal[0] = 0
+    """There is no trunk."""
+    clip: float | None = 5.0
+    """Largest global gradient norm (CODE)."""
+
+
+class UpsamplerEma(Ema):
+    decay: Share = 0.0
+    """Decay per step of the fp32 average of the weights; 0: no EMA (FS)."""
 
 
 class UpsamplerRecipe(Job):
@@ -67,12 +98,12 @@ class UpsamplerRecipe(Job):
     """Spectral reparametrisation of every Linear (CODE: yes); folded away in what is saved."""
     held_out: Positive = 64
     """Images of the held-out set that fidelity is measured on when the training ends."""
-    balance: Balance = Balance(window=100, ahead=True)
-    """PHI-S of the teacher's features, gathered before the first step; `window` counts steps (FS: 96,000 images)."""
-    optim: Optim = Optim(kind="nadam", steps=3000, lr=1e-4, warmup=100, weight_decay=0.0, eps=1e-8, freeze_trunk=0, clip=5.0)
-    """NAdam, 3,000 steps; 9,000 in the long schedule (FS)."""
-    ema: Ema = Ema(decay=0.0)
-    """FS: none."""
+    balance: UpsamplerBalance = UpsamplerBalance()
+    """PHI-S of the teacher's features: the space the network works in."""
+    optim: UpsamplerOptim = UpsamplerOptim()
+    """Optimizer and schedule."""
+    ema: UpsamplerEma = UpsamplerEma()
+    """Running average of the weights."""
 
     @property
     def image_size(self) -> int:
@@ -107,6 +138,10 @@ def check_upsampler(recipe: UpsamplerRecipe, load_card: Callable[[str], TeacherC
     if recipe.micro_batch is not None and not 1 <= recipe.micro_batch <= recipe.images:
         problems.append(
             Problem(f"'micro_batch' is {recipe.micro_batch}, expected 1 to {recipe.images} (images), or null", ("micro_batch",))
+        )
+    if not recipe.balance.ahead:
+        problems.append(
+            Problem("'balance.ahead' is false: the network needs its statistics before the first step", ("balance", "ahead"))
         )
     if recipe.balance.window == 0 and recipe.balance.path is None:
         problems.append(

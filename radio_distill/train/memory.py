@@ -19,6 +19,7 @@ from .cost import teacher_images
 __all__ = [
     "StateBytes",
     "checkpoint_bytes",
+    "forward_bytes",
     "head_parameters",
     "partition_bytes",
     "state_bytes",
@@ -112,18 +113,21 @@ def _map_bytes(view: TeacherView, card: TeacherCard, size: int, student_tokens: 
 
 
 def _teacher_work(recipe: Recipe, name: str, view: TeacherView, card: TeacherCard, partition: Partition, images: int) -> int:
-    """One block's tensors in a forward without gradient: residual, qkv, MLP."""
     size = card.input.size if view.mosaic else view.size or card.input.size
     forwards = images * teacher_images(view) / (mosaic_of(card, partition.size).images if view.mosaic else 1)
     forwards = min(forwards, recipe.teachers[name].chunk or forwards)
+    return forward_bytes(card, size, forwards, 2 if recipe.engine.teacher_precision == "bf16" else 4)
+
+
+def forward_bytes(card: TeacherCard, size: int, images: float, value_bytes: int) -> int:
+    """A teacher's forward without gradient on images of `size` px: one block's tensors (residual, qkv, MLP)."""
     arch = (
         Arch(**card.params["arch"])
         if card.params.get("arch")
         else Arch(width=card.output.features, depth=1, mlp=4 * card.output.features)
     )
     channels = 6 * arch.width + (2 if arch.gated else 1) * arch.mlp
-    per_value = 2 if recipe.engine.teacher_precision == "bf16" else 4
-    return int(forwards * (size // card.input.patch) ** 2 * channels * per_value)
+    return int(images * (size // card.input.patch) ** 2 * channels * value_bytes)
 
 
 def _block_parameters(width: int, mlp: int, *, gated: bool) -> int:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
 
 from ..config.cards import TeacherCard
 from ..config.load import cards_of
@@ -18,7 +19,10 @@ from .memory import checkpoint_bytes, head_parameters, partition_bytes, state_by
 from .partition import Assignment, assign
 from .run import run_path
 
-__all__ = ["GPUS", "PartitionPlan", "Plan", "TeacherPlan", "plan", "to_json"]
+if TYPE_CHECKING:
+    from .plan_upsampler import UpsamplerPlan
+
+__all__ = ["GIB", "GPUS", "RESERVE_GIB", "PartitionPlan", "Plan", "TeacherPlan", "gpu_of", "plan", "to_json"]
 
 GIB = 2**30
 RESERVE_GIB = 4.0
@@ -105,7 +109,7 @@ def plan(recipe: Recipe, *, world_size: int, gpu: str = "h200", utilisation: flo
 
     Raises RecipeError when the images cannot be divided among the ranks, or for an unknown GPU or student.
     """
-    rate, gpu_gb = _gpu(gpu, utilisation)
+    rate, gpu_gb = gpu_of(gpu, utilisation)
     cards, student = cards_of(recipe), student_of(recipe)
     costs = {name: partition_cost(recipe, name) for name in recipe.partitions}
     assignment = assign_ranks(recipe, cards, costs, world_size)
@@ -151,12 +155,13 @@ def assign_ranks(recipe: Recipe, cards: dict[str, TeacherCard], costs: dict[str,
     return assign(images=images, costs={n: c.total for n, c in costs.items()}, world_size=world_size, multiple=multiple)
 
 
-def to_json(result: Plan) -> str:
+def to_json(result: Plan | UpsamplerPlan) -> str:
     """The plan as JSON, for scripts."""
     return json.dumps(asdict(result), indent=2)
 
 
-def _gpu(gpu: str, utilisation: float) -> tuple[float, int]:
+def gpu_of(gpu: str, utilisation: float) -> tuple[float, int]:
+    """Reachable FLOP/s and GB of a kind of GPU. Raises RecipeError for an unknown one, or an impossible utilisation."""
     if gpu not in GPUS:
         raise RecipeError(f"unknown GPU {gpu!r}; known: {', '.join(GPUS)}")
     if not 0 < utilisation <= 1:

@@ -4,25 +4,42 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from .plan import PartitionPlan, Plan
+from .plan import PartitionPlan, Plan, TeacherPlan
+from .plan_upsampler import UpsamplerPlan
 
-__all__ = ["render"]
+__all__ = ["render", "render_upsampler"]
 
 
 def render(plan: Plan) -> str:
     """The plan in lines of at most about 120 characters."""
-    return "\n".join([*_head(plan), "", *_teachers(plan), "", *_partitions(plan), "", *_totals(plan), *_notes(plan)])
+    return "\n".join([*_head(plan), "", *_teachers(plan.teachers), "", *_partitions(plan), "", *_totals(plan), *_notes(plan)])
+
+
+def render_upsampler(plan: UpsamplerPlan) -> str:
+    """The same of an upsampler's plan."""
+    parts = [[*_title(plan), _maps(plan)], _teachers([plan.teacher]), _upsampler_flops(plan), _upsampler_totals(plan)]
+    return "\n".join([line for part in parts for line in (*part, "")][:-1] + list(_notes(plan)))
 
 
 def _head(plan: Plan) -> Iterator[str]:
-    yield f"{plan.name}: {plan.title}" if plan.title else plan.name
-    yield f"  {plan.steps:,} steps on {plan.world_size} x {plan.gpu} at {plan.utilisation:.0%} of its reachable bf16 rate"
+    yield from _title(plan)
     yield f"  student {_millions(plan.trunk_parameters)} and adaptors {_millions(plan.head_parameters)} parameters"
 
 
-def _teachers(plan: Plan) -> Iterator[str]:
+def _title(plan: Plan | UpsamplerPlan) -> Iterator[str]:
+    yield f"{plan.name}: {plan.title}" if plan.title else plan.name
+    yield f"  {plan.steps:,} steps on {plan.world_size} x {plan.gpu} at {plan.utilisation:.0%} of its reachable bf16 rate"
+
+
+def _maps(plan: UpsamplerPlan) -> str:
+    maps = f"{plan.size} px, {plan.grid} x {plan.grid} to {plan.image_size} px, {plan.fine_grid} x {plan.fine_grid}"
+    tiles = f"global view and {plan.encodes - 1} tiles" if plan.encodes > 1 else "global view, no tiles"
+    return f"  {plan.network}: {maps}; {tiles}, {plan.views} jittered views in training"
+
+
+def _teachers(teachers: Sequence[TeacherPlan]) -> Iterator[str]:
     rows = [("teacher", "card", "parameters", "licence")]
-    rows += [(t.name, t.card, _millions(t.parameters), t.licence) for t in plan.teachers]
+    rows += [(t.name, t.card, _millions(t.parameters), t.licence) for t in teachers]
     yield from _table(rows)
 
 
@@ -59,7 +76,36 @@ def _totals(plan: Plan) -> Iterator[str]:
     ])  # fmt: skip
 
 
-def _notes(plan: Plan) -> Iterator[str]:
+def _upsampler_flops(plan: UpsamplerPlan) -> Iterator[str]:
+    rows: list[tuple[str, ...]] = [("GFLOP per image", "use", "training", "parameters")]
+    parameters = {
+        "teacher": plan.teacher.parameters,
+        "network": plan.network_parameters,
+        "downsampler": plan.downsampler_parameters,
+        "uncertainty": plan.uncertainty_parameters,
+    }
+    for name, flop in plan.training_flop.items():
+        used = _giga(plan.use_flop[name]) if name in plan.use_flop else "-"
+        if flop:
+            rows.append((name, used, _giga(flop), _millions(parameters[name]) if name in parameters else "-"))
+    rows.append(("total", _giga(sum(plan.use_flop.values())), _giga(sum(plan.training_flop.values())), ""))
+    yield from _table(rows)
+
+
+def _upsampler_totals(plan: UpsamplerPlan) -> Iterator[str]:
+    per_image = plan.encodes + plan.views
+    yield from _table([
+        ("images", f"{plan.images} a step, {plan.images_per_rank} a rank, {plan.micro_batch} a forward"),
+        ("teacher images", f"{plan.encoder_images:,} a step ({per_image} an image), {plan.statistics_images:,} for statistics"),
+        ("time", f"{plan.step_seconds:.3g} s a step, {plan.images_per_second:,.0f} images/s, {_duration(plan.hours)}"),
+        ("GPU-hours", f"{plan.gpu_hours:.2g}" if plan.gpu_hours < 100 else f"{plan.gpu_hours:,.0f}"),
+        ("memory", f"about {plan.memory_gib:.0f} of {plan.gpu_gib:.0f} GiB a GPU"),
+        ("disk", f"{plan.disk_gib:.1f} GiB for checkpoints"),
+        ("run folder", plan.run),
+    ])  # fmt: skip
+
+
+def _notes(plan: Plan | UpsamplerPlan) -> Iterator[str]:
     for note in plan.notes:
         yield f"note: {note}"
 

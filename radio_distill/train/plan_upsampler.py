@@ -1,0 +1,216 @@
+"""`radio-distill plan` of an upsampler's recipe: what its training costs, and what the network costs in use.
+
+Arithmetic as in plan.py; no weights are read.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ..balance import identity
+from ..config.load import load_card
+from ..config.upsampler_recipe import VIEWS, UpsamplerRecipe
+from ..errors import RecipeError
+from ..upsamplers.cost import downsampler_flops, network_flops, uncertainty_flops
+from ..upsamplers.folder import build_downsampler
+from ..upsamplers.map_weights import UncertaintyNet
+from ..upsamplers.sharpener import Sharpener, view_factors
+from .cost import teacher_flops
+from .memory import forward_bytes, teacher_parameters
+from .partition import assign
+from .plan import GIB, RESERVE_GIB, TeacherPlan, gpu_of
+from .run import run_path
+
+__all__ = ["UpsamplerPlan", "plan_upsampler"]
+
+
+@dataclass(frozen=True)
+class UpsamplerPlan:
+    """Everything that can be said about an upsampler's recipe before it runs."""
+
+    name: str
+    title: str
+    run: str
+    gpu: str
+    world_size: int
+    utilisation: float
+    steps: int
+    teacher: TeacherPlan
+    network: str
+    """Kind and factor."""
+    size: int
+    """Side in pixels of the teacher's input."""
+    image_size: int
+    """Side in pixels of the images."""
+    grid: int
+    fine_grid: int
+    encodes: int
+    """Teacher images per image in use: the global view and its tiles."""
+    views: int
+    """Further teacher images per image in training: the jittered views."""
+    images: int
+    """Per step, over all ranks."""
+    images_per_rank: int
+    micro_batch: int
+    network_parameters: int
+    """With the de-bias map."""
+    downsampler_parameters: int
+    uncertainty_parameters: int
+    use_flop: dict[str, float]
+    """Of one image in use: teacher, network, balance."""
+    training_flop: dict[str, float]
+    """Of one image in training: teacher, network, downsampler, uncertainty, balance."""
+    statistics_images: int
+    """Encoded once, before the first step."""
+    step_seconds: float
+    images_per_second: float
+    hours: float
+    gpu_hours: float
+    memory_gib: float
+    """Peak on one GPU."""
+    gpu_gib: float
+    disk_gib: float
+    """For the checkpoints that are kept and the one being written."""
+    notes: tuple[str, ...]
+    """What looks wrong or wasteful."""
+
+    @property
+    def encoder_images(self) -> int:
+        """Teacher images in one step, over all ranks: B * (1 + tiles) + J * B."""
+        return self.images * (self.encodes + self.views)
+
+
+def plan_upsampler(recipe: UpsamplerRecipe, *, world_size: int, gpu: str = "h200", utilisation: float = 0.45) -> UpsamplerPlan:
+    """Work out what the recipe costs on `world_size` GPUs of a kind.
+
+    Raises RecipeError when the images cannot be divided among the ranks, or for an unknown GPU.
+    """
+    rate, gpu_gb = gpu_of(gpu, utilisation)
+    card, network = load_card(recipe.teacher), recipe.network
+    assign(images={VIEWS: recipe.images}, costs={VIEWS: 1.0}, world_size=world_size)
+    per_rank = recipe.images // world_size
+    micro = _micro_batch(recipe, per_rank)
+    grid, width = recipe.size // card.input.patch, card.output.features
+    sharpener, downsampler, uncertainty = _modules(recipe, width, grid)
+    encodes = sum(factor**2 for factor in view_factors(network))
+    use, training = _flops(recipe, encodes)
+    statistics = 0 if recipe.balance.path else recipe.balance.window * recipe.images
+    step_seconds = sum(training.values()) * per_rank / (rate * utilisation)
+    ahead_seconds = statistics / world_size * teacher_flops(card, recipe.size) / (rate * utilisation)
+    hours = (step_seconds * recipe.optim.steps + ahead_seconds) / 3600
+    trained = sharpener + downsampler + uncertainty
+    memory = _memory_bytes(recipe, encodes, trained, micro) / GIB + RESERVE_GIB
+    gpu_gib = gpu_gb * 1e9 / GIB
+    return UpsamplerPlan(
+        name=recipe.name,
+        title=recipe.title,
+        run=str(run_path(recipe)),
+        gpu=gpu,
+        world_size=world_size,
+        utilisation=utilisation,
+        steps=recipe.optim.steps,
+        teacher=TeacherPlan(recipe.teacher, card.name, card.licence, teacher_parameters(card)),
+        network=f"{network.factor}x {network.kind}",
+        size=recipe.size,
+        image_size=recipe.image_size,
+        grid=grid,
+        fine_grid=grid * network.factor,
+        encodes=encodes,
+        views=recipe.jitter.views,
+        images=recipe.images,
+        images_per_rank=per_rank,
+        micro_batch=micro,
+        network_parameters=sharpener,
+        downsampler_parameters=downsampler,
+        uncertainty_parameters=uncertainty,
+        use_flop=use,
+        training_flop=training,
+        statistics_images=statistics,
+        step_seconds=step_seconds,
+        images_per_second=recipe.images / step_seconds,
+        hours=hours,
+        gpu_hours=hours * world_size,
+        memory_gib=memory,
+        gpu_gib=gpu_gib,
+        disk_gib=20 * trained * (recipe.checkpoint.keep_last + 1) / GIB,
+        notes=tuple(_notes(recipe, memory, gpu_gib, micro)),
+    )
+
+
+def _micro_batch(recipe: UpsamplerRecipe, per_rank: int) -> int:
+    micro = min(recipe.micro_batch or per_rank, per_rank)
+    if per_rank % micro:
+        best = max(size for size in range(1, micro + 1) if per_rank % size == 0)
+        raise RecipeError(f"micro_batch={micro} does not divide the {per_rank} images of a rank; use {best}")
+    return micro
+
+
+def _modules(recipe: UpsamplerRecipe, width: int, grid: int) -> tuple[int, int, int]:
+    """Parameters of sharpener, downsampler and uncertainty network, built without memory."""
+    with torch.device("meta"):
+        parts: list[nn.Module | None] = [
+            Sharpener(recipe.network, width, (grid, grid), identity(width)),
+            build_downsampler(recipe.downsampler, width, reference=recipe.network.reference),
+            UncertaintyNet(width) if recipe.loss.uncertainty else None,
+        ]
+    sharpener, downsampler, uncertainty = (sum(p.numel() for p in part.parameters()) if part else 0 for part in parts)
+    return sharpener, downsampler, uncertainty
+
+
+def _flops(recipe: UpsamplerRecipe, encodes: int) -> tuple[dict[str, float], dict[str, float]]:
+    """FLOP of one image: in use, and in training (backward costs two forwards; the uncertainty network hands none on)."""
+    card, views, factor = load_card(recipe.teacher), recipe.jitter.views, recipe.network.factor
+    width, grid = card.output.features, recipe.size // card.input.patch
+    teacher, network = teacher_flops(card, recipe.size), network_flops(recipe.network, width, grid, card.input.patch)
+    reduce = downsampler_flops(recipe.downsampler, width, grid * factor, grid)
+    rotation = 2.0 * grid**2 * width**2
+    use = {"teacher": encodes * teacher, "network": network, "balance": (encodes + factor**2) * rotation}
+    training = {
+        "teacher": (encodes + views) * teacher,
+        "network": 3 * network,
+        "downsampler": 3 * views * reduce,
+        "uncertainty": 2 * uncertainty_flops(width, grid * factor) if recipe.loss.uncertainty else 0.0,
+        "balance": (encodes + views) * rotation,
+    }
+    return use, training
+
+
+def _memory_bytes(recipe: UpsamplerRecipe, encodes: int, trained: int, images: int) -> float:
+    """Peak on one GPU, an estimate: teacher, fp32 weights with gradient and moments, and the maps kept for the backward pass."""
+    card, views, factor = load_card(recipe.teacher), recipe.jitter.views, recipe.network.factor
+    width, grid = card.output.features, recipe.size // card.input.patch
+    value = 2 if recipe.engine.precision == "bf16" else 4
+    teacher_value = 2 if recipe.engine.teacher_precision == "bf16" else 4
+    state = teacher_value * teacher_parameters(card) + (20 if recipe.ema.decay else 16) * trained
+    encoded = images * max(encodes, views)
+    teacher = forward_bytes(card, recipe.size, min(encoded, recipe.chunk or encoded), teacher_value)
+    fine, coarse = (grid * factor) ** 2 * width, grid**2 * width
+    network = value * (grid * factor) ** 2 * _kept_channels(recipe, width)
+    # of every view, fp32: its target, the warped map, the smoothed one, and the windows that the downsampler unfolds
+    seen = 4 * views * (coarse + 2 * fine + recipe.downsampler.kernel**2 * coarse)
+    return state + teacher + images * (network + seen + 4 * (encodes * coarse + 2 * fine))
+
+
+def _kept_channels(recipe: UpsamplerRecipe, width: int) -> int:
+    """Channels per output cell that the network keeps for its backward pass: what goes into and comes out of every Linear."""
+    with torch.device("meta"):
+        network = Sharpener(recipe.network, width, (1, 1), identity(width)).network
+    linears = [m for m in network.modules() if isinstance(m, nn.Linear)] if network is not None else []
+    return sum(m.in_features + m.out_features for m in linears) + 4 * width * len(recipe.network.inputs)
+
+
+def _notes(recipe: UpsamplerRecipe, memory_gib: float, gpu_gib: float, micro: int) -> list[str]:
+    optim, notes = recipe.optim, []
+    if memory_gib > gpu_gib:
+        advice = "set a smaller chunk (teacher images in one forward)" if micro == 1 else "set a smaller micro_batch, or chunk"
+        notes.append(f"about {memory_gib:.0f} GiB are needed and the GPU has {gpu_gib:.0f}; {advice}")
+    if optim.warmup >= optim.steps:
+        notes.append(f"the learning rate never reaches its peak: optim.warmup {optim.warmup} >= optim.steps {optim.steps}")
+    if recipe.network.kind in ("bilinear", "tile", "s2") and not recipe.network.debias:
+        notes.append(f"network.kind {recipe.network.kind!r} without network.debias: nothing but the downsampler learns")
+    if not recipe.data.sources:
+        notes.append("no images yet: upsampler needs data.sources.NAME.path=...")
+    return notes
