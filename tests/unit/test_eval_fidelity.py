@@ -1,0 +1,184 @@
+"""The fidelity suite: what is measured, that it depends on nothing else, the tables beside the paper's, the command line."""
+
+import json
+import logging
+
+import numpy as np
+import pytest
+import torch
+from conftest import golden_cases
+from made_upsampler import made, make
+
+from radio_distill.align import resize_map
+from radio_distill.config.upsampler import Network
+from radio_distill.data.jitter import draw_matrices, warp_views
+from radio_distill.errors import CheckpointError
+from radio_distill.eval.__main__ import main, read
+from radio_distill.eval.fidelity import FIRST_SEED, FidelityProtocol, Measured, measure, to_results
+from radio_distill.eval.fidelity_tables import load_suite, method, render
+from radio_distill.eval.held_out import HeldOut
+from radio_distill.teachers.base import load_teacher
+from radio_distill.upsamplers.homography import covered, warp
+
+PROTOCOL = FidelityProtocol(images=3, batch=2, fine=2, levels=(2,))
+
+
+def values(protocol=PROTOCOL, **models):
+    found = measure(models, HeldOut("toy", protocol.images), protocol)
+    return {m.model: m.values for m in found}
+
+
+def pairs(saved):
+    """Raw predictions and targets of all valid cells with the bias map and without, one image and one view after the other."""
+    teacher, sharpener = load_teacher(saved.card), saved.sharpener
+    for i in range(PROTOCOL.images):
+        fine = HeldOut("toy", 3).images(i, i + 1, 2 * saved.size)
+        matrices = draw_matrices(torch.tensor([FIRST_SEED + i]), PROTOCOL.jitter, (12, 12))
+        seen = warp_views(fine, matrices, (84, 84))
+        high = sharpener(teacher.forward, teacher.normalize(resize_map(fine, (168, 168))), (84, 84)).high_BCHW
+        for matrix, view in zip(matrices.float(), seen):
+            balanced = sharpener.balancer.forward(teacher.encode(view).features_BCHW)
+            pred = saved.downsampler(warp(high, matrix, (24, 24)), (12, 12))
+            bias, cells = sharpener.bias_buffer.buffer, covered(matrix, (12, 12))[0, 0]
+            for x in ((pred, balanced + bias), (pred - bias, balanced)):
+                yield [sharpener.denormalize(m)[0, :, cells].T.double().numpy() for m in x]
+
+
+def test_fidelity_is_total_variance_over_total_error_in_raw_units():
+    saved = made(factor=2)
+    got = values(model=saved)["model"]
+    found = list(pairs(saved))
+    for name, chosen in (("fidelity", found[::2]), ("fidelity_plain", found[1::2])):
+        pred, target = (np.concatenate(x) for x in zip(*chosen))
+        assert got[name] == pytest.approx(((target - target.mean(0)) ** 2).sum() / ((pred - target) ** 2).sum(), rel=1e-4)
+
+
+def test_plain_fidelity_has_the_same_error_and_the_teachers_own_variance():
+    """A constant added to the bias map must change neither number; a pattern changes the variance of the own targets alone."""
+    flat, pattern = made(kind="bilinear"), made(kind="bilinear")
+    flat.sharpener.bias_buffer.buffer.fill_(3.0)
+    none = values(a=made(kind="bilinear", debias=False))["a"]
+    got = values(a=flat)["a"]
+    assert got["fidelity"] == pytest.approx(none["fidelity"], rel=1e-4)
+    assert got["fidelity_plain"] == pytest.approx(none["fidelity"], rel=1e-4)
+    pattern.sharpener.bias_buffer.buffer.normal_(std=2.0)
+    got = values(a=pattern)["a"]
+    assert got["fidelity"] > 2 * got["fidelity_plain"]
+
+
+def test_no_number_depends_on_what_else_is_measured():
+    alone = values(a=made(factor=2))
+    together = values(b=made(factor=1, kind="tile"), a=made(factor=2), c=made("toy_dino", kind="s2", factor=2))
+    assert together["a"] == alone["a"]
+    assert list(together) == ["b", "a", "c"]
+
+
+def test_teachers_encode_shared_views_once(monkeypatch):
+    from radio_distill.teachers.base import Teacher
+
+    counts, forward = [], Teacher.forward
+
+    def counted(self, pixels):
+        counts.append(len(pixels))
+        return forward(self, pixels)
+
+    monkeypatch.setattr(Teacher, "forward", counted)
+    values(a=made(factor=2), b=made(factor=2, mixer="linear"), c=made(factor=2, kind="s2"))
+    assert counts == [2 * 5, 2 * 5, 5, 5]  # 5 views, and global view with 4 tiles; of 2 images, then of 1 (in either order)
+
+
+def test_the_published_downsampler_drops_nothing_here():
+    saved = made(factor=2, inputs=("jbu", "tiles"), reference=True)
+    assert values(a=saved) == values(a=saved)
+
+
+def test_over_tiling_is_measured_where_the_teacher_takes_larger_images(caplog):
+    caplog.set_level(logging.INFO)
+    got = values(dino=made("toy_dino", kind="bilinear"), clip=made("toy_clip", kind="bilinear"))
+    assert got["dino"]["overtiling_2"] > 0
+    assert "overtiling_2" not in got["clip"]
+    assert "toy_clip takes 84 px only: over-tiling is not measured" in caplog.text
+
+
+def test_results_carry_their_protocol():
+    rows = measure({"runs/a": made(kind="bilinear")}, HeldOut("toy", 3), PROTOCOL)
+    results = to_results(rows, HeldOut("toy", 3), PROTOCOL)
+    assert {r.task for r in results} == {"toy_clip/2x/bilinear"}
+    assert {r.metric for r in results if r.higher_is_better} == {"fidelity", "fidelity_plain", "fidelity_published"}
+    assert {(r.suite, r.model, r.dataset, r.count, r.resolution) for r in results} == {
+        ("fidelity", "runs/a", "toyworld", 3, 84)
+    }
+    assert {r.config_hash for r in results} == {PROTOCOL.digest} != {FidelityProtocol().digest}
+
+
+def row(name, fidelity, *, teacher="toy_clip", steps=100, **network):
+    numbers = {"fidelity": fidelity, "fidelity_plain": fidelity - 0.5, "tv": 0.05, "crf": 0.2, "mmd": -0.001}
+    return Measured(name, teacher, 84, Network(**network), steps, numbers)
+
+
+def table(text, number):
+    """Row -> column -> cell."""
+    part = text.split(f"### Table {number}:")[1].split("\n\n")[1]
+    head, _, *lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in part.splitlines()]
+    assert all(len(line) == len(head) for line in lines)
+    return {line[0]: dict(zip(head[1:], line[1:])) for line in lines}
+
+
+def test_tables_put_ours_beside_the_papers():
+    text = render(
+        [
+            row("a", 2.0), row("b", 3.0), row("c", 1.5, debias=False), row("d", 1.25, debias=False),
+            row("e", 1.75, inputs=("bilinear", "jbu", "tiles")), row("f", 1.0, kind="bilinear", factor=4),
+            row("g", 4.0, mixer="linear", window=5),
+        ]
+    )  # fmt: skip
+    gains = table(text, 7)
+    assert gains["toy_clip, Bilinear + Tiles, 100 steps"]["FeatSharp 2x"] == "1.125 +- 0.884 (2 runs)"
+    assert gains["toy_clip, Bilinear + Tiles, 100 steps, plain"]["FeatSharp 2x"] == "1.125 +- 0.884 (2 runs)"
+    assert gains["SAM-H (paper)"]["FeatUp 4x"] == "-"
+    inputs = table(text, 8)
+    assert inputs["Bilinear + Tiles"]["SigLIP fidelity (paper)"] == "1.470"
+    assert inputs["Bilinear + Tiles"]["toy_clip 2x, 100 steps fidelity"] == "2.500 +- 0.707 (2 runs)"
+    assert inputs["Bilinear First"]["toy_clip 2x, 100 steps TV"] == "0.0500"
+    assert inputs["Bilinear + Tiles, no de-bias"]["RADIO CRF (paper)"] == "-"
+    assert table(text, 9)["Bilinear"]["toy_clip 4x, 100 steps MMD"] == "-0.0010"
+    blocks = table(text, 10)
+    assert blocks["Linear"]["toy_clip 2x, 100 steps, Bilinear + Tiles, window 5"] == "4.000"
+    assert blocks["Attention + MLP"]["RADIO 4x long (paper)"] == "5.711"
+
+
+def test_tables_without_anything_measured_are_left_out():
+    text = render([row("a", 2.0, kind="tile")])
+    assert "### Table 8" in text
+    assert not any(f"### Table {n}:" in text for n in (7, 9, 10))
+
+
+def test_methods_are_named_after_what_they_do():
+    assert method(Network()) == "Bilinear + Tiles"
+    assert method(Network(inputs=("jafar", "tiles"), norm=False, reference=True)) == "JAFAR + Tiles, no norm, reference"
+    assert method(Network(kind="s2", beta=0.25, debias=False)) == "S2 alone, no de-bias, beta 0.25"
+
+
+@pytest.mark.parametrize("path", golden_cases("metrics/published_tables*.json"), ids=lambda p: p.stem)
+def test_published_figures_are_the_papers(path):
+    published = json.loads(path.read_text())["tables"]
+    for number, ours in load_suite().tables.items():
+        theirs = published[f"table{number}"]
+        assert [list(figures) for figures in ours.rows.values()] == list(theirs["rows"].values())
+        assert len(ours.columns) == len(theirs["columns"])
+        assert set(ours.ours.values()) <= set(ours.rows)
+
+
+def test_the_command_line_prints_tables_and_appends_results(tmp_path, capsys):
+    model = make(tmp_path / "clip", kind="bilinear")
+    assert main(["--suite", "fidelity", "--model", model, "--limit", "2", "--out", str(tmp_path / "r.jsonl")]) == 0
+    assert "Bilinear alone" in capsys.readouterr().out
+    assert {r.model for r in read(tmp_path / "r.jsonl")} == {model}
+
+
+def test_wrong_use_of_the_command_line_is_told(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["--suite", "fidelity", "--model", "a", "--resolution", "96"])
+    assert "--resolution has no effect in suite fidelity, only in toy; leave it out" in capsys.readouterr().err
+    with pytest.raises(CheckpointError, match=r"holds no checkpoint; expected a run folder"):
+        main(["--suite", "fidelity", "--model", str(tmp_path)])
