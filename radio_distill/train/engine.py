@@ -55,10 +55,15 @@ class Engine:
 
         config = deepspeed_config(recipe)
         optimizer = make_optimizer(task, recipe.optim, zero=recipe.engine.zero, groups=groups)
+        scalars = [p for p in task.parameters() if p.ndim == 0]  # DeepSpeed's broadcast cannot take them as they are
+        for p in scalars:
+            p.data = p.data.view(1)
         try:
             wrapped, *_ = deepspeed.initialize(model=task, optimizer=optimizer, config=config, dist_init_required=False)
         except ValidationError as error:
             raise RecipeError(f"DeepSpeed does not accept engine.deepspeed={recipe.engine.deepspeed}: {error}") from error
+        for p in scalars:
+            p.data = p.data.view(())
         if isinstance(optimizer, Lamb) and recipe.engine.zero in (1, 2):
             optimizer.attach_zero(wrapped.optimizer)
         return cls(wrapped, optimizer, recipe.optim, world, zero=recipe.engine.zero, micro_steps=micro_steps)
