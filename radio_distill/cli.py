@@ -111,6 +111,10 @@ def _add_commands_that_train(commands: Any) -> None:
     _add_recipe(upsampler)
     upsampler.add_argument("--ranks", type=_positive, default=1, help="processes to start on this machine (1)")
     _add(commands, "eval", "score checkpoints, exports and teachers on a suite (eval --help tells more)", add_help=False)
+    viz = _add(commands, "viz", "draw what upsamplers make of some images: principal components as colours")
+    viz.add_argument("upsamplers", nargs="+", metavar="upsampler", help="run folder, checkpoint or folder of an upsampler")
+    viz.add_argument("--images", required=True, help="folder of images, shards, one image, or toy (generated scenes)")
+    viz.add_argument("--out", required=True, help="picture to write, FILE.png")
     report = _add(commands, "report", "write a run's report: curves, results, pictures")
     report.add_argument("run", help="run folder")
 
@@ -228,6 +232,12 @@ def _eval(arguments: argparse.Namespace) -> int:
     return evaluate(arguments.overrides)
 
 
+def _viz(arguments: argparse.Namespace) -> int:
+    from .viz_command import main as viz
+
+    return viz(arguments.upsamplers, arguments.images, arguments.out)
+
+
 def _report(arguments: argparse.Namespace) -> int:
     from .eval.report import main as report
 
@@ -245,5 +255,6 @@ HANDLERS: dict[str, Callable[[argparse.Namespace], int]] = {
     "train": _train,
     "upsampler": _upsampler,
     "eval": _eval,
+    "viz": _viz,
     "report": _report,
 }

@@ -6,6 +6,7 @@ Shapes: B images, C channels, H W.
 from __future__ import annotations
 
 from pathlib import Path
+from textwrap import fill
 
 import torch
 import torch.nn.functional as F
@@ -33,16 +34,39 @@ def pca_rgb(features_BCHW: Tensor) -> Tensor:
     return y.reshape(b, h, w, 3).permute(0, 3, 1, 2).float()
 
 
-def panel(rows: dict[str, Tensor], *, side: int = 128, gap: int = 4) -> Tensor:
-    """Stack picture rows (B, 3, H, W in [0, 1] each) into one image (3, height, width), every cell `side` px."""
+def panel(rows: dict[str, Tensor], *, side: int = 128, gap: int = 4, labels: bool = True) -> Tensor:
+    """Stack picture rows (B, 3, H, W in [0, 1] each) into one image (3, height, width), every cell `side` px.
+
+    labels: write the name of every row to its left.
+    """
+    names = _labels(list(rows), side + gap) if labels else [torch.ones(3, side + gap, 0)] * len(rows)
     lines = []
-    for images in rows.values():
+    for name, images in zip(names, rows.values()):
         cells = F.interpolate(images.float().cpu(), size=(side, side), mode="nearest")
         line = torch.ones(3, side + gap, images.shape[0] * (side + gap))
         for i, cell in enumerate(cells):
             line[:, :side, i * (side + gap) : i * (side + gap) + side] = cell
-        lines.append(line)
+        lines.append(torch.cat([name, line], dim=2))
     return torch.cat(lines, dim=1)
+
+
+def _labels(names: list[str], height: int) -> list[Tensor]:
+    """Names in black on white, (3, height, width) each, of one width."""
+    import numpy as np
+    from PIL import Image, ImageDraw, ImageFont
+
+    font, texts = ImageFont.load_default(LETTER_PX), [fill(name, LINE, break_long_words=False) for name in names]
+    measure = ImageDraw.Draw(Image.new("L", (1, 1)))
+    width = int(max(measure.multiline_textbbox((0, 0), text, font=font)[2] for text in texts)) + LETTER_PX
+    pictures = []
+    for text in texts:
+        picture = Image.new("L", (width, height), 255)
+        ImageDraw.Draw(picture).multiline_text((LETTER_PX // 2, height // 2), text, fill=0, font=font, anchor="lm")
+        pictures.append(torch.from_numpy(np.asarray(picture).copy()).float().expand(3, -1, -1) / 255)
+    return pictures
+
+
+LETTER_PX, LINE = 14, 12  # height of a letter; letters in a line
 
 
 def resize(features_BCHW: Tensor, size: tuple[int, ...]) -> Tensor:

@@ -1,0 +1,80 @@
+"""`radio-distill viz UPSAMPLER [UPSAMPLER ...] --images SOURCE --out FILE.png`: what upsamplers make of some images, as a picture.
+
+Rows: the images; for every teacher its own map, that map resized bilinearly, and the map of each of its upsamplers.
+
+Shapes: B images, C channels, h w the teacher's grid, H W an upsampled grid.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import viz
+from .align import resize_map
+from .errors import DataError
+from .eval.fidelity_tables import method
+from .eval.held_out import HeldOut
+from .teachers.base import load_teacher
+from .upsamplers.folder import SavedUpsampler, load_upsampler
+from .upsamplers.upsampled import Upsampled
+
+__all__ = ["draw_upsamplers", "main"]
+
+CELL_PX, MOST_IMAGES = 224, 6
+
+
+def main(upsamplers: list[str], images: str, out: str) -> int:
+    """Draw at most six images of a folder, of shards or of one file, or `toy` scenes; print where the picture is."""
+    if Path(out).suffix != ".png":
+        raise DataError(f"--out is {out!r}, expected a name that ends in .png")
+    saved = [load_upsampler(path) for path in dict.fromkeys(upsamplers)]
+    data = HeldOut(images, MOST_IMAGES, exact=False)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    viz.save_png(viz.panel(draw_upsamplers(saved, data, device=device), side=CELL_PX), Path(out))
+    print(out)
+    return 0
+
+
+@torch.no_grad()
+def draw_upsamplers(
+    upsamplers: list[SavedUpsampler], data: HeldOut, *, device: torch.device | str = "cpu"
+) -> dict[str, Tensor]:
+    """The rows of the picture: name -> (B, 3, ?, ?) in [0, 1].
+
+    The maps of one teacher are drawn in its own units with one set of principal components, so that equal colours mean equal
+    features.
+    """
+    groups: dict[tuple[object, ...], list[SavedUpsampler]] = {}
+    for saved in upsamplers:
+        groups.setdefault((saved.card.name, saved.card.source, saved.card.revision, saved.size), []).append(saved)
+    rows = {"image": data.images(0, data.count, CELL_PX)}
+    for group in groups.values():
+        rows |= _rows_of_teacher(group, data, device)
+    return rows
+
+
+def _rows_of_teacher(group: list[SavedUpsampler], data: HeldOut, device: torch.device | str) -> dict[str, Tensor]:
+    teacher, size, name = load_teacher(group[0].card).to(device), group[0].size, group[0].card.name
+    finest = max(saved.factor for saved in group)
+    large = data.images(0, data.count, finest * size).to(device)
+    low = teacher.encode(resize_map(large, (size, size))).features_BCHW
+    grid = (finest * low.shape[2], finest * low.shape[3])
+    maps = {f"{name} own": low, f"{name} bilinear": resize_map(low, grid)}
+    for saved in group:
+        model, pixels = Upsampled(teacher, saved), resize_map(large, (saved.factor * size,) * 2)
+        sharp = torch.cat([model.encode(image[None]).features_BCHW for image in pixels])
+        maps[_unused(f"{name} {saved.factor}x {method(saved.network)}", maps)] = sharp
+    same_grid = torch.cat([F.interpolate(m, grid, mode="nearest") for m in maps.values()])
+    return dict(zip(maps, viz.pca_rgb(same_grid).chunk(len(maps))))
+
+
+def _unused(name: str, taken: dict[str, Tensor]) -> str:
+    """The name, with a number where two upsamplers differ only in their weights."""
+    number = 2
+    while name in taken:
+        name, number = f"{name.split(' #')[0]} #{number}", number + 1
+    return name
