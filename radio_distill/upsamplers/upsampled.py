@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..errors import TeacherError
 from ..teachers.base import Teacher, chunked
 from ..types import VisionOutput
 from .folder import SavedUpsampler, check_teacher
@@ -61,12 +62,13 @@ class Upsampled:
         model = Upsampled(load_teacher(load_card("siglip")), load_upsampler("runs/upsampler_siglip_3x"))
         sharp = model.encode(images).features_BCHW
 
-    Raises TeacherError when the upsampler was trained for another teacher.
+    Any network becomes a teacher by a card with a `loader` (docs/teachers.md). Raises TeacherError when the upsampler was
+    trained for another teacher, or for another size of one that takes one size only.
     """
 
     def __init__(self, teacher: Teacher, saved: SavedUpsampler, *, chunk: int | None = None) -> None:
         """chunk: at most this many teacher images (tiles and global views) in one forward; None: all."""
-        check_teacher(saved, teacher.card)
+        check_teacher(saved, teacher.card, saved.size if teacher.card.input.resizable else None)
         self.teacher, self.saved, self.factor = teacher, saved, saved.factor
         self.patch_size = teacher.patch_size
         self._chunk = chunk
@@ -79,16 +81,33 @@ class Upsampled:
 
     @torch.no_grad()
     def encode(self, images_B3HW: Tensor, *, denormalize: bool = True) -> VisionOutput:
-        """Encode images: uint8, or float in [0, 1], of any size and shape; sizes it does not take are resized (antialiased).
+        """Encode images: uint8, or float in [0, 1], of any shape; sizes it does not take are resized (antialiased).
 
         Returns the global view's summary (None where the teacher has none) and the map on `factor` times the teacher's grid;
-        denormalize=False leaves it in the balanced space the network works in.
+        denormalize=False leaves it in the balanced space the network works in. Raises TeacherError for images smaller than a
+        tile, which hold nothing that the teacher does not see at its own size.
         """
         pixels = self.teacher.normalize(images_B3HW)
-        size = self.nearest_size(*pixels.shape[-2:])
-        if tuple(pixels.shape[-2:]) != size:
-            pixels = F.interpolate(pixels, size=size, mode="bilinear", antialias=True, align_corners=False)
+        found, size = (pixels.shape[-2], pixels.shape[-1]), self.nearest_size(*pixels.shape[-2:])
         small = (size[0] // self.factor, size[1] // self.factor)
+        if found[0] < small[0] or found[1] < small[1]:
+            raise TeacherError(
+                f"image of {found[0]}x{found[1]} px is smaller than one tile of {self.teacher.card.name!r} at {self.factor}x "
+                f"({small[0]}x{small[1]} px); give images of about {size[0]}x{size[1]} px, or use the teacher without upsampler"
+            )
+        if found != size:
+            pixels = F.interpolate(pixels, size=size, mode="bilinear", antialias=True, align_corners=False)
         sharp = self._trained.sharpen(chunked(self.teacher, self._chunk), pixels, small)
         high = sharp.high_BCHW.float()
         return VisionOutput(sharp.summary_BC, self._trained.sharpener.denormalize(high) if denormalize else high)
+
+    @torch.no_grad()
+    def summarise(self, images_B3HW: Tensor) -> Tensor:
+        """The teacher's summary (B, C) of the whole images, without upsampling them. Raises TeacherError when it has none."""
+        summary = self.teacher.encode(images_B3HW).summary_BC
+        if summary is None:
+            raise TeacherError(
+                f"teacher {self.teacher.card.name!r} has no summary, only features; "
+                "take their mean over the map, or the summary of another teacher"
+            )
+        return summary

@@ -1,0 +1,18 @@
+"""Entry points of `torch.hub.load`: teachers with upsamplers that were trained with this repository.
+
+model = torch.hub.load(REPOSITORY, "upsampler", "runs/upsampler_siglip_3x", source="local")
+"""
+
+dependencies = ["torch", "torchvision", "safetensors", "pydantic", "yaml"]
+
+
+def upsampler(path, device="cpu", dtype=None, chunk=None):
+    """A trained upsampler around its teacher: `encode(images)` gives the summary and a map `factor` times as fine.
+
+    path: run folder, checkpoint or folder of the upsampler; the teacher's weights come from where its card says.
+    dtype: torch.float32 (the default) or torch.bfloat16. chunk: most teacher images in one forward; None: all.
+    """
+    from radio_distill import Upsampled, load_teacher, load_upsampler
+
+    saved = load_upsampler(path)
+    return Upsampled(load_teacher(saved.card).to(device, dtype), saved, chunk=chunk)

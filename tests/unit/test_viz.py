@@ -1,0 +1,55 @@
+"""Pictures: labelled panels, and the rows of `radio-distill viz`."""
+
+import numpy as np
+import torch
+from made_upsampler import made, make
+from PIL import Image
+
+from radio_distill import viz
+from radio_distill.cli import main
+from radio_distill.eval.held_out import HeldOut
+from radio_distill.viz_command import draw_upsamplers
+
+
+def test_rows_of_a_panel_carry_their_names():
+    rows = {"image": torch.zeros(2, 3, 4, 4), "toy_siglip student": torch.zeros(2, 3, 8, 8)}
+    plain, labelled = viz.panel(rows, side=64, gap=4, labels=False), viz.panel(rows, side=64, gap=4)
+    assert plain.shape == (3, 2 * 68, 2 * 68)
+    column = labelled.shape[2] - plain.shape[2]
+    assert torch.equal(labelled[:, :, column:], plain)
+    names = labelled[:, :, :column].mean(0)
+    ink = [(part < 0.5).sum() for part in names.chunk(2)]
+    assert 0 < ink[0] < ink[1]  # the longer name has more ink
+    assert names[:, 0].min() == names[:, -1].min() == 1  # nothing is cut off
+
+
+def test_one_set_of_colours_for_all_maps_of_a_teacher():
+    upsamplers = [
+        made(kind="bilinear", factor=3, debias=False),
+        made(kind="tile", factor=2),
+        made(kind="tile", factor=2, seed=1),
+    ]
+    rows = draw_upsamplers([*upsamplers, made("toy_dino", kind="bilinear")], HeldOut("toy", 2))
+    assert list(rows) == [
+        "image", "toy_clip own", "toy_clip bilinear", "toy_clip 3x Bilinear alone, no de-bias", "toy_clip 2x Tiles alone",
+        "toy_clip 2x Tiles alone #2", "toy_dino own", "toy_dino bilinear", "toy_dino 2x Bilinear alone",
+    ]  # fmt: skip
+    assert {tuple(picture.shape) for name, picture in rows.items() if "clip" in name} == {(2, 3, 36, 36)}
+    assert torch.allclose(rows["toy_clip bilinear"], rows["toy_clip 3x Bilinear alone, no de-bias"], atol=1e-3)
+    assert (rows["toy_clip 2x Tiles alone"] - rows["toy_clip 2x Tiles alone #2"]).abs().max() > 0.01
+
+
+def test_the_command_draws_a_file(tmp_path, capsys):
+    Image.fromarray(np.full((90, 120, 3), 99, np.uint8)).save(tmp_path / "a.png")
+    model, out = make(tmp_path / "u", kind="bilinear"), tmp_path / "new" / "v.png"
+    assert main(["viz", model, "--images", str(tmp_path / "a.png"), "--out", str(out)]) == 0
+    assert capsys.readouterr().out == f"{out}\n"
+    assert Image.open(out).height == 4 * 228  # image, own map, bilinear, upsampler
+
+
+def test_what_the_command_cannot_draw_is_told(tmp_path, capsys):
+    model = make(tmp_path / "u", kind="bilinear")
+    assert main(["viz", model, "--images", "toy", "--out", "v.jpg"]) == 2
+    assert "--out is 'v.jpg', expected a name that ends in .png" in capsys.readouterr().err
+    assert main(["viz", model, "--images", str(tmp_path / "none"), "--out", "v.png"]) == 2
+    assert "does not exist" in capsys.readouterr().err
