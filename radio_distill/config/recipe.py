@@ -79,7 +79,7 @@ class Start(Fields):
     kind: Literal["scratch", "timm", "radio", "run"] = "scratch"
     """Where the weights come from: nowhere, a timm checkpoint, a RADIO checkpoint (reference or transformers layout), a run."""
     source: str = ""
-    """timm name or local file; RADIO file, folder or hub id; run folder."""
+    """timm name or file (local, or beside the shipped recipes); RADIO file, folder or hub id; run folder."""
     ema: bool = True
     """Start from the EMA weights where the source has them."""
 

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import CheckpointError
-from ..paths import expand
+from ..paths import data_path, expand
 from .checkpoints import open_student, read_tensors
 from .damp import apply_damp
 from .keys import canonical
@@ -104,7 +104,8 @@ def _check_same_function(student: Student, source: Student) -> None:
 
 def _from_timm(student: Student, source: str) -> dict[str, Tensor]:
     """A timm ViT's state under our names. Its position code and bias of a class token or patch go where they are equal."""
-    state = read_tensors(Path(source)) if Path(source).is_file() else _timm_state(source)
+    found = next((path for path in (Path(source), data_path("recipes") / source) if path.is_file()), None)
+    state = read_tensors(found) if found else _timm_state(source)
     if "patch_embed.proj.weight" not in state or "norm_pre.weight" in state:
         raise CheckpointError(
             f"{source} is not a plain timm ViT (patch_embed.proj, no norm_pre); choose another or start.kind=radio"

@@ -16,6 +16,7 @@ import json
 import os
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -55,15 +56,11 @@ class Engine:
 
         config = deepspeed_config(recipe)
         optimizer = make_optimizer(task, recipe.optim, zero=recipe.engine.zero, groups=groups)
-        scalars = [p for p in task.parameters() if p.ndim == 0]  # DeepSpeed's broadcast cannot take them as they are
-        for p in scalars:
-            p.data = p.data.view(1)
         try:
-            wrapped, *_ = deepspeed.initialize(model=task, optimizer=optimizer, config=config, dist_init_required=False)
+            with mock.patch.object(deepspeed.DeepSpeedEngine, "_broadcast_model", _broadcast):
+                wrapped, *_ = deepspeed.initialize(model=task, optimizer=optimizer, config=config, dist_init_required=False)
         except ValidationError as error:
             raise RecipeError(f"DeepSpeed does not accept engine.deepspeed={recipe.engine.deepspeed}: {error}") from error
-        for p in scalars:
-            p.data = p.data.view(())
         if isinstance(optimizer, Lamb) and recipe.engine.zero in (1, 2):
             optimizer.attach_zero(wrapped.optimizer)
         return cls(wrapped, optimizer, recipe.optim, world, zero=recipe.engine.zero, micro_steps=micro_steps)
@@ -254,6 +251,15 @@ def _read_summary(path: Path) -> _Summary:
         raise CheckpointError(
             f"{path} has no {SUMMARY}: it is no checkpoint, or its writing was interrupted; resume from another one"
         ) from error
+
+
+def _broadcast(wrapped: Any) -> None:
+    """Start all ranks from rank 0's weights. DeepSpeed's own broadcasts bytes, which torch refuses for tensors without a
+    dimension (joint bilateral upsampling has such parameters)."""
+    if wrapped.zero_optimization_partition_weights():
+        return  # ZeRO-3 has cut the weights already
+    for x in [*wrapped.module.parameters(), *wrapped.module.buffers()]:
+        dist.broadcast(x.data, 0)
 
 
 def _family(zero: int) -> str:
