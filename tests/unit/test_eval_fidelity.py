@@ -128,7 +128,7 @@ def test_tables_put_ours_beside_the_papers():
     text = render(
         [
             row("a", 2.0), row("b", 3.0), row("c", 1.5, debias=False), row("d", 1.25, debias=False),
-            row("e", 1.75, inputs=("bilinear", "jbu", "tiles")), row("f", 1.0, kind="bilinear", factor=4),
+            row("e", 1.75, inputs=("bilinear", "jbu", "tiles")), row("f", 1.0, kind="bilinear", factor=4, debias=False),
             row("g", 4.0, mixer="linear", window=5),
         ]
     )  # fmt: skip
