@@ -13,11 +13,14 @@ from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
-from .config.load import cards_of, load_recipe
-from .config.recipe import Recipe
-from .errors import RadioDistillError
+from .config.cards import TeacherCard
+from .config.load import cards_of, list_recipes, load_any, load_card, load_upsampler_recipe
+from .config.recipe import Debias, Job, Recipe, Trained
+from .config.upsampler_recipe import AnyRecipe, UpsamplerRecipe
+from .errors import CheckpointError, RadioDistillError
 from .listing import cached_weights, how_to_get, hub_id, local_weights, make_table, wide_console
 from .paths import cache_dir, expand
+from .train.run import run_path
 
 __all__ = ["Finding", "examine_machine", "examine_recipe", "main"]
 
@@ -38,7 +41,7 @@ def main(recipe: str | None, overrides: Sequence[str] = ()) -> int:
     """Print the findings; 1 when something is missing that the recipe needs, else 0."""
     findings = list(examine_machine())
     if recipe is not None:
-        findings += examine_recipe(load_recipe(recipe, overrides))
+        findings += examine_recipe(load_any(recipe, overrides))
     table = make_table("", "what state", "detail")
     for finding in findings:
         table.add_row(finding.what, "MISSING" if finding.missing else "ok", finding.text)
@@ -68,12 +71,15 @@ def examine_machine() -> Iterator[Finding]:
     yield Finding("environment", ", ".join(f"{name}={os.environ.get(name, '(not set)')}" for name in VARIABLES))
 
 
-def examine_recipe(recipe: Recipe) -> Iterator[Finding]:
-    """What the recipe asks for: teachers, start, balancers, images, packages, disk."""
-    for name, card in cards_of(recipe).items():
+def examine_recipe(recipe: AnyRecipe) -> Iterator[Finding]:
+    """What the recipe asks for: teachers, upsamplers, start, balancers, images, packages, disk."""
+    cards = cards_of(recipe) if isinstance(recipe, Recipe) else {recipe.teacher: load_card(recipe.teacher)}
+    for name, card in cards.items():
         path = local_weights(card)
         yield Finding(f"teacher {name}", str(path) if path else how_to_get(card), missing=path is None)
-    yield from _start(recipe)
+    if isinstance(recipe, Recipe):
+        yield from _upsamplers(recipe, cards)
+        yield from _start(recipe)
     if recipe.balance.path:
         path = Path(expand(recipe.balance.path))
         text = str(path) if path.is_dir() else f"no folder {path}; make it with `radio-distill stats`"
@@ -81,6 +87,38 @@ def examine_recipe(recipe: Recipe) -> Iterator[Finding]:
     yield from _images(recipe)
     yield from _packages(recipe)
     yield _disk(recipe)
+
+
+def _upsamplers(recipe: Recipe, cards: dict[str, TeacherCard]) -> Iterator[Finding]:
+    """Of every trained upsampler whether it is here and made for its teacher; each place of weights once."""
+    from .upsamplers.base import trained_upsampler
+
+    views = [(name, view) for part in recipe.partitions.values() for name, view in part.teachers.items()]
+    found: dict[tuple[str, str], Finding] = {}
+    for name, view in views:
+        spec, card = view.upsampler, cards[name]
+        if not isinstance(spec, Trained | Debias):
+            continue
+        what = f"upsampler {name}"
+        try:
+            made = trained_upsampler(spec, card, view.size or card.input.size)
+            text = f"{spec.weights}: {made.factor}x {made.saved.network.kind}, step {made.saved.provenance.get('step', '?')}"
+            finding = Finding(what, text)
+        except CheckpointError as error:
+            finding = Finding(what, f"{error}; {_how_to_train(spec, card)}", missing=True)
+        except RadioDistillError as error:
+            finding = Finding(what, str(error), missing=True)
+        if finding.missing or (name, spec.weights) not in found:
+            found[name, spec.weights] = finding
+    yield from found.values()
+
+
+def _how_to_train(spec: Trained | Debias, card: TeacherCard) -> str:
+    """The command that makes the weights: by the shipped recipe whose run they are, else by one to be written."""
+    for name in list_recipes(UpsamplerRecipe):
+        if run_path(load_upsampler_recipe(name)) == Path(spec.weights):
+            return f"train it: radio-distill upsampler {name} data.sources.NAME.path=..."
+    return f"train one for it: radio-distill upsampler RECIPE teacher={card.name} run={spec.weights}"
 
 
 def _start(recipe: Recipe) -> Iterator[Finding]:
@@ -101,7 +139,7 @@ def _start(recipe: Recipe) -> Iterator[Finding]:
     yield Finding(f"start from {start.kind}", str(found) if found else advice, missing=found is None)
 
 
-def _images(recipe: Recipe) -> Iterator[Finding]:
+def _images(recipe: Job) -> Iterator[Finding]:
     from .data.reading import ShardError, read_shard
     from .data.sources import list_source
 
@@ -123,9 +161,13 @@ def _images(recipe: Recipe) -> Iterator[Finding]:
         yield Finding(f"images {name}", text, missing=empty)
 
 
-def _packages(recipe: Recipe) -> Iterator[Finding]:
+def _packages(recipe: AnyRecipe) -> Iterator[Finding]:
     wanted = {
-        "flash_attn": ("flash", recipe.student.attention == "flash", "or set student.attention=sdpa"),
+        "flash_attn": (
+            "flash",
+            isinstance(recipe, Recipe) and recipe.student.attention == "flash",
+            "or set student.attention=sdpa",
+        ),
         "wandb": ("wandb", recipe.log.wandb is not None, "or set log.wandb=null"),
         "tensorboard": ("tensorboard", recipe.log.tensorboard, "or set log.tensorboard=false"),
     }
@@ -136,14 +178,17 @@ def _packages(recipe: Recipe) -> Iterator[Finding]:
             yield Finding(f"package {module}", text, missing=not here)
 
 
-def _disk(recipe: Recipe) -> Finding:
+def _disk(recipe: AnyRecipe) -> Finding:
     from .train.cost import student_of
     from .train.memory import checkpoint_bytes
-    from .train.run import run_path
+    from .train.plan_upsampler import plan_upsampler
 
     folder = run_path(recipe)
     free = _free_gib(folder)
-    needed = checkpoint_bytes(student_of(recipe)) * (recipe.checkpoint.keep_last + 1) / 2**30
+    if isinstance(recipe, Recipe):
+        needed = checkpoint_bytes(student_of(recipe)) * (recipe.checkpoint.keep_last + 1) / 2**30
+    else:
+        needed = plan_upsampler(recipe, world_size=1).disk_gib
     text = f"{folder}: {free:.0f} GiB free, {needed:.1f} GiB needed for checkpoints"
     return Finding("disk", text if free > needed else f"{text}; free some, or set run=", missing=free <= needed)
 

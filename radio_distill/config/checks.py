@@ -9,7 +9,8 @@ from ..errors import CardError
 from .cards import TeacherCard
 from .document import KeyPath, Problem
 from .messages import did_you_mean
-from .recipe import Bilinear, Data, Job, Partition, Recipe, Teacher, TeacherView
+from .recipe import S2, Bilinear, Data, Debias, Job, Partition, Recipe, Teacher, TeacherView, Tile, Trained
+from .upsampler import ENLARGING
 
 __all__ = ["check_recipe", "data_problems", "patch_size", "ranges", "summary_weight"]
 
@@ -114,8 +115,22 @@ def _view(recipe: Recipe, partition: Partition, name: str, view: TeacherView, ca
     elif size < patch or size % patch:
         fitting = max(1, round(size / patch)) * patch
         yield Problem(f"teacher {name!r} at {size} px: no multiple of its patch {patch}; nearest is {fitting}", (*path, "size"))
+    yield from _upsampler(name, view, path)
     if view.mosaic:
         yield from _mosaic(recipe, partition, name, card, path)
+
+
+def _upsampler(name: str, view: TeacherView, path: KeyPath) -> Found:
+    spec, here = view.upsampler, (*path, "upsampler")
+    if isinstance(spec, Trained | Debias) and not spec.weights:
+        text = f"teacher {name!r}: its upsampler's weights are '', expected the run folder of an upsampler"
+        yield Problem(text, (*here, "weights"))
+    if isinstance(spec, Tile | S2) and spec.factor == 1:
+        text = f"teacher {name!r}: {spec.kind!r} of factor 1 encodes the same view twice; use bilinear, or factor 2 or more"
+        yield Problem(text, (*here, "factor"))
+    if isinstance(spec, Trained) and spec.factor == 1 and spec.kind in ENLARGING:
+        text = f"teacher {name!r}: kind {spec.kind!r} only enlarges; use factor 2 or more, or kind 'featsharp'"
+        yield Problem(text, (*here, "factor"))
 
 
 def _mosaic(recipe: Recipe, partition: Partition, name: str, card: TeacherCard, path: KeyPath) -> Found:

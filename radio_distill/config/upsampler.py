@@ -10,9 +10,12 @@ from pydantic import Field
 from .cards import Fields
 from .document import KeyPath, Problem
 
-__all__ = ["Network", "check_network"]
+__all__ = ["ENLARGING", "Network", "check_network"]
 
 Input = Literal["jbu", "bilinear", "tiles", "rgb", "jafar", "resfu", "naf"]
+
+ENLARGING = ("featup", "sapa", "resfu", "naf")
+"""Kinds that cannot keep the teacher's grid."""
 
 FUSION_ONLY = ("progressive", "inputs", "mixer", "window", "position", "norm", "hidden")
 
@@ -58,7 +61,7 @@ def _conflicts(network: Network) -> Iterator[tuple[str, str]]:
                 yield key, f"'{key}' has no effect with kind '{network.kind}', expected kind 'featsharp'; remove '{key}'"
     if network.kind != "s2" and network.beta != Network.model_fields["beta"].default:
         yield "beta", f"'beta' has no effect with kind '{network.kind}', expected kind 's2'; remove 'beta'"
-    if network.kind in ("featup", "sapa", "resfu", "naf") and network.factor == 1:
+    if network.kind in ENLARGING and network.factor == 1:
         yield "factor", f"'factor' is 1, but kind '{network.kind}' only enlarges; use 2 or more, or kind 'featsharp'"
     if network.kind == "featsharp":
         yield from _fusion(network)

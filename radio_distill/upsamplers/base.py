@@ -20,7 +20,7 @@ from .tiling import S2, Bilinear, Tiles
 if TYPE_CHECKING:
     from .upsampled import Trained
 
-__all__ = ["Upsampler", "build_upsampler"]
+__all__ = ["Upsampler", "build_upsampler", "trained_upsampler"]
 
 Encode = Callable[[Tensor], VisionOutput]
 """Normalised pixels of any number of images at the teacher's own size -> its output."""
@@ -59,22 +59,35 @@ def build_upsampler(
             return Tiles(factor)
         case recipe.S2(factor=factor, beta=beta):
             return S2(factor, beta)
-        case recipe.Debias(weights=weights):
-            return _trained(weights, card, size, device, dtype).debias()
-        case recipe.Trained(kind=kind, factor=factor, weights=weights):
-            made = _trained(weights, card, size, device, dtype)
-            if (kind, factor) != (made.saved.network.kind, made.factor):
-                raise TeacherError(
-                    f"{weights} holds a {made.factor}x {made.saved.network.kind} for {card.name!r}, but the recipe asks for a "
-                    f"{factor}x {kind}; correct the recipe or name other weights"
-                )
-            return made
+        case recipe.Debias():
+            return trained_upsampler(spec, card, size, device=device, dtype=dtype).debias()
+        case recipe.Trained():
+            return trained_upsampler(spec, card, size, device=device, dtype=dtype)
 
 
-def _trained(weights: str, card: TeacherCard, size: int, device: torch.device | str, dtype: torch.dtype) -> Trained:
+def trained_upsampler(
+    spec: recipe.Trained | recipe.Debias,
+    card: TeacherCard,
+    size: int,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Trained:
+    """Load the upsampler that a recipe names, once it is sure to be the one that it asks for; errors as `build_upsampler`."""
     from .folder import check_teacher, load_upsampler
     from .upsampled import Trained
 
-    saved = load_upsampler(weights)
+    saved = load_upsampler(spec.weights)
     check_teacher(saved, card, size)
+    found = f"{saved.factor}x {saved.network.kind}"
+    if isinstance(spec, recipe.Debias) and not saved.network.debias:
+        raise TeacherError(
+            f"{spec.weights} holds a {found} for {card.name!r} that was trained without a de-bias map; use kind: bilinear, or name "
+            "other weights"
+        )
+    if isinstance(spec, recipe.Trained) and (spec.kind, spec.factor) != (saved.network.kind, saved.factor):
+        raise TeacherError(
+            f"{spec.weights} holds a {found} for {card.name!r}, but the recipe asks for a {spec.factor}x {spec.kind}; correct the "
+            "recipe or name other weights"
+        )
     return Trained(saved, device=device, dtype=dtype)
