@@ -55,20 +55,18 @@ def load_suite() -> SuiteCard:
 def render(measured: list[Measured]) -> str:
     """All tables to which something measured belongs."""
     tables = load_suite().tables
+    small, large = ([m for m in measured if (m.network.factor <= 2) is is_small] for is_small in (True, False))
+    grids = {
+        "7": _debias_gains(measured),
+        "8": _by_method(small, tables["8"], ("fidelity", "tv", "crf")),
+        "9": _by_method(large, tables["9"], ("fidelity", "tv", "crf", "mmd")),
+        "10": _by_mixer(measured),
+    }
     parts = [_everything(measured)]
-    for number, table, grid, beside in (
-        ("7", tables["7"], _debias_gains(measured), False),
-        (
-            "8",
-            tables["8"],
-            _by_method((m for m in measured if m.network.factor <= 2), tables["8"], ("fidelity", "tv", "crf")),
-            True,
-        ),
-        ("9", tables["9"], _by_method((m for m in measured if m.network.factor > 2), tables["9"], tuple(SHORT)), True),
-        ("10", tables["10"], _by_mixer(measured), True),
-    ):
+    for number, grid in grids.items():
         if grid:
-            parts.append(f"### Table {number}: {table.title}\n\n{_beside(table, grid, columns=beside)}")
+            table = tables[number]
+            parts.append(f"### Table {number}: {table.title}\n\n{_beside(table, grid, columns=number != '7')}")
     if len(parts) > 1:
         parts.append(NOTE)
     return "\n\n".join(parts)
@@ -90,23 +88,17 @@ def method(network: Network, *, ignore: tuple[str, ...] = ()) -> str:
 def _everything(measured: list[Measured]) -> str:
     metrics = list(dict.fromkeys(key for m in measured for key in m.values))
     head = ["model", "teacher", "factor", "method", "steps", *metrics]
-    lines = [
-        [
-            m.model,
-            m.teacher,
-            f"{m.network.factor}x",
-            method(m.network),
-            str(m.steps),
-            *(_number(m.values.get(k)) for k in metrics),
-        ]
-        for m in measured
-    ]
+    lines = []
+    for m in measured:
+        facts = [m.model, m.teacher, f"{m.network.factor}x", method(m.network), str(m.steps)]
+        lines.append([*facts, *(_number(m.values.get(key)) for key in metrics)])
     return _markdown(head, lines)
 
 
 def _debias_gains(measured: Iterable[Measured]) -> Grid:
     """Table 7: fidelity with minus fidelity without the map, of runs that are otherwise equal, in the order they came."""
-    with_map, without = ({}, {})  # type: tuple[Grid, Grid]
+    with_map: Grid = {}
+    without: Grid = {}
     for m in measured:
         label = method(m.network, ignore=("debias",))
         row, column = f"{m.teacher}, {label}, {m.steps} steps", f"{NAMES[m.network.kind]} {m.network.factor}x"
