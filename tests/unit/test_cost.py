@@ -5,11 +5,17 @@ import torch
 
 from radio_distill.config.load import cards_of, load_card
 from radio_distill.config.recipe import Recipe
+from radio_distill.config.upsampler import Network
+from radio_distill.config.upsampler_recipe import Downsampler
 from radio_distill.errors import RecipeError
 from radio_distill.student.arch import HeadArch
 from radio_distill.student.student import Student
 from radio_distill.train.cost import count_flops, head_flops, partition_cost, student_of, teacher_flops, trunk_flops, vit_flops
 from radio_distill.train.memory import head_parameters, state_bytes, trunk_parameters
+from radio_distill.upsamplers.cost import downsampler_flops, network_flops, uncertainty_flops
+from radio_distill.upsamplers.featsharp import FeatSharp
+from radio_distill.upsamplers.folder import build_downsampler
+from radio_distill.upsamplers.map_weights import UncertaintyNet
 
 GFLOP = 1e9
 TEACHERS = {"dfn_clip": {}, "siglip": {}, "dinov2": {"card": "dinov2_g_reg"}, "sam": {"card": "sam_h"}}
@@ -145,3 +151,72 @@ def test_zero_shards_gradients_moments_and_weights_in_this_order() -> None:
     assert [s.optimizer for s in states] == [2 * weights, weights // 4, weights // 4, weights // 4]
     assert [s.gradients for s in states] == [weights, weights, weights // 8, weights // 8]
     assert [s.weights for s in states] == [weights, weights, weights, weights // 8]
+
+
+# docs/performance.md, 1.2, as printed; the published block pads q, k and v to a power of two, where ours drops v's unused columns.
+@pytest.mark.parametrize(
+    ("options", "mflop"),
+    [
+        ({}, {1280: 96.7, 1152: 78.3, 1536: 139.0}),
+        ({"hidden": 8.0}, {1280: 140.4, 1152: 113.7, 1536: 201.9}),
+        ({"reference": True}, {1280: 164.3, 1152: 138.8, 1536: 221.0}),
+        ({"mixer": "linear"}, {1280: 6.6, 1152: 5.3, 1536: 9.4}),
+    ],
+)
+def test_fusion_costs_what_the_table_says(options: dict, mflop: dict) -> None:
+    for width, expected in mflop.items():
+        cell = network_flops(Network(factor=3, **options), width, 27, 14) / 81**2 / 1e6
+        assert cell == pytest.approx(expected, rel=0.002, abs=0.06)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"hidden": 8.0}, {"mixer": "mlp"}, {"mixer": "linear"}, {"inputs": ("bilinear", "tiles", "rgb")}]
+)
+def test_fusion_formulas_agree_with_the_network(options: dict) -> None:
+    """A window over the whole map, so that tiles of the attention compute nothing that the formula leaves out."""
+    spec, width, grid = Network(factor=2, window=31, **options), 32, 6
+    level = FeatSharp(spec, width)
+    maps = [torch.zeros(1, width, grid, grid), torch.zeros(1, width, 2 * grid, 2 * grid)]
+    counted = count_flops(lambda: level(maps, torch.zeros(1, 3, 24, 24)))
+    assert network_flops(spec, width, grid, 2) == pytest.approx(counted, rel=0.01)
+
+
+def test_a_progressive_network_costs_its_levels_at_their_own_sizes() -> None:
+    direct, stepwise = (network_flops(Network(factor=4, progressive=p), 1280, 27, 14) for p in (False, True))
+    assert stepwise / direct == pytest.approx(1 + 1 / 4)
+
+
+@pytest.mark.parametrize("kind", ["jbu", "sapa", "resfu"])
+def test_light_upsamplers_cost_next_to_nothing_beside_a_block(kind: str) -> None:
+    """docs/performance.md, 1.3: 5.4 kFLOP of kernels and 128 C of products a pixel for jbu."""
+    cell = network_flops(Network(kind="featup" if kind == "jbu" else kind, factor=2), 1280, 27, 14) / 54**2
+    assert cell < 0.002 * 96.7e6
+    if kind == "jbu":
+        assert cell == pytest.approx(5400 + 128 * 1280, rel=0.01)
+
+
+@pytest.mark.parametrize("kind", ["attention", "simple"])
+def test_downsampler_formulas_agree_with_the_modules(kind: str) -> None:
+    spec = Downsampler(kind=kind, kernel=7)
+    module = build_downsampler(spec, 32, reference=True)
+    counted = count_flops(lambda: module(torch.zeros(1, 32, 36, 36), (12, 12)))
+    assert downsampler_flops(spec, 32, 36, 12) == pytest.approx(counted, rel=0.03)
+
+
+def test_the_uncertainty_formula_agrees_with_the_module() -> None:
+    counted = count_flops(lambda: UncertaintyNet(32)(torch.zeros(1, 32, 12, 12)))
+    assert uncertainty_flops(32, 12) == counted
+
+
+def test_a_sharpened_teacher_costs_its_views_its_network_and_two_rotations() -> None:
+    def cost(upsampler: dict) -> float:
+        view = {"dfn_clip": {"upsampler": upsampler}}
+        return partition_cost(recipe(partitions={"high": {"size": 1024, "images": 2, "teachers": view}}), "high").teachers[
+            "dfn_clip"
+        ]
+
+    rotations = 4 * 81**2 * 1280**2
+    sharp = cost({"kind": "featsharp", "factor": 3, "weights": "not/there"})
+    assert sharp == pytest.approx(10 * 1007e9 + 81**2 * 96.7e6 + rotations, rel=1e-3)
+    assert cost({"kind": "debias", "weights": "not/there"}) == pytest.approx(1007e9 + rotations / 9, rel=1e-3)
+    assert cost({"kind": "featup", "factor": 3, "weights": "not/there"}) == pytest.approx(1007e9 + rotations, rel=2e-3)
