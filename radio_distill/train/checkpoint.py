@@ -146,7 +146,7 @@ def artifact_folder(path: Path, kind: str = "student") -> Path:
         )
     found = read_meta(checkpoint).artifact
     if found != kind:
-        raise CheckpointError(f"{path} is the run of a {found}, expected that of a {kind}")
+        raise CheckpointError(f"{path} holds no {kind}: it is a run whose checkpoints hold the {found}; name another")
     return checkpoint / found
 
 
