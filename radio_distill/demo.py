@@ -28,7 +28,7 @@ __all__ = ["main"]
 log = logging.getLogger(__name__)
 
 STAGES = {"stage1": "toy/stage1", "stage2": "toy/stage2", "stage3": "toy/stage3_featsharp"}
-UPSAMPLERS = {"toy_clip": "toy/upsampler/toy_clip_3x", "toy_siglip": "toy/upsampler/toy_siglip_3x"}
+UPSAMPLERS = {"toy_clip": "toy/upsampler/toy_clip", "toy_siglip": "toy/upsampler/toy_siglip"}
 TEACHERS = ("toy_clip", "toy_siglip", "toy_dino", "toy_sam")
 RANKS = 2
 SCENES, SIZE, SHARDS = 1536, 192, 8

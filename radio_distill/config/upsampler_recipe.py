@@ -96,8 +96,6 @@ class UpsamplerRecipe(Job):
     """Learning rates that differ."""
     spectral: bool = False
     """Spectral reparametrisation of every Linear (CODE: yes); folded away in what is saved."""
-    held_out: Positive = 64
-    """Images of the held-out set that fidelity is measured on when the training ends."""
     balance: UpsamplerBalance = UpsamplerBalance()
     """PHI-S of the teacher's features: the space the network works in."""
     optim: UpsamplerOptim = UpsamplerOptim()

@@ -262,7 +262,7 @@ def _minimise(
             log.info("  step %d  loss %.4f  %.0f s", step, value.item(), time.monotonic() - start)
 
 
-STEPS = {"toy_clip": 1000, "toy_siglip": 1000, "toy_dino": 300, "toy_sam": 500}
+STEPS = {"toy_clip": 1000, "toy_siglip": 2200, "toy_dino": 300, "toy_sam": 500}
 BATCH = {"toy_clip": 96, "toy_siglip": 96, "toy_dino": 64, "toy_sam": 12}
 
 

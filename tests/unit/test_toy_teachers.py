@@ -90,7 +90,7 @@ def test_a_teacher_without_text_has_no_text_tower():
 def test_zero_shot_is_far_above_chance_on_held_out_scenes(name, scenes):
     summary = encode_all(TEACHERS[name], torch.from_numpy(scenes.images_BHW3).permute(0, 3, 1, 2)).summary_BC
     guesses = classify_zero_shot(summary, load_text_tower(load_card(name)))
-    assert (guesses == torch.from_numpy(scenes.labels_B)).float().mean() > 0.25  # chance is 0.1
+    assert (guesses == torch.from_numpy(scenes.labels_B)).float().mean() > 0.4  # chance is 0.1
 
 
 def test_text_embeddings_do_not_depend_on_case_punctuation_or_company():
