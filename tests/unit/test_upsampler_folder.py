@@ -94,7 +94,9 @@ def test_the_run_of_a_student_is_told(tmp_path):
     step.mkdir(parents=True)
     meta = {"step": 2, "world_size": 1, "zero": 1, "recipe": "toy_stage1", "artifact": "student"}
     (step / "meta.json").write_text(json.dumps(meta))
-    with pytest.raises(CheckpointError, match="holds no upsampler: it is a run whose checkpoints hold the student; name another"):
+    with pytest.raises(
+        CheckpointError, match="holds no upsampler: it is a run whose checkpoints hold the student; name another"
+    ):
         load_upsampler(tmp_path)
 
 
