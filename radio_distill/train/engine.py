@@ -228,11 +228,21 @@ def to_universal(folder: Path, tag: str) -> str:
         strict=True,
         inject_missing_state=True,  # or it refuses every checkpoint without tensor parallelism
     )
-    with _silence():
+    merge = _merging_scalars(ds_to_universal._merge_zero_shards)
+    with _silence(), mock.patch.object(ds_to_universal, "_merge_zero_shards", merge):
         ds_to_universal.main(args)
     (folder / "latest_universal").unlink()  # the caller decides what is the latest
     (folder / universal / SUMMARY).write_text(json.dumps(summary._asdict()))
     return universal
+
+
+def _merging_scalars(merge: Any) -> Any:
+    """DeepSpeed's merging of shards, with parameters without a dimension as vectors: it concatenates them, which torch refuses."""
+
+    def merge_vectors(path: str, state: str, degree: int, shapes: list[torch.Size] | None = None) -> Any:
+        return merge(path, state, degree, shapes and [shape or torch.Size([1]) for shape in shapes])
+
+    return merge_vectors
 
 
 class _Summary(NamedTuple):

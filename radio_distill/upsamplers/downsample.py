@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["AttentionDownsampler", "FeatUpDownsampler", "SimpleDownsampler"]
+__all__ = ["KEEP", "AttentionDownsampler", "FeatUpDownsampler", "SimpleDownsampler"]
 
 KEEP = 0.8
 """Probability that a logit (FeatUp: a position's logits) counts in training."""

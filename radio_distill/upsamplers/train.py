@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import faulthandler
 import logging
+import math
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from ..data.jitter import draw_matrices, warp_views
 from ..data.views import ViewSpec
 from ..errors import RecipeError, TrainingError
 from ..paths import expand
+from ..seeded import uniform
 from ..student.spectral import apply_spectral, power_iterate
 from ..teachers.base import Teacher, chunked, load_teacher
 from ..train import agree, checkpoint, distributed
@@ -37,6 +39,7 @@ from ..train.statistics import StatisticsWindow
 from ..train.streams import Streams, forwards
 from ..train.training import Training
 from ..types import Batch, Losses
+from .downsample import KEEP
 from .folder import SavedUpsampler, build_downsampler, provenance, save_upsampler
 from .objective import Base, ViewLoss, Views
 from .sharpener import Sharpener
@@ -74,7 +77,8 @@ class UpsamplerTask(nn.Module):
         matrices = draw_matrices(batch.seeds_B, recipe.jitter, grid)
         seen = warp_views(images, matrices, size, recipe.jitter.outside)
         targets = self.sharpener.generate(encode, teacher.normalize(seen.flatten(0, 1))).features_BCHW
-        views = Views(targets.unflatten(0, seen.shape[:2]), matrices.float(), covered_masks(matrices, grid))
+        masks, keep = covered_masks(matrices, grid), self._keep(batch.seeds_B, grid)
+        views = Views(targets.unflatten(0, seen.shape[:2]), matrices.float(), masks, keep)
         base = Base(sharp.low_BChw, sharp.high_BCHW, pixels, batch.seeds_B)
         step = self.loss(base, views, self.sharpener.balancer)
         share = len(batch) / recipe.images
@@ -82,6 +86,14 @@ class UpsamplerTask(nn.Module):
         parts = {f"loss/{name}": value * share for name, value in step.parts.items()}
         parts |= {"loss": step.total.detach() * share, "error/views": error, "variance/views": variance}
         return Losses(step.total * share, parts)
+
+    def _keep(self, seeds_B: Tensor, grid: tuple[int, int]) -> Tensor | None:
+        """Which logits of the downsampler count in each view, drawn for the sample and not for the rank that sees it."""
+        spec, views = self.recipe.downsampler, self.recipe.jitter.views
+        if spec.kind != "attention":
+            return None
+        shape = (views, spec.kernel**2, *grid)
+        return (uniform(seeds_B, "keep", n=math.prod(shape)).unflatten(1, shape).transpose(0, 1) < KEEP).float()
 
     def _autocast(self, x: Tensor) -> torch.autocast:
         return torch.autocast(x.device.type, torch.bfloat16, enabled=self.recipe.engine.precision == "bf16")
