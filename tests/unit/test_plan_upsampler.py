@@ -64,7 +64,7 @@ def test_parameters_are_those_of_the_network():
 @pytest.mark.parametrize(
     ("overrides", "note"),
     [
-        (["optim.warmup=100"], "the learning rate never reaches its peak: optim.warmup 100 >= optim.steps 100"),
+        (["optim.steps=100", "optim.warmup=100"], "the learning rate never reaches its peak: optim.warmup 100 >= optim.steps 100"),
         (["network={kind: tile, factor: 3, debias: false}"],
          "network.kind 'tile' without network.debias: nothing but the downsampler learns"),
         ([], "no images yet: upsampler needs data.sources.NAME.path=..."),
