@@ -57,8 +57,8 @@ class Scenes:
 
 
 def evaluate(model: VisionModel, name: str, protocol: ToyProtocol, *, resolution: int | None = None) -> list[Result]:
-    """kNN top-1 (skipped for models without a summary) and linear mIoU of one model; of a student also the fidelity of every
-    adaptor that predicts a toy teacher.
+    """kNN top-1 (skipped for models without a summary) and linear mIoU of one model; of a student also the kNN of every head's
+    summary, and the fidelity of every adaptor that predicts a toy teacher.
 
     resolution: side in pixels at which a student is run; a teacher of a fixed size takes its own.
     """
@@ -80,9 +80,26 @@ def evaluate(model: VisionModel, name: str, protocol: ToyProtocol, *, resolution
     miou = mean_iou(confusion(guess, test.segmentation_NSS, classes))
     results.append(_result("segmentation", "mIoU", miou, name, protocol, size[0]))
     if isinstance(model, Student):
+        for teacher, accuracy in heads_knn(model, train, test, size, classes=len(CLASSES), k=protocol.k).items():
+            results.append(_result(f"knn {teacher}", "top1", accuracy, name, protocol, size[0]))
         for teacher, value in fidelity(model, test.images_N3SS, size).items():
             results.append(_result(teacher, "fidelity", value, name, protocol, size[0], unit="ratio"))
     return results
+
+
+@torch.no_grad()
+def heads_knn(
+    student: Student, train: Scenes, test: Scenes, size: tuple[int, int], *, classes: int, k: int, batch: int = 32
+) -> dict[str, float]:
+    """kNN top-1 on the summaries that the heads predict, by teacher: to be compared with the teacher's own."""
+
+    def summaries(images_N3SS: Tensor) -> dict[str, Tensor]:
+        parts = [student.encode_adaptors(_resized(part, size)) for part in images_N3SS.split(batch)]
+        heads = [a.name for a in student.arch.adaptors if a.summary is not None]
+        return {h: torch.cat([s for p in parts if (s := p[h].summary_BC) is not None]).float() for h in heads}
+
+    known, asked = summaries(train.images_N3SS), summaries(test.images_N3SS)
+    return {h: knn_top1(known[h], train.labels_N, asked[h], test.labels_N, classes=classes, k=k) for h in known}
 
 
 @torch.no_grad()
