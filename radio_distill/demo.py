@@ -114,13 +114,8 @@ def _upsamplers(folder: Path, source: Path) -> None:
     if not left:
         return
     _title(f"upsamplers: 3x FeatSharp for {' and '.join(left)}, side by side")
-    jobs = {
-        t: subprocess.Popen(
-            [sys.executable, "-m", "radio_distill.upsamplers", UPSAMPLERS[t], f"data.sources.demo.path={source}"]
-            + [f"run={folder / t}", *_fast()]
-        )
-        for t in left
-    }
+    command, data = [sys.executable, "-m", "radio_distill.upsamplers"], f"data.sources.demo.path={source}"
+    jobs = {t: subprocess.Popen([*command, UPSAMPLERS[t], data, f"run={folder / t}", *_fast()]) for t in left}
     for teacher, job in jobs.items():
         if job.wait():
             raise TrainingError(f"the upsampler of {teacher} ended with exit code {job.returncode}; see the lines above")

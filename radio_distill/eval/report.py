@@ -11,8 +11,9 @@ from collections.abc import Iterable
 from html import escape
 from pathlib import Path
 
-from ..config.load import load_recipe
+from ..config.load import load_any
 from ..config.recipe import Recipe
+from ..config.upsampler_recipe import UpsamplerRecipe
 from ..errors import CheckpointError
 from ..log.sinks import read_metrics
 from ..types import Result
@@ -44,9 +45,13 @@ def main(folder: str) -> int:
 
 def write_report(folder: Path) -> Path:
     """Write `report.html` into `folder`: a run, or a folder whose subfolders are runs. Raises CheckpointError when there is none."""
-    runs = _runs(folder)
-    body = [f"<h1>{escape(folder.resolve().name)}: {len(runs)} stage{'s' if len(runs) > 1 else ''}</h1>", _summary(runs)]
-    body += [_results(read(folder / "results.jsonl")), _curves(runs), _pictures(runs), _recipes(runs)]
+    runs, upsamplers = _runs(folder)
+    body = [f"<h1>{escape(folder.resolve().name)}: {len(runs)} stage{'s' if len(runs) != 1 else ''}</h1>"]
+    if runs:
+        body += [_summary(runs), _results(read(folder / "results.jsonl")), _curves(runs), _pictures(runs, STUDENT_ROWS)]
+    if upsamplers:
+        body += [_upsamplers(upsamplers), _pictures(upsamplers, UPSAMPLER_ROWS)]
+    body.append(_recipes([*runs, *upsamplers]))
     page = (
         '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">'
         f"<title>{escape(folder.resolve().name)}</title><style>{STYLE}</style><body>{''.join(body)}</body></html>"
@@ -58,14 +63,28 @@ def write_report(folder: Path) -> Path:
     return path
 
 
-Run = tuple[Path, Recipe, list[dict[str, float]]]
+Metrics = list[dict[str, float]]
+Run = tuple[Path, Recipe, Metrics]
+UpsamplerRun = tuple[Path, UpsamplerRecipe, Metrics]
+
+STUDENT_ROWS = "image, student, then every teacher's map above the student's prediction of it"
+UPSAMPLER_ROWS = "image, the teacher's own map, the upsampled map"
 
 
-def _runs(folder: Path) -> list[Run]:
+def _runs(folder: Path) -> tuple[list[Run], list[UpsamplerRun]]:
+    """The stages and the upsamplers in a folder."""
     folders = [folder] if (folder / "recipe.yaml").exists() else sorted(p.parent for p in folder.glob("*/recipe.yaml"))
     if not folders:
         raise CheckpointError(f"{folder} is no run and holds none; expected recipe.yaml in it or in its subfolders")
-    return [(path, load_recipe(path / "recipe.yaml"), read_metrics(path)) for path in folders]
+    stages: list[Run] = []
+    upsamplers: list[UpsamplerRun] = []
+    for path in folders:
+        recipe = load_any(path / "recipe.yaml")
+        if isinstance(recipe, UpsamplerRecipe):
+            upsamplers.append((path, recipe, read_metrics(path)))
+        else:
+            stages.append((path, recipe, read_metrics(path)))
+    return stages, upsamplers
 
 
 def _summary(runs: list[Run]) -> str:
@@ -123,11 +142,25 @@ def _curves(runs: list[Run]) -> str:
     return "<h2>Training</h2>" + charts + line_chart(loss, title="Loss", marks=marks)
 
 
-def _pictures(runs: list[Run]) -> str:
+def _upsamplers(runs: list[UpsamplerRun]) -> str:
+    rows = []
+    for path, recipe, metrics in runs:
+        network, last = recipe.network, metrics[-1] if metrics else {}
+        inputs = f" of {' + '.join(network.inputs)}" if network.kind == "featsharp" else ""
+        what = f"{network.factor}x {network.kind}{inputs}"
+        rows.append([path.name, what, f"{last.get('step', 0):g}", f"{last.get('fidelity/views', 0.0):.2f}"])
+    note = (
+        "Fidelity over the last log interval of the training: variance of the teacher's features over the error of the fine map "
+        "seen from other views. `python -m radio_distill.eval --suite fidelity` measures it on held-out images."
+    )
+    return f"<h2>Upsamplers</h2><p>{note}</p>" + _table(["upsampler", "network", "steps", "fidelity"], rows)
+
+
+def _pictures(runs: list[Run] | list[UpsamplerRun], shown: str) -> str:
     found = [(path.name, picture) for path, _, _ in runs for picture in sorted((path / "pictures").glob("*.png"))[-2:]]
     if not found:
         return ""
-    note = "Rows: image, student, then every teacher's map above the student's prediction of it; colours are the first three principal components."
+    note = f"Rows: {shown}; colours are the first three principal components."
     figures = [f"<figure><figcaption>{escape(f'{name}, {p.stem}')}</figcaption>{_image(p)}</figure>" for name, p in found]
     return f"<h2>Feature maps</h2><p>{note}</p>" + "".join(figures)
 
@@ -136,7 +169,7 @@ def _image(path: Path) -> str:
     return f'<img alt="{escape(path.stem)}" src="data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}">'
 
 
-def _recipes(runs: list[Run]) -> str:
+def _recipes(runs: list[Run | UpsamplerRun]) -> str:
     blocks = [
         f"<details><summary>{escape(path.name)}</summary><div class='wide'><pre>{escape((path / 'recipe.yaml').read_text())}</pre></div></details>"
         for path, _, _ in runs

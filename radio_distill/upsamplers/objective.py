@@ -78,30 +78,38 @@ class ViewLoss(nn.Module):
         self.downsampler = downsampler
         self.uncertainty = UncertaintyNet(channels) if options.uncertainty else None
 
-    def forward(self, base: Base, views: Views, balancer: Balancer) -> StepLoss:
-        """Compare the upsampled map of the base images with the teacher's features of their views."""
+    def forward(
+        self, base: Base, views: Views, balancer: Balancer, *, cells: Tensor | None = None, share: float = 1.0
+    ) -> StepLoss:
+        """Compare the upsampled map of the base images with the teacher's features of their views.
+
+        For a part of a step: `cells`, the valid cells of all views of the whole step, and `share`, the part's share of its
+        images, make the sum over parts the loss of the step. (`reference` counts every part by itself, as published.)
+        """
         base = base._replace(low_BChw=base.low_BChw.float(), high_BCHW=base.high_BCHW.float())
         high = base.high_BCHW
         log_variance = high.new_zeros(len(high), 1, *_size(high)) if self.uncertainty is None else self.uncertainty(high)
         seam = seam_weights(_size(high), _size(base.low_BChw), self.options.seam, high.device)
         weights = MapWeights(seam.expand_as(log_variance), torch.exp(-log_variance))
 
-        loss, parts, sums = self._disagreement(high, views, weights, balancer)
+        loss, parts, sums = self._disagreement(high, views, weights, balancer, cells)
+        if cells is None or self.options.reference:
+            loss, parts = loss * share, {name: value * share for name, value in parts.items()}
         terms = self._terms_of_the_map(base, views, weights)
         if self.uncertainty is not None:
             terms["uncertainty"] = 1.0, _masked(log_variance / 2, views.masks.base_B1HW).mean()
         for name, (weight, value) in terms.items():
-            loss, parts[name] = loss + weight * value, value.detach()
+            loss, parts[name] = loss + share * weight * value, share * value.detach()
         return StepLoss(loss, parts, sums)
 
     def _disagreement(
-        self, high_BCHW: Tensor, views: Views, weights: MapWeights, balancer: Balancer
+        self, high_BCHW: Tensor, views: Views, weights: MapWeights, balancer: Balancer, cells: Tensor | None
     ) -> tuple[Tensor, dict[str, Tensor], Sums]:
         """The weighted squared error of all views, the same without weights, and the sums of fidelity."""
         size, reference = _size(views.features_JBChw[0]), self.options.reference
         loss = error = raw = high_BCHW.new_zeros(())
         sums = high_BCHW.new_zeros(3)
-        for j, over in enumerate(_denominators(views.masks.views_JB1hw, reference)):
+        for j, over in enumerate(_denominators(views.masks.views_JB1hw, cells, reference)):
             matrix, target, mask = views.matrices_JB33[j], views.features_JBChw[j].float(), views.masks.views_JB1hw[j]
             seen = warp(high_BCHW, matrix, _size(high_BCHW), reference=reference)
             pred = self.downsampler(seen, size, None if views.keep_JBKhw is None else views.keep_JBKhw[j]).float()
@@ -135,15 +143,17 @@ class ViewLoss(nn.Module):
         return terms
 
 
-def _denominators(masks_JB1hw: Tensor, reference: bool) -> Tensor:
-    """What the sum of each view is divided by, (J,): the valid cells of all of them, so that every cell counts the same.
+def _denominators(masks_JB1hw: Tensor, cells: Tensor | None, reference: bool) -> Tensor:
+    """What the sum of each view is divided by, (J,): the valid cells of all of them (or of the whole step, `cells`), so that
+    every cell counts the same.
 
     `reference`: the view's own, but at least half of its cells, times the number of views.
     """
     counts_J = masks_JB1hw.flatten(1).sum(1).float()
     if reference:
         return len(counts_J) * counts_J.clamp(min=masks_JB1hw[0].numel() / 2)
-    return counts_J.sum().clamp(min=1).expand(len(counts_J))
+    total = counts_J.sum() if cells is None else cells
+    return total.clamp(min=1).expand(len(counts_J))
 
 
 def _masked(x: Tensor, mask: Tensor | None) -> Tensor:

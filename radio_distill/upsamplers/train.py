@@ -65,10 +65,19 @@ class UpsamplerTask(nn.Module):
     def teacher(self) -> Teacher:
         return self._teacher[0]
 
-    def forward(self, batch: Batch) -> Losses:
-        """The share of one micro-batch in the step's loss."""
+    def valid_cells(self, batch: Batch) -> Tensor:
+        """How many cells of a batch's views count."""
+        matrices = draw_matrices(batch.seeds_B, self.recipe.jitter, self._grid)
+        return covered_masks(matrices, self._grid).views_JB1hw.float().sum()
+
+    @property
+    def _grid(self) -> tuple[int, int]:
+        return (self.recipe.size // self.teacher.patch_size,) * 2
+
+    def forward(self, batch: Batch, cells: Tensor) -> Losses:
+        """The share of one micro-batch in the step's loss. cells: how many count in the whole step, over all ranks."""
         recipe, teacher = self.recipe, self.teacher
-        size, grid = (recipe.size, recipe.size), (recipe.size // teacher.patch_size,) * 2
+        size, grid = (recipe.size, recipe.size), self._grid
         encode = chunked(teacher, recipe.chunk)
         images = batch.views[BASE].images_B3HW.float() / 255
         pixels = teacher.normalize(images)
@@ -80,12 +89,11 @@ class UpsamplerTask(nn.Module):
         masks, keep = covered_masks(matrices, grid), self._keep(batch.seeds_B, grid)
         views = Views(targets.unflatten(0, seen.shape[:2]), matrices.float(), masks, keep)
         base = Base(sharp.low_BChw, sharp.high_BCHW, pixels, batch.seeds_B)
-        step = self.loss(base, views, self.sharpener.balancer)
-        share = len(batch) / recipe.images
+        step = self.loss(base, views, self.sharpener.balancer, cells=cells, share=len(batch) / recipe.images)
         error, variance, _ = step.fidelity
-        parts = {f"loss/{name}": value * share for name, value in step.parts.items()}
-        parts |= {"loss": step.total.detach() * share, "error/views": error, "variance/views": variance}
-        return Losses(step.total * share, parts)
+        parts = {f"loss/{name}": value for name, value in step.parts.items()}
+        parts |= {"loss": step.total.detach(), "error/views": error, "variance/views": variance}
+        return Losses(step.total, parts)
 
     def _keep(self, seeds_B: Tensor, grid: tuple[int, int]) -> Tensor | None:
         """Which logits of the downsampler count in each view, drawn for the sample and not for the rank that sees it."""
@@ -132,7 +140,7 @@ class UpsamplerTraining(Training):
     def console_line(self, metrics: dict[str, float]) -> str:
         left = metrics["time/left_h"]
         return (
-            f"step {self.step:>6}/{self.recipe.optim.steps}  loss {metrics['loss']:.4f}  "
+            f"{self.recipe.teacher}  step {self.step:>6}/{self.recipe.optim.steps}  loss {metrics['loss']:.4f}  "
             f"fidelity {metrics['fidelity/views']:.3f}  grad {metrics['grad_norm']:.2f}  lr {metrics['lr']:.1e}  "
             f"{metrics['images_per_s']:.1f} img/s  data {100 * metrics['time/data']:.0f}%  eta {int(left)}h{round(left % 1 * 60):02d}"
         )
@@ -249,8 +257,10 @@ def one_step(t: UpsamplerTraining, step: int, batches: list[Batch]) -> None:
     if t.recipe.spectral:
         power_iterate(t.task)
     bad = torch.zeros((), dtype=torch.bool, device=t.world.device)
+    cells = torch.stack([t.task.valid_cells(batch) for batch in batches]).sum()
+    agree.sum_ranks(cells)
     for batch in batches:
-        losses = t.engine(batch)
+        losses = t.engine(batch, cells)
         bad |= ~torch.isfinite(losses.total.detach())
         t.engine.backward(losses.total)
         t.meter.add(losses.parts)
