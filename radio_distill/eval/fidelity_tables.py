@@ -1,6 +1,6 @@
 """Tables of the fidelity suite in markdown: everything measured, then the layouts of the paper's Tables 7 to 10.
 
-The paper's own figures (`eval/fidelity.yaml`) stand in columns of their own, in Table 7, whose rows are teachers, in rows of
+The paper's own figures (`eval/published.yaml`) stand in columns of their own, in Table 7, whose rows are teachers, in rows of
 their own. What several runs of one configuration gave is a mean and a standard deviation.
 """
 
@@ -9,14 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from statistics import mean, stdev
 
-from ..config.cards import Fields
-from ..config.strict import read
 from ..config.upsampler import Network
-from ..errors import CardError
-from ..paths import shipped
 from .fidelity import Measured
+from .published import PublishedTable, load_tables
 
-__all__ = ["SuiteCard", "load_suite", "method", "render"]
+__all__ = ["method", "render"]
 
 Grid = dict[str, dict[str, list[float]]]
 """Row -> column -> the numbers of the cell."""
@@ -30,31 +27,9 @@ SHORT = {"fidelity": "fidelity", "tv": "TV", "crf": "CRF", "mmd": "MMD"}
 NOTE = "Published figures are means over training batches, ours are held out. '-': not published, or not measured here."
 
 
-class PublishedTable(Fields):
-    title: str
-    """What it compares."""
-    columns: tuple[str, ...]
-    """Heads, with what the paper's own heads stand for."""
-    ours: dict[str, str] = {}
-    """Our name of a method -> the row it is."""
-    rows: dict[str, tuple[float | None, ...]]
-    """One number per column; null where there is none."""
-
-
-class SuiteCard(Fields):
-    tables: dict[str, PublishedTable]
-    """By number."""
-
-
-def load_suite() -> SuiteCard:
-    """The published figures of the suite, `eval/fidelity.yaml`."""
-    files = shipped("eval")
-    return read(SuiteCard, files["fidelity"], shipped=files, error=CardError)
-
-
 def render(measured: list[Measured]) -> str:
     """All tables to which something measured belongs."""
-    tables = load_suite().tables
+    tables = load_tables()
     small, large = ([m for m in measured if (m.network.factor <= 2) is is_small] for is_small in (True, False))
     grids = {
         "7": _debias_gains(measured),
