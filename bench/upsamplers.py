@@ -76,7 +76,7 @@ def train(options: argparse.Namespace, name: str, factor: int, seed: int, images
         return
     overrides = [
         f"teacher={options.teacher}", f"size={options.size}", f"network.factor={factor}", f"optim.steps={options.steps}",
-        f"run={run}", f"seed={seed}", f"data.sources.images.path={images}", "optim.lr=6e-3", "log.pictures=0", "images=8",
+        f"run={run}", f"seed={seed}", f"data.sources.images.path={images}", "optim.lr=8e-3", "log.pictures=0", "images=8",
         "balance.window=12", f"log.every={options.steps}", f"checkpoint.every={options.steps}",
         "engine.precision=bf16", "engine.teacher_precision=bf16",
     ]  # fmt: skip

@@ -16,7 +16,6 @@ import json
 import os
 from pathlib import Path
 from typing import Any, NamedTuple
-from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -57,8 +56,7 @@ class Engine:
         config = deepspeed_config(recipe)
         optimizer = make_optimizer(task, recipe.optim, zero=recipe.engine.zero, groups=groups)
         try:
-            with mock.patch.object(deepspeed.DeepSpeedEngine, "_broadcast_model", _broadcast):
-                wrapped, *_ = deepspeed.initialize(model=task, optimizer=optimizer, config=config, dist_init_required=False)
+            wrapped, *_ = deepspeed.initialize(model=task, optimizer=optimizer, config=config, dist_init_required=False)
         except ValidationError as error:
             raise RecipeError(f"DeepSpeed does not accept engine.deepspeed={recipe.engine.deepspeed}: {error}") from error
         if isinstance(optimizer, Lamb) and recipe.engine.zero in (1, 2):
@@ -228,21 +226,11 @@ def to_universal(folder: Path, tag: str) -> str:
         strict=True,
         inject_missing_state=True,  # or it refuses every checkpoint without tensor parallelism
     )
-    merge = _merging_scalars(ds_to_universal._merge_zero_shards)
-    with _silence(), mock.patch.object(ds_to_universal, "_merge_zero_shards", merge):
+    with _silence():
         ds_to_universal.main(args)
     (folder / "latest_universal").unlink()  # the caller decides what is the latest
     (folder / universal / SUMMARY).write_text(json.dumps(summary._asdict()))
     return universal
-
-
-def _merging_scalars(merge: Any) -> Any:
-    """DeepSpeed's merging of shards, with parameters without a dimension as vectors: it concatenates them, which torch refuses."""
-
-    def merge_vectors(path: str, state: str, degree: int, shapes: list[torch.Size] | None = None) -> Any:
-        return merge(path, state, degree, shapes and [shape or torch.Size([1]) for shape in shapes])
-
-    return merge_vectors
 
 
 class _Summary(NamedTuple):
@@ -261,15 +249,6 @@ def _read_summary(path: Path) -> _Summary:
         raise CheckpointError(
             f"{path} has no {SUMMARY}: it is no checkpoint, or its writing was interrupted; resume from another one"
         ) from error
-
-
-def _broadcast(wrapped: Any) -> None:
-    """Start all ranks from rank 0's weights. DeepSpeed's own broadcasts bytes, which torch refuses for tensors without a
-    dimension (joint bilateral upsampling has such parameters)."""
-    if wrapped.zero_optimization_partition_weights():
-        return  # ZeRO-3 has cut the weights already
-    for x in [*wrapped.module.parameters(), *wrapped.module.buffers()]:
-        dist.broadcast(x.data, 0)
 
 
 def _family(zero: int) -> str:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .adaptive_conv import TAPS, filter_resized, neighbour_dots
-from .jbu import check_level, check_size, spatial_logits, temperature
+from .jbu import check_level, check_size, scalars_as_vectors, spatial_logits, temperature
 
 __all__ = ["FeatUpLevel", "FeatUpStack"]
 
@@ -29,8 +29,9 @@ class FeatUpLevel(nn.Module):
         taps = TAPS * TAPS
         self.range_proj = corrector(3, 32, 32)
         self.fixup_proj = corrector(taps + 3, taps, taps)
-        self.range_temp = nn.Parameter(torch.zeros(()))
-        self.sigma_spatial = nn.Parameter(torch.ones(()))
+        self.range_temp = nn.Parameter(torch.zeros(1))
+        self.sigma_spatial = nn.Parameter(torch.ones(1))
+        self.register_load_state_dict_pre_hook(scalars_as_vectors)
 
     def forward(self, source_BChw: Tensor, guidance_B3HW: Tensor) -> Tensor:
         """(B, C, h, w) and an image at the target size, a multiple of (h, w) -> (B, C, H, W)."""

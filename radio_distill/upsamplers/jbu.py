@@ -14,7 +14,16 @@ from torch import Tensor, nn
 
 from .adaptive_conv import RADIUS, TAPS, filter_resized, neighbour_dots
 
-__all__ = ["JBU", "JBULevel", "check_level", "check_size", "prime_factors", "spatial_logits", "temperature"]
+__all__ = [
+    "JBU",
+    "JBULevel",
+    "check_level",
+    "check_size",
+    "prime_factors",
+    "scalars_as_vectors",
+    "spatial_logits",
+    "temperature",
+]
 
 
 class JBULevel(nn.Module):
@@ -27,12 +36,13 @@ class JBULevel(nn.Module):
     def __init__(self, *, reference: bool = False) -> None:
         super().__init__()
         self.range_proj = nn.Sequential(nn.Conv2d(3, 32, 1), nn.GELU(), nn.Conv2d(32, 32, 1))
-        self.range_temp = nn.Parameter(torch.zeros(()))
-        self.sigma_spatial = nn.Parameter(torch.ones(()))
+        self.range_temp = nn.Parameter(torch.zeros(1))
+        self.sigma_spatial = nn.Parameter(torch.ones(1))
         self.reference = reference
         if reference:
-            self.range_alpha = nn.Parameter(torch.zeros(()))
-            self.spatial_alpha = nn.Parameter(torch.zeros(()))
+            self.range_alpha = nn.Parameter(torch.zeros(1))
+            self.spatial_alpha = nn.Parameter(torch.zeros(1))
+        self.register_load_state_dict_pre_hook(scalars_as_vectors)
 
     def forward(self, source_BChw: Tensor, guidance_B3HW: Tensor) -> Tensor:
         """(B, C, h, w) and an image at the target size -> (B, C, H, W) in the source's dtype (autocast's under autocast).
@@ -75,6 +85,14 @@ class JBU(nn.Module):
             h, w = source_BChw.shape[-2:]
             source_BChw = level(source_BChw, F.adaptive_avg_pool2d(guidance_B3HW, (factor * h, factor * w)))
         return source_BChw
+
+
+def scalars_as_vectors(module: nn.Module, state: dict[str, Tensor], prefix: str, *_: object) -> None:
+    """Published weights have temperature, width and gains without a dimension; DeepSpeed cannot shard such parameters, so ours
+    are vectors of length 1."""
+    for name, parameter in module.named_parameters(recurse=False):
+        if parameter.shape == (1,) and prefix + name in state:
+            state[prefix + name] = state[prefix + name].reshape(1)
 
 
 def prime_factors(factor: int) -> list[int]:
