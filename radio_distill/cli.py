@@ -117,6 +117,13 @@ def _add_commands_that_train(commands: Any) -> None:
     viz.add_argument("--out", required=True, help="picture to write, FILE.png")
     report = _add(commands, "report", "write a run's report: curves, results, pictures")
     report.add_argument("run", help="run folder")
+    report.add_argument("--baseline", help="draw gains over it: paper:baseline, a run or a file of results (FILE::MODEL)")
+    gain = _add(commands, "gain", "by how many percent models are better than a baseline, by task, group and overall")
+    forms = "paper:NAME (baseline, featsharp, ...), a folder with results.jsonl, or a file of results; ::MODEL names one in it"
+    gain.add_argument("models", nargs="+", metavar="model", help=forms)
+    gain.add_argument("--baseline", required=True, help="the same; one model")
+    gain.add_argument("--suite", action="append", default=[], help="only results of this suite; may be repeated")
+    gain.add_argument("--json", action="store_true", help="print JSON")
 
 
 def _add_recipe(parser: argparse.ArgumentParser, *, optional: bool = False) -> None:
@@ -241,7 +248,13 @@ def _viz(arguments: argparse.Namespace) -> int:
 def _report(arguments: argparse.Namespace) -> int:
     from .eval.report import main as report
 
-    return report(arguments.run)
+    return report(arguments.run, arguments.baseline)
+
+
+def _gain(arguments: argparse.Namespace) -> int:
+    from .eval.gain_text import main as gain
+
+    return gain(arguments.models, arguments.baseline, suites=arguments.suite, as_json=arguments.json)
 
 
 HANDLERS: dict[str, Callable[[argparse.Namespace], int]] = {
@@ -257,4 +270,5 @@ HANDLERS: dict[str, Callable[[argparse.Namespace], int]] = {
     "eval": _eval,
     "viz": _viz,
     "report": _report,
+    "gain": _gain,
 }

@@ -14,11 +14,14 @@ from pathlib import Path
 from ..config.load import load_any
 from ..config.recipe import Recipe
 from ..config.upsampler_recipe import UpsamplerRecipe
-from ..errors import CheckpointError
+from ..errors import CheckpointError, DataError
 from ..log.sinks import read_metrics
 from ..types import Result
 from .__main__ import read
 from .chart import Series, line_chart
+from .gain import gain
+from .gain_rows import load_baseline, rows_of
+from .gain_text import bars
 
 __all__ = ["main", "write_report"]
 
@@ -30,25 +33,34 @@ h1{font-size:1.5rem}h2{font-size:1.15rem;margin-top:2.2rem;border-bottom:1px sol
 p,figcaption{color:var(--soft)}.wide{overflow-x:auto}table{border-collapse:collapse;min-width:100%}
 td,th{padding:.35rem .6rem;text-align:right;border-bottom:1px solid var(--line);white-space:nowrap}
 td:first-child,th:first-child{text-align:left}tr.own td{background:var(--band);font-weight:600}
-svg{width:100%;height:auto}.grid{stroke:var(--line)}.base{stroke:var(--soft);stroke-dasharray:5 4}.mark{stroke:var(--soft);stroke-dasharray:2 3}
+svg{width:100%;height:auto}.grid{stroke:var(--line)}.base{stroke:var(--soft);stroke-dasharray:5 4}.mark{stroke:var(--soft);stroke-dasharray:2 3}.whisker{stroke:var(--ink)}
 .tick{font-size:11px;fill:var(--soft)}figure{margin:1.2rem 0}img{width:100%;image-rendering:pixelated}
 .legend span{margin-right:1rem;white-space:nowrap}.legend i{display:inline-block;width:.8rem;height:.8rem;border-radius:2px;margin-right:.35rem}
 .pictures{display:grid;grid-template-columns:max-content 1fr;gap:.5rem}code{background:var(--band);padding:.1rem .3rem}
 """
 
 
-def main(folder: str) -> int:
+BASELINE = "baseline"
+"""The last part of the name of a model that the others are compared with."""
+
+
+def main(folder: str, baseline: str | None = None) -> int:
     """Write FOLDER/report.html and print where it is."""
-    print(write_report(Path(folder)))
+    print(write_report(Path(folder), baseline))
     return 0
 
 
-def write_report(folder: Path) -> Path:
-    """Write `report.html` into `folder`: a run, or a folder whose subfolders are runs. Raises CheckpointError when there is none."""
+def write_report(folder: Path, baseline: str | None = None) -> Path:
+    """Write `report.html` into `folder`: a run, or a folder whose subfolders are runs. Raises CheckpointError when there is none.
+
+    baseline: gains are drawn over it (`paper:baseline`, a run, a file of results); None: over the model that is called
+    `baseline`, where there is one.
+    """
     runs, upsamplers = _runs(folder)
     body = [f"<h1>{escape(folder.resolve().name)}: {len(runs)} stage{'s' if len(runs) != 1 else ''}</h1>"]
+    results = read(folder / "results.jsonl")
     if runs:
-        body += [_summary(runs), _results(read(folder / "results.jsonl")), _curves(runs), _pictures(runs, STUDENT_ROWS)]
+        body += [_summary(runs), _results(results), _gains(results, baseline), _curves(runs), _pictures(runs, STUDENT_ROWS)]
     if upsamplers:
         body += [_upsamplers(upsamplers), _pictures(upsamplers, UPSAMPLER_ROWS)]
     body.append(_recipes([*runs, *upsamplers]))
@@ -123,6 +135,25 @@ def _results(results: list[Result]) -> str:
     first = results[0]
     note = f"{first.count} held-out scenes of {first.dataset}, protocol {first.config_hash}; percent (fidelity: a ratio), higher is better."
     return f"<h2>Evaluation</h2><p>{escape(note)}</p>" + _table(["model", "px", *columns], lines, own)
+
+
+def _gains(results: list[Result], baseline: str | None) -> str:
+    """Bars of every model over the baseline; nothing where there is none.
+
+    Raises DataError when a baseline was asked for that does not fit; what is wrong with the results' own is written down.
+    """
+    own = next((r.model for r in results if Path(r.model).name == BASELINE), None)
+    if not results or (baseline or own) is None:
+        return ""
+    try:
+        rows = rows_of(results)
+        base = load_baseline(baseline) if baseline else next(row for row in rows if row.model == own)
+        gains = [gain(row, base) for row in rows if row != base and row.scores.keys() & base.scores.keys()]
+    except DataError as error:
+        if baseline:
+            raise
+        return f"<h2>Gain</h2><p>{escape(str(error))}</p>"
+    return f"<h2>Gain</h2>{bars(gains)}" if gains else ""
 
 
 def _curves(runs: list[Run]) -> str:
