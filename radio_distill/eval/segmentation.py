@@ -1,4 +1,4 @@
-"""Linear semantic segmentation on frozen features: BatchNorm, one 1x1 convolution, mIoU (docs of the dense suite).
+"""Linear semantic segmentation on frozen features: BatchNorm, one 1x1 convolution (docs of the dense suite).
 
 Shapes: N images, C channels, H W feature grid, Y X label pixels, K classes.
 """
@@ -9,24 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["mean_iou", "confusion", "fit_linear", "predict"]
+from .metrics.segmentation import IGNORE
 
-IGNORE = 255
-
-
-def confusion(prediction: Tensor, label: Tensor, classes: int) -> Tensor:
-    """Counts (K, K), row: label, column: prediction; positions labelled 255 do not count."""
-    keep = label != IGNORE
-    index = label[keep].long() * classes + prediction[keep].long()
-    return torch.bincount(index, minlength=classes * classes).reshape(classes, classes)
-
-
-def mean_iou(counts_KK: Tensor) -> float:
-    """Mean IoU in percent over the classes with a non-empty union, from one confusion over the whole set (mmsegmentation)."""
-    counts = counts_KK.double()
-    hits = counts.diagonal()
-    union = counts.sum(0) + counts.sum(1) - hits
-    return 100 * (hits[union > 0] / union[union > 0]).mean().item()
+__all__ = ["fit_linear", "predict"]
 
 
 def fit_linear(

@@ -22,8 +22,9 @@ from ..config.load import list_cards
 from ..student.student import Student
 from ..teachers.base import load_teacher
 from ..types import Result, VisionModel, VisionOutput
-from .knn import knn_top1
-from .segmentation import confusion, fit_linear, mean_iou, predict
+from .metrics.knn import knn_top1
+from .metrics.segmentation import Confusion
+from .segmentation import fit_linear, predict
 
 __all__ = ["ToyProtocol", "evaluate"]
 
@@ -77,7 +78,9 @@ def evaluate(model: VisionModel, name: str, protocol: ToyProtocol, *, resolution
     labels = train.segmentation_NSS[:, ::2, ::2]  # a quarter of the pixels: the resize to full size is most of the probe's work
     head = fit_linear(known.features_BCHW, labels, classes=classes, steps=protocol.steps)
     guess = predict(head, asked.features_BCHW, (protocol.size, protocol.size))
-    miou = mean_iou(confusion(guess, test.segmentation_NSS, classes))
+    counts = Confusion(classes)
+    counts.update(guess, test.segmentation_NSS)
+    miou = counts.compute()["mIoU"]
     results.append(_result("segmentation", "mIoU", miou, name, protocol, size[0]))
     if isinstance(model, Student):
         for teacher, accuracy in heads_knn(model, train, test, size, classes=len(CLASSES), k=protocol.k).items():

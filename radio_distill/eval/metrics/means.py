@@ -1,0 +1,56 @@
+"""`Means`: the accumulator under most suites. Metrics are named numbers per image, instance, query or pixel; a result is their mean."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .checks import not_empty
+
+__all__ = ["Means", "add_up"]
+
+
+class Means:
+    """Means of named numbers over everything seen on all ranks; every name counts its own items.
+
+    Sums are float64 where the numbers are; nothing waits for the device before `reduce` or `compute`.
+    """
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor | float] = {}
+        self._counts: dict[str, int] = {}
+
+    def update(self, values: Mapping[str, Tensor]) -> None:
+        """Count tensors of any shape, one number per item; empty ones count nothing."""
+        for name, x in values.items():
+            self._sums[name] = self._sums.get(name, 0.0) + x.detach().sum(dtype=torch.float64)
+            self._counts[name] = self._counts.get(name, 0) + x.numel()
+
+    def reduce(self, group: dist.ProcessGroup | None = None) -> None:
+        """Add up all ranks; all must call it. Names may differ between ranks (a class that only one of them saw)."""
+        if not dist.is_initialized():
+            return
+        mine = {name: (float(self._sums[name]), self._counts[name]) for name in self._sums}
+        everyone: list = [None] * dist.get_world_size(group)
+        dist.all_gather_object(everyone, mine, group=group)
+        names = {name: None for rank in everyone for name in rank}
+        self._sums = {n: sum(rank[n][0] for rank in everyone if n in rank) for n in names}
+        self._counts = {n: sum(rank[n][1] for rank in everyone if n in rank) for n in names}
+
+    def count(self, name: str) -> int:
+        """Items counted under a name."""
+        return self._counts.get(name, 0)
+
+    def compute(self, what: str = "evaluation") -> dict[str, float]:
+        """Means by name, without the names that have no item. Raises DataError when nothing was counted at all."""
+        not_empty(sum(self._counts.values()), what)
+        return {name: float(self._sums[name]) / count for name, count in self._counts.items() if count}
+
+
+def add_up(sums: Tensor, group: dist.ProcessGroup | None = None) -> None:
+    """Replace sums by those of all ranks, in place; all must call it."""
+    if dist.is_initialized():
+        dist.all_reduce(sums, group=group)

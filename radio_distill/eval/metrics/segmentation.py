@@ -1,0 +1,68 @@
+"""Semantic segmentation: one confusion over the whole set, then IoU per class (mmsegmentation's rule).
+
+The mean skips classes with an empty union. torchmetrics' `MulticlassJaccardIndex(ignore_index=255)` gives the same mean, but not
+the accuracies, and prints 0 for an absent class; one confusion gives all of them.
+
+Shapes: K classes; labels and predictions have any one shape.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .checks import known_labels, not_empty, same_size
+from .means import add_up
+
+__all__ = ["IGNORE", "Confusion", "labels_from_raw"]
+
+IGNORE = 255
+"""Label of the pixels that do not count."""
+
+
+def labels_from_raw(raw: Tensor) -> Tensor:
+    """Labels of a file that writes 0 for "ignore" and class + 1 otherwise (ADE20k); 255 stays ignored."""
+    label = raw.long() - 1
+    return torch.where((label < 0) | (raw == IGNORE), IGNORE, label)
+
+
+class Confusion:
+    """Counts of (label, prediction) pairs over a set, on all ranks."""
+
+    def __init__(self, classes: int, *, device: torch.device | str = "cpu") -> None:
+        self.classes = classes
+        self.counts_KK = torch.zeros(classes, classes, dtype=torch.long, device=device)
+        """Row: label, column: prediction."""
+
+    def update(self, prediction: Tensor, label: Tensor) -> None:
+        """Count class ids; positions labelled 255 do not count. Raises DataError on other sizes or unknown ids."""
+        same_size(prediction, label, "segmentation")
+        keep = label != IGNORE
+        label, prediction = label[keep].long(), prediction[keep].long()
+        known_labels(label, self.classes, "labels", ignore=IGNORE)
+        known_labels(prediction, self.classes, "predicted labels")
+        pairs = torch.bincount(label * self.classes + prediction, minlength=self.classes**2)
+        self.counts_KK += pairs.reshape(self.classes, self.classes).to(self.counts_KK.device)
+
+    def reduce(self, group: dist.ProcessGroup | None = None) -> None:
+        """Add up all ranks; all must call it."""
+        add_up(self.counts_KK, group)
+
+    @property
+    def iou_K(self) -> Tensor:
+        """IoU of every class in percent, float64; NaN where a class is neither labelled nor predicted."""
+        counts = self.counts_KK.double()
+        hits = counts.diagonal()
+        return 100 * hits / (counts.sum(0) + counts.sum(1) - hits)
+
+    def compute(self) -> dict[str, float]:
+        """mIoU, mAcc (mean over classes of the recall) and aAcc (of all pixels), percent."""
+        not_empty(int(self.counts_KK.sum()), "segmentation")
+        counts = self.counts_KK.double()
+        hits = counts.diagonal()
+        return {
+            "mIoU": self.iou_K.nanmean().item(),
+            "mAcc": 100 * (hits / counts.sum(1)).nanmean().item(),
+            "aAcc": 100 * (hits.sum() / counts.sum()).item(),
+        }
