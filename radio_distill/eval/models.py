@@ -1,43 +1,251 @@
-"""`load_model`: anything that encodes images, by one string. Students, teachers and baselines are rows of the same tables."""
+"""Anything that encodes images, by one string: students, teachers, upsampled teachers and baselines are rows of the same tables.
+
+runs/stage3                              a run (its newest checkpoint), one of its checkpoints, or an exported folder
+checkpoint.pth.tar                       a training checkpoint of the reference
+teacher:dfn_clip                         a card
+teacher:dfn_clip+featsharp:runs/up_3x    with a trained upsampler
+timm:vit_small_patch14_dinov2            a vision transformer of timm; ?weights=FILE or ?weights=random
+hf:/models/siglip                        a folder of transformers, or a RADIO model; ?trust_remote_code=true runs its own code
+random:runs/stage3                       that architecture, untrained: the floor of every table
+my_package.models:baseline               a function that returns a VisionModel
+"""
 
 from __future__ import annotations
 
+import hashlib
+import inspect
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from ..errors import RadioDistillError
 from ..types import VisionModel
 
-__all__ = ["load_model"]
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from ..teachers.base import Teacher
+
+__all__ = ["Opened", "load_model", "open_model", "open_models"]
+
+FORMS = (
+    "the folder of a run, a checkpoint or an export; teacher:NAME; teacher:NAME+featsharp:FOLDER; timm:NAME; hf:FOLDER; "
+    "random:FOLDER; package.module:function"
+)
+OPTIONS = {"timm": ("weights",), "hf": ("trust_remote_code",), "": ("window",), "random": ("window",)}
+"""What may follow `?` in each form; window: side in tokens of a student's attention windows."""
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model and who it is."""
+
+    label: str
+    """As tables name it: `runs/stage3@5000` (run and step), `teacher:dfn_clip`, `timm:NAME`."""
+    model: VisionModel
+    facts: Mapping[str, Any]
+    """What it does with an image besides its weights: sizes, normalisation, network, windows."""
+    tensors: Callable[[], Mapping[str, Tensor]]
+    """All its weights."""
+
+    @cached_property
+    def id(self) -> str:
+        """`LABEL#DIGEST`: the same for the same weights, facts and label, on any machine; reads all weights once."""
+        return f"{self.label}#{self._digest()}"
+
+    def _digest(self) -> str:
+        import torch
+
+        digest = hashlib.sha256(json.dumps(self.facts, sort_keys=True, default=str).encode())
+        for name, tensor in sorted(self.tensors().items()):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        return digest.hexdigest()[:12]
 
 
 def load_model(name: str) -> VisionModel:
-    """A model by `teacher:NAME` (a card), by the path of a run folder, a checkpoint or an export, or by `random:PATH`.
-
-    random: the architecture of that folder with untrained weights, the floor of every table. Raises RadioDistillError
-    naming these forms.
-    """
-    kind, _, rest = name.rpartition(":")
-    if kind == "teacher":
-        from ..config.load import load_card
-        from ..teachers.base import load_teacher
-
-        return load_teacher(load_card(rest))
-    if Path(rest).is_dir() and kind in ("", "random"):
-        return _student(Path(rest), untrained=kind == "random")
-    raise RadioDistillError(
-        f"model {name!r} is not known; expected teacher:NAME (a card), the folder of a run, a checkpoint or an export, or random:FOLDER"
-    )
+    """The model that a string means (see above), on the CPU. Raises RadioDistillError naming the forms when none fits."""
+    return open_model(name).model
 
 
-def _student(path: Path, *, untrained: bool) -> VisionModel:
+def open_models(names: Sequence[str], *, device: str = "cpu") -> Iterator[Opened]:
+    """Open several models, each only when the one before is no longer needed. All strings are checked before the first."""
+    parsed = [(name, _parse(name)) for name in dict.fromkeys(names)]
+    return (_open(name, *parts, device) for name, parts in parsed)
+
+
+def open_model(name: str, *, device: str = "cpu") -> Opened:
+    """The model that a string means, with its identity, on `device`. Raises RadioDistillError."""
+    return _open(name, *_parse(name), device)
+
+
+def _parse(name: str) -> tuple[str, str, dict[str, str]]:
+    """Form, what it names, options. The form of a path is empty, that of a function is `function`."""
+    body, _, query = name.partition("?")
+    form, _, rest = body.partition(":")
+    if form not in BUILDERS or not rest:
+        is_function = re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", body) and form not in BUILDERS
+        form, rest = ("function" if is_function and not Path(body).exists() else ""), body
+    if form == "" and not Path(rest).expanduser().exists():
+        raise RadioDistillError(f"model {name!r} is not known; expected {FORMS}")
+    options = dict(item.partition("=")[::2] for item in query.split("&")) if query else {}
+    known = OPTIONS.get(form, ())
+    for key in options:
+        if key not in known:
+            expected = f"expected {', '.join(known)}" if known else "this form has none"
+            raise RadioDistillError(f"model {name!r}: unknown option {key!r}; {expected}")
+    return form, rest, options
+
+
+def _open(name: str, form: str, rest: str, options: dict[str, str], device: str) -> Opened:
+    return BUILDERS[form](name, rest, options, device)
+
+
+def _from_path(name: str, rest: str, options: dict[str, str], device: str) -> Opened:
+    path = Path(rest).expanduser()
+    if path.is_file():
+        from ..student.checkpoints import load_reference
+
+        return _student(str(path), load_reference(path), options, device)
+    if (path / "config.json").is_file():
+        return _from_hf(name, rest, {}, device) if not options else _student(rest, _hf_student(path), options, device)
+    from ..student.checkpoints import load_student
+
+    folder, label = _artifact(path, rest)
+    return _student(label, load_student(folder), options, device)
+
+
+def _from_random(name: str, rest: str, options: dict[str, str], device: str) -> Opened:
     import torch
 
     from ..student.checkpoints import load_student
     from ..student.student import Student
-    from ..train.checkpoint import artifact_folder
 
-    student = load_student(artifact_folder(path)).eval()
-    if not untrained:
-        return student
+    arch = load_student(_artifact(Path(rest).expanduser(), rest)[0]).arch
     torch.manual_seed(0)
-    return Student(student.arch).eval()
+    return _student(f"random:{rest}", Student(arch), options, device)
+
+
+def _from_card(name: str, rest: str, options: dict[str, str], device: str) -> Opened:
+    from ..config.load import load_card
+    from ..teachers.base import load_teacher
+
+    card, plus, upsampler = rest.partition("+featsharp:")
+    teacher = load_teacher(load_card(card)).to(device)
+    if not plus:
+        return _teacher(name, teacher)
+    from ..upsamplers.folder import load_upsampler
+    from ..upsamplers.upsampled import Upsampled
+
+    saved = load_upsampler(upsampler)
+    facts = {"teacher": _card_facts(teacher), "network": saved.network.model_dump(mode="json"), "size": saved.size}
+
+    def tensors() -> dict[str, Tensor]:
+        parts = {"teacher": teacher.net.state_dict(), "sharpener": saved.sharpener.state_dict()}
+        return _joined({**parts, "balancer": saved.sharpener.balancer.tensors()})
+
+    return Opened(name, Upsampled(teacher, saved), facts, tensors)
+
+
+def _from_timm(name: str, rest: str, options: dict[str, str], device: str) -> Opened:
+    from .outside_models import timm_teacher
+
+    return _teacher(name, timm_teacher(rest, options.get("weights")).to(device))
+
+
+def _from_hf(name: str, rest: str, options: dict[str, str], device: str) -> Opened:
+    from .outside_models import hf_teacher, is_radio
+
+    folder = Path(rest).expanduser()
+    if not (folder / "config.json").is_file():
+        raise RadioDistillError(f"model {name!r}: {folder / 'config.json'} does not exist; expected a folder of transformers")
+    if is_radio(folder):
+        return _student(name, _hf_student(folder), {}, device)
+    trusted = options.get("trust_remote_code", "false").lower() in ("true", "1", "yes")
+    return _teacher(name, hf_teacher(folder, trust_remote_code=trusted).to(device))
+
+
+def _from_function(name: str, rest: str, options: dict[str, str], device: str) -> Opened:
+    from torch import nn
+
+    module, _, function = rest.partition(":")
+    try:
+        make = getattr(import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise RadioDistillError(
+            f"model {name!r}: {error}; expected package.module:function that can be imported (PYTHONPATH), or {FORMS}"
+        ) from error
+    model = make()
+    if not isinstance(model, VisionModel):
+        raise RadioDistillError(
+            f"model {name!r} returned a {type(model).__name__}, expected a VisionModel: "
+            "encode(images), nearest_size(height, width), patch_size"
+        )
+    parts: dict[str, nn.Module] = {"": model} if isinstance(model, nn.Module) else {
+        key: value for key, value in vars(model).items() if isinstance(value, nn.Module)
+    }  # fmt: skip
+    for part in parts.values():
+        part.to(device).eval()
+    source = inspect.getsource(import_module(module))  # a change of the code is another model
+    return Opened(name, model, {"source": source}, lambda: _joined({key: part.state_dict() for key, part in parts.items()}))
+
+
+Builder = Callable[[str, str, "dict[str, str]", str], Opened]
+
+BUILDERS: dict[str, Builder] = {
+    "": _from_path,
+    "random": _from_random,
+    "teacher": _from_card,
+    "timm": _from_timm,
+    "hf": _from_hf,
+    "function": _from_function,
+}
+"""Called with the whole string, what follows the form, options, device."""
+
+
+def _artifact(path: Path, name: str) -> tuple[Path, str]:
+    """Where a run's student lies, and its label with the step."""
+    from ..train.checkpoint import artifact_folder, read_meta
+
+    folder = artifact_folder(path)
+    if folder == path:
+        return folder, name
+    checkpoint = folder.parent
+    run = name if checkpoint != path else str(Path(name).parent.parent)
+    return folder, f"{run}@{read_meta(checkpoint).step}"
+
+
+def _student(label: str, student: nn.Module, options: dict[str, str], device: str) -> Opened:
+    from ..student.student import Student
+
+    assert isinstance(student, Student)
+    if "window" in options:
+        window = options["window"]
+        if not window.isdecimal() or window == "0":
+            raise RadioDistillError(f"model {label}: window={window!r}, expected the side of an attention window in tokens")
+        student.window_size, label = int(window), f"{label}?window={window}"
+    facts = {"arch": student.arch.to_dict(), "window": student.window_size}
+    return Opened(label, student.eval().requires_grad_(False).to(device), facts, student.state_dict)
+
+
+def _hf_student(folder: Path) -> nn.Module:
+    from ..student.checkpoints import student_from_hf
+
+    return student_from_hf(folder)
+
+
+def _teacher(label: str, teacher: Teacher) -> Opened:
+    return Opened(label, teacher, _card_facts(teacher), teacher.net.state_dict)
+
+
+def _card_facts(teacher: Teacher) -> dict[str, Any]:
+    return teacher.card.model_dump(mode="json", include={"family", "input", "output", "params", "loader"})
+
+
+def _joined(parts: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    return {f"{part}.{key}": value for part, state in parts.items() for key, value in state.items()}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import os
+import re
 from collections.abc import Iterable
 from html import escape
 from pathlib import Path
@@ -41,7 +42,7 @@ svg{width:100%;height:auto}.grid{stroke:var(--line)}.base{stroke:var(--soft);str
 
 
 BASELINE = "baseline"
-"""The last part of the name of a model that the others are compared with."""
+"""The last part of the name of a model that the others are compared with, whatever its step."""
 
 
 def main(folder: str, baseline: str | None = None) -> int:
@@ -142,7 +143,7 @@ def _gains(results: list[Result], baseline: str | None) -> str:
 
     Raises DataError when a baseline was asked for that does not fit; what is wrong with the results' own is written down.
     """
-    own = next((r.model for r in results if Path(r.model).name == BASELINE), None)
+    own = next((r.model for r in results if re.split("[@?#]", Path(r.model).name)[0] == BASELINE), None)
     if not results or (baseline or own) is None:
         return ""
     try:

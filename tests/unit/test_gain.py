@@ -122,13 +122,15 @@ def test_the_last_result_of_a_seed_counts():
 
 @pytest.fixture
 def folder(tmp_path):
-    lines = [result(m, "ade20k", "miou", v) for m, v in (("runs/baseline", 50.0), ("runs/stage3", 51.0), ("teacher:x", 40.0))]
+    lines = [
+        result(m, "ade20k", "miou", v) for m, v in (("runs/baseline@500", 50.0), ("runs/stage3", 51.0), ("teacher:x", 40.0))
+    ]
     append(tmp_path / "results.jsonl", lines)
     return tmp_path
 
 
 def test_rows_come_from_folders_files_and_the_paper(folder):
-    assert [r.model for r in load_rows(str(folder))] == ["runs/baseline", "runs/stage3", "teacher:x"]
+    assert [r.model for r in load_rows(str(folder))] == ["runs/baseline@500", "runs/stage3", "teacher:x"]
     assert [r.model for r in load_rows(f"{folder}/results.jsonl::teacher:x")] == ["teacher:x"]
     assert load_baseline("paper:RADIOv2.5-L").scores["ade20k_miou"].mean == 51.47
 
@@ -138,18 +140,18 @@ def test_wrong_sources_say_what_is_expected(folder, tmp_path):
         load_rows("paper:x")
     with pytest.raises(DataError, match=r"has no results .*expected paper:NAME, a file of results, or a folder"):
         load_rows(str(tmp_path / "none"))
-    with pytest.raises(DataError, match=r"holds 3 models, expected one; name it: .*::runs/baseline or "):
+    with pytest.raises(DataError, match=r"holds 3 models, expected one; name it: .*::runs/baseline@500 or "):
         load_baseline(str(folder))
-    with pytest.raises(DataError, match=r"has no results of model 'stage9'; expected one of runs/baseline, runs/stage3"):
+    with pytest.raises(DataError, match=r"has no results of model 'stage9'; expected one of runs/baseline@500, runs/stage3"):
         load_rows(f"{folder}::stage9")
     with pytest.raises(DataError, match="holds no results of toy; leave out --suite"):
         load_rows(str(folder), suites=["toy"])
 
 
 def test_the_command_prints_a_table_or_json(folder, capsys):
-    assert main(["gain", str(folder), "--baseline", f"{folder}::runs/baseline"]) == 0
+    assert main(["gain", str(folder), "--baseline", f"{folder}::runs/baseline@500"]) == 0
     shown = capsys.readouterr().out
-    assert "gain in percent over runs/baseline" in shown
+    assert "gain in percent over runs/baseline@500" in shown
     assert "+2.00*" in shown
     assert "-20.00*" in shown
     assert main(["gain", "paper:featsharp", "--baseline", "paper:baseline", "--json"]) == 0
@@ -178,7 +180,7 @@ def test_the_report_draws_gains_where_there_is_a_baseline(folder):
     from radio_distill.eval.__main__ import read
 
     results = read(folder / "results.jsonl")
-    assert "Gain over runs/baseline" in _gains(results, None)
+    assert "Gain over runs/baseline@500" in _gains(results, None)
     assert "Gain over paper:baseline" in _gains(results, "paper:baseline")
     assert _gains(results[1:], None) == ""
     spoiled = [*results, replace(results[0], count=3)]
