@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -11,6 +12,8 @@ from torch import Tensor
 from .checks import not_empty
 
 __all__ = ["Means", "add_up"]
+
+T = TypeVar("T")
 
 
 class Means:
@@ -30,12 +33,10 @@ class Means:
             self._counts[name] = self._counts.get(name, 0) + x.numel()
 
     def reduce(self, group: dist.ProcessGroup | None = None) -> None:
-        """Add up all ranks; all must call it. Names may differ between ranks (a class that only one of them saw)."""
+        """Add up all ranks; all must call it, once. Names may differ between ranks (a class that only one of them saw)."""
         if not dist.is_initialized():
             return
-        mine = {name: (float(self._sums[name]), self._counts[name]) for name in self._sums}
-        everyone: list = [None] * dist.get_world_size(group)
-        dist.all_gather_object(everyone, mine, group=group)
+        everyone = _of_all_ranks({name: (float(self._sums[name]), self._counts[name]) for name in self._sums}, group)
         names = {name: None for rank in everyone for name in rank}
         self._sums = {n: sum(rank[n][0] for rank in everyone if n in rank) for n in names}
         self._counts = {n: sum(rank[n][1] for rank in everyone if n in rank) for n in names}
@@ -51,6 +52,12 @@ class Means:
 
 
 def add_up(sums: Tensor, group: dist.ProcessGroup | None = None) -> None:
-    """Replace sums by those of all ranks, in place; all must call it."""
+    """Replace sums by those of all ranks, in place, whatever their device; all must call it."""
     if dist.is_initialized():
-        dist.all_reduce(sums, group=group)
+        sums.copy_(torch.stack(_of_all_ranks(sums.cpu(), group)).sum(0))
+
+
+def _of_all_ranks(mine: T, group: dist.ProcessGroup | None) -> list[T]:
+    everyone: list = [None] * dist.get_world_size(group)
+    dist.all_gather_object(everyone, mine, group=group)
+    return everyone
