@@ -3,7 +3,7 @@
 import pytest
 from metric_goldens import each
 
-from radio_distill.eval.metrics import schedules, vlm
+from radio_distill.eval.metrics import schedules, vlm, vlm_yes_no
 
 
 def mean(scores):
@@ -32,14 +32,15 @@ def test_every_answer_is_scored_as_lmms_eval_does(golden):
 def test_mme_and_pope_aggregate_as_lmms_eval_does(golden):
     mme, pope = golden.facts["expected"]["mme"], golden.facts["expected"]["pope"]
     answers = [
-        vlm.MmeAnswer(i["question_id"], i["category"], vlm.mme_correct(i["prediction"], i["answer"])) for i in mme["items"]
+        vlm_yes_no.MmeAnswer(i["question_id"], i["category"], vlm_yes_no.mme_correct(i["prediction"], i["answer"]))
+        for i in mme["items"]
     ]
     assert [a.correct for a in answers] == [i["correct"] for i in mme["items"]]
-    scores = vlm.mme_scores(answers)
+    scores = vlm_yes_no.mme_scores(answers)
     assert {kind: scores.get(kind, 0) for kind in ("perception", "cognition")} == pytest.approx(
         {kind: mme[kind] for kind in ("perception", "cognition")}
     )
-    scores = vlm.pope_scores([i["prediction"] for i in pope["items"]], [i["answer"] for i in pope["items"]])
+    scores = vlm_yes_no.pope_scores([i["prediction"] for i in pope["items"]], [i["answer"] for i in pope["items"]])
     assert scores == pytest.approx({name: pope[name] for name in scores})
 
 

@@ -21,6 +21,7 @@ from radio_distill.eval.metrics import (
 )
 from radio_distill.eval.metrics.means import Means
 from radio_distill.eval.metrics.segmentation import Confusion, labels_from_raw
+from radio_distill.eval.metrics.vlm_mmmu import mmmu_score
 
 
 def seeded(*shape):
@@ -224,3 +225,34 @@ def test_classes_weigh_alike_in_pck():
 )
 def test_an_option_is_read_from_the_start(prediction, score):
     assert vlm.option_match(prediction, "B") == score
+
+
+@pytest.mark.parametrize(
+    ("prediction", "score"),
+    [
+        ("B", 1),
+        ("(A) or rather (B)", 1),
+        ("The answer is B.", 1),
+        ("A.", 0),
+        ("What one sees there is a red lamp", 1),  # a sentence that has an option's text
+        ("red lamp", 0.25),  # too short for that: a guess among four
+        ("", 0.25),
+    ],
+)
+def test_a_choice_of_mmmu_is_read_from_free_text(prediction, score):
+    assert mmmu_score(prediction, ["B"], options=["a cup", "red lamp", "dog", "17"]) == score
+
+
+@pytest.mark.parametrize(
+    ("prediction", "answers", "score"),
+    [
+        ("So x = 1,200.004", ["1200"], 1),
+        ("The result is 12.5 ohm", ["12.50"], 1),
+        ("The result is 12.6 ohm", ["12.5"], 0),
+        ("It is the left ventricle.", ["Left ventricle", "LV"], 1),
+        ("abc", ["b"], 0),  # a single letter must stand alone
+        ("therefore b ", ["b"], 1),
+    ],
+)
+def test_an_open_answer_of_mmmu_is_read_from_free_text(prediction, answers, score):
+    assert mmmu_score(prediction, answers) == score

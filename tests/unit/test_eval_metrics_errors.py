@@ -16,6 +16,7 @@ from radio_distill.eval.metrics import (
     normals,
     retrieval,
     vlm,
+    vlm_yes_no,
     zero_shot,
 )
 from radio_distill.eval.metrics.boxes import box_ap
@@ -80,8 +81,8 @@ def test_unknown_label_ids_are_named():
         lambda: depth.DepthMeter().compute(),
         lambda: knn.knn_scores(torch.ones(0, 3), torch.ones(0).long(), torch.ones(1, 3), classes=2),
         lambda: retrieval.recalls(torch.ones(2, 3), torch.ones(0, 3), torch.ones(0).long()),
-        lambda: vlm.pope_scores([], []),
-        lambda: vlm.mme_scores([]),
+        lambda: vlm_yes_no.pope_scores([], []),
+        lambda: vlm_yes_no.mme_scores([]),
         lambda: vlm.anls("a", []),
         lambda: box_ap({**BOXES, "annotations": []}, []),
     ],
@@ -127,7 +128,7 @@ def test_masks_and_areas_must_be_as_many():
 
 def test_half_an_image_of_mme_is_an_error():
     with pytest.raises(DataError, match="MME: image 7 of color has 1 answers; expected 2"):
-        vlm.mme_scores([vlm.MmeAnswer("7", "color", 1.0)])
+        vlm_yes_no.mme_scores([vlm_yes_no.MmeAnswer("7", "color", 1.0)])
 
 
 def test_boxes_of_unknown_images_and_categories_are_errors():

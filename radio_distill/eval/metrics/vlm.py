@@ -1,27 +1,27 @@
 """Scoring rules of the vision-language benchmarks, as lmms-eval 0.7.3 has them; answers are strings, scores 0 to 1.
 
-MMMU, whose parsing of free answers is a program of its own and differs between versions, is left to lmms-eval.
+MME and POPE are in `vlm_yes_no.py`, MMMU is in `vlm_mmmu.py`.
 """
 
 from __future__ import annotations
 
 import re
 import string
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
 
-from ...errors import DataError
 from .checks import not_empty
 from .vlm_text import normalize_answer
 
-__all__ = ["anls", "relaxed_match", "vqa_accuracy", "MmeAnswer", "mme_correct", "mme_scores", "pope_scores",
-           "ocrbench_hit", "exact_match", "option_match", "first_letter_match", "to_table_units"]  # fmt: skip
-
-PERCEPTION = frozenset(
-    {"existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR"}
-)
-"""Categories of MME's perception score; every other category is cognition."""
+__all__ = [
+    "anls",
+    "relaxed_match",
+    "vqa_accuracy",
+    "ocrbench_hit",
+    "exact_match",
+    "option_match",
+    "first_letter_match",
+    "to_table_units",
+]
 
 
 def anls(prediction: str, answers: Sequence[str], *, threshold: float = 0.5) -> float:
@@ -45,59 +45,6 @@ def vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
     guess = normalize_answer(prediction)
     hits = [normalize_answer(answer) == guess for answer in answers]
     return sum(min(1.0, (sum(hits) - hit) / 3) for hit in hits) / len(hits)
-
-
-class MmeAnswer(NamedTuple):
-    """One of the two questions of an image."""
-
-    question_id: str
-    """Of the image: both questions have it."""
-    category: str
-    correct: float
-
-
-def mme_correct(prediction: str, answer: str) -> float:
-    """1 when the prediction says what the answer (yes or no) says: alone, as its first letter alone, or in its first 4 characters."""
-    text = prediction.lower().strip().replace(".", "")
-    said = {"y": "yes", "n": "no"}.get(text) or next((word for word in ("yes", "no") if word in text[:4]), "other")
-    return float(said == answer.lower().strip().replace(".", ""))
-
-
-def mme_scores(answers: Iterable[MmeAnswer]) -> dict[str, float]:
-    """Perception (at most 2000) and cognition (at most 800).
-
-    An image has 100 times its accuracy, and 100 more when all its questions are right; the mean over images is a category's
-    score; categories add up. A kind without a category is left out. Raises DataError unless every image has both its questions.
-    """
-    images: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for a in answers:
-        images[a.category][a.question_id].append(a.correct)
-    not_empty(len(images), "MME")
-    _check_pairs(images)
-    totals: dict[str, float] = {}
-    for category, questions in images.items():
-        kind = "perception" if category in PERCEPTION else "cognition"
-        scores = [100 * sum(c) / len(c) + (100.0 if all(c) else 0.0) for c in questions.values()]
-        totals[kind] = totals.get(kind, 0.0) + sum(scores) / len(scores)
-    return totals
-
-
-def pope_scores(predictions: Sequence[str], answers: Sequence[str]) -> dict[str, float]:
-    """f1, precision, recall and accuracy of "yes".
-
-    A prediction counts only when it is exactly yes or no; a positive question answered freely is not a miss of recall, which
-    flatters f1 (the reference's rule).
-    """
-    not_empty(len(answers), "POPE")
-    pairs = [(p.strip().lower(), a.strip().lower()) for p, a in zip(predictions, answers, strict=True)]
-    hits, false, missed = (pairs.count(pair) for pair in (("yes", "yes"), ("yes", "no"), ("no", "yes")))
-    precision, recall = _ratio(hits, hits + false), _ratio(hits, hits + missed)
-    return {
-        "f1": _ratio(2 * precision * recall, precision + recall),
-        "precision": precision,
-        "recall": recall,
-        "accuracy": sum(p == a for p, a in pairs) / len(pairs),
-    }
 
 
 def ocrbench_hit(prediction: str, answers: Sequence[str], *, dataset: str) -> float:
@@ -128,16 +75,6 @@ def to_table_units(task: str, score: float) -> float:
     return score * {"mme": 1, "ocrbench": 1000}.get(task, 100)
 
 
-def _check_pairs(images: dict[str, dict[str, list[float]]]) -> None:
-    for category, questions in images.items():
-        for question_id, correct in questions.items():
-            if len(correct) != 2:
-                raise DataError(
-                    f"MME: image {question_id} of {category} has {len(correct)} answers; expected 2, one for each of its questions. "
-                    "Give the answers of whole images"
-                )
-
-
 def _similarity(prediction: str, answer: str) -> float:
     """1 - edit distance, blanks and case aside, over the length of the longer as it stands; 1 for two empty strings."""
     a, b = (" ".join(text.lower().split()) for text in (prediction, answer))
@@ -159,10 +96,6 @@ def _number(text: str) -> float | None:
         return float(text.rstrip("%")) / 100 if text.endswith("%") else float(text)
     except ValueError:
         return None
-
-
-def _ratio(part: float, whole: float) -> float:
-    return part / whole if whole else 0.0
 
 
 def _formula(text: str) -> str:
