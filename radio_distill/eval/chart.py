@@ -62,8 +62,7 @@ def bar_chart(series: dict[str, Bars], *, title: str, rows: list[str]) -> str:
         return NAMES + (x - low) / (high - low) * (WIDTH - NAMES - RIGHT - LEFT)
 
     body = [f'<line class="base" x1="{place(0):.1f}" x2="{place(0):.1f}" y1="{TOP}" y2="{height - BOTTOM}"/>']
-    for i in range(5):
-        x = low + (high - low) * i / 4
+    for x in sorted({low, 0.0, high}):
         body.append(f'<text class="tick" x="{place(x):.1f}" y="{height - 8}" text-anchor="middle">{x:.3g}</text>')
     for i, row in enumerate(rows):
         top = TOP + i * (BAR * len(series) + GAP)
