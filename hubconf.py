@@ -1,9 +1,20 @@
-"""Entry points of `torch.hub.load`: teachers with upsamplers that were trained with this repository.
+"""Entry points of `torch.hub.load`: students, and teachers with upsamplers, that were trained with this repository.
 
+model = torch.hub.load(REPOSITORY, "student", "runs/stage3", source="local")
 model = torch.hub.load(REPOSITORY, "upsampler", "runs/upsampler_siglip_3x", source="local")
 """
 
-dependencies = ["torch", "torchvision", "safetensors", "pydantic", "yaml"]
+dependencies = ["torch", "torchvision", "timm", "safetensors"]
+
+
+def student(path, device="cpu"):
+    """A trained student: `encode(images)` gives summary and map, `encode_adaptors(images)` also what it predicts of teachers.
+
+    path: run folder, checkpoint, export (hf, radio), Hugging Face folder or hub id of a RADIO model, or a .pth.tar.
+    """
+    from radio_distill import load_student
+
+    return load_student(path).to(device)
 
 
 def upsampler(path, device="cpu", dtype=None, chunk=None):

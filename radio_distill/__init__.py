@@ -5,17 +5,19 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .config.load import load_card
+    from .export.load import load_student
     from .teachers.base import load_teacher
     from .upsamplers.folder import load_upsampler
     from .upsamplers.upsampled import Upsampled
 
-__all__ = ["Upsampled", "__version__", "load_card", "load_teacher", "load_upsampler"]
+__all__ = ["Upsampled", "__version__", "load_card", "load_student", "load_teacher", "load_upsampler"]
 
 __version__ = "0.1.0"
 
 LIBRARY = {
     "Upsampled": "upsamplers.upsampled",
     "load_card": "config.load",
+    "load_student": "export.load",
     "load_teacher": "teachers.base",
     "load_upsampler": "upsamplers.folder",
 }

@@ -117,6 +117,13 @@ def _add_commands_that_train(commands: Any) -> None:
     viz.add_argument("--out", required=True, help="picture to write, FILE.png")
     report = _add(commands, "report", "write a run's report: curves, results, pictures")
     report.add_argument("run", help="run folder")
+    export = _add(commands, "export", "write a student for others: one folder with weights, model card and checksums")
+    export.add_argument("run", help="run folder, checkpoint, export, or a RADIO checkpoint (.pth.tar, Hugging Face folder)")
+    export.add_argument("--format", default="hf", help="hf, radio, timm, onnx or torch (hf)")
+    export.add_argument("--out", required=True, help="folder to make; it must not exist")
+    export.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="adaptors=all|none|A,B, dtype=float32|bfloat16|float16"
+    )
     report.add_argument("--baseline", help="draw gains over it: paper:baseline, a run or a file of results (FILE::MODEL)")
     gain = _add(commands, "gain", "by how many percent models are better than a baseline, by task, group and overall")
     forms = "paper:NAME (baseline, featsharp, ...), a folder with results.jsonl, or a file of results; ::MODEL names one in it"
@@ -257,6 +264,13 @@ def _gain(arguments: argparse.Namespace) -> int:
     return gain(arguments.models, arguments.baseline, suites=arguments.suite, as_json=arguments.json)
 
 
+def _export(arguments: argparse.Namespace) -> int:
+    from .export.command import main as export
+
+    settings = dict(item.partition("=")[::2] for item in arguments.overrides)
+    return export(arguments.run, arguments.format, arguments.out, settings)
+
+
 HANDLERS: dict[str, Callable[[argparse.Namespace], int]] = {
     "demo": _demo,
     "list": _list,
@@ -270,5 +284,6 @@ HANDLERS: dict[str, Callable[[argparse.Namespace], int]] = {
     "eval": _eval,
     "viz": _viz,
     "report": _report,
+    "export": _export,
     "gain": _gain,
 }

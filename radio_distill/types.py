@@ -11,7 +11,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 if TYPE_CHECKING:
     from torch import Tensor, device
 
-__all__ = ["VisionOutput", "VisionModel", "View", "Batch", "Target", "Targets", "Losses", "Result"]
+__all__ = ["CLIP_MEAN", "CLIP_STD", "VisionOutput", "VisionModel", "View", "Batch", "Target", "Targets", "Losses", "Result"]
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+"""Per-channel mean and standard deviation of RGB in [0, 1] that CLIP normalises with, and RADIO after it."""
 
 
 class VisionOutput(NamedTuple):

@@ -8,9 +8,6 @@ from pydantic import BaseModel, ConfigDict, Field
 
 __all__ = ["TeacherCard", "TeacherInput", "TeacherOutput", "TextTower"]
 
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-
 
 class Fields(BaseModel):
     """Base of everything read from YAML: unknown keys are errors, values do not change."""

@@ -11,7 +11,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from .cards import CLIP_MEAN, CLIP_STD, Fields
+from ..types import CLIP_MEAN, CLIP_STD
+from .cards import Fields
 
 __all__ = ["Job", "Recipe"]
 

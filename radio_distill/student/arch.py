@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from ..config.cards import CLIP_MEAN, CLIP_STD
+from ..types import CLIP_MEAN, CLIP_STD
 
 __all__ = ["AdaptorSlot", "HeadArch", "AdaptorArch", "TrunkArch", "StudentArch", "num_registers"]
 

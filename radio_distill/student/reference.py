@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -55,8 +55,10 @@ def student_from_reference(
 def student_from_hf_state(
     config: Mapping[str, Any], state: Mapping[str, Tensor], adaptor_names: Sequence[str] | None = None
 ) -> Student:
-    """Build the student of a Hugging Face folder (the reference's class or transformers'): its config.json and tensors."""
+    """Build the student of a Hugging Face folder (ours, the reference's class or transformers'): its config.json and tensors."""
     ours = canonical(fold_state(state))
+    if "student" in config:
+        return _from_our_config(config["student"], ours, adaptor_names)
     if "args" not in config:
         trunk, entries = _trunk_from_native(config, ours), {}
     else:
@@ -92,6 +94,17 @@ def student_from_arch(arch: StudentArch, state: Mapping[str, Tensor]) -> Student
             raise CheckpointError(f"{key} has shape {tuple(state[key].shape)}, expected {tuple(value.shape)} from the config")
     student.load_state_dict({key: state[key] for key in expected}, assign=True)
     return student
+
+
+def _from_our_config(values: Mapping[str, Any], state: Mapping[str, Tensor], adaptor_names: Sequence[str] | None) -> Student:
+    """The architecture as the exporter wrote it, which says more than the other layouts can."""
+    arch = StudentArch.from_dict(values)
+    stored = {a.name: a for a in arch.adaptors}
+    if missing := [name for name in adaptor_names or () if name not in stored]:
+        raise CheckpointError(f"no adaptor {missing[0]!r} in this checkpoint; it has {', '.join(stored) or 'none'}")
+    chosen = stored if adaptor_names is None else {name: stored[name] for name in stored if name in adaptor_names}
+    kept = {key: x for key, x in state.items() if not key.startswith("adaptors.") or key.split(".")[1] in chosen}
+    return student_from_arch(replace(arch, adaptors=tuple(chosen.values())), kept)
 
 
 def _assemble(

@@ -11,9 +11,10 @@ from conftest import golden_cases
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from radio_distill.config.cards import CLIP_MEAN, CLIP_STD, TeacherCard
+from radio_distill.config.cards import TeacherCard
 from radio_distill.errors import TeacherError
 from radio_distill.teachers.base import load_teacher
+from radio_distill.types import CLIP_MEAN, CLIP_STD
 
 GOLDEN = [path.parent for path in golden_cases("**/checkpoint.safetensors") if (path.parent / "config.json").is_file()]
 SMALL = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "max_img_size": 64}

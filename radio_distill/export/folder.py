@@ -1,0 +1,54 @@
+"""A folder that is there completely or not at all, with SHA256SUMS over everything in it."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from ..errors import CheckpointError
+
+__all__ = ["write_folder", "SUMS"]
+
+SUMS = "SHA256SUMS"
+
+
+def write_folder(out: Path, fill: Callable[[Path], None]) -> Path:
+    """Let `fill` write into a hidden folder beside `out`, add checksums (`sha256sum -c`), then give it its name.
+
+    Raises CheckpointError when `out` exists; whatever `fill` raises leaves nothing behind.
+    """
+    if out.exists() or out.is_symlink():
+        raise CheckpointError(f"{out} exists; exports never write over anything: delete it, or choose another --out")
+    temporary = out.with_name(f".{out.name}.part-{os.getpid()}")
+    temporary.mkdir(parents=True)
+    try:
+        fill(temporary)
+        _write_sums(temporary)
+        _sync(temporary)
+        temporary.rename(out)  # refuses a folder that somebody filled in the meantime
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return out
+
+
+def _write_sums(folder: Path) -> None:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    lines = [f"{_digest(path)}  {path.relative_to(folder).as_posix()}\n" for path in files]
+    (folder / SUMS).write_text("".join(lines))
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(folder: Path) -> None:
+    """Files are on the disk before the rename that makes them count."""
+    for path in [*folder.rglob("*"), folder]:
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)

@@ -1,0 +1,56 @@
+"""Make a student plain before it leaves: LayerScale folded into the Linears before it, adaptors chosen.
+
+Spectral reparametrisation, weight noise and the balancers' inverse are folded already in what a run writes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from torch import Tensor
+
+from ..errors import CheckpointError
+from ..student.reference import student_from_arch
+from ..student.student import Student
+
+__all__ = ["choose_adaptors", "fold_layer_scale"]
+
+
+def choose_adaptors(student: Student, names: Sequence[str] | None) -> Student:
+    """The student with these adaptors alone; None: all. Class tokens stay. Raises CheckpointError for an unknown name."""
+    stored = [a.name for a in student.arch.adaptors]
+    for name in names or ():
+        if name not in stored:
+            raise CheckpointError(
+                f"no adaptor {name!r} in this student; it has {', '.join(stored) or 'none'} (adaptors=none: none)"
+            )
+    if names is None or set(names) == set(stored):
+        return student
+    arch = replace(student.arch, adaptors=tuple(a for a in student.arch.adaptors if a.name in names))
+    state = student.state_dict()
+    return student_from_arch(
+        arch, {k: x for k, x in state.items() if not k.startswith("adaptors.") or k.split(".")[1] in names}
+    )
+
+
+def fold_layer_scale(student: Student) -> Student:
+    """The same function without LayerScale in the trunk, which most consumers ignore in silence.
+
+    y = gamma * (W x + b) is (gamma W) x + gamma b. DINOv2-style trunks keep it: theirs is a class of its own everywhere.
+    """
+    trunk = student.arch.trunk
+    if trunk.layer_scale is None or trunk.is_dino:
+        return student
+    state = student.state_dict()
+    for index in range(trunk.depth):
+        block = f"model.blocks.{index}"
+        _fold(state, f"{block}.attn.proj", f"{block}.ls1.gamma")
+        _fold(state, f"{block}.mlp.{'w3' if trunk.swiglu else 'fc2'}", f"{block}.ls2.gamma")
+    return student_from_arch(replace(student.arch, trunk=replace(trunk, layer_scale=None)), state)
+
+
+def _fold(state: dict[str, Tensor], linear: str, scale: str) -> None:
+    gamma = state.pop(scale)
+    state[f"{linear}.weight"] = gamma[:, None] * state[f"{linear}.weight"]
+    state[f"{linear}.bias"] = gamma * state[f"{linear}.bias"]

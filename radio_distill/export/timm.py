@@ -1,0 +1,80 @@
+"""Format timm: the trunk as one of timm's NaFlexViTs, `timm.create_model("local-dir:FOLDER", pretrained=True)`; any image size.
+
+timm has one class token: the others are among its registers, at their places in the sequence.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..student.student import Student
+from .layout import mlp_ratio
+
+__all__ = ["timm_config", "timm_state", "write_timm"]
+
+ARCHITECTURE = "naflexvit_large_patch16_radio_v3"
+"""Its defaults are RADIO's positions (resized to the long side, cropped, corners not aligned); `model_args` gives every size."""
+
+
+def write_timm(student: Student, folder: Path, *, size: int, dtype: torch.dtype) -> None:
+    """Write config.json and model.safetensors as timm's hub folders have them."""
+    tensors = {key: x.to(dtype).contiguous().clone() for key, x in timm_state(student).items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(timm_config(student, size), indent=1) + "\n")
+
+
+def timm_state(student: Student) -> dict[str, Tensor]:
+    """The trunk's tensors under timm's names."""
+    generator, state = student.model.patch_generator, student.model.state_dict()
+    tokens = generator.cls_token.token.detach()
+    kernel = generator.embedder.weight.detach()
+    out = {key: x for key, x in state.items() if key.startswith(("blocks.", "norm."))}
+    out["patch_embed.proj.weight"] = kernel.unflatten(1, (3, generator.patch_size, generator.patch_size))
+    out["patch_embed.proj.bias"] = kernel.new_zeros(len(kernel))  # timm always has one
+    out["pos_embed"] = generator.pos_embed.detach()
+    out["cls_token"] = tokens[None, :1]
+    if len(tokens) > 1:
+        out["reg_token"] = tokens[None, 1:]
+    return out
+
+
+def timm_config(student: Student, size: int) -> dict[str, Any]:
+    """config.json: the architecture, every size of it, and what the data pipeline has to know."""
+    trunk = student.arch.trunk
+    return {
+        "architecture": ARCHITECTURE,
+        "num_classes": 0,
+        "num_features": trunk.embed_dim,
+        "global_pool": "token",
+        "model_args": {
+            "patch_size": trunk.patch_size,
+            "embed_dim": trunk.embed_dim,
+            "depth": trunk.depth,
+            "num_heads": trunk.num_heads,
+            "mlp_ratio": mlp_ratio(trunk),
+            "init_values": None,
+            "final_norm": trunk.final_norm,
+            "reg_tokens": trunk.num_prefix - 1,
+            "pos_embed_grid_size": [trunk.grid_size, trunk.grid_size],
+            "pos_embed_align_corners": False,
+        },
+        "pretrained_cfg": {
+            "input_size": [3, size, size],
+            "fixed_input_size": False,
+            "interpolation": "bicubic",
+            "crop_pct": 1.0,
+            "mean": list(student.arch.mean),
+            "std": list(student.arch.std),
+            "num_classes": 0,
+            "pool_size": None,
+            "first_conv": "embeds.proj",
+            "classifier": "head",
+            "license": "other",
+        },
+    }
