@@ -46,7 +46,11 @@ def build_mixer(network: Network, channels: int, inputs: int) -> nn.Module:
 
 
 class FusionBlock(nn.Module):
-    """x + attention, then the first C channels of that + MLP."""
+    """x + attention, then skip(x) + MLP of that.
+
+    The skip is one matrix that starts as the projection onto the first input. Published, it stays that projection (after
+    attention): with the matrix, toy networks had learned in 100 steps what the block alone had not (docs/upsamplers.md).
+    """
 
     def __init__(self, network: Network, channels: int, inputs: int) -> None:
         super().__init__()
@@ -57,15 +61,17 @@ class FusionBlock(nn.Module):
         self.norm2 = _norm(network, inputs)
         self.mlp = SwiGLU(inputs, _hidden(network, inputs if network.reference else channels), channels)
         self.ls2 = LayerScale(channels, GAIN)
+        self.skip = None if network.reference else LinearMixer(channels, inputs)
 
     def forward(self, x_BHWG: Tensor) -> Tensor:
         """(B, H, W, C)."""
-        x_BHWG = x_BHWG + self.ls1(self.attn(self.norm1(x_BHWG)))
-        return x_BHWG[..., : self.channels] + self.ls2(self.mlp(self.norm2(x_BHWG)))
+        mixed = x_BHWG + self.ls1(self.attn(self.norm1(x_BHWG)))
+        base = mixed[..., : self.channels] if self.skip is None else self.skip(mixed)
+        return base + self.ls2(self.mlp(self.norm2(mixed)))
 
 
 class ReducedBlock(nn.Module):
-    """The first C channels of x + inner(x), `inner` being attention or MLP alone; published without a layer scale."""
+    """skip(x) + inner(x), `inner` being attention or MLP alone. Published: the first C channels of x + inner(x), no layer scale."""
 
     def __init__(self, network: Network, channels: int, inputs: int, inner: nn.Module) -> None:
         super().__init__()
@@ -73,10 +79,12 @@ class ReducedBlock(nn.Module):
         self.norm = _norm(network, inputs)
         self.inner = inner
         self.ls = nn.Identity() if network.reference else LayerScale(channels, GAIN)
+        self.skip = None if network.reference else LinearMixer(channels, inputs)
 
     def forward(self, x_BHWG: Tensor) -> Tensor:
         """(B, H, W, C)."""
-        return x_BHWG[..., : self.channels] + self.ls(self.inner(self.norm(x_BHWG))[..., : self.channels])
+        base = x_BHWG[..., : self.channels] if self.skip is None else self.skip(x_BHWG)
+        return base + self.ls(self.inner(self.norm(x_BHWG))[..., : self.channels])
 
 
 class LinearMixer(nn.Linear):
