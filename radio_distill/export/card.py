@@ -65,7 +65,7 @@ summary = tokens[:, {summary_idxs}].flatten(1)  # (1, {summary})
 features = tokens[:, {prefix}:]  # (1, {patches}, {dim})
 ```""",
     "onnx": """\
-Any batch; height and width any multiple of {patch} px. Pixels in [0, 1]: the graph normalises them.
+Any batch; height and width any multiple of {patch} px, two patches or more. Pixels in [0, 1]: the graph normalises them.
 
 ```python
 import numpy as np
@@ -77,7 +77,7 @@ outputs = dict(zip(names, session.run(None, {{"images": np.random.rand(1, 3, {si
 outputs["summary"], outputs["features"]  # (1, {summary}), (1, {dim}, rows, columns)
 ```""",
     "torch": """\
-Any batch; height and width any multiple of {patch} px. Pixels in [0, 1]: the program normalises them.
+Any batch; height and width any multiple of {patch} px, two patches or more. Pixels in [0, 1]: the program normalises them.
 
 ```python
 import torch

@@ -358,14 +358,25 @@ class PatchGenerator(nn.Module):
 
     def positions(self, grid: tuple[int, int]) -> Tensor:
         """(1, L, D): the table resized to the long side, its top left corner kept. No branch on sizes: it can be traced."""
-        rows, cols = grid
-        size: Any = (torch.sym_max(rows, cols),) * 2
         table = self.pos_embed.float().transpose(1, 2).unflatten(2, (self.grid_size, self.grid_size))
-        if not self.crops:
-            size, table = grid, table[:, :, :rows, :cols]
-        table = F.interpolate(table, size=size, mode="bilinear", align_corners=False)[:, :, :rows, :cols]
-        table = table.permute(0, 2, 3, 1).to(self.pos_embed.dtype)
-        return table.clone(memory_format=torch.contiguous_format).flatten(1, 2)
+        long_side: Any = torch.sym_max(*grid)
+        if self.crops:
+            table = _top_left(_resize(table, (long_side, long_side)), grid)
+        else:
+            table = _resize(_top_left(table, grid), grid)
+        return table.to(self.pos_embed.dtype).flatten(2).transpose(1, 2)
+
+
+def _resize(table: Tensor, size: tuple[int, int]) -> Tensor:
+    return F.interpolate(table, size=size, mode="bilinear", align_corners=False)
+
+
+def _top_left(table: Tensor, grid: tuple[int, int]) -> Tensor:
+    """The first rows and columns, or all where there are fewer. Gathered: a trace would remember whether a slice took all."""
+    for dim, side in zip((2, 3), grid):
+        kept: Any = torch.sym_min(side, table.shape[dim])
+        table = table.index_select(dim, torch.arange(kept, device=table.device))
+    return table
 
 
 class ClassTokens(nn.Module):

@@ -41,13 +41,15 @@ def flat_names(student: Student) -> list[str]:
 
 
 def program(student: Student) -> torch.export.ExportedProgram:
-    """Trace a student once for every batch size and every height and width that are multiples of its patch."""
+    """Trace a student once for every batch size and every height and width of two or more patches."""
     patch = student.patch_size
     images = torch.rand(2, 3, 2 * patch, 3 * patch)  # sizes of 1 would be taken for constants
-    shapes = {
-        "images": {0: torch.export.Dim("batch"), 2: patch * torch.export.Dim("rows"), 3: patch * torch.export.Dim("cols")}
-    }
-    return torch.export.export(Flat(student).eval(), (images,), dynamic_shapes=shapes)
+    rows, cols = (torch.export.Dim(name, min=2) for name in ("rows", "cols"))
+    shapes = {"images": {0: torch.export.Dim("batch"), 2: patch * rows, 3: patch * cols}}
+    # Without deferred asserts the trace keeps a guard that refuses a batch of one.
+    return torch.export.export(
+        Flat(student).eval(), (images,), dynamic_shapes=shapes, prefer_deferred_runtime_asserts_over_guards=True
+    )
 
 
 def write_program(student: Student, folder: Path) -> None:

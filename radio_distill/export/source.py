@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..config.cards import TeacherCard
-from ..config.load import load_any, load_card
+from ..config.load import load_card, load_job
 from ..config.recipe import Recipe
-from ..errors import CardError, CheckpointError, RecipeError
+from ..errors import CardError, CheckpointError
 from ..student.student import Student
 from ..types import Result
 from .load import load_student
@@ -114,11 +114,9 @@ def _stages(run: Path) -> tuple[list[Recipe], str | None]:
 
 
 def _recipe(run: Path) -> Recipe | None:
-    try:
-        recipe = load_any(run / "recipe.yaml")
-    except (RecipeError, CardError):  # not here, or of another version: the card then knows less
-        return None
-    return recipe if isinstance(recipe, Recipe) else None
+    """The recipe of a run; None when it is not here (a checkpoint that was copied alone)."""
+    path = run / "recipe.yaml"
+    return load_job(Recipe, path) if path.is_file() else None
 
 
 def _run_of(run: Path, source: str) -> Path | None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -56,7 +57,7 @@ def load_student(folder: Path) -> Student:
         raise CheckpointError(
             f"{folder / ARCHITECTURE} is not a student's architecture ({error!r}); write the run's student again"
         ) from error
-    return student_from_arch(arch, load_file(folder / WEIGHTS))
+    return student_from_arch(arch, _load_file(folder / WEIGHTS))
 
 
 def load_reference(path: Path, adaptor_names: Sequence[str] | None = None, *, ema: bool = True) -> Student:
@@ -80,7 +81,7 @@ def student_from_hf(folder: Path, adaptor_names: Sequence[str] | None = None) ->
         raise CheckpointError(
             f"{folder} has no config.json and model.safetensors; expected a Hugging Face folder of a RADIO model"
         )
-    state = {key: value for file in files for key, value in load_file(file).items()}
+    state = {key: value for file in files for key, value in _load_file(file).items()}
     return student_from_hf_state(json.loads((folder / "config.json").read_text()), state, adaptor_names)
 
 
@@ -105,6 +106,13 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     content = _unpickle(path)
     return {key: value for key, value in content.get("state_dict", content).items() if isinstance(value, Tensor)}
+
+
+def _load_file(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}); it is incomplete or damaged: get it again") from error
 
 
 def _unpickle(path: Path) -> dict[str, Any]:

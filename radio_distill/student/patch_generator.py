@@ -83,16 +83,12 @@ class PatchGenerator(nn.Module):
         Without branches on the size, so that an export with dynamic sizes is possible; equal sizes resize to themselves.
         """
         table_1DRC = self._table()
-        rows, cols = grid
-        size: Any = (torch.sym_max(rows, cols),) * 2  # symbolic in an export
-        if not self.crops:
-            size = grid
-            table_1DRC = table_1DRC[:, :, :rows, :cols]
-        resized_1Dnn = F.interpolate(table_1DRC, size=size, mode="bilinear", align_corners=False)
-        positions_1rcD = resized_1Dnn[:, :, :rows, :cols].permute(0, 2, 3, 1)
-        # Always copied: whether flattening needs it would otherwise be a branch on the aspect ratio.
-        positions_1rcD = positions_1rcD.to(self.pos_embed.dtype).clone(memory_format=torch.contiguous_format)
-        return positions_1rcD.flatten(1, 2)
+        long_side: Any = torch.sym_max(*grid)  # symbolic in an export
+        if self.crops:
+            positions_1Drc = _top_left(_resize(table_1DRC, (long_side, long_side)), grid)
+        else:
+            positions_1Drc = _resize(_top_left(table_1DRC, grid), grid)
+        return positions_1Drc.to(self.pos_embed.dtype).flatten(2).transpose(1, 2)
 
     def train_positions(self, grid: tuple[int, int], draws: Draws) -> Tensor:
         """Position embeddings (B, L, D), each of a random viewport, a share `pos_dropout` of them zero."""
@@ -133,3 +129,15 @@ class PatchGenerator(nn.Module):
     def _table(self) -> Tensor:
         side = self.grid_size
         return self.pos_embed.float().transpose(1, 2).unflatten(2, (side, side))
+
+
+def _resize(table_1DRC: Tensor, size: tuple[int, int]) -> Tensor:
+    return F.interpolate(table_1DRC, size=size, mode="bilinear", align_corners=False)
+
+
+def _top_left(table_1DRC: Tensor, grid: tuple[int, int]) -> Tensor:
+    """The first rows and columns, or all where there are fewer. Gathered: a trace would remember whether a slice took all."""
+    for dim, side in zip((2, 3), grid):
+        kept: Any = torch.sym_min(side, table_1DRC.shape[dim])
+        table_1DRC = table_1DRC.index_select(dim, torch.arange(kept, device=table_1DRC.device))
+    return table_1DRC

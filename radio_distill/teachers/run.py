@@ -27,9 +27,8 @@ def build(card: TeacherCard, weights: Weights) -> nn.Module:
 
     Raises TeacherError when the source is no folder with a student.
     """
-    from ..student.checkpoints import load_student
+    from ..export.load import load_student
     from ..student.student import Student
-    from ..train.checkpoint import artifact_folder
 
     read_params(card, FamilyParams)
     folder = resolve(card)
@@ -38,7 +37,7 @@ def build(card: TeacherCard, weights: Weights) -> nn.Module:
             f"teacher {card.name!r}: no folder {folder!r}; `source` must be a run folder, a checkpoint or an export"
         )
     try:
-        student = load_student(artifact_folder(folder))
+        student = load_student(folder)
     except CheckpointError as error:
         raise TeacherError(f"teacher {card.name!r}: {error}") from error
     if weights == "random":
