@@ -89,15 +89,13 @@ outputs["summary"], outputs["features"]  # (1, {summary}), (1, {dim}, rows, colu
 }
 
 
-def model_card(
-    arch: StudentArch, facts: Facts, form: str, *, size: int, native: bool, notes: list[str], where: str = "."
-) -> str:
-    """The text of README.md; `where`: the path that its code loads, as the user sees the folder."""
+def model_card(arch: StudentArch, facts: Facts, form: str, *, size: int, native: bool, notes: list[str], folder: str) -> str:
+    """The text of README.md. size: side in pixels of its examples; native: transformers' own class reads it; folder: its name."""
     parts = [
         _front_matter(facts, form),
         f"# {facts.name}",
         _what(arch, facts),
-        "## Load it\n\n" + _load(arch, facts, form, size, native, where),
+        "## Load it\n\n" + _load(arch, facts, form, size, native, folder),
         _teachers(facts),
         _data(facts),
         _results(facts),
@@ -110,7 +108,7 @@ def model_card(
 def _front_matter(facts: Facts, form: str) -> str:
     library = {"hf": "transformers", "timm": "timm", "radio": "pytorch", "torch": "pytorch", "onnx": "onnx"}[form]
     lines = ["---", f"library_name: {library}", "pipeline_tag: image-feature-extraction"]
-    if restricting(facts):
+    if restricting(facts) or facts.start:
         lines += ["license: other", "license_name: see-the-licences-of-the-teachers"]
     return "\n".join([*lines, "tags: [radio, distillation, vision]", "---"])
 
@@ -137,10 +135,10 @@ def _what(arch: StudentArch, facts: Facts) -> str:
     return text
 
 
-def _load(arch: StudentArch, facts: Facts, form: str, size: int, native: bool, where: str) -> str:
+def _load(arch: StudentArch, facts: Facts, form: str, size: int, native: bool, folder: str) -> str:
     trunk = arch.trunk
     return LOAD["hf_remote" if form == "hf" and not native else form].format(
-        name=where,
+        name=folder,
         base=facts.name,
         patch=trunk.patch_size,
         size=size,
@@ -169,7 +167,7 @@ def _teachers(facts: Facts) -> str:
             rows.append(f"| {name} | {card.source} | {_linked(card)} |")
     text = "## Teachers and licences\n\n| teacher | weights | licence |\n|---|---|---|\n" + "\n".join(rows)
     if facts.start:
-        text += f"\n\nThe first stage started from weights of `{_last(facts.start)}`; their licence holds as well."
+        text += f"\n\nThe first stage started from weights of `{_shown(facts.start)}`; their licence holds as well."
     limits = restricting(facts)
     if limits:
         names = ", ".join(f"{name} ({card.licence if card else 'unknown'})" for name, card in limits.items())
@@ -184,9 +182,10 @@ def _linked(card: TeacherCard) -> str:
     return f"[{card.licence}]({card.licence_url})" if card.licence_url else card.licence
 
 
-def _last(source: str) -> str:
-    """A path's last part: where it lay on somebody's disk is nobody's business."""
-    return source.rstrip("/").rpartition("/")[2]
+def _shown(source: str) -> str:
+    """A hub id, or a path's last part: where it lay on somebody's disk is nobody's business."""
+    is_hub_id = source.count("/") == 1 and source[0] not in "./~$" and "." not in source.rpartition("/")[2]
+    return source if is_hub_id else source.rstrip("/").rpartition("/")[2]
 
 
 def _data(facts: Facts) -> str:

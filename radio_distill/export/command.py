@@ -47,7 +47,7 @@ def export(
     told = notes(source.student.arch, source.facts, form)
     for line in told:
         log.warning("note: %s", line)
-    return write_folder(where, lambda folder: _fill(folder, source, form, dtype, told, str(where)))
+    return write_folder(where, lambda folder: _fill(folder, source, form, dtype, told, where.name))
 
 
 def main(path: str, form: str, out: str, settings: dict[str, str]) -> int:
@@ -76,7 +76,7 @@ def _check_options(form: str, dtype: str) -> None:
         raise CheckpointError(f"dtype={dtype} has no effect on format {form}, whose graph computes in float32; leave it out")
 
 
-def _fill(folder: Path, source: Source, form: str, dtype: str, told: list[str], where: str) -> None:
+def _fill(folder: Path, source: Source, form: str, dtype: str, told: list[str], name: str) -> None:
     student, facts = source.student, source.facts
     size = preferred_size(student, facts)
     with torch.no_grad():
@@ -97,7 +97,7 @@ def _fill(folder: Path, source: Source, form: str, dtype: str, told: list[str], 
 
             write_program(student, folder)
     native = reads_natively(student.arch)
-    card = model_card(student.arch, facts, form, size=size, native=native, notes=told, where=where)
+    card = model_card(student.arch, facts, form, size=size, native=native, notes=told, folder=name)
     (folder / "README.md").write_text(card)
     (folder / "provenance.json").write_text(json.dumps(_provenance(source, form, dtype), indent=1) + "\n")
 

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import CheckpointError
@@ -120,12 +121,14 @@ def _intermediate(arch: StudentArch) -> dict[str, Any] | None:
 def _cast(key: str, x: Tensor, dtype: torch.dtype) -> Tensor:
     """Constants of the pixels stay exact."""
     exact = key.startswith("input_conditioner.") or not x.is_floating_point()
-    return (x if exact else x.to(dtype)).detach().contiguous().clone()
+    return (x if exact else x.to(dtype)).detach().contiguous()
 
 
 def _read_back(path: Path, tensors: dict[str, Tensor]) -> None:
-    written = load_file(path)
-    if written.keys() != tensors.keys() or not all(torch.equal(written[key], x) for key, x in tensors.items()):
+    """Tensor by tensor: a second copy of a large student need not fit into memory."""
+    with safe_open(path, "pt") as file:
+        same = set(file.keys()) == tensors.keys() and all(torch.equal(file.get_tensor(key), x) for key, x in tensors.items())
+    if not same:
         raise CheckpointError(f"{path} does not read back as it was written; check the disk and export again")
 
 

@@ -58,22 +58,27 @@ def open_source(path: Path, adaptors: Sequence[str] | None = None) -> Source:
     adaptors: names to keep; None: all. Raises CheckpointError when there is no student, when an adaptor does not exist,
     or when a run's checkpoint lacks the statistics that make an adaptor predict its teacher.
     """
-    student = choose_adaptors(load_student(path), adaptors)
-    checkpoint = _checkpoint(path)
+    checkpoint = _checkpoint(path)  # once: a training may save the next one meanwhile
     if checkpoint is None:
+        student = choose_adaptors(load_student(path), adaptors)
         return Source(fold_layer_scale(student), Facts(path.name.removesuffix(".tar").removesuffix(".pth")))
+    student = choose_adaptors(load_student(checkpoint), adaptors)
     _check_balancers(student, checkpoint)
     return Source(fold_layer_scale(student), _facts(checkpoint))
 
 
 def _checkpoint(path: Path) -> Path | None:
-    """The checkpoint of a run that `path` is, or is part of."""
+    """The checkpoint of a run that `path` is or is part of, or the run's newest; None when it is something else."""
     from ..train.checkpoint import latest
 
+    if not path.is_dir():
+        return None
     for folder in (path, path.parent):
         if (folder / "meta.json").is_file():
             return folder.resolve()
-    found = latest(path) if path.is_dir() else None
+    if any((path / name).is_file() for name in ("student.safetensors", "config.json")):
+        return None
+    found = latest(path)
     return None if found is None else found.resolve()
 
 

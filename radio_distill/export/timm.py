@@ -24,7 +24,7 @@ ARCHITECTURE = "naflexvit_large_patch16_radio_v3"
 
 def write_timm(student: Student, folder: Path, *, size: int, dtype: torch.dtype) -> None:
     """Write config.json and model.safetensors as timm's hub folders have them."""
-    tensors = {key: x.to(dtype).contiguous().clone() for key, x in timm_state(student).items()}
+    tensors = {key: x.to(dtype).contiguous() for key, x in timm_state(student).items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(timm_config(student, size), indent=1) + "\n")
 
