@@ -113,6 +113,11 @@ def _from_timm(student: Student, source: str) -> dict[str, Tensor]:
     state = {key: value.float() for key, value in state.items()}
     table = state.pop("pos_embed")
     patch_weight, patch_bias = state.pop("patch_embed.proj.weight"), state.pop("patch_embed.proj.bias", None)
+    if table.shape[2] != student.arch.trunk.embed_dim:
+        raise CheckpointError(
+            f"the start checkpoint {source} is {table.shape[2]} wide, the student {student.arch.trunk.embed_dim}; "
+            "choose the student.model the checkpoint was made for, or start.kind=scratch"
+        )
     cls, registers = state.pop("cls_token", None), state.pop("reg_token", None)
     extra = table.shape[1] - math.isqrt(table.shape[1]) ** 2  # positions of prefix tokens, before the grid's
     tokens = student.model.patch_generator.cls_token.token.detach().clone()

@@ -32,6 +32,7 @@ TINY = [
     "balance.window=2",
     f"optim.steps={STEPS}",
     "optim.warmup=1",
+    "optim.lr=5e-4",
     "data.streams=2",
     "log.every=1",
     "log.pictures=0",

@@ -15,6 +15,7 @@ from radio_distill.student.arch import AdaptorSlot
 from radio_distill.student.checkpoints import save_student
 from radio_distill.student.start import resize_kernel, resize_table, start_weights
 from radio_distill.student.student import Student, build_student
+from radio_distill.student.timm_layout import to_timm
 
 TINY = {"embed_dim": 32, "depth": 3, "num_heads": 2, "patch_size": 4}
 CLIP, DINO = AdaptorSlot("clip", 10, 12, True), AdaptorSlot("dino", 8, 8, True)
@@ -133,6 +134,23 @@ def test_timm_models_that_are_no_plain_vit_are_refused(tmp_path: Path) -> None:
     start = timm_file(timm_vit(pre_norm=True), tmp_path / "clip.safetensors")
     with pytest.raises(CheckpointError, match="is not a plain timm ViT"):
         start_weights(make(CLIP), start)
+
+
+def test_a_timm_file_of_another_width_is_refused(tmp_path: Path) -> None:
+    start = timm_file(timm_vit(), tmp_path / "vit.safetensors")
+    wide = make(CLIP, overrides=TINY | {"embed_dim": 64})
+    with pytest.raises(CheckpointError, match=r"vit.safetensors is 32 wide, the student 64; choose .* or start.kind=scratch"):
+        start_weights(wide, start)
+
+
+def test_a_trunk_written_in_timms_layout_starts_a_student_as_it_was(tmp_path: Path) -> None:
+    student = make(CLIP, cls_token_per_teacher=False)
+    save_file({k: v.detach().contiguous() for k, v in to_timm(student).items()}, tmp_path / "trunk.safetensors")
+    other = make(DINO, seed=1, cls_token_per_teacher=False)
+    assert start_weights(other, Start(kind="timm", source=str(tmp_path / "trunk.safetensors"))) == set()
+    images = torch.rand(1, 3, 32, 24)
+    with torch.no_grad():
+        torch.testing.assert_close(other.encode(images).features_BCHW, student.encode(images).features_BCHW)
 
 
 def test_a_timm_name_that_cannot_be_loaded_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
