@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..student.student import Student
+from ..student.timm_layout import to_timm
 from .layout import mlp_ratio
 
 __all__ = ["timm_config", "timm_state", "write_timm"]
@@ -30,14 +31,9 @@ def write_timm(student: Student, folder: Path, *, size: int, dtype: torch.dtype)
 
 
 def timm_state(student: Student) -> dict[str, Tensor]:
-    """The trunk's tensors under timm's names."""
-    generator, state = student.model.patch_generator, student.model.state_dict()
-    tokens = generator.cls_token.token.detach()
-    kernel = generator.embedder.weight.detach()
-    out = {key: x for key, x in state.items() if key.startswith(("blocks.", "norm."))}
-    out["patch_embed.proj.weight"] = kernel.unflatten(1, (3, generator.patch_size, generator.patch_size))
-    out["patch_embed.proj.bias"] = kernel.new_zeros(len(kernel))  # timm always has one
-    out["pos_embed"] = generator.pos_embed.detach()
+    """The trunk's tensors under timm's names; every class token is kept."""
+    tokens, out = student.model.patch_generator.cls_token.token.detach(), to_timm(student)
+    out.setdefault("patch_embed.proj.bias", tokens.new_zeros(tokens.shape[1]))  # timm always has one
     out["cls_token"] = tokens[None, :1]
     if len(tokens) > 1:
         out["reg_token"] = tokens[None, 1:]
