@@ -1,0 +1,95 @@
+"""What every data set of the suites is: a checked list of items, known by a hash, read one by one."""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from functools import cached_property
+from importlib import import_module
+from pathlib import Path
+from typing import Generic, TypeVar
+
+from ...config.messages import did_you_mean
+from ...errors import DataError
+from .registry import READERS, TOY_READERS
+
+__all__ = ["TOY", "Dataset", "Subset", "missing", "open_dataset"]
+
+S = TypeVar("S")
+
+TOY = "toy"
+"""The root that stands for generated scenes."""
+
+
+class Dataset(ABC, Generic[S]):
+    """Items of one split, in an order that does not depend on the file system."""
+
+    name: str
+    """As results name it: `ade20k`, `toyworld`."""
+    split: str
+    classes: tuple[str, ...] = ()
+    """Names of the classes by label, where there are labels."""
+
+    @property
+    @abstractmethod
+    def keys(self) -> Sequence[str]:
+        """One string per item, the same on every machine."""
+
+    @abstractmethod
+    def __getitem__(self, index: int) -> S:
+        """Read one item (a NamedTuple of samples.py). Raises DataError naming the file when it is damaged or does not fit."""
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    @cached_property
+    def id(self) -> str:
+        """Name, split and a hash of the list of items: `ade20k/validation#0123456789ab`."""
+        digest = hashlib.sha256("\n".join(self.keys).encode()).hexdigest()[:12]
+        return f"{self.name}/{self.split}#{digest}"
+
+    def limited(self, limit: int | None) -> Dataset[S]:
+        """At most `limit` items, spread evenly over the list (lists are often sorted by class); None: all."""
+        if limit is None or limit >= len(self):
+            return self
+        return Subset(self, [i * len(self) // limit for i in range(limit)])
+
+
+class Subset(Dataset[S]):
+    """Some items of a data set."""
+
+    def __init__(self, whole: Dataset[S], indices: Sequence[int]) -> None:
+        self.whole, self.indices = whole, tuple(indices)
+        self.name, self.split, self.classes = whole.name, whole.split, whole.classes
+
+    @property
+    def keys(self) -> Sequence[str]:
+        return [self.whole.keys[i] for i in self.indices]
+
+    def __getitem__(self, index: int) -> S:
+        return self.whole[self.indices[index]]
+
+
+def open_dataset(name: str, split: str, root: str | Path, *, kind: str) -> Dataset:  # type: ignore[type-arg]
+    """A data set by name, listed and checked.
+
+    root: the folder that holds the data sets, or `toy`: then generated scenes with the same `kind` of sample (an entry of
+    registry.py) stand in. Raises DataError that says which path was looked for, the layout, and where users get it.
+    """
+    if str(root) == TOY:
+        return _reader(TOY_READERS[kind])(split)
+    if name not in READERS:
+        raise DataError(f"no data set {name!r}{did_you_mean(name, READERS)}; expected one of {', '.join(READERS)}")
+    return _reader(READERS[name])(Path(root).expanduser(), split)
+
+
+def missing(path: Path, *, dataset: str, layout: str, source: str) -> DataError:
+    """The error of a path that is not there: what was looked for, how the data set should lie, where users get it."""
+    lines = "\n  ".join(layout.strip().splitlines())
+    return DataError(f"{dataset}: {path} is missing; expected\n  {lines}\nunder the folder given as --data. {source}")
+
+
+def _reader(place: str):  # type: ignore[no-untyped-def]
+    module, _, attribute = place.partition(":")
+    return getattr(import_module(f"{__package__}.{module}"), attribute)

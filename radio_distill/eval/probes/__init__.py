@@ -1,0 +1,1 @@
+"""Heads that are trained on frozen features, and the loop that trains them."""

@@ -1,0 +1,65 @@
+"""The loop that trains probes, on one rank or several."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ...errors import TrainingError
+
+__all__ = ["fit"]
+
+T = TypeVar("T")
+
+
+def fit(
+    probe: nn.Module,
+    batches: Iterator[T],
+    loss: Callable[[nn.Module, T], Tensor],
+    *,
+    steps: int,
+    optimizer: torch.optim.Optimizer,
+    factor: Callable[[int], float],
+    max_norm: float | None = None,
+) -> float:
+    """Train `probe` for `steps` steps and leave it in eval mode; returns the mean loss of the last tenth of them.
+
+    batches: this rank's own. loss: of this rank's batch, a mean. factor: of the learning rates, by step. max_norm: gradients
+    are clipped to this norm. Ranks average their gradients, so that equal shares give what one rank with all of them gives.
+    Raises TrainingError at a loss that is not finite, on all ranks.
+    """
+    ranks = dist.get_world_size() if dist.is_initialized() else 1
+    if ranks > 1:
+        probe = nn.SyncBatchNorm.convert_sync_batchnorm(probe) if next(probe.parameters()).is_cuda else probe
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    probe.train()
+    last: list[Tensor] = []
+    for step in range(steps):
+        value = loss(probe, next(batches))
+        optimizer.zero_grad(set_to_none=True)
+        value.backward()  # type: ignore[no-untyped-call]
+        if ranks > 1:
+            for p in parameters:
+                if p.grad is not None:
+                    dist.all_reduce(p.grad.div_(ranks))
+        if max_norm is not None:
+            nn.utils.clip_grad_norm_(parameters, max_norm)
+        optimizer.step()
+        schedule.step()
+        if step >= steps - max(1, steps // 10):
+            last.append(value.detach())
+    probe.eval()
+    mean = torch.stack(last).mean()
+    if ranks > 1:
+        dist.all_reduce(mean.div_(ranks))
+    if not math.isfinite(mean.item()):
+        raise TrainingError(
+            f"the probe's loss is {mean.item()} after {steps} steps; lower its learning rate, or look for features that are not finite"
+        )
+    return float(mean)

@@ -1,0 +1,84 @@
+"""What a suite is made of. A task finds its data sets, then measures one model; whatever may vary is a field of its card.
+
+eval/SUITE.yaml -> tasks -> task.datasets(context), task.run(model, context) -> scores -> results.jsonl
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ..config.cards import Fields
+from .features import ALONE, FeatureCache, Ranks
+
+if TYPE_CHECKING:
+    import torch
+
+    from .datasets.base import Dataset
+    from .models import Opened
+
+__all__ = ["Context", "Score", "Task"]
+
+
+class Score(NamedTuple):
+    """One number that a task has measured."""
+
+    metric: str
+    """Together with the task's name it names a task of the paper's tables: `ade20k` and `miou` are `ade20k_miou`."""
+    value: float
+    unit: str = "percent"
+    higher_is_better: bool = True
+    headline: bool = True
+    """True for the numbers of the paper's tables; only they count in the MTL gain."""
+    scored: int | None = None
+    """Number of items, where they are not those of the first data set."""
+
+
+@dataclass(frozen=True)
+class Context:
+    """What all tasks of an evaluation share."""
+
+    root: str | Path
+    """Folder that holds the data sets, or `toy`."""
+    device: torch.device
+    cache: FeatureCache
+    limit: int | None = None
+    """At most this many items of every data set."""
+    resolution: int | None = None
+    """Side in pixels at which models run; None: each task's own."""
+    batch: int = 32
+    """Images of one forward."""
+    workers: int = 0
+    """Processes that read images."""
+    seed: int = 0
+    ranks: Ranks = field(default=ALONE)
+    pictures: Path | None = None
+    """Folder for qualitative pictures; None: none are kept."""
+
+
+class Task(Fields):
+    """One row of a suite's card. Subclasses add `kind: Literal[...]` and the numbers of their protocol."""
+
+    dataset: str
+    """Name of the data set (datasets/registry.py)."""
+    version: str = "1"
+    """Version of the protocol; numbers of different versions are not comparable."""
+
+    @abstractmethod
+    def datasets(self, context: Context) -> Sequence[Dataset[Any]]:
+        """All data sets, listed and checked, the scored one first. Raises DataError before anything is computed."""
+
+    @abstractmethod
+    def passes(self, context: Context) -> float:
+        """Forward passes of the encoder in images, for the time estimate of `--dry-run`."""
+
+    def size(self, context: Context) -> int:
+        """Side in pixels that results are filed under."""
+        return context.resolution or 0
+
+    @abstractmethod
+    def run(self, opened: Opened, context: Context) -> Iterable[Score]:
+        """Measure one model (already on the device, in eval mode). Raises DataError where the model lacks what is asked for."""
