@@ -22,6 +22,8 @@ from ..paths import expand
 
 __all__ = ["check_keys", "load", "read", "resolve"]
 
+Prefix = str | tuple[str, ...]
+
 SUFFIXES = (".safetensors", ".pt", ".pth", ".tar", ".bin", ".json")
 NESTED = ("state_dict_ema", "state_dict", "model")
 """Under which keys trainers put the weights, best first."""
@@ -49,11 +51,12 @@ def resolve(card: TeacherCard) -> Path | str:
     )
 
 
-def read(card: TeacherCard, files: Sequence[str] = HF_FILES, *, prefix: str = "") -> dict[str, Tensor]:
+def read(card: TeacherCard, files: Sequence[str] = HF_FILES, *, prefix: Prefix = "") -> dict[str, Tensor]:
     """The tensors of the card's source, by name, on the CPU.
 
     files: names to look for in a folder or hub repository, best first; `*.index.json` names shards. prefix: only names
     that begin with it are read, and it is cut off; a file without any such name is read whole (it holds just that part).
+    With several prefixes nothing is cut off.
     Raises TeacherError when nothing is found; a hub is asked only when HF_HUB_OFFLINE is not set.
     """
     source = resolve(card)
@@ -92,7 +95,7 @@ def check_keys(card: TeacherCard, missing: Iterable[str], unexpected: Iterable[s
         )
 
 
-def _shards(card: TeacherCard, path: Path, prefix: str, get: Callable[[str], Path | None]) -> dict[str, Tensor]:
+def _shards(card: TeacherCard, path: Path, prefix: Prefix, get: Callable[[str], Path | None]) -> dict[str, Tensor]:
     if path.suffix != ".json":
         return _tensors(card, path, prefix)
     index: dict[str, str] = json.loads(path.read_text())["weight_map"]
@@ -108,7 +111,7 @@ def _shards(card: TeacherCard, path: Path, prefix: str, get: Callable[[str], Pat
     return state
 
 
-def _tensors(card: TeacherCard, path: Path, prefix: str) -> dict[str, Tensor]:
+def _tensors(card: TeacherCard, path: Path, prefix: Prefix) -> dict[str, Tensor]:
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -131,8 +134,9 @@ def _tensors(card: TeacherCard, path: Path, prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix("module."): x for name, x in content.items() if isinstance(x, Tensor)}
 
 
-def _strip(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    part = {name.removeprefix(prefix): x for name, x in state.items() if name.startswith(prefix)}
+def _strip(state: dict[str, Tensor], prefix: Prefix) -> dict[str, Tensor]:
+    cut = prefix if isinstance(prefix, str) else ""
+    part = {name.removeprefix(cut): x for name, x in state.items() if name.startswith(prefix)}
     return part or state
 
 
