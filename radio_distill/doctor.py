@@ -15,14 +15,14 @@ from typing import NamedTuple
 
 from .config.cards import TeacherCard
 from .config.load import cards_of, list_recipes, load_any, load_card, load_upsampler_recipe
-from .config.recipe import Debias, Job, Recipe, Trained
+from .config.recipe import Debias, ImageJob, Recipe, Trained
 from .config.upsampler_recipe import AnyRecipe, UpsamplerRecipe
 from .errors import CheckpointError, RadioDistillError
 from .listing import cached_weights, how_to_get, hub_id, local_weights, make_table, wide_console
 from .paths import cache_dir, expand
 from .train.run import run_path
 
-__all__ = ["Finding", "examine_machine", "examine_recipe", "main"]
+__all__ = ["Finding", "examine_machine", "examine_recipe", "main", "refuse_if_missing"]
 
 PACKAGES = ("torch", "torchvision", "deepspeed", "timm", "open_clip_torch", "transformers", "webdataset", "pydantic")
 VARIABLES = ("HF_HOME", "HF_HUB_OFFLINE", "WANDB_MODE", "CUDA_VISIBLE_DEVICES", "DS_ACCELERATOR", "OMP_NUM_THREADS")
@@ -42,6 +42,17 @@ def main(recipe: str | None, overrides: Sequence[str] = ()) -> int:
     findings = list(examine_machine())
     if recipe is not None:
         findings += examine_recipe(load_any(recipe, overrides))
+    return _show(findings)
+
+
+def refuse_if_missing(recipe: AnyRecipe) -> int:
+    """Print what the recipe needs and is not here; 1 when there is something, else 0. What a job asks before it starts."""
+    missing = [finding for finding in examine_recipe(recipe) if finding.missing]
+    return _show(missing) if missing else 0
+
+
+def _show(findings: Sequence[Finding]) -> int:
+    """Print a table; 1 when something is missing."""
     table = make_table("", "what state", "detail")
     for finding in findings:
         table.add_row(finding.what, "MISSING" if finding.missing else "ok", finding.text)
@@ -73,13 +84,16 @@ def examine_machine() -> Iterator[Finding]:
 
 def examine_recipe(recipe: AnyRecipe) -> Iterator[Finding]:
     """What the recipe asks for: teachers, upsamplers, start, balancers, images, packages, disk."""
+    from .train.checkpoint import latest
+
+    resumed = latest(run_path(recipe))
     cards = cards_of(recipe) if isinstance(recipe, Recipe) else {recipe.teacher: load_card(recipe.teacher)}
     for name, card in cards.items():
         path = local_weights(card)
         yield Finding(f"teacher {name}", str(path) if path else how_to_get(card), missing=path is None)
     if isinstance(recipe, Recipe):
         yield from _upsamplers(recipe, cards)
-        yield from _start(recipe)
+        yield from _start(recipe) if resumed is None else [Finding("resume", str(resumed))]
     if recipe.balance.path:
         path = Path(expand(recipe.balance.path))
         text = str(path) if path.is_dir() else f"no folder {path}; make it with `radio-distill stats`"
@@ -139,7 +153,7 @@ def _start(recipe: Recipe) -> Iterator[Finding]:
     yield Finding(f"start from {start.kind}", str(found) if found else advice, missing=found is None)
 
 
-def _images(recipe: Job) -> Iterator[Finding]:
+def _images(recipe: ImageJob) -> Iterator[Finding]:
     from .data.reading import ShardError, read_shard
     from .data.sources import list_source
 

@@ -9,7 +9,7 @@ from ..errors import CardError
 from .cards import TeacherCard
 from .document import KeyPath, Problem
 from .messages import did_you_mean
-from .recipe import S2, Bilinear, Data, Debias, Job, Partition, Recipe, Teacher, TeacherView, Tile, Trained
+from .recipe import S2, Bilinear, Data, Debias, ImageJob, Job, Partition, Recipe, Teacher, TeacherView, Tile, Trained
 from .upsampler import ENLARGING
 
 __all__ = ["check_recipe", "data_problems", "patch_size", "ranges", "summary_weight"]
@@ -168,9 +168,22 @@ def _loss(recipe: Recipe) -> Found:
         yield Problem(text, ("balance", "window"))
 
 
-def ranges(recipe: Job) -> Found:
-    """Numbers of any training that are out of range."""
-    optim, crop = recipe.optim, recipe.data.crop
+def ranges(recipe: ImageJob) -> Found:
+    """Numbers of any training on images that are out of range."""
+    yield from optim_ranges(recipe)
+    crop = recipe.data.crop
+    if not 0 < crop.scale[0] <= crop.scale[1] <= 1:
+        text = f"'data.crop.scale' is {list(crop.scale)}, expected [low, high] with 0 < low <= high <= 1"
+        yield Problem(text, ("data", "crop", "scale"))
+    if not 0 < crop.ratio[0] <= crop.ratio[1]:
+        yield Problem(
+            f"'data.crop.ratio' is {list(crop.ratio)}, expected [low, high] with 0 < low <= high", ("data", "crop", "ratio")
+        )
+
+
+def optim_ranges(recipe: Job) -> Found:
+    """Numbers of any optimizer that are out of range."""
+    optim = recipe.optim
     if not all(0 <= beta < 1 for beta in optim.betas):
         yield Problem(f"'optim.betas' is {list(optim.betas)}, expected numbers from 0 to below 1", ("optim", "betas"))
     if optim.eps <= 0:
@@ -179,13 +192,6 @@ def ranges(recipe: Job) -> Found:
         yield Problem(f"'optim.min_lr' is {optim.min_lr}, more than 'optim.lr' {optim.lr}", ("optim", "min_lr"))
     if optim.clip is not None and optim.clip <= 0:
         yield Problem(f"'optim.clip' is {optim.clip}, expected more than 0, or null for no clipping", ("optim", "clip"))
-    if not 0 < crop.scale[0] <= crop.scale[1] <= 1:
-        text = f"'data.crop.scale' is {list(crop.scale)}, expected [low, high] with 0 < low <= high <= 1"
-        yield Problem(text, ("data", "crop", "scale"))
-    if not 0 < crop.ratio[0] <= crop.ratio[1]:
-        yield Problem(
-            f"'data.crop.ratio' is {list(crop.ratio)}, expected [low, high] with 0 < low <= high", ("data", "crop", "ratio")
-        )
 
 
 def data_problems(data: Data, partitions: dict[str, Partition], *, training: bool) -> Found:

@@ -347,7 +347,7 @@ class Checkpoint(Fields):
 
 
 class Job(Fields):
-    """What every training has, of a student or of an upsampler: a name, statistics, an optimizer, images, and how it runs."""
+    """What every training has: a name, a run folder, an optimizer, and how it runs."""
 
     name: str
     """Name of the recipe; the run folder is `runs/NAME` unless `run` says otherwise."""
@@ -357,14 +357,8 @@ class Job(Fields):
     """Run folder; empty: `runs/NAME`."""
     seed: int = 0
     """Seed of everything that is drawn at random."""
-    balance: Balance = Balance()
-    """How teachers are equalised."""
     optim: Optim = Optim()
     """Optimizer and schedule."""
-    ema: Ema = Ema()
-    """Running average of the weights."""
-    data: Data = Data()
-    """Images."""
     engine: Engine = Engine()
     """How it runs; may change on resume."""
     log: Log = Log()
@@ -373,7 +367,18 @@ class Job(Fields):
     """When it is saved; may change on resume."""
 
 
-class Recipe(Job):
+class ImageJob(Job):
+    """What trainings on images alone have as well, of a student or of an upsampler: statistics, an average, images."""
+
+    balance: Balance = Balance()
+    """How teachers are equalised."""
+    ema: Ema = Ema()
+    """Running average of the weights."""
+    data: Data = Data()
+    """Images."""
+
+
+class Recipe(ImageJob):
     """One stage."""
 
     student: Student = Student()

@@ -17,7 +17,7 @@ from .checks import data_problems, ranges
 from .document import Problem
 from .jitter import Jitter
 from .objective import Objective
-from .recipe import Balance, Ema, Job, Optim, Partition, Positive, Recipe, Share, Weight
+from .recipe import Balance, Ema, ImageJob, Optim, Partition, Positive, Recipe, Share, Weight
 from .upsampler import Network, check_network
 
 __all__ = ["VIEWS", "AnyRecipe", "Downsampler", "UpsamplerRecipe", "check_upsampler"]
@@ -71,7 +71,7 @@ class UpsamplerEma(Ema):
     """Decay per step of the fp32 average of the weights; 0: no EMA (FS)."""
 
 
-class UpsamplerRecipe(Job):
+class UpsamplerRecipe(ImageJob):
     """Multi-view training of one upsampler (FS section 3)."""
 
     teacher: str

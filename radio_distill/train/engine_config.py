@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 from typing import Any
 
-from ..config.recipe import Job
+from ..config.recipe import ImageJob, Job
 from ..errors import RecipeError
 
 __all__ = ["deepspeed_config"]
@@ -114,7 +114,7 @@ def _check_zero3(recipe: Job) -> None:
         return
     for field, wrong, remedy in (
         ("optim.kind=lamb", recipe.optim.kind == "lamb", "optim.kind=adamw"),
-        ("ema.decay>0", recipe.ema.decay > 0, "ema.decay=0"),
+        ("ema.decay>0", isinstance(recipe, ImageJob) and recipe.ema.decay > 0, "ema.decay=0"),
     ):
         if wrong:
             raise RecipeError(f"{field} does not run with engine.zero=3; set engine.zero=1 (enough for a ViT-g) or {remedy}")

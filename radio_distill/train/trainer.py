@@ -36,7 +36,9 @@ class Trainer(Training):
         self.service, self.window = parts.service, parts.window
         self.task = DistillTask(recipe, student)
         micro_steps = max(forwards(recipe, parts.assignment, rank) for rank in range(world.size))
-        super().__init__(recipe, world, run, parts.streams, self.task, student, micro_steps=micro_steps)
+        super().__init__(
+            recipe, world, run, parts.streams, self.task, student, micro_steps=micro_steps, ema_decay=recipe.ema.decay
+        )
         self.task.attach(self.service.balancers, self.ema)
 
     def console_line(self, metrics: dict[str, float]) -> str:

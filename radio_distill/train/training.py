@@ -41,14 +41,15 @@ class Training(ABC):
         trained: nn.Module,
         *,
         micro_steps: int,
+        ema_decay: float,
         groups: list[dict[str, Any]] | None = None,
     ) -> None:
-        """`task` is what the engine wraps, `trained` the part of it whose average is kept. micro_steps: backward passes of a step.
-        groups: of parameters, where they are not those of a distillation."""
+        """`task` is what the engine wraps, `trained` the part of it whose average is kept (`ema_decay`; 0: none).
+        micro_steps: backward passes of a step. groups: of parameters, where they are not those of a distillation."""
         self.job, self.world, self.run, self.streams = recipe, world, run, streams
         self.step, self.micro_steps = 0, micro_steps
         self.engine = Engine.create(recipe, task, world, micro_steps=micro_steps, groups=groups)
-        self.ema = Ema(trained, recipe.ema.decay) if recipe.ema.decay > 0 else None
+        self.ema = Ema(trained, ema_decay) if ema_decay > 0 else None
         self.meter = Meter(world.device)
         self.sinks = Sinks(recipe, run.path) if world.is_main else None
         self.last_grad_norm, self.last_lr = torch.zeros(()), 0.0

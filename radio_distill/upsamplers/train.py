@@ -130,8 +130,9 @@ class UpsamplerTraining(Training):
     ) -> None:
         self.recipe, self.task = recipe, task
         super().__init__(
-            recipe, world, run, parts.streams, task, task, micro_steps=parts.micro_steps, groups=task.parameter_groups()
-        )
+            recipe, world, run, parts.streams, task, task,
+            micro_steps=parts.micro_steps, ema_decay=recipe.ema.decay, groups=task.parameter_groups(),
+        )  # fmt: skip
 
     @property
     def images_per_step(self) -> int:
