@@ -110,6 +110,8 @@ class StudentArch:
     feature_normalizer: bool = False
     intermediate_normalizer: Literal["none", "shared", "per_layer"] = "none"
     """Whether there is one, and whether its rotation is shared by all layers."""
+    feature_rms: float | None = None
+    """Root mean square of the backbone's features on the images that an export measured it on; None: not measured."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""

@@ -18,6 +18,7 @@ from .arch import AdaptorSlot, StudentArch
 from .draws import Draws
 from .names import student_arch
 from .normalizers import FeatureNormalizer, InputConditioner, IntermediateNormalizer
+from .packing import run_packed
 from .vit import AttentionKind, Trunk
 from .vitdet import Windows
 
@@ -67,6 +68,8 @@ class Student(nn.Module):
         self.num_registers = arch.trunk.num_registers
         self.window_size: int | None = None
         """Side in tokens of the attention windows (ViTDet) where a call does not say; None: whole images."""
+        self.unit_scale: float | None = None
+        """What the backbone's features are divided by (`scale.use_unit_scale`); None: nothing."""
 
     def forward(self, images_B3HW: Tensor) -> VisionOutput:
         """The same as `encode`."""
@@ -103,6 +106,24 @@ class Student(nn.Module):
         for last in self.model.block_outputs(pixels, draws=draws, window=window):
             prefix, patches = last
         return self.split(prefix, patches, pixels, window)
+
+    def encode_packed(self, images: Sequence[Tensor]) -> list[VisionOutput]:
+        """As `encode`, one image (3, H, W) after the other, but in one pass over images of any sizes; each result has B = 1."""
+        return [self._backbone(tokens) for tokens in self.forward_packed(images)]
+
+    def forward_packed(self, images: Sequence[Tensor]) -> list[StudentTokens]:
+        """As `forward_tokens` on each image (3, H, W), in one pass: tokens of all images make one sequence.
+
+        Raises ValueError without images, for a size that does not divide, and in windowed mode.
+        """
+        if not images:
+            raise ValueError("encode_packed was given no images, expected at least one of shape (3, H, W)")
+        if self.window_size is not None:
+            raise ValueError(f"packed batches attend to whole images; window_size is {self.window_size}, expected None")
+        pixels = [self.condition(image[None]) for image in images]
+        sequences = run_packed(self.model.blocks, [self.model.patch_generator(x)[0] for x in pixels])
+        skip = self.model.patch_generator.num_skip
+        return [self.split(y[None, :skip], y[None, skip:], x, None) for x, y in zip(pixels, sequences)]
 
     def adaptor(self, name: str) -> Adaptor:
         """The adaptor of one teacher."""
@@ -149,7 +170,8 @@ class Student(nn.Module):
         return class_tokens_BNC[:, self.summary_idxs].flatten(1)
 
     def _backbone(self, tokens: StudentTokens) -> VisionOutput:
-        return VisionOutput(self.gather_summary(tokens.class_tokens_BNC), tokens.features_BCHW)
+        features = tokens.features_BCHW if self.unit_scale is None else tokens.features_BCHW / self.unit_scale
+        return VisionOutput(self.gather_summary(tokens.class_tokens_BNC), features)
 
     def nearest_size(self, height: int, width: int, *, window: int | None = None) -> tuple[int, int]:
         """The nearest (height, width) in pixels that the student takes; ties go to the even multiple, as in the reference."""
