@@ -122,10 +122,19 @@ class Result:
     model: str
     """Id of the model: run folder and step, or `teacher:NAME`."""
     dataset: str
+    """Name, split and a hash of the list of items."""
     count: int
-    """Number of images scored."""
+    """Number of items scored."""
     resolution: int
     version: str = "1"
     """Version of the protocol; numbers of different versions are not comparable."""
     config_hash: str = ""
     seed: int = 0
+    preset: str = ""
+    """Preset of the suite's card; only numbers of `paper` may stand beside published ones."""
+    headline: bool = True
+    """A number of the paper's tables; only they count in the MTL gain."""
+    model_id: str = ""
+    """The model with a digest of its weights."""
+    precision: str = ""
+    """What forward passes computed in: fp32 or bf16."""

@@ -1,5 +1,7 @@
 """`python -m radio_distill.eval --suite SUITE --model RUN [--model ...]`: tables, and one line per result in a file.
 
+Suites are cards (eval/SUITE.yaml) that the runner carries out; a few are programs of their own:
+
 toy       students and teachers on generated scenes
 fidelity  trained upsamplers on held-out images
 """
@@ -7,39 +9,161 @@ fidelity  trained upsamplers on held-out images
 from __future__ import annotations
 
 import argparse
-import json
+import logging
 import os
 import sys
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
+from ..errors import RadioDistillError
 from ..types import Result
+from .results import append, read, table
+from .suites import CUSTOM, PAPER, load_suite, suite_names
+
+if TYPE_CHECKING:
+    from .task import Context
 
 __all__ = ["main", "table", "append", "read"]
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Evaluate every model on one suite; prints a table and appends `results.jsonl`."""
-    parser = argparse.ArgumentParser(prog="python -m radio_distill.eval", description=main.__doc__)
-    parser.add_argument("--suite", choices=SUITES, required=True)
+    """Evaluate every model on one suite; prints a table and appends its results to a file. Exit code 1: some tasks failed."""
+    parser = _parser()
+    # argparse takes a key=value that follows a flag for nothing
+    arguments, rest = parser.parse_known_intermixed_args(argv)
+    for item in rest:
+        if "=" not in item or item.startswith("-"):
+            parser.error(f"unknown option {item!r}; settings are given as TASK.FIELD=value")
+    arguments.overrides = [*arguments.overrides, *rest]
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    if arguments.suite in FUNCTIONS:
+        return _run_function(arguments, parser)
+    if arguments.ranks > 1:
+        from ..train.launch import launch
+
+        given = sys.argv[1:] if argv is None else argv
+        return launch(given[0], _without_ranks(given[1:]), arguments.ranks, module="radio_distill.eval")
+    return _run_card(arguments)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m radio_distill.eval", description=main.__doc__, allow_abbrev=False)
+    parser.add_argument("--suite", choices=[*suite_names(), *FUNCTIONS], required=True)
+    forms = "run folder, checkpoint, export, teacher:NAME, timm:NAME, hf:FOLDER, random:FOLDER, package.module:function"
+    parser.add_argument("--model", action="append", required=True, help=f"{forms}; may be repeated")
+    parser.add_argument("--data", help="folder that holds the data sets (docs/eval.md tells the layouts), or toy; "
+                        "fidelity: folder of images, or shards (default: toy scenes)")  # fmt: skip
+    parser.add_argument("--preset", help="paper, fast or smoke (default: paper; for toy data smoke)")
+    parser.add_argument("--task", action="append", help="only this task of the suite; may be repeated")
+    parser.add_argument("--limit", type=_positive, help="at most this many items of every data set, for a quick look")
+    parser.add_argument("--resolution", type=_positive, help="side in pixels at which models run (default: each task's own)")
+    parser.add_argument("--seed", type=int, help="seed of whatever is drawn at random (0)")
+    parser.add_argument("--batch", type=_positive, help="images of one forward pass (32)")
+    parser.add_argument("--workers", type=int, help="processes that read images (default: by the machine)")
     parser.add_argument(
-        "--model",
-        action="append",
-        required=True,
-        help="run folder, checkpoint or export; toy: also teacher:NAME, random:FOLDER; may be repeated",
+        "--ranks", type=_positive, default=1, help="processes to start on this machine (1); or use torchrun, srun"
     )
-    parser.add_argument("--resolution", type=int, help="toy: side in pixels at which students run (default: the scenes' own)")
-    parser.add_argument("--data", help="fidelity: folder of images, or shards; the first in sorted order (default: toy scenes)")
-    parser.add_argument("--limit", type=int, help="at most this many images, for a quick look")
+    parser.add_argument("--dry-run", action="store_true", help="tell what was found and how long it would take, and stop")
     parser.add_argument(
         "--out", type=Path, default=Path("results.jsonl"), help="file that results are appended to (default: %(default)s)"
     )
-    arguments = parser.parse_args(argv)
-    for option, suite in (("resolution", "toy"), ("data", "fidelity")):
-        if getattr(arguments, option) is not None and arguments.suite != suite:
-            parser.error(f"--{option} has no effect in suite {arguments.suite}, only in {suite}; leave it out")
-    results, text = SUITES[arguments.suite](arguments)
+    parser.add_argument(
+        "overrides", nargs="*", metavar="TASK.FIELD=value", help="fields of the suite's card, as numbered there"
+    )
+    return parser
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r}, expected a whole number of at least 1")
+    return int(text)
+
+
+def _run_card(arguments: argparse.Namespace) -> int:
+    """A suite of tasks, in this process or as one of several ranks."""
+    from .estimate import describe
+    from .runner import check, run_suite
+
+    if arguments.data is None:
+        raise RadioDistillError("--data is missing; expected the folder that holds the data sets, or toy for generated scenes")
+    preset = arguments.preset or ("smoke" if arguments.data == "toy" else PAPER)
+    suite = load_suite(arguments.suite, preset, arguments.overrides).only(arguments.task or [])
+    several = _of_several(os.environ)
+    context = _context(arguments, several)
+    try:
+        if arguments.dry_run:
+            check(suite, context)
+            for line in describe(suite, arguments.model, context):
+                _say(line, context)
+            return 0
+        outcome = run_suite(suite, arguments.model, context, arguments.out)
+        if suite.preset == CUSTOM:
+            _say("preset custom: these numbers cannot stand beside published ones", context)
+        _say(table(outcome.results), context)
+        for failure in outcome.failures:
+            print(f"error: {failure}", file=sys.stderr)
+        return 1 if outcome.failures else 0
+    finally:
+        if several:
+            from ..train.distributed import shutdown
+
+            shutdown()
+
+
+def _context(arguments: argparse.Namespace, several: bool) -> Context:
+    import torch
+    import torch.distributed as dist
+
+    from ..paths import cache_dir
+    from .features import ALONE, FeatureCache, Ranks
+    from .task import Context
+
+    device, ranks = torch.device("cuda" if torch.cuda.is_available() else "cpu"), ALONE
+    if several:
+        from ..train.distributed import init
+
+        world = init()
+        device, ranks = world.device, Ranks(world.rank, world.size, cast(Callable[[], None], dist.barrier))
+    workers = arguments.workers
+    if workers is None:
+        workers = 0 if arguments.data == "toy" else min(8, (os.cpu_count() or 1) // ranks.world)
+    return Context(
+        root=arguments.data, device=device, cache=FeatureCache(cache_dir() / "features"), limit=arguments.limit,
+        resolution=arguments.resolution, batch=arguments.batch or 32, workers=workers, seed=arguments.seed or 0, ranks=ranks,
+        pictures=arguments.out.parent / "eval_pictures" / arguments.suite,
+    )  # fmt: skip
+
+
+def _of_several(environment: os._Environ[str]) -> bool:
+    """This process is one of several: torchrun, srun or `--ranks` has started it."""
+    return any(
+        name in environment and int(environment.get(size, 1)) > 1
+        for name, size in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS"))
+    )
+
+
+def _say(text: str, context: Context) -> None:
+    if context.ranks.rank == 0:
+        print(text, flush=True)
+
+
+def _without_ranks(argv: Sequence[str]) -> list[str]:
+    kept = list(argv)
+    while "--ranks" in kept:
+        at = kept.index("--ranks")
+        del kept[at : at + 2]
+    return [item for item in kept if not item.startswith("--ranks=")]
+
+
+def _run_function(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    run, options = FUNCTIONS[arguments.suite]
+    for option in ("data", "preset", "task", "limit", "resolution", "seed", "batch", "workers", "dry_run", "overrides"):
+        if getattr(arguments, option) and option not in options:
+            parser.error(f"--{option} has no effect in suite {arguments.suite}; leave it out")
+    if arguments.ranks > 1:
+        parser.error(f"suite {arguments.suite} runs in one process; leave --ranks out")
+    results, text = run(arguments)
     append(arguments.out, results)
     print(text)
     return 0
@@ -71,33 +195,13 @@ def _fidelity(arguments: argparse.Namespace) -> tuple[list[Result], str]:
     return to_results(measured, data, protocol), render(measured)
 
 
-SUITES: dict[str, Callable[[argparse.Namespace], tuple[list[Result], str]]] = {"toy": _toy, "fidelity": _fidelity}
+Function = Callable[[argparse.Namespace], tuple[list[Result], str]]
 
-
-def append(path: Path, results: list[Result]) -> None:
-    """Add results to a file, one JSON object per line, in one write."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as f:
-        f.write("".join(json.dumps(asdict(r)) + "\n" for r in results))
-        f.flush()
-        os.fsync(f.fileno())
-
-
-def read(path: Path) -> list[Result]:
-    """The results of a file."""
-    return [Result(**json.loads(line)) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def table(results: list[Result]) -> str:
-    """Models as rows, tasks as columns, in the order they came; '-' where a model has no such result."""
-    columns = list(dict.fromkeys(f"{r.task} {r.metric}" for r in results))
-    rows: dict[str, dict[str, str]] = {}
-    for r in results:
-        rows.setdefault(f"{r.model} @{r.resolution}", {})[f"{r.task} {r.metric}"] = f"{r.value:.2f}"
-    width = max(map(len, rows), default=5)
-    lines = ["model".ljust(width) + "".join(f"  {c:>18}" for c in columns)]
-    lines += [name.ljust(width) + "".join(f"  {values.get(c, '-'):>18}" for c in columns) for name, values in rows.items()]
-    return "\n".join(lines)
+FUNCTIONS: dict[str, tuple[Function, tuple[str, ...]]] = {
+    "toy": (_toy, ("limit", "resolution")),
+    "fidelity": (_fidelity, ("limit", "data")),
+}
+"""Suites that are no cards, with the options that they have."""
 
 
 if __name__ == "__main__":

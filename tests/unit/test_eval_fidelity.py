@@ -167,6 +167,6 @@ def test_the_command_line_prints_tables_and_appends_results(tmp_path, capsys):
 def test_wrong_use_of_the_command_line_is_told(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["--suite", "fidelity", "--model", "a", "--resolution", "96"])
-    assert "--resolution has no effect in suite fidelity, only in toy; leave it out" in capsys.readouterr().err
+    assert "--resolution has no effect in suite fidelity; leave it out" in capsys.readouterr().err
     with pytest.raises(CheckpointError, match=r"holds no checkpoint; expected a run folder"):
         main(["--suite", "fidelity", "--model", str(tmp_path)])

@@ -4,8 +4,19 @@ from __future__ import annotations
 
 __all__ = ["READERS", "TOY_READERS"]
 
-READERS: dict[str, str] = {}
+READERS: dict[str, str] = {
+    "pascal_context": "pascal_context:PascalContext",
+    "nyudv2": "nyudv2:NyuDv2",
+    "ade20k": "segmentation:Ade20k",
+    "voc2012": "segmentation:Voc2012",
+    "coco2017": "instances:CocoInstances",
+}
 """By the name that suite cards use."""
 
-TOY_READERS: dict[str, str] = {}
+TOY_READERS: dict[str, str] = {
+    "multitask": "toy_multitask:ToyMultitask",
+    "segmentation": "segmentation:ToySegmentation",
+    "instances": "instances:ToyInstances",
+    "labelled": "toy:ToyLabelled",
+}
 """By the kind of sample: generated scenes that stand in for every data set of that kind."""

@@ -40,9 +40,16 @@ def knn_scores(
 
 
 def knn_top1(
-    database_NC: Tensor, labels_N: Tensor, queries_MC: Tensor, answers_M: Tensor, *, classes: int, k: int = 20
+    database_NC: Tensor,
+    labels_N: Tensor,
+    queries_MC: Tensor,
+    answers_M: Tensor,
+    *,
+    classes: int,
+    k: int = 20,
+    temperature: float = 0.07,
 ) -> float:
     """Top-1 accuracy in percent."""
     known_labels(answers_M, classes, "labels of the queries")
-    scores = knn_scores(database_NC, labels_N, queries_MC, classes=classes, k=k)
+    scores = knn_scores(database_NC, labels_N, queries_MC, classes=classes, k=k, temperature=temperature)
     return 100 * (scores.argmax(1) == answers_M).double().mean().item()

@@ -1,0 +1,52 @@
+"""Results on disk and on the screen: one JSON object per line, only ever appended; a table of models and tasks."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from ..errors import DataError
+from ..types import Result
+
+__all__ = ["append", "read", "table"]
+
+
+def append(path: Path, results: Sequence[Result]) -> None:
+    """Add results to a file, one JSON object per line, in one write."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as f:
+        f.write("".join(json.dumps(asdict(r)) + "\n" for r in results))
+        f.flush()
+        os.fsync(f.fileno())
+
+
+def read(path: Path) -> list[Result]:
+    """The results of a file, also of one that was written before a field of `Result` existed. Raises DataError."""
+    if not path.exists():
+        return []
+    results = []
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        try:
+            results.append(Result(**json.loads(line)))
+        except (ValueError, TypeError) as error:
+            raise DataError(
+                f"{path}:{number} is not a result ({error}); remove the line (an interrupted write leaves half of one)"
+            ) from error
+    return results
+
+
+def table(results: Sequence[Result]) -> str:
+    """Models as rows, tasks as columns, in the order they came; '-' where a model has no such result."""
+    columns = list(dict.fromkeys(f"{r.task} {r.metric}" for r in results))
+    rows: dict[str, dict[str, str]] = {}
+    for r in results:
+        rows.setdefault(f"{r.model} @{r.resolution}", {})[f"{r.task} {r.metric}"] = f"{r.value:.2f}"
+    width = max(map(len, rows), default=5)
+    widths = [max(len(c), 8) for c in columns]
+    lines = ["model".ljust(width) + "".join(f"  {c:>{w}}" for c, w in zip(columns, widths))]
+    for name, values in rows.items():
+        lines.append(name.ljust(width) + "".join(f"  {values.get(c, '-'):>{w}}" for c, w in zip(columns, widths)))
+    return "\n".join(lines)

@@ -1,0 +1,114 @@
+"""Run a suite: every model, every task whose results are not in the file yet; what is measured is written down at once."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import DataError, RadioDistillError
+from ..types import Result
+from .encode import precision
+from .results import append, read
+from .suites import CUSTOM, PAPER, Suite, digest
+from .task import Context, Score, Task
+
+if TYPE_CHECKING:
+    from .models import Opened
+
+__all__ = ["Outcome", "check", "preset_of", "run_suite"]
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Outcome:
+    """What came of a suite."""
+
+    results: list[Result] = field(default_factory=list)
+    """Of this suite and these models, also those that were there before."""
+    failures: list[str] = field(default_factory=list)
+    """What could not be measured, and why."""
+
+
+def run_suite(suite: Suite, models: Sequence[str], context: Context, out: Path) -> Outcome:
+    """Measure models (strings of `models.py`) on the tasks of a suite; results are appended to `out` task by task.
+
+    A result that is there already, of the same model, data, settings and seed, is not measured again. Raises DataError listing
+    all that is missing before anything is computed. A task that fails for one model does not stop the others; on several
+    ranks it does, since the others may be waiting for this one.
+    """
+    from .models import open_models
+
+    check(suite, context)
+    outcome = Outcome()
+    for opened in open_models(models, device=str(context.device)):
+        for name, task in suite.tasks.items():
+            try:
+                outcome.results += _measure(suite, name, task, opened, context, out)
+            except RadioDistillError as error:
+                if context.ranks.world > 1:
+                    raise
+                log.error("%s of %s: %s", name, opened.label, error)
+                outcome.failures.append(f"{name} of {opened.label}: {error}")
+    return outcome
+
+
+def check(suite: Suite, context: Context) -> None:
+    """Find the data sets of all tasks. Raises DataError that lists what is missing."""
+    problems: dict[str, None] = {}
+    for task in suite.tasks.values():
+        try:
+            task.datasets(context)
+        except DataError as error:
+            problems[str(error)] = None
+    if problems:
+        raise DataError("\n".join(problems))
+
+
+def preset_of(suite: Suite, context: Context) -> str:
+    """The name that results are filed under: `paper` is only what measures whole data sets exactly as the card says."""
+    whole = context.root != "toy" and context.limit is None and context.resolution is None
+    return suite.preset if whole or suite.preset != PAPER else CUSTOM
+
+
+def _measure(suite: Suite, name: str, task: Task, opened: Opened, context: Context, out: Path) -> list[Result]:
+    """The results of one task and one model, from the file or anew."""
+    scored = task.datasets(context)[0]
+    known: dict[str, Any] = {
+        "suite": suite.name,
+        "task": name,
+        "model": opened.label,
+        "model_id": opened.id,
+        "dataset": scored.id,
+        "resolution": task.size(context),
+        "version": task.version,
+        "config_hash": digest(task),
+        "seed": context.seed,
+        "preset": preset_of(suite, context),
+        "precision": precision(context),
+    }
+    before = [r for r in read(out) if all(getattr(r, key) == value for key, value in known.items())]
+    context.ranks.barrier()  # nobody writes before everybody has read
+    if before:
+        log.info("%s of %s is in %s", name, opened.label, out)
+        return before
+    log.info("%s of %s", name, opened.label)
+    results = [_result(known, score, items=len(scored)) for score in task.run(opened, context)]
+    if context.ranks.rank == 0:
+        append(out, results)
+    return results
+
+
+def _result(known: Mapping[str, Any], score: Score, *, items: int) -> Result:
+    return Result(
+        **known,
+        metric=score.metric,
+        value=score.value,
+        unit=score.unit,
+        higher_is_better=score.higher_is_better,
+        headline=score.headline,
+        count=items if score.scored is None else score.scored,
+    )

@@ -1,0 +1,45 @@
+"""kNN classification on frozen summaries: the protocol of DINO, DINOv2 and RADIO, without augmentation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
+
+from pydantic import Field
+
+from ..datasets import open_dataset
+from ..datasets.base import Dataset
+from ..datasets.samples import labels_of
+from ..metrics.knn import knn_top1
+from ..models import Opened
+from ..task import Context, Score
+from .summaries import SummaryTask
+
+__all__ = ["Knn"]
+
+
+class Knn(SummaryTask):
+    """Every image of `val` takes the class that its neighbours in `train` vote for."""
+
+    kind: Literal["knn"]
+    k: int = Field(default=20, gt=0)
+    """Neighbours."""
+    temperature: float = Field(default=0.07, gt=0)
+    """A neighbour votes with weight exp(cosine / temperature)."""
+
+    def datasets(self, context: Context) -> Sequence[Dataset[Any]]:
+        splits = [open_dataset(self.dataset, split, context.root, kind="labelled") for split in ("val", "train")]
+        return [dataset.limited(context.limit) for dataset in splits]
+
+    def run(self, opened: Opened, context: Context) -> Iterable[Score]:
+        queries, known = self.datasets(context)
+        accuracy = knn_top1(
+            self.summaries(opened, known, context).to(context.device),
+            labels_of(known).to(context.device),
+            self.summaries(opened, queries, context).to(context.device),
+            labels_of(queries).to(context.device),
+            classes=len(known.classes),
+            k=self.k,
+            temperature=self.temperature,
+        )
+        yield Score("score", accuracy)

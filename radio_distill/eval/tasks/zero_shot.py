@@ -1,0 +1,60 @@
+"""Zero-shot classification: every image takes the class whose prompts lie nearest to its summary."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
+
+from torch import Tensor
+
+from ...config.cards import TeacherCard
+from ..datasets import open_dataset
+from ..datasets.base import Dataset
+from ..datasets.samples import labels_of
+from ..metrics.means import Means
+from ..metrics.zero_shot import classifier, scores, topk_hits
+from ..models import Opened
+from ..task import Context, Score
+from ..text_head import speaking
+from .summaries import SummaryTask
+
+__all__ = ["ZeroShot"]
+
+
+class ZeroShot(SummaryTask):
+    """The text tower is that of a teacher; a student is compared through its adaptor of that teacher."""
+
+    kind: Literal["zero_shot"]
+    adaptors: dict[str, str]
+    """Name of a student's adaptor -> teacher card with its text tower; the first that the student has counts."""
+    templates: tuple[str, ...] = ()
+    """Prompts with `{}` in place of the class; none: the 80 of OpenAI that open_clip ships."""
+
+    def datasets(self, context: Context) -> Sequence[Dataset[Any]]:
+        return [open_dataset(self.dataset, "val", context.root, kind="labelled").limited(context.limit)]
+
+    def run(self, opened: Opened, context: Context) -> Iterable[Score]:
+        (images,) = self.datasets(context)
+        head, card = speaking(opened, self.adaptors)
+        weights_CK = self._classifier(card, images.classes, context)
+        summaries = self.summaries(head, images, context).to(context.device)
+        hits = Means()
+        hits.update(topk_hits(scores(summaries, weights_CK), labels_of(images).to(context.device)))
+        found = hits.compute()
+        yield Score("score", found["top1"])
+        yield Score("top5", found["top5"], headline=False)
+
+    def _classifier(self, card: TeacherCard, classes: Sequence[str], context: Context) -> Tensor:
+        from ...teachers.text import load_text_tower
+
+        tower = load_text_tower(card).to(context.device)
+        prompts = [self._prompts(name) for name in classes]
+        embedded = tower.encode([text for of_class in prompts for text in of_class])
+        return classifier(embedded.unflatten(0, (len(classes), -1)))
+
+    def _prompts(self, name: str) -> list[str]:
+        if self.templates:
+            return [template.replace("{}", name) for template in self.templates]
+        from open_clip import OPENAI_IMAGENET_TEMPLATES
+
+        return [template(name) for template in OPENAI_IMAGENET_TEMPLATES]
