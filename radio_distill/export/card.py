@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from ..config.cards import TeacherCard
 from ..student.arch import StudentArch
-from .source import Facts
+from .facts import Facts, Origin
 
 __all__ = ["model_card"]
 
@@ -131,7 +130,7 @@ def _what(arch: StudentArch, facts: Facts) -> str:
             f"| adaptor | summary | features | times as fine |\n|---|---|---|---|\n{rows}"
         )
     if facts.stages:
-        text += f"\n\nRun `{facts.name}`, step {facts.step}; recipe `{facts.stages[0].name}`."
+        text += f"\n\nRun `{facts.name}`, step {facts.step}; recipe `{facts.stages[0].recipe}`."
     return text
 
 
@@ -151,26 +150,26 @@ def _load(arch: StudentArch, facts: Facts, form: str, size: int, native: bool, f
     )
 
 
-def restricting(facts: Facts) -> dict[str, TeacherCard | None]:
+def restricting(facts: Facts) -> dict[str, Origin | None]:
     """The teachers whose licence is not a permissive one, or not known."""
-    return {name: card for name, card in facts.cards.items() if card is None or card.licence not in PERMISSIVE}
+    return {name: origin for name, origin in facts.teachers.items() if origin is None or origin.licence not in PERMISSIVE}
 
 
 def _teachers(facts: Facts) -> str:
     if not facts.stages:
         return "## Teachers and licences\n\nNot known here: this student was not exported from its run. Ask who made it."
     rows = []
-    for name, card in facts.cards.items():
-        if card is None:
+    for name, origin in facts.teachers.items():
+        if origin is None:
             rows.append(f"| {name} | its card is not here | unknown |")
         else:
-            rows.append(f"| {name} | {card.source} | {_linked(card)} |")
+            rows.append(f"| {name} | {origin.source} | {_linked(origin)} |")
     text = "## Teachers and licences\n\n| teacher | weights | licence |\n|---|---|---|\n" + "\n".join(rows)
     if facts.start:
-        text += f"\n\nThe first stage started from weights of `{_shown(facts.start)}`; their licence holds as well."
+        text += f"\n\nThe first stage started from weights of `{facts.start}`; their licence holds as well."
     limits = restricting(facts)
     if limits:
-        names = ", ".join(f"{name} ({card.licence if card else 'unknown'})" for name, card in limits.items())
+        names = ", ".join(f"{name} ({origin.licence if origin else 'unknown'})" for name, origin in limits.items())
         text += (
             f"\n\n**Warning: {names}.** These are not permissive licences and may restrict what a model trained on a teacher's "
             "outputs may be used for and how it must be named or passed on. Read them before you use or publish this student."
@@ -178,24 +177,16 @@ def _teachers(facts: Facts) -> str:
     return text
 
 
-def _linked(card: TeacherCard) -> str:
-    return f"[{card.licence}]({card.licence_url})" if card.licence_url else card.licence
-
-
-def _shown(source: str) -> str:
-    """A hub id, or a path's last part: where it lay on somebody's disk is nobody's business."""
-    is_hub_id = source.count("/") == 1 and source[0] not in "./~$" and "." not in source.rpartition("/")[2]
-    return source if is_hub_id else source.rstrip("/").rpartition("/")[2]
+def _linked(origin: Origin) -> str:
+    return f"[{origin.licence}]({origin.licence_url})" if origin.licence_url else origin.licence
 
 
 def _data(facts: Facts) -> str:
     if not facts.stages:
         return ""
     rows = [
-        f"| {recipe.name} | {', '.join(recipe.data.sources) or '-'} | {recipe.optim.steps} | "
-        + " + ".join(f"{p.images} at {p.size} px" for p in recipe.partitions.values())
-        + " |"
-        for recipe in reversed(facts.stages)
+        f"| {stage.recipe} | {', '.join(stage.sources) or '-'} | {stage.steps} | {stage.batches} |"
+        for stage in reversed(facts.stages)
     ]
     return "## Training\n\n| stage | data | steps | images per step |\n|---|---|---|---|\n" + "\n".join(rows)
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from ..errors import CheckpointError
 from ..student.arch import StudentArch
-from .source import Facts
+from .facts import Facts
 
 __all__ = ["NATIVE", "check", "notes", "reads_natively"]
 

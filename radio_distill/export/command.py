@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from collections.abc import Sequence
@@ -11,11 +10,11 @@ from typing import Any
 
 import torch
 
-from ..config.load import dump
 from ..errors import CheckpointError
 from ..paths import expand
 from .card import model_card
 from .checks import check, notes, reads_natively
+from .facts import PROVENANCE
 from .folder import write_folder
 from .hf import preferred_size, write_hf
 from .radio import write_radio
@@ -99,24 +98,17 @@ def _fill(folder: Path, source: Source, form: str, dtype: str, told: list[str], 
     native = reads_natively(student.arch)
     card = model_card(student.arch, facts, form, size=size, native=native, notes=told, folder=name)
     (folder / "README.md").write_text(card)
-    (folder / "provenance.json").write_text(json.dumps(_provenance(source, form, dtype), indent=1) + "\n")
+    (folder / PROVENANCE).write_text(json.dumps(_provenance(source, form, dtype), indent=1) + "\n")
 
 
 def _provenance(source: Source, form: str, dtype: str) -> dict[str, Any]:
     """Where the weights come from, without anybody's paths."""
     from .. import __version__
 
-    facts = source.facts
     return {
         "format": form,
         "dtype": dtype,
-        "name": facts.name,
-        "step": facts.step,
-        "stages": [{"recipe": r.name, "sha256": hashlib.sha256(dump(r).encode()).hexdigest()} for r in facts.stages],
-        "teachers": {
-            name: None if card is None else {"source": card.source, "revision": card.revision, "licence": card.licence}
-            for name, card in facts.cards.items()
-        },
+        "facts": source.facts.to_dict(),
         "student": source.student.arch.to_dict(),
         "radio_distill": __version__,
         "torch": torch.__version__,

@@ -20,8 +20,8 @@ from ..errors import CheckpointError
 from ..student.arch import StudentArch
 from ..student.student import Student
 from .checks import reads_natively
+from .facts import Facts
 from .layout import adaptor_configs, mlp_ratio, reference_args
-from .source import Facts
 
 __all__ = ["hf_config", "preprocessor_config", "write_hf"]
 

@@ -51,8 +51,8 @@ def test_checksums_and_provenance(folder: Path, run: Path) -> None:
     assert sums.keys() == {path.name for path in folder.iterdir()} - {"SHA256SUMS"}
     assert all(hashlib.sha256((folder / name).read_bytes()).hexdigest() == digest for name, digest in sums.items())
     facts = json.loads((folder / "provenance.json").read_text())
-    assert (facts["name"], facts["step"], facts["format"]) == ("tiny", 7, "hf")
-    assert facts["teachers"]["toy_clip"]["licence"] == "Apache-2.0"
+    assert (facts["facts"]["name"], facts["facts"]["step"], facts["format"]) == ("tiny", 7, "hf")
+    assert facts["facts"]["teachers"]["toy_clip"]["licence"] == "Apache-2.0"
     assert str(run.parent) not in "".join(path.read_text() for path in folder.iterdir() if path.suffix != ".safetensors")
 
 
@@ -166,6 +166,31 @@ def test_what_others_leave_out_is_told_with_their_names(run: Path, tmp_path: Pat
     ):
         assert text in caplog.text
         assert text in (folder / "README.md").read_text()
+
+
+def test_licences_training_and_results_survive_another_export(tmp_path: Path) -> None:
+    (tmp_path / "strict.yaml").write_text(radio_card().replace("licence: Apache-2.0", "licence: Research Only License"))
+    strict = make_run(tmp_path / "runs" / "mine", f"teachers.toy_clip={{card: {tmp_path}/strict.yaml}}")
+    result = Result("knn", "toy", "top1", 0.5, "ratio", True, "runs/mine@7#abc", "scenes", 100, 48)
+    (tmp_path / "runs" / "results.jsonl").write_text(json.dumps(asdict(result)) + "\n")
+    first = export(strict, tmp_path / "first", "radio")
+    for source in (first, first / "mine.pth.tar"):  # and once more, from folder to folder
+        again = export(export(source, tmp_path / source.name / "hf"), tmp_path / source.name / "again", adaptors=[])
+        card = (again / "README.md").read_text()
+        assert "**Warning: toy_clip (Research Only License).**" in card
+        assert "| toy_stage1 |" in card
+        assert "| knn | toy | top1 | 0.5 ratio |" in card
+        assert card.splitlines().count("# mine") == 1
+        facts = [json.loads((folder / "provenance.json").read_text())["facts"] for folder in (first, again)]
+        assert facts[0] == facts[1]
+
+
+def test_provenance_that_cannot_be_read_is_not_passed_over(run: Path, tmp_path: Path) -> None:
+    first = export(run, tmp_path / "first")
+    (first / "provenance.json").write_text('{"format": "hf"}')
+    refused(
+        "provenance.json is not what an export writes .* it tells the teachers' licences: export again", first, tmp_path / "b"
+    )
 
 
 # --- load_student --------------------------------------------------------------------------------------------------------

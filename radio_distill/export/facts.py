@@ -1,0 +1,206 @@
+"""What is known about the making of a student: plain values, read from a run and kept from export to export."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from ..config.cards import TextTower
+from ..config.load import dump, load_card, load_job
+from ..config.recipe import Recipe
+from ..errors import CardError, CheckpointError
+from ..types import Result
+
+__all__ = ["PROVENANCE", "Facts", "Origin", "Stage", "facts_of_export", "facts_of_run"]
+
+PROVENANCE = "provenance.json"
+
+
+@dataclass(frozen=True)
+class Origin:
+    """A teacher: where its weights came from, and under which licence."""
+
+    source: str
+    revision: str | None
+    licence: str
+    licence_url: str | None = None
+    text: dict[str, Any] | None = None
+    """The `text:` of its card: the text tower that its adaptor's summary is compared with."""
+
+    @property
+    def tower(self) -> TextTower | None:
+        return None if self.text is None else TextTower(**self.text)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One training."""
+
+    recipe: str
+    sha256: str
+    """Of the resolved recipe."""
+    sources: tuple[str, ...]
+    """Names of the data sources."""
+    steps: int
+    batches: str
+    """Images per step, in words."""
+    size: int
+    """Side in pixels of the smallest images."""
+    windows: tuple[int, ...]
+    """Window sides in tokens that windowed attention was trained with."""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Empty for a student that comes neither from a run nor from an export of one."""
+
+    name: str
+    """Of the run, or of the file or folder."""
+    step: int | None = None
+    stages: tuple[Stage, ...] = ()
+    """Of the run and of those it started from, the run's own first."""
+    teachers: dict[str, Origin | None] = field(default_factory=dict)
+    """Every teacher of all stages by its name; None where its card was not there any more."""
+    start: str | None = None
+    """Where the weights of the first stage came from, when not from scratch."""
+    results: tuple[Result, ...] = ()
+
+    @property
+    def size(self) -> int | None:
+        """Side in pixels of the smallest images it was trained on; None when unknown."""
+        return self.stages[0].size if self.stages else None
+
+    @property
+    def windows(self) -> tuple[int, ...]:
+        """Window sides in tokens that windowed attention was trained with."""
+        return self.stages[0].windows if self.stages else ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON; `facts_of_export` reads them."""
+        return asdict(self)
+
+
+def facts_of_export(path: Path) -> Facts:
+    """What the export at `path` (its folder, or a file in it) tells; of anything else only its name is known."""
+    file = (path if path.is_dir() else path.parent) / PROVENANCE
+    if not file.is_file():
+        return Facts(path.name.removesuffix(".tar").removesuffix(".pth"))
+    try:
+        values = json.loads(file.read_text())["facts"]
+        return Facts(
+            name=values["name"],
+            step=values["step"],
+            stages=tuple(
+                Stage(**{**s, "sources": tuple(s["sources"]), "windows": tuple(s["windows"])}) for s in values["stages"]
+            ),
+            teachers={name: None if o is None else Origin(**o) for name, o in values["teachers"].items()},
+            start=values["start"],
+            results=tuple(Result(**_known(r)) for r in values["results"]),
+        )
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{file} is not what an export writes ({type(error).__name__}: {error}); it tells the teachers' licences: "
+            "export again from the run"
+        ) from error
+
+
+def facts_of_run(checkpoint: Path) -> Facts:
+    """What the run of a checkpoint tells."""
+    from ..train.checkpoint import latest, read_meta
+
+    run, step = checkpoint.parent.parent, read_meta(checkpoint).step
+    recipes, start = _recipes(run)
+    teachers: dict[str, Origin | None] = {}
+    for recipe in recipes:
+        for name, teacher in recipe.teachers.items():
+            teachers.setdefault(name, _origin(teacher.card or name))
+    stages = tuple(_stage(recipe) for recipe in recipes)
+    return Facts(run.name, step, stages, teachers, start and _shown(start), _results(run, step, latest(run) == checkpoint))
+
+
+def _stage(recipe: Recipe) -> Stage:
+    return Stage(
+        recipe=recipe.name,
+        sha256=hashlib.sha256(dump(recipe).encode()).hexdigest(),
+        sources=tuple(recipe.data.sources),
+        steps=recipe.optim.steps,
+        batches=" + ".join(f"{p.images} at {p.size} px" for p in recipe.partitions.values()),
+        size=min(p.size for p in recipe.partitions.values()),
+        windows=tuple(recipe.student.vitdet.windows),
+    )
+
+
+def _recipes(run: Path) -> tuple[list[Recipe], str | None]:
+    """Recipes from the run's own back to the first, and what that one started from."""
+    recipes: list[Recipe] = []
+    seen: set[Path] = set()
+    folder: Path | None = run
+    while folder is not None and (recipe := _recipe(folder)) is not None and folder not in seen:
+        seen.add(folder)
+        recipes.append(recipe)
+        start = recipe.start
+        if start.kind == "scratch":
+            return recipes, None
+        folder = _run_of(run, start.source) if start.kind == "run" else None
+    return recipes, recipes[-1].start.source if recipes else None
+
+
+def _recipe(run: Path) -> Recipe | None:
+    """The recipe of a run; None when it is not here (a checkpoint that was copied alone)."""
+    path = run / "recipe.yaml"
+    return load_job(Recipe, path) if path.is_file() else None
+
+
+def _run_of(run: Path, source: str) -> Path | None:
+    """The folder of the run that `start.source` names: a path as given, or beside this run."""
+    for path in (Path(source), run.parent / Path(source).name):
+        for folder in (path, path.parent, path.parent.parent):
+            if (folder / "recipe.yaml").is_file():
+                return folder.resolve()
+    return None
+
+
+def _origin(name: str) -> Origin | None:
+    try:
+        card = load_card(name)
+    except CardError:
+        return None
+    text = None if card.text is None else card.text.model_dump()
+    source = _shown(card.source) if card.source.startswith(("/", "~")) else card.source
+    return Origin(source, card.revision, card.licence, card.licence_url, text)
+
+
+def _shown(source: str) -> str:
+    """A hub id, or a path's last part: where it lay on somebody's disk is nobody's business."""
+    is_hub_id = source.count("/") == 1 and source[0] not in "./~$" and "." not in source.rpartition("/")[2]
+    return source if is_hub_id else source.rstrip("/").rpartition("/")[2]
+
+
+def _results(run: Path, step: int, is_newest: bool) -> tuple[Result, ...]:
+    """The results of this run in its own results.jsonl and in that of the folder of runs, the last of each kind."""
+    from ..eval.__main__ import read
+
+    last: dict[tuple[str, str, str, int], Result] = {}
+    for folder in (run.parent, run):
+        for result in read(folder / "results.jsonl"):
+            if _is_of(result.model, run, step, is_newest):
+                last[result.suite, result.task, result.metric, result.resolution] = result
+    return tuple(last.values())
+
+
+def _is_of(model: str, run: Path, step: int, newest: bool) -> bool:
+    """Whether a result's model id (RUN@STEP#DIGEST, or RUN alone for its newest checkpoint) is this step of this run."""
+    label = model.partition("#")[0]
+    name, at, number = label.rpartition("@")
+    if at:
+        return Path(name).name == run.name and number == str(step)
+    return newest and Path(label).name == run.name
+
+
+def _known(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Without fields that this version's Result does not have."""
+    return {key: values[key] for key in values.keys() & {f.name for f in fields(Result)}}
