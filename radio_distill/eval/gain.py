@@ -29,6 +29,8 @@ class Score:
     """The number of every seed that was run."""
     protocol: str | None = None
     """What was measured how, in words; None for published numbers. Numbers of two protocols are not comparable."""
+    preset: str = "paper"
+    """Preset of the suite; only numbers of `paper` may be compared with published ones."""
 
     @property
     def mean(self) -> float:
@@ -121,6 +123,13 @@ def _delta(task: str, model: Row, baseline: Row) -> Delta:
             f"{task} of {model.model} ({ours.protocol}) cannot be compared with that of {baseline.model} "
             f"({theirs.protocol}); evaluate both with the same data and preset"
         )
+    for row, score, other in ((model, ours, theirs), (baseline, theirs, ours)):
+        if other.protocol is None and score.protocol is not None and score.preset != "paper":
+            raise DataError(
+                f"{task} of {row.model} was measured with preset {score.preset or 'none'}, and only numbers of preset paper "
+                "(whole data sets, exactly as the suite's card says) may stand beside published ones; evaluate with "
+                "--preset paper, or compare with a run"
+            )
     if ours.higher_is_better != theirs.higher_is_better:
         raise DataError(f"{task}: higher is better in one of {model.model} and {baseline.model} and worse in the other")
     if theirs.mean <= 0:

@@ -14,9 +14,9 @@ from pathlib import Path
 
 from ..errors import DataError
 from ..types import Result
-from .__main__ import read
 from .gain import Row, Score
 from .published import load_tables, students, tasks
+from .results import read
 
 __all__ = ["load_baseline", "load_rows", "rows_of", "task_name"]
 
@@ -57,12 +57,12 @@ def load_baseline(source: str, *, suites: Sequence[str] = ()) -> Row:
 
 
 def rows_of(results: Sequence[Result]) -> list[Row]:
-    """Results by model. The last result of a task and seed counts (a file is only ever appended to).
+    """Headline results by model. The last result of a task and seed counts (a file is only ever appended to).
 
     Raises DataError when one task was measured in two ways.
     """
     models: dict[str, dict[str, list[Result]]] = {}
-    for r in results:
+    for r in (r for r in results if r.headline):
         models.setdefault(r.model, {}).setdefault(task_name(r), []).append(r)
     return [Row(model, {task: _score(task, found) for task, found in by_task.items()}) for model, by_task in models.items()]
 
@@ -83,7 +83,7 @@ def _score(task: str, results: list[Result]) -> Score:
         )
     column, last = tasks().get(task), results[-1]
     group = column.group if column and column.group else last.suite
-    return Score(group, last.higher_is_better, {r.seed: r.value for r in results}, _protocol(last))
+    return Score(group, last.higher_is_better, {r.seed: r.value for r in results}, _protocol(last), last.preset)
 
 
 def _protocol(r: Result) -> str:

@@ -18,7 +18,9 @@ from radio_distill.types import Result
 
 def result(model, task, metric, value, **changes):
     facts = {"suite": "dense", "unit": "percent", "higher_is_better": True, "dataset": "d", "count": 10, "resolution": 512}
-    return Result(model=model, task=task, metric=metric, value=value, **{**facts, "config_hash": "c", **changes})
+    return Result(
+        model=model, task=task, metric=metric, value=value, **{**facts, "config_hash": "c", "preset": "paper", **changes}
+    )
 
 
 def row(name, **numbers):
@@ -80,6 +82,20 @@ def test_other_suites_do_not_count_in_the_papers_mean():
     got = gain(*rows_of(lines))
     assert got.groups["toy"].delta.mean == pytest.approx(800.0)
     assert got.mean.mean == pytest.approx(10.0)
+
+
+@pytest.mark.parametrize("preset", ["fast", "custom", ""])
+def test_only_the_preset_paper_stands_beside_published_numbers(preset):
+    ours = rows_of([result("m", "ade20k", "miou", 52.0, preset=preset)])[0]
+    with pytest.raises(DataError, match=rf"ade20k_miou of m was measured with preset {preset or 'none'}, and only .*paper"):
+        gain(ours, load_baseline("paper:baseline"))
+    assert gain(ours, replace(ours, model="n")).mean.mean == 0
+
+
+def test_only_headline_numbers_count():
+    assert rows_of([result("m", "ade20k", "miou", 52.0), result("m", "ade20k", "accuracy", 80.0, headline=False)]) == rows_of(
+        [result("m", "ade20k", "miou", 52.0)]
+    )
 
 
 def test_a_metric_called_score_leaves_the_tasks_name():
