@@ -1,0 +1,143 @@
+"""Images with a class for every pixel: ADE20k (2016 challenge), VOC2012, generated scenes.
+
+Shapes: H W pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...data.toyworld import SEGMENT_NAMES, ToySample
+from ...errors import DataError
+from ..metrics.checks import known_labels
+from ..metrics.segmentation import IGNORE, labels_from_raw
+from .base import Dataset, missing
+from .pixels import read_labels, read_rgb
+from .toy import toy_image
+from .toy_kept import KeptToyDataset
+
+__all__ = ["Ade20k", "SegmentationSample", "ToySegmentation", "Voc2012"]
+
+VOC_CLASSES = (
+    "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable",
+    "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
+)  # fmt: skip
+
+ADE_LAYOUT = """
+ADEChallengeData2016/images/{training,validation}/*.jpg
+ADEChallengeData2016/annotations/{training,validation}/*.png
+"""
+VOC_LAYOUT = """
+VOCdevkit/VOC2012/ImageSets/Segmentation/{train,val}.txt
+VOCdevkit/VOC2012/JPEGImages/*.jpg
+VOCdevkit/VOC2012/SegmentationClass/*.png
+"""
+
+
+class SegmentationSample(NamedTuple):
+    image_3HW: Tensor
+    """uint8"""
+    labels_HW: Tensor
+    """uint8 class ids; 255 does not count."""
+
+
+class Ade20k(Dataset[SegmentationSample]):
+    """20,210 and 2,000 images, 150 classes; a label file says 0 for "ignore" and class + 1 otherwise."""
+
+    name = "ade20k"
+    classes = tuple(f"class {i + 1}" for i in range(150))  # as in the challenge's objectInfo150.txt, which counts from 1
+
+    def __init__(self, root: Path, split: str) -> None:
+        """split: `training` or `validation`."""
+        self.split = split
+        base = root / "ADEChallengeData2016"
+        self.images, self.annotations = base / "images" / split, base / "annotations" / split
+        for folder in (self.images, self.annotations):
+            if not folder.is_dir():
+                raise missing(
+                    folder,
+                    dataset="ADE20k",
+                    layout=ADE_LAYOUT,
+                    source="Get ADEChallengeData2016 from the ADE20K pages of MIT CSAIL.",
+                )
+        images = {p.stem for p in self.images.glob("*.jpg")}
+        labelled = {p.stem for p in self.annotations.glob("*.png")}
+        _check_pairs("ADE20k", self.images, images, labelled)
+        self._keys = sorted(images)
+
+    @property
+    def keys(self) -> Sequence[str]:
+        return self._keys
+
+    def __getitem__(self, index: int) -> SegmentationSample:
+        key = self._keys[index]
+        image = read_rgb(self.images / f"{key}.jpg")
+        path = self.annotations / f"{key}.png"
+        return SegmentationSample(image, _checked(labels_from_raw(read_labels(path, image)).byte(), len(self.classes), path))
+
+
+class Voc2012(Dataset[SegmentationSample]):
+    """1,464 and 1,449 images, 21 classes with the background; palette files, 255 on borders."""
+
+    name = "voc2012"
+    classes = VOC_CLASSES
+
+    def __init__(self, root: Path, split: str) -> None:
+        """split: a list of ImageSets/Segmentation: `train`, `val`."""
+        self.split, self.base = split, root / "VOCdevkit" / "VOC2012"
+        listed = self.base / "ImageSets" / "Segmentation" / f"{split}.txt"
+        for path in (listed, self.base / "JPEGImages", self.base / "SegmentationClass"):
+            if not path.exists():
+                raise missing(
+                    path,
+                    dataset="VOC2012",
+                    layout=VOC_LAYOUT,
+                    source="Get VOCtrainval_11-May-2012.tar from the PASCAL VOC pages.",
+                )
+        self._keys = sorted(listed.read_text().split())
+        images = {p.stem for p in (self.base / "JPEGImages").glob("*.jpg")}
+        labelled = {p.stem for p in (self.base / "SegmentationClass").glob("*.png")}
+        wanted = set(self._keys)
+        _check_pairs("VOC2012", self.base / "JPEGImages", wanted, images)
+        _check_pairs("VOC2012", self.base / "SegmentationClass", wanted, wanted & labelled)
+
+    @property
+    def keys(self) -> Sequence[str]:
+        return self._keys
+
+    def __getitem__(self, index: int) -> SegmentationSample:
+        key = self._keys[index]
+        image = read_rgb(self.base / "JPEGImages" / f"{key}.jpg")
+        path = self.base / "SegmentationClass" / f"{key}.png"
+        return SegmentationSample(image, _checked(read_labels(path, image), len(self.classes), path))
+
+
+class ToySegmentation(KeptToyDataset[SegmentationSample]):
+    """Generated scenes; the classes are the objects, the grounds and the background."""
+
+    classes = SEGMENT_NAMES
+
+    def sample(self, scene: ToySample) -> SegmentationSample:
+        return SegmentationSample(toy_image(scene), torch.from_numpy(scene.segmentation_HW))
+
+
+def _check_pairs(dataset: str, folder: Path, wanted: set[str], found: set[str]) -> None:
+    """Every image that is wanted has its partner."""
+    lost = sorted(wanted - found)
+    if lost:
+        raise DataError(
+            f"{dataset}: {len(lost)} of {len(wanted)} images of {folder.name} lack their file or annotation ({lost[0]}, ...; "
+            f"looked for beside {folder}); the copy is not complete, unpack it again"
+        )
+    if not wanted:
+        raise DataError(f"{dataset}: {folder} lists no images; unpack the data set again")
+
+
+def _checked(labels_HW: Tensor, classes: int, path: Path) -> Tensor:
+    known_labels(labels_HW, classes, str(path), ignore=IGNORE)
+    return labels_HW

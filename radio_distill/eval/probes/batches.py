@@ -1,0 +1,89 @@
+"""What probes read: endless shuffled and augmented batches to train on, and every item once to score.
+
+Both are the same whatever the number of ranks and worker processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterator, Sequence
+from itertools import count
+from typing import Any, Generic, NamedTuple, TypeVar
+
+import numpy as np
+from torch.utils.data import IterableDataset, get_worker_info
+
+from ...data.processes import read_in_processes
+from ...errors import DataError
+from ..datasets.base import Dataset
+from ..task import Context
+
+__all__ = ["Item", "each_item", "training_batches"]
+
+S = TypeVar("S")
+T = TypeVar("T")
+Transform = Callable[[S, np.random.Generator], T]
+"""Makes a training item of a sample; all that is random comes from the generator."""
+
+
+class Item(NamedTuple, Generic[S]):
+    number: int
+    """Its index in the data set."""
+    sample: S
+
+
+def training_batches(
+    dataset: Dataset[S], transform: Transform[S, T], *, batch: int, context: Context
+) -> Generator[list[T], None, None]:
+    """This rank's shares of shuffled batches, without end. Raises DataError when ranks cannot share a batch evenly."""
+    ranks = context.ranks
+    if batch % ranks.world:
+        raise DataError(f"a batch of {batch} cannot be shared evenly by {ranks.world} ranks; start a number that divides it")
+    share = batch // ranks.world
+    draws = _Draws(dataset, transform, batch, range(ranks.rank * share, (ranks.rank + 1) * share), context.seed)
+    batches, stop = read_in_processes(draws, context.workers)
+    try:
+        yield from batches
+    finally:
+        stop()
+
+
+def each_item(dataset: Dataset[S], context: Context) -> Generator[Item[S], None, None]:
+    """This rank's items, each once, in order."""
+    own = range(context.ranks.rank, len(dataset), context.ranks.world)
+    items, stop = read_in_processes(_Items(dataset, own), min(context.workers, len(own)))
+    try:
+        yield from items
+    finally:
+        stop()
+
+
+class _Draws(IterableDataset[list[Any]]):
+    """Draw k of a training is item k mod n of the epoch's permutation, augmented by a generator of its own."""
+
+    def __init__(self, dataset: Dataset[Any], transform: Transform[Any, Any], batch: int, share: range, seed: int) -> None:
+        self.dataset, self.transform, self.batch, self.share, self.seed = dataset, transform, batch, share, seed
+
+    def __iter__(self) -> Iterator[list[Any]]:
+        worker = get_worker_info()
+        first, step = (worker.id, worker.num_workers) if worker else (0, 1)
+        epoch, order = -1, np.empty(0, int)
+        for number in count(first, step):
+            items = []
+            for draw in (number * self.batch + i for i in self.share):
+                if draw // len(self.dataset) != epoch:
+                    epoch = draw // len(self.dataset)
+                    order = np.random.default_rng((self.seed, 0, epoch)).permutation(len(self.dataset))
+                sample = self.dataset[int(order[draw % len(self.dataset)])]
+                items.append(self.transform(sample, np.random.default_rng((self.seed, 1, draw))))
+            yield items
+
+
+class _Items(IterableDataset[Item[Any]]):
+    def __init__(self, dataset: Dataset[Any], indices: Sequence[int]) -> None:
+        self.dataset, self.indices = dataset, indices
+
+    def __iter__(self) -> Iterator[Item[Any]]:
+        worker = get_worker_info()
+        first, step = (worker.id, worker.num_workers) if worker else (0, 1)
+        for index in self.indices[first::step]:
+            yield Item(index, self.dataset[index])

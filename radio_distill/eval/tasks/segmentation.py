@@ -1,0 +1,126 @@
+"""Linear segmentation of frozen maps by mmsegmentation's protocol, as RADIO uses it: ADE20k and VOC2012, mIoU.
+
+Shapes: K classes, C channels, S side of the crop, H W pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from ..datasets.base import Dataset, open_dataset
+from ..datasets.segmentation import SegmentationSample
+from ..metrics.schedules import mmseg_factor
+from ..metrics.segmentation import Confusion
+from ..models import Opened
+from ..probes.augment import SegmentationAugment, resize_rgb
+from ..probes.batches import each_item, training_batches
+from ..probes.fit import fit
+from ..probes.frozen import frozen_map, pad_to_model, padded_size
+from ..probes.linear_segmentation import resize_logits, segmentation_head, segmentation_loss
+from ..probes.pictures import Pictures
+from ..task import Context, Score, Task
+
+__all__ = ["Segmentation"]
+
+
+class Segmentation(Task):
+    """BatchNorm and a 1x1 convolution on the last map; whole images at test, one scale, no flip."""
+
+    kind: Literal["segmentation"]
+    train: str
+    """Split that the head is trained on."""
+    test: str
+    """Split that is scored."""
+    short_side: int = Field(default=512, gt=0)
+    """Pixels of the short side at test, and in training at scale 1. Training crops are squares of this side, or the next that
+    the model takes."""
+    steps: int = Field(default=80_000, gt=0)
+    warmup: int = Field(default=1500, ge=0)
+    """Steps."""
+    batch: int = Field(default=16, gt=0)
+    """Images of a step, on all ranks together."""
+    lr: float = Field(default=1e-3, gt=0)
+    """Of AdamW with betas 0.9 and 0.999, without weight decay."""
+    scales: tuple[float, float] = (0.5, 2.0)
+    """Training images are resized by a random factor between these."""
+    max_share: float = 0.75
+    """Crops with a larger share of one class are drawn again."""
+    stretch: bool = True
+    """Resize logits of the padded image to the image without its padding, as the released recipe does: predictions are stretched
+    by up to one patch. False cuts the padding off first."""
+
+    def size(self, context: Context) -> int:
+        return context.resolution or self.short_side
+
+    def datasets(self, context: Context) -> Sequence[Dataset[Any]]:
+        return [
+            open_dataset(self.dataset, split, context.root, kind="segmentation").limited(context.limit)
+            for split in (self.test, self.train)
+        ]
+
+    def passes(self, context: Context) -> float:
+        return float(self.steps * self.batch + len(self.datasets(context)[0]))
+
+    def run(self, opened: Opened, context: Context) -> Iterable[Score]:
+        test, train = self.datasets(context)
+        head = self.fit_head(opened, train, context)
+        counts = Confusion(len(test.classes), device=context.device)
+        pictures = Pictures(context, f"{self.dataset}_{opened.label}")
+        for sample, guess_HW in self.predictions(head, opened, test, context):
+            counts.update(guess_HW, sample.labels_HW.to(guess_HW.device))
+            pictures.add_segmentation(sample, guess_HW)
+        pictures.save()
+        counts.reduce()
+        scores = counts.compute()
+        yield Score("miou", scores["mIoU"])
+        yield Score("macc", scores["mAcc"], headline=False)
+        yield Score("aacc", scores["aAcc"], headline=False)
+
+    def fit_head(self, opened: Opened, train: Dataset[SegmentationSample], context: Context) -> nn.Module:
+        """Train the head on augmented crops."""
+        side = self.size(context)
+        crop = max(padded_size(opened.model, side, side))
+        augment = SegmentationAugment(crop, side, self.scales, self.max_share)
+        torch.manual_seed(context.seed)
+        black = torch.zeros(1, 3, crop, crop, dtype=torch.uint8)
+        channels = frozen_map(opened.model, black, context).shape[1]
+        head = segmentation_head(channels, len(train.classes)).to(context.device)
+        crops: Generator[list[SegmentationSample], None, None] = training_batches(train, augment, batch=self.batch, context=context)
+
+        def batches() -> Iterator[tuple[Tensor, Tensor]]:
+            for samples in crops:
+                images = torch.stack([s.image_3HW for s in samples])
+                labels = torch.stack([s.labels_HW for s in samples])
+                yield frozen_map(opened.model, images, context), labels.to(context.device)
+
+        fit(
+            head,
+            batches(),
+            segmentation_loss,
+            steps=self.steps,
+            optimizer=torch.optim.AdamW(head.parameters(), lr=self.lr, weight_decay=0.0),
+            factor=partial(mmseg_factor, warmup=min(self.warmup, self.steps // 2), total=self.steps),
+        )
+        crops.close()
+        return head
+
+    @torch.no_grad()
+    def predictions(
+        self, head: nn.Module, opened: Opened, test: Dataset[SegmentationSample], context: Context
+    ) -> Iterator[tuple[SegmentationSample, Tensor]]:
+        """This rank's samples and the class of every pixel (H, W) at the size of the labels."""
+        for _, sample in each_item(test, context):
+            height, width = sample.labels_HW.shape
+            factor = self.size(context) / min(height, width)
+            image = resize_rgb(sample.image_3HW, (round(height * factor), round(width * factor)))
+            seen = pad_to_model(opened.model, image)
+            logits = resize_logits(head(frozen_map(opened.model, seen[None], context)), seen.shape[-2:])
+            if not self.stretch and seen.shape[-2] >= image.shape[-2] and seen.shape[-1] >= image.shape[-1]:
+                logits = logits[..., : image.shape[-2], : image.shape[-1]]
+            yield sample, resize_logits(logits, (height, width)).argmax(1)[0]
