@@ -311,6 +311,21 @@ class Ema(Fields):
     """Decay per step of the fp32 average of the weights (V4, issue #181); 0: no EMA."""
 
 
+class Colocated(Fields):
+    kind: Literal["colocated"] = "colocated"
+
+
+class Dedicated(Fields):
+    kind: Literal["dedicated"]
+    student_ranks: Positive = 1
+    """Ranks of a block that train students. The job consists of equal blocks of consecutive ranks, students first."""
+    teacher_ranks: Positive = 1
+    """Ranks of a block that run the teachers for its students; several of them share the teachers by cost."""
+
+
+Placement = Annotated[Colocated | Dedicated, Field(discriminator="kind")]
+
+
 class Engine(Fields):
     zero: Literal[0, 1, 2, 3] = 1
     """DeepSpeed ZeRO stage (OURS: 1; a ViT-L needs no more)."""
@@ -318,6 +333,9 @@ class Engine(Fields):
     """`bf16`: autocast with fp32 parameters, gradients reduced in fp32. `fp32`: exact, for the CPU and for tests."""
     teacher_precision: Literal["fp32", "bf16"] = "bf16"
     """Weights and activations of the teachers."""
+    placement: Placement = Colocated()
+    """Where teachers run. `colocated`: on every rank. `dedicated`: on ranks of their own, for teachers that do not fit beside
+    the student (docs/scale.md); the numbers are the same."""
     workers: Annotated[int, Field(ge=0)] = 4
     """Loader processes per rank and partition; 0: load in the training process."""
     deepspeed: dict[str, Any] = {}

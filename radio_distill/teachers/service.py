@@ -2,31 +2,28 @@
 
     targets = service(batch)      # resize, normalise, encode, upsample, balance, put on the loss grid; no gradient
 
-Teachers live here and nowhere else: they are no submodule of anything, so they are neither sharded nor saved.
+Teachers are no submodule of anything, so they are neither sharded nor saved. Balancers stay on the ranks that train, wherever
+the teachers are: statistics, refits, errors and resume are then one thing.
 
-Shapes: B batch, C channels, H W, k mosaic side.
+Shapes: B batch, C channels, H W.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from ..align import resample_to
 from ..balance import Balancer
-from ..config.mosaic import mosaic_of
-from ..config.recipe import Partition, Recipe, TeacherView
-from ..data.views import ViewSpec, mosaic, unmosaic
+from ..config.cards import TeacherCard
+from ..config.recipe import Partition, Recipe
+from ..data.views import ViewSpec
 from ..errors import TrainingError
 from ..types import Batch, Target, Targets, VisionOutput
-from ..upsamplers.base import build_upsampler
-from .base import Teacher, chunked
 
-__all__ = ["TeacherService", "Timers", "check_finite", "name_non_finite", "view_specs"]
+__all__ = ["Encoder", "TeacherService", "check_finite", "name_non_finite", "view_specs"]
 
 
 def view_specs(recipe: Recipe, partition: Partition, sizes: dict[str, tuple[int, int]], student_patch: int) -> list[ViewSpec]:
@@ -44,28 +41,39 @@ def view_specs(recipe: Recipe, partition: Partition, sizes: dict[str, tuple[int,
     return specs
 
 
-class TeacherService:
-    """Runs the frozen teachers of a recipe on this rank."""
+class Encoder(Protocol):
+    """Where the frozen teachers of a recipe run: in this process (bank.py) or on ranks of their own (train/remote.py)."""
 
-    def __init__(self, recipe: Recipe, teachers: dict[str, Teacher], *, student_patch: int) -> None:
-        self.recipe = recipe
-        self.teachers = teachers
+    cards: dict[str, TeacherCard]
+    """Of every teacher of the recipe."""
+    reads_ahead: bool
+    """Whether teachers can work on the next step's batches while the student trains, once these are announced."""
+
+    def encode(self, batch: Batch) -> dict[str, VisionOutput]:
+        """Raw outputs of the partition's teachers, in the recipe's order."""
+        ...
+
+    def announce(self, batches: list[Batch]) -> None:
+        """Name batches that will be encoded next."""
+        ...
+
+    def seconds(self) -> dict[str, float]:
+        """Time that teachers spent on this rank's images since the last call, by teacher."""
+        ...
+
+
+class TeacherService:
+    """Gives a recipe's targets for this rank's batches; what it computes does not depend on where the teachers run."""
+
+    def __init__(self, recipe: Recipe, encoder: Encoder, *, student_patch: int) -> None:
+        self.recipe, self.encoder, self.cards = recipe, encoder, encoder.cards
         self.balancers: dict[str, Balancer] = {}
         """Set by the trainer: from the statistics window, or loaded."""
-        self.timers = Timers(next(iter(teachers.values())).device)
         self._student_patch = student_patch
-        self._upsamplers = {
-            (p, t): build_upsampler(
-                view.upsampler, (x := teachers[t]).card, view.size or x.card.input.size, device=x.device, dtype=x.dtype
-            )
-            for p, part in recipe.partitions.items()
-            for t, view in part.teachers.items()
-        }
 
     def encode(self, batch: Batch) -> dict[str, VisionOutput]:
         """Raw outputs of the partition's teachers, upsampled as the recipe says, not balanced."""
-        partition = self.recipe.partitions[batch.partition]
-        return {name: self._encode(batch, name, view) for name, view in partition.teachers.items()}
+        return self.encoder.encode(batch)
 
     def targets(self, batch: Batch, raw: dict[str, VisionOutput]) -> Targets:
         """Balance raw outputs and put them on the grid the loss is taken on."""
@@ -76,9 +84,9 @@ class TeacherService:
 
     def grid(self, partition: str, name: str) -> tuple[int, int]:
         """Side of the grid on which the teacher's loss is taken in a partition, and of the map it delivers."""
-        part, card = self.recipe.partitions[partition], self.teachers[name].card
+        part, card = self.recipe.partitions[partition], self.cards[name]
         view = part.teachers[name]
-        own = part.size if view.mosaic else (view.size or card.input.size) * self._upsamplers[partition, name].factor
+        own = part.size if view.mosaic else (view.size or card.input.size) * view.upsampler.factor
         delivered = own // card.input.patch
         return (part.size // self._student_patch if view.grid == "student" else delivered), delivered
 
@@ -97,30 +105,6 @@ class TeacherService:
         ones = torch.ones(len(batch), 1, delivered, delivered, device=student.device)
         _, mask = resample_to(ones, teacher, student, (side, side), aligned=False)
         return torch.tensor(float(len(batch) * side * side)) if mask is None else mask.sum().float()
-
-    @torch.no_grad()
-    def _encode(self, batch: Batch, name: str, view: TeacherView) -> VisionOutput:
-        teacher = self.teachers[name]
-        with self.timers(name):
-            pixels = teacher.normalize(batch.views[name].images_B3HW)
-            if view.mosaic:
-                return self._encode_mosaic(batch, teacher, pixels, chunked(teacher, self.recipe.teachers[name].chunk))
-            upsampler = self._upsamplers[batch.partition, name]
-            return upsampler(chunked(teacher, self.recipe.teachers[name].chunk), pixels, view.size or teacher.card.input.size)
-
-    def _encode_mosaic(
-        self, batch: Batch, teacher: Teacher, pixels_B3HW: Tensor, encode: Callable[[Tensor], VisionOutput]
-    ) -> VisionOutput:
-        """k x k images in one pass of the teacher. Borders are zero after normalisation, as in SAM's own pipeline."""
-        size, patch = pixels_B3HW.shape[-1], teacher.patch_size
-        k, tile = mosaic_of(teacher.card, size)
-        images, offsets_B2 = mosaic(pixels_B3HW, k, tile, patch, batch.seeds_B)
-        side = teacher.card.input.size
-        if images.shape[-1] < side:
-            images = torch.nn.functional.pad(images, (0, side - images.shape[-1], 0, side - images.shape[-2]))
-        features = encode(images).features_BCHW
-        cells = k * tile // patch
-        return VisionOutput(None, unmosaic(features[..., :cells, :cells], k, tile, patch, offsets_B2, size)[: len(batch)])
 
     @torch.no_grad()
     def _target(self, batch: Batch, name: str, out: VisionOutput) -> Target:
@@ -154,37 +138,3 @@ def name_non_finite(batch: Batch, raw: dict[str, VisionOutput], *, rank: int, st
                 f"for {len(keys)} of {len(batch)} samples: {', '.join(keys[:8])}; look at these images, or set engine.teacher_precision=fp32"
             )
     return None
-
-
-class Timers:
-    """Seconds spent per name since the last `collect`; CUDA events on a GPU, so that nothing waits."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._cuda = device.type == "cuda"
-        self._seconds: dict[str, float] = {}
-        self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
-
-    @contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        if self._cuda:
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            yield
-            end.record()
-            self._events.append((name, start, end))
-            return
-        begin = time.perf_counter()
-        yield
-        self._add(name, time.perf_counter() - begin)
-
-    def _add(self, name: str, seconds: float) -> None:
-        self._seconds[name] = self._seconds.get(name, 0.0) + seconds
-
-    def collect(self) -> dict[str, float]:
-        """Seconds by name, and start anew. Waits for the GPU: call it at the log interval only."""
-        if self._events:
-            torch.cuda.synchronize()
-        for name, start, end in self._events:
-            self._add(name, start.elapsed_time(end) / 1000)
-        seconds, self._seconds, self._events = self._seconds, {}, []
-        return seconds

@@ -35,6 +35,7 @@ __all__ = [
     "count_flops",
     "head_flops",
     "partition_cost",
+    "slots_of",
     "student_of",
     "teacher_flops",
     "teacher_images",
@@ -105,9 +106,13 @@ def partition_cost(recipe: Recipe, partition: str) -> PartitionCost:
 
 def student_of(recipe: Recipe) -> StudentArch:
     """The architecture of the student that the recipe trains."""
+    return student_arch(recipe.student, slots_of(recipe))
+
+
+def slots_of(recipe: Recipe) -> list[AdaptorSlot]:
+    """One adaptor per teacher, in the recipe's order."""
     outputs = {name: card.output for name, card in cards_of(recipe).items()}
-    slots = [AdaptorSlot(n, out.summary, out.features, use_summary=out.summary is not None) for n, out in outputs.items()]
-    return student_arch(recipe.student, slots)
+    return [AdaptorSlot(name, out.summary, out.features, use_summary=out.summary is not None) for name, out in outputs.items()]
 
 
 def trunk_flops(trunk: TrunkArch, grid: int) -> float:

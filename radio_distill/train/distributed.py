@@ -16,7 +16,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..config.recipe import Dedicated
 from ..errors import TrainingError
+from .bridge import Bridge
+from .placement import place_of
 
 __all__ = ["World", "init", "shutdown", "finite_everywhere"]
 
@@ -31,34 +34,46 @@ class World:
     size: int
     local_rank: int
     device: torch.device
+    bridge: Bridge | None = None
+    """To the other kind of ranks, where teachers have ranks of their own; rank and size are then those of one kind."""
 
     @property
     def is_main(self) -> bool:
-        """True on rank 0, which writes what exists once per job."""
-        return self.rank == 0
+        """True on the first rank that trains, which writes what exists once per job."""
+        return self.rank == 0 and not (self.bridge is not None and self.bridge.place.teaches)
 
 
-def init(backend: str | None = None) -> World:
+def init(backend: str | None = None, *, placement: Dedicated | None = None) -> World:
     """Join the process group and give DeepSpeed the same one.
 
     The place comes from RANK, WORLD_SIZE and LOCAL_RANK (torchrun, deepspeed), else from SLURM_PROCID, SLURM_NTASKS and
     SLURM_LOCALID (srun); without either it is a job of one process. backend: None takes nccl on CUDA, gloo elsewhere;
-    "gloo" always runs on the CPU. Raises TrainingError when several processes have no MASTER_ADDR and MASTER_PORT.
+    "gloo" always runs on the CPU. placement: which ranks are teachers; they join no group but their bridge. Raises
+    TrainingError when several processes have no MASTER_ADDR and MASTER_PORT, RecipeError when a placement does not fit.
     """
     rank, size, local_rank = _place(os.environ)
+    place = place_of(placement, rank, size) if placement else None
     backend = backend or ("nccl" if torch.cuda.is_available() else "gloo")
     device = torch.device("cpu") if backend == "gloo" else torch.device("cuda", local_rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    bridge: Bridge | None = None
+    store: dist.Store | None = None
+    if place is not None:
+        job, _, _ = next(dist.rendezvous("env://", rank, size, timeout=TIMEOUT))
+        bridge, store = Bridge(place, job, device, TIMEOUT), dist.PrefixStore("students", job)
+        rank, size = place.index, place.blocks * (place.teachers if place.teaches else place.students)
+        if place.teaches:
+            return World(rank, size, local_rank, device, bridge)
     # DeepSpeed and webdataset read these and know nothing of Slurm.
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(local_rank))
     if not dist.is_initialized():
         device_id = device if device.type == "cuda" and size > 1 else None
         # One process needs neither an address nor a free port.
-        store = dist.HashStore() if size == 1 else None
+        store = dist.HashStore() if size == 1 else store
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT, device_id=device_id)
     _join_deepspeed(device)
-    return World(rank, size, local_rank, device)
+    return World(rank, size, local_rank, device, bridge)
 
 
 def shutdown() -> None:

@@ -8,7 +8,6 @@ own seeds, so a resumed run equals an uninterrupted one and needs no random-numb
 
 from __future__ import annotations
 
-import faulthandler
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -21,10 +20,12 @@ from ..student.spectral import power_iterate
 from ..teachers.service import check_finite, name_non_finite
 from ..types import Batch
 from . import agree, distributed, preempt
+from .serve import run_ranks
 from .setup import build_parts, build_start, open_run
 from .snapshot import resume, save, save_late
 from .trainer import Trainer
 from .training import Training
+from .watchdog import watch
 
 __all__ = ["train"]
 
@@ -33,13 +34,12 @@ log = logging.getLogger(__name__)
 
 def train(recipe: Recipe) -> int:
     """Run or resume the stage a recipe describes; returns 0 when it is finished or was asked to stop and has saved."""
-    world = distributed.init()
-    try:
+
+    def stage(world: distributed.World) -> int:
         fit(build(recipe, world), distil_step)
         return 0
-    finally:
-        faulthandler.cancel_dump_traceback_later()
-        distributed.shutdown()
+
+    return run_ranks(recipe, stage)
 
 
 def build(recipe: Recipe, world: distributed.World) -> Trainer:
@@ -71,11 +71,6 @@ def fit(t: Training, one_step: Callable[[Any, int, list[Batch]], None]) -> None:
         if stop:
             log.info("stopped after step %d as asked; the same command goes on from here", t.step)
             return
-
-
-def watch(minutes: float) -> None:
-    """Restart the watchdog: a rank that hangs for longer prints the stacks of its threads and exits with 1."""
-    faulthandler.dump_traceback_later(minutes * 60, exit=True)
 
 
 def distil_step(t: Trainer, step: int, batches: list[Batch]) -> None:

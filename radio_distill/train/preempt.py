@@ -9,7 +9,7 @@ from __future__ import annotations
 import signal
 from types import FrameType
 
-__all__ = ["listen", "requested"]
+__all__ = ["ask", "listen", "requested"]
 
 _received: list[str] = []
 
@@ -23,6 +23,11 @@ def listen() -> None:
 def requested() -> str | None:
     """The name of the signal that asked this process to stop, if one did."""
     return _received[0] if _received else None
+
+
+def ask(name: str) -> None:
+    """Ask this process to stop as if it had received the signal of that name: another rank has."""
+    _received.append(name)
 
 
 def _note(number: int, frame: FrameType | None) -> None:

@@ -6,33 +6,36 @@ Start order, logged: resume the run folder; else the recipe's `start`; else scra
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from ..balance import Balancer, load_balancers
+from ..config.cards import TeacherCard
 from ..config.load import cards_of
 from ..config.mosaic import images_per_mosaic
 from ..config.recipe import Job, Recipe, Start
 from ..errors import RecipeError
 from ..paths import expand
 from ..student.adaptors import fold_affine
-from ..student.arch import AdaptorSlot
 from ..student.names import student_arch
 from ..student.start import parametrise, start_weights
 from ..student.student import Student, build_student
+from ..teachers.bank import TeacherBank
 from ..teachers.base import Teacher, Weights, load_teacher
-from ..teachers.service import TeacherService, name_non_finite, view_specs
+from ..teachers.service import Encoder, TeacherService, name_non_finite, view_specs
 from . import agree, checkpoint
-from .cost import partition_cost
+from .cost import partition_cost, slots_of
 from .distributed import World
 from .partition import Assignment, assign
+from .remote import RemoteTeachers
 from .run import RunFolder
 from .statistics import StatisticsWindow
 from .streams import Streams
 
-__all__ = ["Parts", "build_parts", "build_start", "build_teachers", "slots_of", "assignment_of"]
+__all__ = ["Parts", "build_parts", "build_start", "build_teachers", "assignment_of"]
 
 log = logging.getLogger(__name__)
 
@@ -51,21 +54,24 @@ def build_parts(recipe: Recipe, world: World, *, weights: Weights = "pretrained"
     """Load the teachers and find out who runs what; the streams are not open yet. weights: `random` for benchmarks."""
     if not recipe.data.sources:
         raise RecipeError("data.sources is empty; name your images: data.sources.train.path=FOLDER_OR_SHARDS")
-    teachers = build_teachers(recipe, world, weights=weights)
-    assignment = assignment_of(recipe, teachers, world.size)
-    patch = student_arch(recipe.student, slots_of(recipe, teachers)).trunk.patch_size
-    sizes = {name: (t.card.input.size, t.card.input.patch) for name, t in teachers.items()}
+    encoder: Encoder
+    if world.bridge is not None:
+        encoder = RemoteTeachers(recipe, world.bridge)
+    else:
+        encoder = TeacherBank(recipe, build_teachers(recipe, world.device, weights=weights))
+    assignment = assignment_of(recipe, encoder.cards, world.size)
+    patch = student_arch(recipe.student, slots_of(recipe)).trunk.patch_size
+    sizes = {name: (card.input.size, card.input.patch) for name, card in encoder.cards.items()}
     specs = {name: view_specs(recipe, partition, sizes, patch) for name, partition in recipe.partitions.items()}
-    service = TeacherService(recipe, teachers, student_patch=patch)
-    return Parts(
-        service, StatisticsWindow(recipe.balance, teachers, world), assignment, Streams(recipe, assignment, world.rank, specs)
-    )
+    service = TeacherService(recipe, encoder, student_patch=patch)
+    window = StatisticsWindow(recipe.balance, encoder.cards, world)
+    return Parts(service, window, assignment, Streams(recipe, assignment, world.rank, specs))
 
 
 def build_start(recipe: Recipe, world: World, run: RunFolder, parts: Parts) -> tuple[Student, Path | None]:
     """The student with its first weights, ready for the engine, and the checkpoint to resume when there is one."""
     torch.manual_seed(recipe.seed)
-    student = build_student(recipe.student, slots_of(recipe, parts.service.teachers))
+    student = build_student(recipe.student, slots_of(recipe))
     parts.service.balancers.update(given_balancers(recipe, parts.service, world))
     found = checkpoint.latest(run.path)
     if found is None:
@@ -91,7 +97,7 @@ def given_balancers(recipe: Recipe, service: TeacherService, world: World) -> di
                 "balance.window is 0 and balance.path is empty; give the folder that `radio-distill stats` wrote, or a window"
             )
         return {}
-    channels = {name: teacher.card.output.features for name, teacher in service.teachers.items()}
+    channels = {name: card.output.features for name, card in service.cards.items()}
     loaded = load_balancers(Path(expand(recipe.balance.path)), channels)
     return {name: balancer.to(world.device) for name, balancer in loaded.items()}
 
@@ -119,25 +125,21 @@ def gather_balancers(parts: Parts, world: World, steps: int) -> dict[str, Balanc
     return balancers
 
 
-def build_teachers(recipe: Recipe, world: World, *, weights: Weights = "pretrained") -> dict[str, Teacher]:
-    """Load every teacher onto this rank's device, in the recipe's precision."""
+def build_teachers(
+    recipe: Recipe, device: torch.device, names: Collection[str] | None = None, *, weights: Weights = "pretrained"
+) -> dict[str, Teacher]:
+    """Load teachers (those called `names`, else all) onto a device, in the recipe's precision."""
     dtype = torch.bfloat16 if recipe.engine.teacher_precision == "bf16" else torch.float32
-    teachers = {name: load_teacher(card, weights=weights).to(world.device, dtype) for name, card in cards_of(recipe).items()}
+    cards = {name: card for name, card in cards_of(recipe).items() if names is None or name in names}
+    teachers = {name: load_teacher(card, weights=weights).to(device, dtype) for name, card in cards.items()}
     for name, teacher in teachers.items():
         if recipe.teachers[name].compile:
             teacher.net.compile(dynamic=False)
     return teachers
 
 
-def slots_of(recipe: Recipe, teachers: dict[str, Teacher]) -> list[AdaptorSlot]:
-    """One adaptor per teacher, in the recipe's order."""
-    outputs = {name: teacher.card.output for name, teacher in teachers.items()}
-    return [AdaptorSlot(name, out.summary, out.features, use_summary=out.summary is not None) for name, out in outputs.items()]
-
-
-def assignment_of(recipe: Recipe, teachers: dict[str, Teacher], world_size: int) -> Assignment:
+def assignment_of(recipe: Recipe, cards: dict[str, TeacherCard], world_size: int) -> Assignment:
     """Which rank runs which partition; a rank's images must fill whole mosaics."""
-    cards = {name: teacher.card for name, teacher in teachers.items()}
     multiple = {name: images_per_mosaic(partition, cards) for name, partition in recipe.partitions.items()}
     images = {name: partition.images for name, partition in recipe.partitions.items()}
     costs = {name: partition_cost(recipe, name).total for name in recipe.partitions}

@@ -11,8 +11,8 @@ from dataclasses import replace
 from torch import Tensor
 
 from ..balance import Balancer, Dispersion, Moments, fit_on_first_rank
+from ..config.cards import TeacherCard
 from ..config.recipe import Balance
-from ..teachers.base import Teacher
 from ..types import VisionOutput
 from .distributed import World
 
@@ -22,9 +22,9 @@ __all__ = ["StatisticsWindow"]
 class StatisticsWindow:
     """Moments of features and angular dispersion of summaries, by teacher."""
 
-    def __init__(self, spec: Balance, teachers: dict[str, Teacher], world: World) -> None:
+    def __init__(self, spec: Balance, cards: dict[str, TeacherCard], world: World) -> None:
         self.spec = spec
-        self._outputs = {name: teacher.card.output for name, teacher in teachers.items()}
+        self._outputs = {name: card.output for name, card in cards.items()}
         self._device = world.device
         self.clear()
 

@@ -13,6 +13,7 @@ from ..config.load import load_recipe
 from ..errors import RecipeError
 from . import agree, distributed
 from .run import run_path
+from .serve import run_ranks
 from .setup import build_parts, gather_balancers
 
 __all__ = ["main"]
@@ -27,14 +28,14 @@ def main(argv: list[str]) -> int:
         raise RecipeError(
             "balance.window is 0: it says how many steps of images the statistics come from; set balance.window=300"
         )
-    world = distributed.init()
-    try:
+
+    def gather(world: distributed.World) -> int:
         balancers = gather_balancers(build_parts(recipe, world), world, recipe.balance.window)
         out = run_path(recipe) / "balancers"
         agree.on_main(lambda: _write(out, balancers))
-    finally:
-        distributed.shutdown()
-    return 0
+        return 0
+
+    return run_ranks(recipe, gather)
 
 
 def _write(out: Path, balancers: dict[str, Balancer]) -> None:

@@ -24,6 +24,7 @@ class Streams:
         self._recipe, self._specs, self.names = recipe, specs, tuple(recipe.partitions)
         self._shares = {name: share for name in recipe.partitions if (share := assignment.share(name, rank)) is not None}
         self._loaders: dict[str, Iterator[list[Batch]]] = {}
+        self._ahead: list[Batch] = []
         self.positions: dict[str, Any] = {}
         """Where the streams stand after the last step, by partition; given back to `open` on resume."""
 
@@ -38,14 +39,21 @@ class Streams:
 
     def next(self, device: torch.device) -> list[Batch]:
         """The micro-batches of the next step, on the device."""
-        batches = [batch for loader in self._loaders.values() for batch in next(loader)]
+        batches, self._ahead = self.peek(device), []
         for batch in batches:
             self.positions[batch.partition] = batch.position
-        return [batch.to(device) for batch in batches]
+        return batches
+
+    def peek(self, device: torch.device) -> list[Batch]:
+        """What `next` will return, read ahead; `positions` do not move."""
+        if not self._ahead:
+            self._ahead = [batch.to(device) for loader in self._loaders.values() for batch in next(loader)]
+        return self._ahead
 
     def close(self) -> None:
         """Stop the loader processes."""
         self._loaders.clear()
+        self._ahead = []
 
 
 def forwards(recipe: AnyRecipe, assignment: Assignment, rank: int) -> int:

@@ -33,7 +33,7 @@ class Trainer(Training):
 
     def __init__(self, recipe: Recipe, world: World, run: RunFolder, parts: Parts, student: Student) -> None:
         self.recipe = recipe
-        self.service, self.window = parts.service, parts.window
+        self.service, self.window, self._reader = parts.service, parts.window, parts.streams
         self.task = DistillTask(recipe, student)
         micro_steps = max(forwards(recipe, parts.assignment, rank) for rank in range(world.size))
         super().__init__(
@@ -44,12 +44,20 @@ class Trainer(Training):
     def console_line(self, metrics: dict[str, float]) -> str:
         return console_line(self.step, self.recipe, metrics)
 
+    def next_batches(self) -> list[Batch]:
+        batches, encoder = super().next_batches(), self.service.encoder
+        if encoder.reads_ahead:
+            last = self.step + 1 == self.recipe.optim.steps
+            with self.clock("data"):
+                encoder.announce([*batches, *([] if last else self._reader.peek(self.world.device))])
+        return batches
+
     @property
     def images_per_step(self) -> int:
         return sum(p.images for p in self.recipe.partitions.values())
 
     def extra_seconds(self) -> dict[str, float]:
-        return {f"time/teachers/{name}": seconds for name, seconds in self.service.timers.collect().items()}
+        return {f"time/teachers/{name}": seconds for name, seconds in self.service.encoder.seconds().items()}
 
     def save_shared(self, folder: Path) -> None:
         save_balancers(folder / "balancers", self.service.balancers)

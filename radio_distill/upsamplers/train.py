@@ -237,7 +237,7 @@ def statistics(recipe: UpsamplerRecipe, world: distributed.World, parts: Parts) 
     name, card = "teacher", parts.teacher.card
     if recipe.balance.path:
         return load_balancers(Path(expand(recipe.balance.path)), {card.name: card.output.features})[card.name]
-    window = StatisticsWindow(recipe.balance, {name: parts.teacher}, world)
+    window = StatisticsWindow(recipe.balance, {name: parts.teacher.card}, world)
     encode = chunked(parts.teacher, recipe.chunk)
     parts.streams.open({})
     for step in range(recipe.balance.window):

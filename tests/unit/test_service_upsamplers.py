@@ -10,6 +10,7 @@ from radio_distill.balance import identity
 from radio_distill.config.load import cards_of, load_recipe
 from radio_distill.doctor import examine_recipe
 from radio_distill.errors import CheckpointError, TeacherError
+from radio_distill.teachers.bank import TeacherBank
 from radio_distill.teachers.base import load_teacher
 from radio_distill.teachers.service import TeacherService, view_specs
 from radio_distill.types import Batch, View
@@ -27,14 +28,14 @@ def service_of(weights, *overrides, recipe="toy/stage3_featsharp"):
     low, high = (f"partitions.{p}.teachers.toy_clip.upsampler.weights={weights}" for p in ("low", "high"))
     loaded = load_recipe(recipe, [low, high, *ONLY_CLIP, *overrides])
     teachers = {name: load_teacher(card) for name, card in cards_of(loaded).items()}
-    service = TeacherService(loaded, teachers, student_patch=8)
+    service = TeacherService(loaded, TeacherBank(loaded, teachers), student_patch=8)
     service.balancers.update({name: identity(t.card.output.features) for name, t in teachers.items()})
     return loaded, service
 
 
 def batch_of(recipe, service, partition, count):
     """Random bytes, every view showing the whole image."""
-    sizes = {name: (t.card.input.size, t.card.input.patch) for name, t in service.teachers.items()}
+    sizes = {name: (c.input.size, c.input.patch) for name, c in service.cards.items()}
     generator = torch.Generator().manual_seed(0)
     boxes = torch.tensor([0.0, 0.0, 1.0, 1.0]).repeat(count, 1)
     views = {
@@ -62,7 +63,7 @@ def weights(tmp_path_factory):
 
 def test_sharp_targets_are_those_of_the_upsampler_in_one_call_of_the_teacher(weights):
     recipe, service = service_of(weights)
-    batch, teacher = batch_of(recipe, service, "high", 2), service.teachers["toy_clip"]
+    batch, teacher = batch_of(recipe, service, "high", 2), service.encoder.teachers["toy_clip"]
     assert batch.views["toy_clip"].images_B3HW.shape[-2:] == (252, 252)
     calls = count_calls(teacher)
     out = service.encode(batch)["toy_clip"]
@@ -86,7 +87,7 @@ def test_sharp_targets_are_reduced_antialiased_to_the_students_grid(weights):
 
 def test_low_targets_get_the_same_debias_map(weights):
     recipe, service = service_of(weights)
-    batch, teacher = batch_of(recipe, service, "low", 2), service.teachers["toy_clip"]
+    batch, teacher = batch_of(recipe, service, "low", 2), service.encoder.teachers["toy_clip"]
     calls = count_calls(teacher)
     out = service.encode(batch)["toy_clip"]
     assert calls == [2]
@@ -102,7 +103,7 @@ def test_low_targets_get_the_same_debias_map(weights):
 def test_a_cap_on_the_teachers_batch_gives_the_same_targets(weights):
     recipe, service = service_of(weights)
     _, capped = service_of(weights, "teachers.toy_clip.chunk=7")
-    calls = count_calls(capped.teachers["toy_clip"])
+    calls = count_calls(capped.encoder.teachers["toy_clip"])
     batch = batch_of(recipe, service, "high", 2)
     one, other = service.encode(batch)["toy_clip"], capped.encode(batch)["toy_clip"]
     assert calls == [7, 7, 6]
@@ -113,7 +114,7 @@ def test_a_cap_on_the_teachers_batch_gives_the_same_targets(weights):
 def test_untrained_kinds_deliver_the_same_grid(kind):
     recipe = load_recipe(f"toy/stage3_{kind}", ONLY_CLIP)
     teachers = {name: load_teacher(card) for name, card in cards_of(recipe).items()}
-    service = TeacherService(recipe, teachers, student_patch=8)
+    service = TeacherService(recipe, TeacherBank(recipe, teachers), student_patch=8)
     batch = batch_of(recipe, service, "high", 1)
     features = service.encode(batch)["toy_clip"].features_BCHW
     assert features.shape == (1, 96, 36, 36)

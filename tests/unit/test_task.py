@@ -9,10 +9,11 @@ from radio_distill.config.mosaic import mosaic_of
 from radio_distill.errors import RecipeError
 from radio_distill.student.start import parametrise
 from radio_distill.student.student import build_student
+from radio_distill.teachers.bank import TeacherBank
 from radio_distill.teachers.base import load_teacher
 from radio_distill.teachers.service import TeacherService, name_non_finite, view_specs
+from radio_distill.train.cost import slots_of
 from radio_distill.train.ema import Ema
-from radio_distill.train.setup import slots_of
 from radio_distill.train.task import DistillTask
 from radio_distill.types import Batch, View, VisionOutput
 
@@ -27,9 +28,9 @@ def build(name="toy/stage1", *overrides):
     recipe = load_recipe(name, [*TINY, *overrides])
     teachers = {n: load_teacher(card, weights="random") for n, card in cards_of(recipe).items()}
     torch.manual_seed(0)
-    student = build_student(recipe.student, slots_of(recipe, teachers))
+    student = build_student(recipe.student, slots_of(recipe))
     parametrise(student, recipe.student)
-    service = TeacherService(recipe, teachers, student_patch=student.patch_size)
+    service = TeacherService(recipe, TeacherBank(recipe, teachers), student_patch=student.patch_size)
     service.balancers.update({n: identity(t.card.output.features) for n, t in teachers.items()})
     task = DistillTask(recipe, student)
     task.balancers = service.balancers
@@ -38,7 +39,7 @@ def build(name="toy/stage1", *overrides):
 
 
 def batch_of(recipe, service, partition, count, *, shift=None, seed=0):
-    sizes = {n: (t.card.input.size, t.card.input.patch) for n, t in service.teachers.items()}
+    sizes = {n: (c.input.size, c.input.patch) for n, c in service.cards.items()}
     specs = view_specs(recipe, recipe.partitions[partition], sizes, 8)
     generator = torch.Generator().manual_seed(seed)
     boxes = torch.tensor([0.0, 0.0, 1.0, 1.0]).repeat(count, 1)

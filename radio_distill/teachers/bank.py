@@ -1,0 +1,115 @@
+"""The frozen teachers of this process with their upsamplers: a batch in, every teacher's raw maps out.
+
+Shapes: B batch, C channels, H W, k mosaic side.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from ..config.mosaic import mosaic_of
+from ..config.recipe import Recipe, TeacherView
+from ..data.views import mosaic, unmosaic
+from ..types import Batch, VisionOutput
+from ..upsamplers.base import build_upsampler
+from .base import Teacher, chunked
+
+__all__ = ["TeacherBank", "Timers"]
+
+
+class TeacherBank:
+    """Runs teachers where it is: the colocated placement, and what a dedicated teacher rank has."""
+
+    reads_ahead = False
+    """Nothing is gained by announcing batches: this process computes one thing after the other."""
+
+    def __init__(self, recipe: Recipe, teachers: dict[str, Teacher]) -> None:
+        """teachers: all of the recipe, or those that this process runs."""
+        self.recipe, self.teachers = recipe, teachers
+        self.cards = {name: teacher.card for name, teacher in teachers.items()}
+        self.timers = Timers(next(iter(teachers.values())).device)
+        self._upsamplers = {
+            (p, t): build_upsampler(
+                view.upsampler, (x := teachers[t]).card, view.size or x.card.input.size, device=x.device, dtype=x.dtype
+            )
+            for p, part in recipe.partitions.items()
+            for t, view in part.teachers.items()
+            if t in teachers
+        }
+
+    def encode(self, batch: Batch) -> dict[str, VisionOutput]:
+        """Raw outputs of those teachers of the partition that are here, upsampled as the recipe says, not balanced."""
+        partition = self.recipe.partitions[batch.partition]
+        return {name: self._encode(batch, name, view) for name, view in partition.teachers.items() if name in self.teachers}
+
+    def announce(self, batches: list[Batch]) -> None:
+        """Batches that will be encoded next; see `reads_ahead`."""
+
+    def seconds(self) -> dict[str, float]:
+        """Time spent by teacher since the last call."""
+        return self.timers.collect()
+
+    @torch.no_grad()
+    def _encode(self, batch: Batch, name: str, view: TeacherView) -> VisionOutput:
+        teacher = self.teachers[name]
+        with self.timers(name):
+            pixels = teacher.normalize(batch.views[name].images_B3HW)
+            if view.mosaic:
+                return self._encode_mosaic(batch, teacher, pixels, chunked(teacher, self.recipe.teachers[name].chunk))
+            upsampler = self._upsamplers[batch.partition, name]
+            return upsampler(chunked(teacher, self.recipe.teachers[name].chunk), pixels, view.size or teacher.card.input.size)
+
+    def _encode_mosaic(
+        self, batch: Batch, teacher: Teacher, pixels_B3HW: Tensor, encode: Callable[[Tensor], VisionOutput]
+    ) -> VisionOutput:
+        """k x k images in one pass of the teacher. Borders are zero after normalisation, as in SAM's own pipeline."""
+        size, patch = pixels_B3HW.shape[-1], teacher.patch_size
+        k, tile = mosaic_of(teacher.card, size)
+        images, offsets_B2 = mosaic(pixels_B3HW, k, tile, patch, batch.seeds_B)
+        side = teacher.card.input.size
+        if images.shape[-1] < side:
+            images = torch.nn.functional.pad(images, (0, side - images.shape[-1], 0, side - images.shape[-2]))
+        features = encode(images).features_BCHW
+        cells = k * tile // patch
+        return VisionOutput(None, unmosaic(features[..., :cells, :cells], k, tile, patch, offsets_B2, size)[: len(batch)])
+
+
+class Timers:
+    """Seconds spent per name since the last `collect`; CUDA events on a GPU, so that nothing waits."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._seconds: dict[str, float] = {}
+        self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        if self._cuda:
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            yield
+            end.record()
+            self._events.append((name, start, end))
+            return
+        begin = time.perf_counter()
+        yield
+        self._add(name, time.perf_counter() - begin)
+
+    def _add(self, name: str, seconds: float) -> None:
+        self._seconds[name] = self._seconds.get(name, 0.0) + seconds
+
+    def collect(self, *, wait: bool = True) -> dict[str, float]:
+        """Seconds by name, and start anew. Waits for the GPU (call it at the log interval only), or, without `wait`, leaves
+        what is not finished to the next call."""
+        if self._events and wait:
+            torch.cuda.synchronize()
+        running = [] if wait else [event for event in self._events if not event[2].query()]
+        for name, start, end in self._events[: len(self._events) - len(running)]:  # they finish in order
+            self._add(name, start.elapsed_time(end) / 1000)
+        seconds, self._seconds, self._events = self._seconds, {}, running
+        return seconds

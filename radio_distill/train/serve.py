@@ -1,0 +1,105 @@
+"""What a dedicated teacher rank does: answer the requests of its block's students until all of them have said goodbye."""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+from collections import deque
+from collections.abc import Callable
+from threading import Thread
+from typing import Any
+
+import torch
+
+from ..config.recipe import Dedicated, Recipe
+from ..teachers.bank import TeacherBank, Timers
+from . import distributed, preempt
+from .bridge import Bridge, Message, Sent
+from .placement import share_teachers, teacher_costs
+from .remote import pack_reply, unpack_request
+from .setup import build_teachers
+from .watchdog import rest, watch
+
+__all__ = ["run_ranks", "serve"]
+
+GOODBYE = "goodbye"
+"""Key of a student's last message; its value is the exit code of the job."""
+
+
+def run_ranks(recipe: Recipe, work: Callable[[distributed.World], int]) -> int:
+    """Join the job and do this rank's part of it, `work` where ranks train and `serve` where they teach; returns the exit code."""
+    placement = recipe.engine.placement
+    world = distributed.init(placement=placement if isinstance(placement, Dedicated) else None)
+    code = 0
+    try:
+        code = serve(recipe, world.bridge) if world.bridge is not None and world.bridge.place.teaches else work(world)
+        return code
+    finally:
+        rest()
+        if world.bridge is not None:
+            _leave(world.bridge, code)
+        distributed.shutdown()
+
+
+def _leave(bridge: Bridge, code: int) -> None:
+    """Students say goodbye, also with an error on its way out: their teachers then end without one of their own."""
+    if not bridge.place.teaches:
+        for peer in bridge.teachers:
+            with contextlib.suppress(RuntimeError):  # a teacher that is gone
+                bridge.send(peer, Message({GOODBYE: code}, [])).done()
+    bridge.abort()
+
+
+def serve(recipe: Recipe, bridge: Bridge) -> int:
+    """Encode batches in the order in which they come in, whichever student they are from; returns the students' exit code.
+
+    Raises TrainingError when a student goes away without a word.
+    """
+    names = share_teachers(teacher_costs(recipe), len(bridge.teachers))[bridge.place.position - bridge.place.students]
+    bank = TeacherBank(recipe, build_teachers(recipe, bridge.device, names))
+    clients, codes = {peer: _Client(bridge.device) for peer in bridge.students}, [0]
+    inbox: queue.Queue[tuple[int, dict[str, Any] | Exception]] = queue.Queue()
+    for peer in clients:  # a thread each: gloo tells of a lost peer only to those who wait for it by name
+        Thread(target=_listen, args=(bridge, peer, inbox), daemon=True).start()
+    while clients:
+        peer, header = inbox.get()
+        if isinstance(header, Exception):
+            raise header
+        if GOODBYE in header["about"]:
+            codes.append(header["about"][GOODBYE])
+            del clients[peer]
+            continue
+        watch(recipe.engine.watchdog_minutes)
+        clients[peer].answer(bank, bridge, peer, header)
+        rest()
+    return max(codes)
+
+
+class _Client:
+    """What a teacher rank keeps of one student: its timers, and answers until they have been read."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._timers = Timers(device)
+        self._answers: deque[Sent] = deque()
+        self._forgotten = 0
+
+    def answer(self, bank: TeacherBank, bridge: Bridge, peer: int, header: dict[str, Any]) -> None:
+        message = bridge.body(peer, header)
+        while self._forgotten < message.about["received"]:
+            self._answers.popleft().done()
+            self._forgotten += 1
+        bank.timers = self._timers
+        outputs = bank.encode(unpack_request(message))
+        reply = pack_reply(outputs, self._timers.collect(wait=False), preempt.requested())
+        self._answers.append(bridge.send(peer, reply))
+
+
+def _listen(bridge: Bridge, peer: int, inbox: queue.Queue[tuple[int, dict[str, Any] | Exception]]) -> None:
+    try:
+        while True:
+            header = bridge.header(peer)
+            inbox.put((peer, header))
+            if GOODBYE in header["about"]:
+                return
+    except Exception as error:  # raised in the main thread, where it ends the process
+        inbox.put((peer, error))
