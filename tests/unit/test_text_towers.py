@@ -25,6 +25,7 @@ from radio_distill.config.load import load_card
 from radio_distill.errors import CardError, TeacherError
 from radio_distill.teachers import text_open_clip
 from radio_distill.teachers.text import load_text_tower, open_text_tower
+from radio_distill.teachers.text_tower import build, canonicalize
 from radio_distill.teachers.toy import load_text_tower as load_toy
 
 TEXTS = ["a photo of a red fox", "two_ships, at Sea!", "a"]
@@ -175,6 +176,11 @@ def test_a_toy_teacher_embeds_as_in_its_training(tmp_path: Path) -> None:
     comes_back(toy, tmp_path, want)
 
 
+@pytest.mark.parametrize("text", [*TEXTS, "  A_b--c \t D's  "])
+def test_texts_are_cleaned_for_siglip_as_by_open_clip(text: str) -> None:
+    assert canonicalize(text) == open_clip.tokenizer.get_clean_fn("canonicalize")(text)
+
+
 def test_texts_in_chunks_give_the_same(clip: tuple) -> None:
     tower = load_text_tower(card("open_clip", clip[0], source=str(clip[1])))
     same(tower.encode(TEXTS, chunk=1), tower.encode(TEXTS))
@@ -187,7 +193,7 @@ def test_the_true_architecture_is_as_wide_as_the_summary(name: str) -> None:
     config = text_open_clip.tower_config(real)
     with torch.device("meta"):
         tokens = torch.zeros(2, config["text_cfg"]["context_length"], dtype=torch.long)
-        assert text_open_clip.build(config).eval()(tokens).shape == (2, real.output.summary)
+        assert build("open_clip", config).eval()(tokens).shape == (2, real.output.summary)
 
 
 # --- errors --------------------------------------------------------------------------------------------------------------
