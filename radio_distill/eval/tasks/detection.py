@@ -1,0 +1,198 @@
+"""COCO box AP of a detector that is trained on frozen maps (FeatSharp, Table 1): ViTDet's pyramid and DINO.
+
+Shapes: S side of the square that the model sees.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.distributed as dist
+from pydantic import Field
+from torch import Tensor, nn
+
+from ..datasets.base import Dataset, Subset, open_dataset
+from ..datasets.instances import InstanceSample
+from ..detection.data import Jitter, Whole
+from ..detection.denoising import Truth
+from ..detection.detector import Architecture, Detections, Detector
+from ..detection.loss import Weights, detection_loss
+from ..metrics.boxes import box_ap
+from ..models import Opened
+from ..probes.batches import each_item, training_batches
+from ..probes.fit import fit
+from ..probes.frozen import frozen_map, padded_size
+from ..task import Context, Score, Task
+
+__all__ = ["Detection", "coco_rows"]
+
+PUBLISHED = {"AP": "AP", "APs": "AP_small", "APm": "AP_medium", "APl": "AP_large"}
+"""Our name of a number -> that of the paper's Table 1."""
+TOP = 300
+"""Boxes of an image that are scored (detrex); COCO counts the best 100 of every class."""
+
+
+class Detection(Task):
+    """The model and its upsampler stay frozen; pyramid and detector are trained."""
+
+    kind: Literal["detection"]
+    train: str
+    test: str
+    side: int = Field(default=512, gt=0)
+    """Side in pixels of the square that an image is resized into, or the next that the model takes."""
+    scales: tuple[float, float] = (0.1, 2.0)
+    """Large-scale jitter of training images."""
+    factors: tuple[float, ...] = (2.0, 1.0, 0.5)
+    """Of the pyramid, on the model's map; one more level is added by pooling."""
+    dim: int = 256
+    heads: int = 8
+    ffn: int = 2048
+    points: int = 4
+    """Points that a head looks at on every level."""
+    encoder: int = 6
+    """Layers."""
+    decoder: int = 6
+    queries: int = 900
+    denoise: int = Field(default=100, ge=0)
+    """Denoising queries of an image; 0: none."""
+    cost: tuple[float, float, float] = (2.0, 5.0, 2.0)
+    """Of matching: score, L1, generalised IoU."""
+    weights: tuple[float, float, float] = (1.0, 5.0, 2.0)
+    """Of the loss, likewise."""
+    steps: int = Field(default=90_000, gt=0)
+    batch: int = Field(default=16, gt=0)
+    """Images of a step, on all ranks together."""
+    lr: float = Field(default=1e-4, gt=0)
+    """Of AdamW; a tenth of it in the last twelfth of the steps."""
+    weight_decay: float = 1e-4
+    max_norm: float = 0.1
+    """Gradients are clipped to this norm."""
+
+    def size(self, context: Context) -> int:
+        return context.resolution or self.side
+
+    def datasets(self, context: Context) -> Sequence[Dataset[Any]]:
+        test: Any = open_dataset(self.dataset, self.test, context.root, kind="instances")
+        train: Any = open_dataset(self.dataset, self.train, context.root, kind="instances")
+        return [test.limited(context.limit), Subset(train, train.annotated(crowds=False)).limited(context.limit)]
+
+    def passes(self, context: Context) -> float:
+        return float(self.steps * self.batch + len(self.datasets(context)[0]))
+
+    def run(self, opened: Opened, context: Context) -> Iterable[Score]:
+        test, train = self.datasets(context)
+        detector = self.fit_detector(opened, train, context)
+        truth, found = _Rows([], []), []
+        for sample, detections in self.detections(detector, opened, test, context):
+            truth.add(sample)
+            found += coco_rows(sample.image_id, detections)
+        images, annotations = _of_all_ranks(truth.images), _of_all_ranks(truth.annotations)
+        categories = [{"id": i, "name": name} for i, name in enumerate(test.classes)]
+        ground_truth = {"images": images, "annotations": annotations, "categories": categories}
+        for name, value in box_ap(ground_truth, _of_all_ranks(found)).items():
+            yield Score(PUBLISHED.get(name, name), value, headline=name in PUBLISHED)
+
+    def fit_detector(self, opened: Opened, train: Dataset[InstanceSample], context: Context) -> Detector:
+        """Train pyramid and detector."""
+        side = self._square(opened, context)
+        torch.manual_seed(context.seed)
+        black = torch.zeros(1, 3, side, side, dtype=torch.uint8)
+        channels = frozen_map(opened.model, black, context).shape[1]
+        arch = Architecture(self.dim, self.heads, self.ffn, self.points, self.encoder, self.decoder, self.queries, self.factors)
+        detector = Detector(arch, channels, len(train.classes)).to(context.device)
+        examples = training_batches(train, Jitter(side, self.scales), batch=self.batch, context=context)
+
+        def batches() -> Iterator[tuple[Tensor, list[Truth]]]:
+            for drawn in examples:
+                images = torch.stack([e.image_3SS for e in drawn])
+                yield (
+                    frozen_map(opened.model, images, context),
+                    [Truth(*(x.to(context.device) for x in e.truth)) for e in drawn],
+                )
+
+        fit(
+            detector,
+            batches(),
+            self.loss,
+            steps=self.steps,
+            optimizer=torch.optim.AdamW(detector.parameters(), lr=self.lr, weight_decay=self.weight_decay),
+            factor=lambda step: 1.0 if step < self.steps * 11 / 12 else 0.1,
+            max_norm=self.max_norm,
+        )
+        examples.close()
+        return detector
+
+    def loss(self, detector: nn.Module, batch: tuple[Tensor, list[Truth]]) -> Tensor:
+        """The set loss of this rank's share, so that the mean over ranks is that of the batch."""
+        features, truth = batch
+        objects = torch.tensor(float(sum(len(t.labels_N) for t in truth)), device=features.device)
+        if dist.is_initialized():
+            dist.all_reduce(objects.div_(dist.get_world_size()))
+        return detection_loss(
+            detector(features, truth, denoise=self.denoise),
+            truth,
+            cost=Weights(*self.cost),
+            weights=Weights(*self.weights),
+            objects=max(1.0, float(objects)),
+        )
+
+    def detections(
+        self, detector: Detector, opened: Opened, test: Dataset[InstanceSample], context: Context
+    ) -> Iterator[tuple[InstanceSample, Detections]]:
+        """This rank's samples and what is found in them, in pixels of the image."""
+        whole = Whole(self._square(opened, context))
+        waiting: list[InstanceSample] = []
+
+        def scored() -> Iterator[tuple[InstanceSample, Detections]]:
+            features = frozen_map(opened.model, torch.stack([whole(s) for s in waiting]), context)
+            for sample, found in zip(waiting, detector.detect(features, limit=TOP)):
+                yield sample, found._replace(corners_N4=found.corners_N4 * whole.side / whole.factor(sample))
+
+        for _, sample in each_item(test, context):
+            waiting.append(sample)
+            if len(waiting) == context.batch:
+                yield from scored()
+                waiting.clear()
+        if waiting:
+            yield from scored()
+
+    def _square(self, opened: Opened, context: Context) -> int:
+        side = self.size(context)
+        return max(padded_size(opened.model, side, side))
+
+
+class _Rows(NamedTuple):
+    """Ground truth as a COCO file lists it, with labels as category ids."""
+
+    images: list[dict[str, Any]]
+    annotations: list[dict[str, Any]]
+
+    def add(self, sample: InstanceSample) -> None:
+        height, width = sample.image_3HW.shape[1:]
+        self.images.append({"id": sample.image_id, "height": height, "width": width})
+        sides = sample.boxes_N4[:, 2:] - sample.boxes_N4[:, :2]
+        for i, box in enumerate(torch.cat([sample.boxes_N4[:, :2], sides], 1).tolist()):
+            self.annotations.append({
+                "id": (sample.image_id << 16) + i + 1, "image_id": sample.image_id, "category_id": int(sample.labels_N[i]),
+                "bbox": box, "area": float(sample.areas_N[i]), "iscrowd": int(sample.crowd_N[i]),
+            })  # fmt: skip
+
+
+def coco_rows(image_id: int, found: Detections) -> list[dict[str, Any]]:
+    """Detections as rows of a COCO result file; category ids are labels."""
+    sides = found.corners_N4[:, 2:] - found.corners_N4[:, :2]
+    boxes = torch.cat([found.corners_N4[:, :2], sides], 1).tolist()
+    return [
+        {"image_id": image_id, "category_id": label, "bbox": box, "score": score}
+        for label, box, score in zip(found.labels_N.tolist(), boxes, found.scores_N.tolist())
+    ]
+
+
+def _of_all_ranks(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    if not dist.is_initialized():
+        return rows
+    everyone: list[list[dict[str, Any]]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(everyone, rows)
+    return [row for part in everyone for row in part]
