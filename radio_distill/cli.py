@@ -110,6 +110,15 @@ def _add_commands_that_train(commands: Any) -> None:
     upsampler = _add(commands, "upsampler", "train or resume an upsampler of one teacher (FeatSharp and others)")
     _add_recipe(upsampler)
     upsampler.add_argument("--ranks", type=_positive, default=1, help="processes to start on this machine (1)")
+    vlm = _add(commands, "vlm", "vision-language models with a student as tower: train one, or make a toy one's parts")
+    about_vlm = vlm.add_subparsers(title="commands", metavar="COMMAND", dest="vlm_command", required=True)
+    vlm_train = _add(about_vlm, "train", "train or resume one stage of a VLM")
+    _add_recipe(vlm_train)
+    vlm_train.add_argument("--ranks", type=_positive, default=1, help="processes to start on this machine (1)")
+    vlm_toy = _add(about_vlm, "toy", "make what toy/vlm_* need: a tiny language model, images, questions")
+    vlm_toy.add_argument("out", help="folder to make; it must not exist")
+    vlm_toy.add_argument("--count", type=_positive, default=1500, help="number of scenes to ask about (1500)")
+    vlm_toy.add_argument("--size", type=_positive, default=96, help="side of an image in pixels (96)")
     _add(commands, "eval", "score checkpoints, exports and teachers on a suite (eval --help tells more)", add_help=False)
     viz = _add(commands, "viz", "draw what upsamplers make of some images: principal components as colours")
     viz.add_argument("upsamplers", nargs="+", metavar="upsampler", help="run folder, checkpoint or folder of an upsampler")
@@ -240,6 +249,24 @@ def _upsampler(arguments: argparse.Namespace) -> int:
     return train([arguments.recipe, *arguments.overrides])
 
 
+def _vlm(arguments: argparse.Namespace) -> int:
+    if arguments.vlm_command == "toy":
+        from .vlm.toy import write_toy
+
+        write_toy(arguments.out, count=arguments.count, size=arguments.size)
+        return 0
+    from .config.load import load_vlm_recipe
+
+    load_vlm_recipe(arguments.recipe, arguments.overrides, training=True)
+    if arguments.ranks > 1:
+        from .train.launch import launch
+
+        return launch(arguments.recipe, arguments.overrides, arguments.ranks, module="radio_distill.vlm")
+    from .vlm.__main__ import main as train
+
+    return train([arguments.recipe, *arguments.overrides])
+
+
 def _eval(arguments: argparse.Namespace) -> int:
     from .eval.__main__ import main as evaluate
 
@@ -281,6 +308,7 @@ HANDLERS: dict[str, Callable[[argparse.Namespace], int]] = {
     "stats": _stats,
     "train": _train,
     "upsampler": _upsampler,
+    "vlm": _vlm,
     "eval": _eval,
     "viz": _viz,
     "report": _report,

@@ -14,10 +14,12 @@ from .document import Problem, to_yaml
 from .recipe import Job, Recipe
 from .strict import find, keys_of, read
 from .upsampler_recipe import AnyRecipe, UpsamplerRecipe, check_upsampler
+from .vlm_recipe import VlmRecipe, check_vlm
 
 __all__ = [
     "cards_of",
     "dump",
+    "kind_of",
     "list_cards",
     "list_recipes",
     "load_any",
@@ -25,12 +27,17 @@ __all__ = [
     "load_job",
     "load_recipe",
     "load_upsampler_recipe",
+    "load_vlm_recipe",
     "resume_conflicts",
 ]
 
 J = TypeVar("J", bound=Job)
 
-KINDS: dict[type[Job], tuple[str, str]] = {Recipe: ("a stage", "train"), UpsamplerRecipe: ("an upsampler", "upsampler")}
+KINDS: dict[type[Job], tuple[str, str]] = {
+    Recipe: ("a stage", "train"),
+    UpsamplerRecipe: ("an upsampler", "upsampler"),
+    VlmRecipe: ("a VLM", "vlm train"),
+}
 """What a recipe of each kind describes, and the command that trains it."""
 
 HOW_IT_RUNS = ("engine", "log", "checkpoint")
@@ -50,9 +57,14 @@ def load_upsampler_recipe(source: str | Path, overrides: Sequence[str] = (), *, 
     return _load(UpsamplerRecipe, source, overrides, lambda recipe: check_upsampler(recipe, load_card, training=training))
 
 
+def load_vlm_recipe(source: str | Path, overrides: Sequence[str] = (), *, training: bool = False) -> VlmRecipe:
+    """The same for the recipe of a VLM's stage (`vlm/llava15_sft`)."""
+    return _load(VlmRecipe, source, overrides, lambda recipe: check_vlm(recipe, training=training))
+
+
 def load_any(source: str | Path, overrides: Sequence[str] = ()) -> AnyRecipe:
-    """Read a recipe of the kind that its keys say it is."""
-    if _kind(_find(source), otherwise=Recipe) is UpsamplerRecipe:
+    """Read the recipe of a stage or of an upsampler, whichever its keys say it is."""
+    if kind_of(source) is UpsamplerRecipe:
         return load_upsampler_recipe(source, overrides)
     return load_recipe(source, overrides)
 
@@ -60,6 +72,11 @@ def load_any(source: str | Path, overrides: Sequence[str] = ()) -> AnyRecipe:
 def load_job(kind: type[J], source: str | Path) -> J:
     """Read a recipe of either kind, whose values need no check: it was written by a run."""
     return _load(kind, source, (), lambda recipe: [])
+
+
+def kind_of(source: str | Path) -> type[Job]:
+    """Which kind of recipe its keys say it is."""
+    return _kind(_find(source), otherwise=Recipe)
 
 
 def _load(kind: type[J], source: str | Path, overrides: Sequence[str], check: Callable[[J], list[Problem]]) -> J:

@@ -12,13 +12,14 @@ from collections.abc import Iterable
 from html import escape
 from pathlib import Path
 
-from ..config.load import load_any
+from ..config.load import kind_of, load_any
 from ..config.recipe import Recipe
 from ..config.upsampler_recipe import UpsamplerRecipe
+from ..config.vlm_recipe import VlmRecipe
 from ..errors import CheckpointError, DataError
 from ..log.sinks import read_metrics
 from ..types import Result
-from .__main__ import read
+from .results import read
 from .chart import Series, line_chart
 from .gain import gain
 from .gain_rows import load_baseline, rows_of
@@ -92,6 +93,8 @@ def _runs(folder: Path) -> tuple[list[Run], list[UpsamplerRun]]:
     stages: list[Run] = []
     upsamplers: list[UpsamplerRun] = []
     for path in folders:
+        if kind_of(path / "recipe.yaml") is VlmRecipe:  # its numbers are in the results
+            continue
         recipe = load_any(path / "recipe.yaml")
         if isinstance(recipe, UpsamplerRecipe):
             upsamplers.append((path, recipe, read_metrics(path)))

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +20,25 @@ from .distributed import World
 from .ema import Ema
 from .engine import Engine
 from .run import RunFolder
-from .streams import Streams
 
-__all__ = ["Training"]
+__all__ = ["MicroBatches", "Training"]
+
+
+class MicroBatches(Protocol):
+    """This rank's share of the data, step by step."""
+
+    names: tuple[str, ...]
+    """Of what is read apart: the partitions."""
+    positions: dict[str, Any]
+    """Where each stands after the last step; empty where that follows from the step."""
+
+    def open(self, positions: dict[str, Any]) -> None:
+        """Start (or go on) reading."""
+        ...
+
+    def next(self, device: torch.device) -> list[Any]:
+        """The micro-batches of the next step, on the device."""
+        ...
 
 
 class Training(ABC):
@@ -36,7 +52,7 @@ class Training(ABC):
         recipe: Job,
         world: World,
         run: RunFolder,
-        streams: Streams,
+        streams: MicroBatches,
         task: nn.Module,
         trained: nn.Module,
         *,
@@ -82,16 +98,27 @@ class Training(ABC):
     def load_rank_tensors(self, states: list[dict[str, Tensor]]) -> None:
         """Add what `rank_tensors` returned: this rank's own, or (another world size) all of them on rank 0."""
 
+    @property
+    def members(self) -> Sequence[Training]:
+        """This training, and those that make the same steps with it; each writes a run folder of its own."""
+        return [self]
+
     def update(self, bad: Tensor) -> bool:
-        """Make the optimizer step, unless `bad` or a gradient that is not finite on any rank; says whether. A collective."""
-        if agree.any_rank(bad | ~self.engine.grads_finite(), self.world.device):
+        """Make the optimizer steps of all members, unless `bad` or a gradient is not finite on any rank; says whether. A collective."""
+        for member in self.members:
+            bad = bad | ~member.engine.grads_finite()
+        if agree.any_rank(bad, self.world.device):
             return False
+        for member in self.members:
+            member._make_step()
+        return True
+
+    def _make_step(self) -> None:
         self.last_grad_norm, self.last_lr = self.engine.grad_norm(), self.engine.lr
         self.engine.step()
         if self.ema is not None:
             self.ema.update()
         self.meter.steps += 1
-        return True
 
     @property
     @abstractmethod

@@ -4,9 +4,18 @@ from pathlib import Path
 
 import pytest
 
-from radio_distill.config.load import dump, list_recipes, load_any, load_recipe, load_upsampler_recipe, resume_conflicts
+from radio_distill.config.load import (
+    dump,
+    list_recipes,
+    load_any,
+    load_recipe,
+    load_upsampler_recipe,
+    load_vlm_recipe,
+    resume_conflicts,
+)
 from radio_distill.config.recipe import Bilinear, Recipe, Tile
 from radio_distill.config.upsampler_recipe import UpsamplerRecipe
+from radio_distill.config.vlm_recipe import VlmRecipe
 from radio_distill.errors import RecipeError
 
 TOY = "toy/stage3"
@@ -21,16 +30,17 @@ def problems(*overrides: str, training: bool = False) -> list[str]:
 
 @pytest.mark.parametrize("name", list_recipes())
 def test_every_shipped_recipe_loads_and_reads_back_its_own_dump(name, tmp_path):
-    recipe = load_any(name)
+    load = load_vlm_recipe if name in list_recipes(VlmRecipe) else load_any
+    recipe = load(name)
     path = tmp_path / "resolved.yaml"
     path.write_text(dump(recipe))
-    assert load_any(path) == recipe
+    assert load(path) == recipe
 
 
 def test_recipes_are_of_one_kind_each_and_bases_are_none():
-    stages, upsamplers = list_recipes(Recipe), list_recipes(UpsamplerRecipe)
-    assert {*stages, *upsamplers} == {*list_recipes()}
-    assert not {*stages} & {*upsamplers}
+    stages, upsamplers, vlms = list_recipes(Recipe), list_recipes(UpsamplerRecipe), list_recipes(VlmRecipe)
+    assert sorted([*stages, *upsamplers, *vlms]) == sorted(list_recipes())
+    assert {"vlm/llava15_sft", "toy/vlm_projector"} <= {*vlms}
     assert {"stage3", "toy/stage3_featsharp"} <= {*stages}
     assert {"upsampler/dfn_clip_3x", "toy/upsampler/toy_clip"} <= {*upsamplers}
     assert not any("_base" in name for name in list_recipes())

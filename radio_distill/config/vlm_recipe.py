@@ -1,0 +1,141 @@
+"""The recipe of one stage of a vision-language model with a frozen student as its tower (`radio-distill vlm train RECIPE`).
+
+Sources of numbers: LLAVA = LLaVA-1.5 (arXiv:2310.03744) and its published scripts, OURS = our choice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from .cards import Fields
+from .checks import optim_ranges
+from .document import Problem
+from .recipe import Job, Log, Optim, Positive, Weight
+
+__all__ = ["FromParts", "FromVlm", "VlmRecipe", "VlmSource", "check_vlm"]
+
+
+class FromParts(Fields):
+    """A student and a language model, with a projector of random weights between them."""
+
+    kind: Literal["parts"]
+    student: str = ""
+    """The vision tower: an export, a run, whatever `load_student` reads. Must be given (`start.student=...`)."""
+    lm: str = ""
+    """Folder of a causal language model with its tokenizer, as transformers saves them. Must be given (`start.lm=...`)."""
+    size: Positive = 512
+    """Side in pixels of the square that the student sees; images are padded to a square first (LLAVA: 336)."""
+    tiles: Annotated[int, Field(ge=0)] = 1
+    """n > 1: the image and its n x n tiles, each at `size`, one after the other. 1: the image alone. 0: no image at all, the
+    blind baseline that shows what the questions give away."""
+    unshuffle: Positive = 1
+    """n: every n x n patches become one token of n*n times the width (VILA: 2)."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the student's weights and activations, whatever the rest computes in."""
+
+
+class FromVlm(Fields):
+    """The stage before."""
+
+    kind: Literal["vlm"]
+    source: str = ""
+    """Its run folder, one of its checkpoints, or the folder of a VLM. Must be given (`start.source=...`)."""
+
+
+class Lora(Fields):
+    rank: Positive = 128
+    """Rank of the update of every Linear of the language model (LLAVA)."""
+    alpha: Annotated[float, Field(gt=0)] = 256
+    """The update is scaled by alpha / rank (LLAVA)."""
+
+
+class VlmSource(Fields):
+    path: str
+    """LLaVA's JSON (a list of records with `image` and `conversations`), or WebDataset shards with `.jpg` and `.json`."""
+    images: str = ""
+    """Folder that the `image` of a JSON's records is relative to."""
+
+
+class VlmData(Fields):
+    sources: dict[str, VlmSource] = {}
+    """Conversations, by name; an epoch sees each once. Must be given (`data.sources.mix.path=...`)."""
+    max_length: Positive = 2048
+    """Longer conversations are cut after this many tokens, those of the image included (LLAVA)."""
+
+
+class VlmOptim(Optim):
+    kind: Literal["adamw"] = "adamw"
+    """AdamW (LLAVA)."""
+    steps: Positive = 2181
+    """Optimizer steps of this stage: records over `samples` are one epoch."""
+    lr: Annotated[float, Field(gt=0)] = 1e-3
+    """Peak learning rate (LLAVA: 1e-3 for the projector alone, 2e-5 with the language model)."""
+    warmup: Annotated[int, Field(ge=0)] = 66
+    """Steps of linear warm-up (LLAVA: 3 %)."""
+    weight_decay: Weight = 0.0
+    """None (LLAVA)."""
+    eps: float = 1e-8
+    """Added to the root of the second moment (AdamW's own default)."""
+    freeze_trunk: Literal[0] = 0
+    """The student is always frozen."""
+    clip: float | None = 1.0
+    """Largest global gradient norm (LLAVA)."""
+
+
+class VlmLog(Log):
+    pictures: Literal[0] = 0
+    """Conversations have none."""
+
+
+class VlmRecipe(Job):
+    """One of the two stages of LLaVA-1.5: the projector alone, then the projector and the language model."""
+
+    start: Annotated[FromParts | FromVlm, Field(discriminator="kind")]
+    """What is put together, or continued."""
+    trains: Literal["projector", "all"]
+    """`projector`: the language model is frozen as well. `all`: both learn. The student never does."""
+    lora: Lora | None = None
+    """Low-rank updates of the language model instead of all its weights; merged into it in what is saved."""
+    template: Literal["chat", "plain"] = "chat"
+    """`chat`: the tokenizer's chat template (Vicuna's where it has none). `plain`: image and answer alone (LLAVA stage 1)."""
+    samples: Positive = 128
+    """Conversations in one optimizer step, over all ranks."""
+    micro_batch: int | None = None
+    """Conversations per rank and forward; null: all at once."""
+    grad_checkpointing: bool = False
+    """Compute the language model's activations again in the backward pass, to save memory."""
+    data: VlmData = VlmData()
+    """Conversations about images."""
+    optim: VlmOptim = VlmOptim()
+    """Optimizer and schedule."""
+    log: VlmLog = VlmLog()
+    """What is written down; may change on resume."""
+
+
+def check_vlm(recipe: VlmRecipe, *, training: bool) -> list[Problem]:
+    """Everything in the recipe that does not fit together; empty when it can be run."""
+    problems = [*optim_ranges(recipe), *_fitting(recipe)]
+    return [*problems, *_missing(recipe)] if training else problems
+
+
+def _fitting(recipe: VlmRecipe) -> Iterator[Problem]:
+    if recipe.lora is not None and recipe.trains == "projector":
+        yield Problem("'lora' has no effect with 'trains' projector; leave it out, or set trains=all", ("lora",))
+    if recipe.micro_batch is not None and not 1 <= recipe.micro_batch <= recipe.samples:
+        text = f"'micro_batch' is {recipe.micro_batch}, expected 1 to {recipe.samples} (samples), or null"
+        yield Problem(text, ("micro_batch",))
+    if recipe.engine.zero == 3:
+        yield Problem("'engine.zero' is 3: what is saved would be empty; use 2", ("engine", "zero"))
+
+
+def _missing(recipe: VlmRecipe) -> Iterator[Problem]:
+    """What only a training needs."""
+    for key in ("student", "lm") if isinstance(recipe.start, FromParts) else ("source",):
+        if not getattr(recipe.start, key):
+            yield Problem(f"'start.{key}' is empty; name a folder: start.{key}=FOLDER", ("start", key))
+    if not recipe.data.sources:
+        text = "'data.sources' is empty; say where the conversations are: data.sources.mix.path=FILE.json"
+        yield Problem(text, ("data", "sources"))

@@ -1,0 +1,142 @@
+"""Micro-batches of conversations: which samples a step has is a function of (seed, step), whoever reads them.
+
+Shapes: B conversations, N tokens, V views (pictures) of all images of a batch, S side in pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from ..config.vlm_recipe import VlmRecipe
+from ..errors import RecipeError
+from ..train.distributed import World
+from .conversations import Conversation
+from .model import Vlm
+from .prompt import IGNORE, Encoded, encode, with_image
+from .tiles import open_image
+
+__all__ = ["TextBatch", "TextStreams"]
+
+
+@dataclass(frozen=True)
+class TextBatch:
+    """Some conversations of one step, padded to the longest."""
+
+    keys: tuple[str, ...]
+    tokens_BN: Tensor
+    mask_BN: Tensor
+    """int64, 0 where there is padding."""
+    labels_BN: Tensor
+    """The token at each place that is learned there, else IGNORE."""
+    pixels_V3SS: Tensor | None
+    """Float RGB in [0, 1]; None when no conversation has an image."""
+
+    def to(self, device: torch.device) -> TextBatch:
+        """The same batch on `device`."""
+        pixels = None if self.pixels_V3SS is None else self.pixels_V3SS.to(device, non_blocking=True)
+        tokens, mask, labels = (x.to(device, non_blocking=True) for x in (self.tokens_BN, self.mask_BN, self.labels_BN))
+        return TextBatch(self.keys, tokens, mask, labels, pixels)
+
+    @property
+    def num_targets(self) -> Tensor:
+        """Tokens that are predicted."""
+        return (self.labels_BN[:, 1:] != IGNORE).sum()
+
+
+class TextStreams:
+    """This rank's micro-batches of consecutive steps. Where they stand follows from the step, so nothing is saved."""
+
+    def __init__(self, recipe: VlmRecipe, vlm: Vlm, conversations: Sequence[Conversation], world: World) -> None:
+        self.names: tuple[str, ...] = ()
+        self.positions: dict[str, Any] = {}
+        self._recipe, self._world = recipe, world
+        self._samples = Samples(recipe, vlm, conversations)
+        self._batches: Iterator[TextBatch] = iter(())
+        per_rank, rest = divmod(recipe.samples, world.size)
+        self._size = min(recipe.micro_batch or per_rank, per_rank)
+        if rest or per_rank % self._size:
+            raise RecipeError(
+                f"samples={recipe.samples} are not divisible into {world.size} ranks of micro-batches of {self._size or 1}; "
+                f"use samples={max(1, round(recipe.samples / world.size / max(1, self._size))) * world.size * max(1, self._size)}"
+            )
+        self.micro_steps = per_rank // self._size
+
+    def open(self, positions: dict[str, Any]) -> None:
+        """Start reading at the step `positions["step"]`."""
+        step, workers = positions["step"], self._recipe.engine.workers
+        loader = DataLoader(
+            self._samples,
+            batch_sampler=list_batches(self._recipe, len(self._samples), self._world, self._size, step),  # type: ignore[arg-type]
+            num_workers=workers,
+            collate_fn=partial(collate, pad=self._samples.pad),
+            pin_memory=self._world.device.type == "cuda",
+        )
+        self._batches = iter(loader)
+
+    def next(self, device: torch.device) -> list[TextBatch]:
+        """The micro-batches of the next step, on the device."""
+        return [next(self._batches).to(device) for _ in range(self.micro_steps)]
+
+
+def list_batches(recipe: VlmRecipe, total: int, world: World, size: int, start: int) -> list[list[int]]:
+    """The samples of every micro-batch of this rank from step `start` on; every epoch is a permutation of its own."""
+    per_rank = recipe.samples // world.size
+    first, last = start * recipe.samples, recipe.optim.steps * recipe.samples
+    epochs = range(first // total, -(-last // total))
+    order = np.concatenate([np.random.default_rng([recipe.seed, e]).permutation(total) for e in epochs] or [np.empty(0, int)])
+    order = order[first - (first // total) * total :][: last - first].reshape(-1, world.size, per_rank)
+    mine = order[:, world.rank].reshape(-1, size)
+    return [[int(i) for i in row] for row in mine]
+
+
+class Samples(Dataset[tuple[str, Encoded, Tensor]]):
+    """Conversations as tokens and pixels."""
+
+    def __init__(self, recipe: VlmRecipe, vlm: Vlm, conversations: Sequence[Conversation]) -> None:
+        self._recipe, self._vlm, self._conversations = recipe, vlm, conversations
+        self.pad: int = vlm.processor.tokenizer.pad_token_id
+        if vlm.tower.num_tokens >= recipe.data.max_length:
+            raise RecipeError(
+                f"an image is {vlm.tower.num_tokens} tokens and data.max_length is {recipe.data.max_length}: no place for an answer; "
+                "use a smaller start.size, more start.unshuffle, or a larger data.max_length"
+            )
+
+    def __len__(self) -> int:
+        return len(self._conversations)
+
+    def __getitem__(self, index: int) -> tuple[str, Encoded, Tensor]:
+        """Key, tokens, and the views of the image (V, 3, S, S); V is 0 without one."""
+        c, tower = self._conversations[index], self._vlm.tower
+        turns = with_image(c.turns, tower.num_tokens, has_image=c.image is not None, key=c.key)
+        encoded = encode(
+            self._vlm.processor.tokenizer,
+            turns,
+            template=self._recipe.template,
+            max_length=self._recipe.data.max_length,
+            key=c.key,
+        )
+        if c.image is None:
+            return c.key, encoded, torch.empty(0, 3, tower.image_size, tower.image_size)
+        return c.key, encoded, self._vlm.pixels(open_image(c.image(), c.key))
+
+
+def collate(samples: Sequence[tuple[str, Encoded, Tensor]], *, pad: int) -> TextBatch:
+    """Pad on the right."""
+    length = max(len(e.ids) for _, e, _ in samples)
+    rows = [(e.ids, e.labels, length - len(e.ids)) for _, e, _ in samples]
+    pixels = torch.cat([views for _, _, views in samples])
+    return TextBatch(
+        keys=tuple(key for key, _, _ in samples),
+        tokens_BN=torch.tensor([ids + [pad] * rest for ids, _, rest in rows]),
+        mask_BN=torch.tensor([[1] * len(ids) + [0] * rest for ids, _, rest in rows]),
+        labels_BN=torch.tensor([labels + [IGNORE] * rest for _, labels, rest in rows]),
+        pixels_V3SS=pixels if len(pixels) else None,
+    )

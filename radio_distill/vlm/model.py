@@ -1,0 +1,179 @@
+"""Put a student, a projector and a language model together as transformers' LLaVA; save it, load it, let it answer."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL.Image import Image
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoProcessor, AutoTokenizer, LlavaConfig, LlavaForConditionalGeneration
+from transformers.models.llava.image_processing_llava import LlavaImageProcessor
+from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
+from transformers.models.llava.processing_llava import LlavaProcessor
+
+from ..config.vlm_recipe import FromParts
+from ..errors import CheckpointError, RecipeError
+from ..export.source import open_source
+from ..paths import expand
+from ..types import CLIP_MEAN
+from .prompt import IMAGE, VICUNA, Turn, render, with_image
+from .tiles import views
+from .tower import StudentTower, StudentTowerConfig
+
+__all__ = ["Vlm", "build_vlm", "load_vlm", "save_vlm", "vlm_folder"]
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Vlm:
+    """A vision-language model that is ready to answer."""
+
+    model: Any
+    """transformers' LlavaForConditionalGeneration."""
+    processor: Any
+    """Its LlavaProcessor: tokenizer, chat template and the images' size."""
+
+    @property
+    def tower(self) -> StudentTowerConfig:
+        """What the student sees."""
+        found = self.model.config.vision_config
+        assert isinstance(found, StudentTowerConfig)
+        return found
+
+    def pixels(self, image: Image) -> Tensor:
+        """The views of one image as float RGB in [0, 1], (V, 3, S, S); empty for a blind model."""
+        pictures = views(image, self.tower.tiles)
+        if not pictures:
+            return torch.empty(0, 3, self.tower.image_size, self.tower.image_size)
+        found = self.processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
+        assert isinstance(found, Tensor)
+        return found
+
+    @torch.no_grad()
+    def answer(self, images: Sequence[Image | None], questions: Sequence[str], *, max_new_tokens: int = 16) -> list[str]:
+        """Answer one question about each image (None: a question without one), greedily, as one batch."""
+        turns = [
+            with_image([Turn("user", q)], self.tower.num_tokens, has_image=i is not None, key=repr(q))
+            for i, q in zip(images, questions, strict=True)
+        ]
+        tokenizer, device = self.processor.tokenizer, self.model.device
+        prompts = [render(tokenizer, turn) for turn in turns]
+        batch = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False).to(device)
+        seen = [self.pixels(image) for image in images if image is not None]
+        pixels = torch.cat(seen).to(device, self.model.dtype) if seen and len(torch.cat(seen)) else None
+        out = self.model.generate(
+            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], pixel_values=pixels,
+            max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id,
+        )  # fmt: skip
+        return [
+            text.strip() for text in tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+        ]
+
+
+def build_vlm(parts: FromParts) -> Vlm:
+    """Join a student and a language model, fp32, with a projector of random weights (torch's generator).
+
+    Raises CheckpointError when there is no student or no language model, RecipeError when the size does not fit the student.
+    """
+    student = open_source(Path(expand(parts.student)), []).student
+    step = student.patch_size * parts.unshuffle
+    if parts.size % step:
+        near = max(step, round(parts.size / step) * step)
+        raise RecipeError(
+            f"start.size is {parts.size}, no multiple of the student's patch {student.patch_size} times start.unshuffle "
+            f"{parts.unshuffle}; nearest is {near}"
+        )
+    lm, tokenizer = _load_lm(Path(expand(parts.lm)))
+    tower_config = StudentTowerConfig(student.arch.to_dict(), parts.size, parts.tiles, parts.unshuffle, parts.dtype)
+    config = LlavaConfig(
+        vision_config=tower_config,
+        text_config=lm.config,
+        image_token_index=tokenizer.convert_tokens_to_ids(IMAGE),
+        image_seq_length=tower_config.num_tokens,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="full",  # the tower gives spatial tokens alone
+        tie_word_embeddings=bool(lm.config.tie_word_embeddings),
+    )
+    with torch.device("meta"):  # its parts are there already
+        model = LlavaForConditionalGeneration(config)
+    model.model.vision_tower = StudentTower(tower_config)
+    model.model.vision_tower.student.load_state_dict(student.state_dict())
+    model.model.vision_tower.to(getattr(torch, parts.dtype))
+    model.model.multi_modal_projector = LlavaMultiModalProjector(config)
+    model.model.language_model = lm.base_model
+    model.lm_head = lm.get_output_embeddings()
+    model.generation_config = lm.generation_config
+    return Vlm(model, _processor(tokenizer, tower_config))
+
+
+def load_vlm(path: str | Path, *, dtype: torch.dtype = torch.float32) -> Vlm:
+    """Load a VLM on the CPU, in evaluation mode, the student in its own dtype.
+
+    path: run folder, checkpoint, or a folder that `vlm train` saved. dtype: of projector and language model. Raises
+    CheckpointError.
+    """
+    folder = vlm_folder(Path(expand(str(path))))
+    model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype)
+    tower = model.model.vision_tower
+    if not isinstance(tower, StudentTower):
+        raise CheckpointError(
+            f"{folder} is a LLaVA whose tower is no student; expected a folder that `radio-distill vlm train` saved"
+        )
+    tower.to(getattr(torch, tower.config.student_dtype))
+    return Vlm(model.eval(), AutoProcessor.from_pretrained(folder))
+
+
+def save_vlm(vlm: Vlm, folder: Path, *, state: Mapping[str, Tensor] | None = None) -> None:
+    """Write a folder that transformers loads after `import radio_distill.vlm`: weights, configuration, processor.
+
+    state: weights under the model's own names in place of its current ones.
+    """
+    vlm.model.save_pretrained(folder, state_dict=None if state is None else dict(state))
+    vlm.processor.save_pretrained(folder)
+
+
+def vlm_folder(path: Path) -> Path:
+    """The folder of the VLM that a run's newest checkpoint holds, or the folder itself. Raises CheckpointError."""
+    from ..train.checkpoint import artifact_folder
+
+    return path if (path / "config.json").is_file() else artifact_folder(path, "vlm")
+
+
+def _load_lm(folder: Path) -> tuple[Any, Any]:
+    """A language model whose vocabulary holds the image token, and its tokenizer."""
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(
+            f"start.lm={folder} holds no config.json; expected the folder of a causal language model as transformers saves it"
+        )
+    lm = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE]})
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    if tokenizer.chat_template is None:
+        log.info("%s has no chat template; using Vicuna's", folder)
+        tokenizer.chat_template = VICUNA
+    if len(tokenizer) > lm.config.vocab_size:
+        lm.resize_token_embeddings(len(tokenizer))
+    return lm, tokenizer
+
+
+def _processor(tokenizer: Any, tower: StudentTowerConfig) -> LlavaProcessor:
+    side = tower.image_size
+    images = LlavaImageProcessor(
+        do_pad=True,  # to a square, in the colour of the mean
+        image_mean=list(CLIP_MEAN),
+        size={"shortest_edge": side},
+        crop_size={"height": side, "width": side},
+        do_normalize=False,  # the student normalises itself
+    )
+    return LlavaProcessor(
+        images, tokenizer, patch_size=tower.patch_size, vision_feature_select_strategy="full",
+        chat_template=tokenizer.chat_template, image_token=IMAGE,
+    )  # fmt: skip

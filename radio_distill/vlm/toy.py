@@ -1,0 +1,127 @@
+"""What a toy VLM is trained from: a tiny language model, and conversations about generated scenes (`radio-distill vlm toy OUT`).
+
+Scenes are those of the toy world; images that questions are scored on are drawn from another seed (`HELD_OUT_SEED`).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..data.toyworld import CLASSES, Scene, render, sample_scene
+from ..errors import DataError
+from .prompt import VICUNA
+
+__all__ = ["HELD_OUT_SEED", "KINDS", "ToyQuestion", "ask", "write_toy", "write_toy_lm"]
+
+log = logging.getLogger(__name__)
+
+TRAIN_SEED, HELD_OUT_SEED = 81_000, 82_000
+"""Far from the seeds that students and toy teachers are trained and scored with."""
+
+KINDS = {
+    "yes_no": r"is there",
+    "class": r"what is the largest",
+    "colour": r"what color",
+    "count": r"how many",
+    "ground": r"what is on",
+    "time": r"what time",
+    "side": r"is the .* left or right",
+}
+"""Kinds of questions by how they begin."""
+
+SPECIAL = ("<unk>", "<pad>", "<s>", "</s>")
+INSTRUCTION = "describe the image."
+
+
+class ToyQuestion(NamedTuple):
+    kind: str
+    """One of KINDS."""
+    question: str
+    answer: str
+
+
+def ask(scene: Scene) -> list[ToyQuestion]:
+    """Everything that is asked about view 0 of a scene."""
+    pairs = [("what is the largest object?", CLASSES[scene.label]), *scene.questions()]
+    return [ToyQuestion(next(k for k, start in KINDS.items() if re.match(start, q)), q, a) for q, a in pairs]
+
+
+def write_toy(out: str | Path, *, count: int = 1500, size: int = 96, seed: int = TRAIN_SEED) -> None:
+    """Write `out`/lm (`write_toy_lm`), images of `count` scenes of `size` pixels, captions.json and questions.json about them.
+
+    Both are in LLaVA's format: one caption per image, one conversation per question. `out` appears when it is complete.
+    Raises DataError when it exists.
+    """
+    out = Path(out)
+    if out.exists():
+        raise DataError(f"{out} exists and is not overwritten; choose another folder or remove it")
+    partial = out.with_name(f".{out.name}.part-{os.getpid()}")
+    (partial / "images").mkdir(parents=True)
+    try:
+        write_toy_lm(partial / "lm")
+        _write_conversations(partial, count, size, seed)
+        partial.rename(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    log.info("wrote %s: lm, captions.json and questions.json about %d images", out, count)
+
+
+def write_toy_lm(folder: Path, *, width: int = 128, depth: int = 3, seed: int = 0) -> None:
+    """Save a Llama of random weights and a tokenizer that knows the words of the toy world."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    tokenizer = _tokenizer()
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=3 * width, num_hidden_layers=depth,
+        num_attention_heads=width // 32, max_position_embeddings=1024, tie_word_embeddings=False,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _tokenizer() -> Any:
+    """One token per word; made from the words of 500 scenes, which have all of them."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    scenes = [sample_scene(TRAIN_SEED, i) for i in range(500)]
+    texts = [INSTRUCTION, "USER: ASSISTANT:", *(s.caption for s in scenes)]
+    texts += [f"{q.question} {q.answer}" for s in scenes for q in ask(s)]
+    words = sorted({word for text in texts for word in re.findall(r"\w+|[^\w\s]", text)})
+    vocabulary = {word: i for i, word in enumerate([*SPECIAL, *words])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=SPECIAL[0]))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    names = dict(zip(("unk_token", "pad_token", "bos_token", "eos_token"), SPECIAL))
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=VICUNA, **names)
+
+
+def _write_conversations(folder: Path, count: int, size: int, seed: int) -> None:
+    from PIL import Image
+
+    captions: list[dict[str, Any]] = []
+    questions: list[dict[str, Any]] = []
+    for index in range(count):
+        name = f"{index:06d}.png"
+        Image.fromarray(render(seed, index, size=size).image_HW3).save(folder / "images" / name)
+        scene = sample_scene(seed, index)
+        captions.append(_record(name, str(index), [(INSTRUCTION, scene.caption)]))
+        questions += [_record(name, f"{index}-{i}", [q[1:]]) for i, q in enumerate(ask(scene))]
+    for file, records in (("captions.json", captions), ("questions.json", questions)):
+        (folder / file).write_text(json.dumps(records))
+
+
+def _record(image: str, key: str, pairs: Sequence[tuple[str, ...]]) -> dict[str, Any]:
+    turns = [{"from": who, "value": text} for pair in pairs for who, text in zip(("human", "gpt"), pair)]
+    turns[0]["value"] = f"<image>\n{turns[0]['value']}"
+    return {"id": key, "image": image, "conversations": turns}

@@ -1,0 +1,180 @@
+"""Train one stage of a VLM: `radio-distill vlm train RECIPE`. The loop, engine, run folder and resume are those of every training.
+
+    conversations -> tokens, pixels -> frozen student -> projector -> language model -> loss on the answers
+
+Shapes: B conversations, N tokens, K words of the vocabulary.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..config.vlm_recipe import FromParts, VlmRecipe
+from ..errors import TrainingError
+from ..train import agree, checkpoint, distributed
+from ..train.loop import fit
+from ..train.optim import parameter_groups
+from ..train.run import RunFolder
+from ..train.setup import open_run
+from ..train.snapshot import resume
+from ..train.training import Training
+from ..types import Batch, Losses
+from .batches import TextBatch, TextStreams
+from .conversations import read_conversations
+from .lora import add_lora, merge_lora
+from .model import Vlm, build_vlm, load_vlm, save_vlm
+from .prompt import IGNORE
+
+__all__ = ["VlmTask", "VlmTraining", "train_vlm"]
+
+log = logging.getLogger(__name__)
+
+
+class VlmTask(nn.Module):
+    """The model and its loss; what is not learned has no gradient."""
+
+    def __init__(self, recipe: VlmRecipe, vlm: Vlm) -> None:
+        super().__init__()
+        self.recipe, self.model = recipe, vlm.model
+        self.model.requires_grad_(False)
+        self.model.model.multi_modal_projector.requires_grad_(True)
+        if recipe.lora is not None:
+            add_lora(self.model.model.language_model, recipe.lora)
+        elif recipe.trains == "all":
+            self.model.model.language_model.requires_grad_(True)
+            self.model.lm_head.requires_grad_(True)
+        if recipe.grad_checkpointing:
+            self.model.model.language_model.gradient_checkpointing_enable({"use_reentrant": False})
+        self.model.config.use_cache = False
+
+    def train(self, mode: bool = True) -> VlmTask:
+        """A language model that is frozen stays in evaluation mode, as the student does."""
+        super().train(mode)
+        if self.recipe.trains == "projector":
+            self.model.model.language_model.eval()
+        return self
+
+    def forward(self, batch: TextBatch, targets: Tensor) -> Losses:
+        """This rank's share of the mean cross-entropy of the answers. targets: number of predicted tokens of the whole step."""
+        bf16 = self.recipe.engine.precision == "bf16"
+        with torch.autocast(batch.tokens_BN.device.type, torch.bfloat16, enabled=bf16):
+            out = self.model(
+                input_ids=batch.tokens_BN, attention_mask=batch.mask_BN, pixel_values=batch.pixels_V3SS, use_cache=False
+            )
+        logits, labels = out.logits[:, :-1].flatten(0, 1).float(), batch.labels_BN[:, 1:].flatten()
+        total = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum") / targets
+        with torch.no_grad():
+            right = (logits.argmax(1) == labels).sum() / targets  # a label that is ignored is no word
+        return Losses(total, {"loss": total.detach(), "accuracy/tokens": right})
+
+
+class VlmTraining(Training):
+    """The state of one stage."""
+
+    artifact = "vlm"
+
+    def __init__(self, recipe: VlmRecipe, world: distributed.World, run: RunFolder, streams: TextStreams, vlm: Vlm) -> None:
+        self.recipe, self.vlm = recipe, vlm
+        task = VlmTask(recipe, vlm).to(world.device)
+        groups = parameter_groups(task, recipe.optim.weight_decay, is_head=lambda name: True)
+        super().__init__(recipe, world, run, streams, task, task, micro_steps=streams.micro_steps, ema_decay=0.0, groups=groups)
+
+    @property
+    def images_per_step(self) -> int:
+        return self.recipe.samples
+
+    def console_line(self, metrics: dict[str, float]) -> str:
+        left = metrics["time/left_h"]
+        return (
+            f"step {self.step:>6}/{self.recipe.optim.steps}  loss {metrics['loss']:.4f}  "
+            f"tokens right {100 * metrics['accuracy/tokens']:.1f}%  grad {metrics['grad_norm']:.2f}  lr {metrics['lr']:.1e}  "
+            f"{metrics['images_per_s']:.1f} conversations/s  data {100 * metrics['time/data']:.0f}%  "
+            f"eta {int(left)}h{round(left % 1 * 60):02d}"
+        )
+
+    def save_shared(self, folder: Path) -> None:
+        save_vlm(self.vlm, folder / self.artifact, state=merge_lora(self.vlm.model))
+
+    def load_shared(self, folder: Path) -> None:
+        pass  # the engine's state is all there is
+
+    def rank_tensors(self) -> dict[str, Tensor]:
+        return {}
+
+    def load_rank_tensors(self, states: list[dict[str, Tensor]]) -> None:
+        pass
+
+    def draw(self, batch: Batch) -> None:
+        pass  # log.pictures is 0
+
+
+def train_vlm(recipe: VlmRecipe) -> int:
+    """Train or resume the stage a recipe describes; returns 0 when it is finished or was asked to stop and has saved."""
+    world = distributed.init()
+    try:
+        fit(build(recipe, world), one_step)
+        return 0
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+        distributed.shutdown()
+
+
+def build(recipe: VlmRecipe, world: distributed.World) -> VlmTraining:
+    """Everything the loop needs, resumed where the run folder says so."""
+    run = open_run(recipe, world)
+    conversations = read_conversations(recipe.data.sources)
+    torch.manual_seed(recipe.seed)
+    start = recipe.start
+    vlm = build_vlm(start) if isinstance(start, FromParts) else load_vlm(start.source)
+    training = VlmTraining(recipe, world, run, TextStreams(recipe, vlm, conversations, world), vlm)
+    if world.is_main:
+        log.info("%s", describe(training, len(conversations)))
+    found = checkpoint.latest(run.path)
+    if found is not None:
+        resume(training, found)
+    training.streams.open({"step": training.step})
+    return training
+
+
+def describe(t: VlmTraining, conversations: int) -> str:
+    """One line on what is trained on what."""
+    count = {name: sum(p.numel() for p in part.parameters()) / 1e6 for name, part in _parts(t.vlm.model).items()}
+    learned = sum(p.numel() for p in t.engine.module.parameters() if p.requires_grad) / 1e6
+    epochs = t.recipe.optim.steps * t.recipe.samples / max(1, conversations)
+    sizes = ", ".join(f"{name} {millions:.2f} M" for name, millions in count.items())
+    return (
+        f"{sizes}; {learned:.2f} M learn; an image is {t.vlm.tower.num_tokens} tokens; "
+        f"{conversations} conversations, {epochs:.1f} epochs"
+    )
+
+
+def _parts(model: Any) -> dict[str, nn.Module]:
+    inner = model.model
+    return {"student": inner.vision_tower, "projector": inner.multi_modal_projector, "language model": inner.language_model}
+
+
+def one_step(t: VlmTraining, step: int, batches: list[Any]) -> None:
+    """One optimizer step over all micro-batches (`TextBatch`); raises TrainingError on every rank when anything is not finite."""
+    torch.manual_seed(hash((t.recipe.seed, step, t.world.rank)) % 2**63)
+    t.engine.set_step(step)
+    targets = torch.stack([batch.num_targets for batch in batches]).sum()
+    agree.sum_ranks(targets)
+    bad = torch.zeros((), dtype=torch.bool, device=t.world.device)
+    for batch in batches:
+        losses = t.engine(batch, targets.clamp_min(1))
+        bad |= ~torch.isfinite(losses.total.detach())
+        t.engine.backward(losses.total)
+        t.meter.add(losses.parts)
+    if not t.update(bad):
+        keys = agree.gather([key for batch in batches for key in batch.keys[:4]])
+        raise TrainingError(
+            f"non-finite loss or gradient at step {step}; nothing was updated, the last checkpoint stands. Look at these "
+            f"conversations, lower optim.lr, or set engine.precision=fp32: {keys}"
+        )
