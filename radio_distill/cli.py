@@ -79,6 +79,10 @@ def _add_commands_that_look(commands: Any) -> None:
     plan.add_argument("--gpu", default="h200", help="a100, h100, h200, b200, ... (h200)")
     plan.add_argument("--utilisation", type=float, default=0.45, help="share of the reachable bf16 rate that is used (0.45)")
     plan.add_argument("--json", action="store_true", help="print JSON")
+    plan.add_argument("--check", action="store_true", help="then look for all that it needs (doctor); exit code 1 if not here")
+    status = _add(commands, "status", "what a run is doing, from its folder alone; exit code 1 when it stopped before its end")
+    status.add_argument("run", help="run folder")
+    status.add_argument("--json", action="store_true", help="print JSON")
     doctor = _add(commands, "doctor", "is everything here that a recipe needs? no network; exit code 1 if not")
     _add_recipe(doctor, optional=True)
 
@@ -186,7 +190,17 @@ def _plan(arguments: argparse.Namespace) -> int:
     else:
         of_stage = plan(recipe, **settings)
         print(to_json(of_stage) if arguments.json else render(of_stage))
-    return 0
+    if not arguments.check:
+        return 0
+    from .doctor import refuse_if_missing
+
+    return refuse_if_missing(recipe)
+
+
+def _status(arguments: argparse.Namespace) -> int:
+    from .train.status import main as status
+
+    return status(arguments.run, as_json=arguments.json)
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
@@ -302,6 +316,7 @@ HANDLERS: dict[str, Callable[[argparse.Namespace], int]] = {
     "demo": _demo,
     "list": _list,
     "plan": _plan,
+    "status": _status,
     "doctor": _doctor,
     "shards": _shards,
     "toyworld": _toyworld,

@@ -82,6 +82,7 @@ def _statistics(folder: Path, source: Path) -> None:
 def _train(stage: str, folder: Path, source: Path, *, before: str | None) -> None:
     from .config.load import load_recipe
     from .train.launch import launch
+    from .train.preempt import STOPPED
 
     recipe = STAGES[stage]
     steps = load_recipe(recipe).optim.steps
@@ -100,10 +101,10 @@ def _train(stage: str, folder: Path, source: Path, *, before: str | None) -> Non
             for teacher in UPSAMPLERS
         ]
     code = launch(recipe, overrides, RANKS)
+    if code == STOPPED:
+        raise TrainingError(f"{stage} was asked to stop before its end and has saved; run the demo again to go on")
     if code:
         raise TrainingError(f"{stage} ended with exit code {code}; see the lines above, then run the demo again to go on")
-    if _steps(folder / stage) < steps:
-        raise TrainingError(f"{stage} was asked to stop before its end and has saved; run the demo again to go on")
 
 
 def _upsamplers(folder: Path, source: Path) -> None:

@@ -19,7 +19,7 @@ from .config.recipe import Debias, ImageJob, Recipe, Trained
 from .config.upsampler_recipe import AnyRecipe, UpsamplerRecipe
 from .errors import CheckpointError, RadioDistillError
 from .listing import cached_weights, how_to_get, hub_id, local_weights, make_table, wide_console
-from .paths import cache_dir, expand
+from .paths import cache_dir, data_path, expand
 from .train.run import run_path
 
 __all__ = ["Finding", "examine_machine", "examine_recipe", "main", "refuse_if_missing"]
@@ -144,8 +144,8 @@ def _start(recipe: Recipe) -> Iterator[Finding]:
         from .train.checkpoint import latest
 
         found, advice = latest(source), f"no checkpoint in {source}; train that stage first"
-    elif source.exists():
-        found, advice = source, ""
+    elif found := next((path for path in (source, data_path("recipes") / source) if path.exists()), None):
+        advice = ""
     else:
         hub = hub_id(start.source) if start.kind == "radio" else _timm_hub_id(start.source)
         found = cached_weights(hub) if hub else None

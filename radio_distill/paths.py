@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).resolve().parent
 
 
 def data_path(kind: str) -> Path:
-    """The folder `kind` (teachers, recipes, eval) of the data that comes with the package."""
+    """The folder `kind` (teachers, recipes, eval, slurm) of the data that comes with the package."""
     installed = PACKAGE / "_data" / kind
     return installed if installed.is_dir() else PACKAGE.parent / kind  # a checkout keeps them at its top
 

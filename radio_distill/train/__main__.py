@@ -11,7 +11,7 @@ preempt.listen()  # before torch is imported: a signal during the imports would 
 
 
 def main(argv: list[str]) -> int:
-    """Train; returns 0 when the run is finished or was asked to stop and saved."""
+    """Train; returns 0 when the run is finished, 75 when it was asked to stop and has saved."""
 
     def train() -> int:
         from ..config.load import load_recipe

@@ -20,6 +20,7 @@ from ..student.spectral import power_iterate
 from ..teachers.service import check_finite, name_non_finite
 from ..types import Batch
 from . import agree, distributed, preempt
+from .run import RunFolder
 from .serve import run_ranks
 from .setup import build_parts, build_start, open_run
 from .snapshot import resume, save, save_late
@@ -33,18 +34,17 @@ log = logging.getLogger(__name__)
 
 
 def train(recipe: Recipe) -> int:
-    """Run or resume the stage a recipe describes; returns 0 when it is finished or was asked to stop and has saved."""
+    """Run or resume the stage a recipe describes; returns 0 when it is finished, STOPPED when it was asked to stop and has saved."""
 
     def stage(world: distributed.World) -> int:
-        fit(build(recipe, world), distil_step)
-        return 0
+        with open_run(recipe, world) as run:
+            return fit(build(recipe, world, run), distil_step)
 
     return run_ranks(recipe, stage)
 
 
-def build(recipe: Recipe, world: distributed.World) -> Trainer:
+def build(recipe: Recipe, world: distributed.World, run: RunFolder) -> Trainer:
     """Everything the loop needs, resumed where the run folder says so. Most errors of a user come from here, before any work."""
-    run = open_run(recipe, world)
     parts = build_parts(recipe, world)
     student, found = build_start(recipe, world, run, parts)
     trainer = Trainer(recipe, world, run, parts, student)
@@ -53,9 +53,10 @@ def build(recipe: Recipe, world: distributed.World) -> Trainer:
     return trainer
 
 
-def fit(t: Training, one_step: Callable[[Any, int, list[Batch]], None]) -> None:
-    """Train until the last step or a stop signal, then save."""
+def fit(t: Training, one_step: Callable[[Any, int, list[Batch]], None]) -> int:
+    """Train until the last step or a stop signal, then save; returns 0, or STOPPED after a signal."""
     steps = t.job.optim.steps
+    t.run.note("running", step=t.step)
     for step in range(t.step, steps):
         watch(t.job.engine.watchdog_minutes)
         batches = t.next_batches()
@@ -68,9 +69,12 @@ def fit(t: Training, one_step: Callable[[Any, int, list[Batch]], None]) -> None:
         stop, late = agree.any_ranks([preempt.requested() is not None, save_late(t)], t.world.device)
         if stop or late or t.step == steps or t.step % t.job.checkpoint.every == 0:
             save(t)
-        if stop:
+        if stop and t.step < steps:
             log.info("stopped after step %d as asked; the same command goes on from here", t.step)
-            return
+            t.run.note("stopped", step=t.step)
+            return preempt.STOPPED
+    t.run.note("finished", step=steps)
+    return 0
 
 
 def distil_step(t: Trainer, step: int, batches: list[Batch]) -> None:
@@ -142,4 +146,5 @@ def log_step(t: Training) -> None:
     metrics = t.collect()
     if t.sinks is not None:
         t.sinks.write(t.step, metrics)
+        t.run.note("running", step=t.step)
         log.info(t.console_line(metrics))

@@ -1,6 +1,6 @@
 """Signals that ask for a stop: SIGUSR1 (Slurm, before the time limit) and SIGTERM (preemption).
 
-A handler only sets a flag; ranks agree at the end of a step, save and exit 0. `listen` must run before torch is imported,
+A handler only sets a flag; ranks agree at the end of a step, save and exit with 75. `listen` must run before torch is imported,
 because imports take seconds and a signal in that time would kill the process.
 """
 
@@ -9,7 +9,11 @@ from __future__ import annotations
 import signal
 from types import FrameType
 
-__all__ = ["ask", "listen", "requested"]
+__all__ = ["STOPPED", "ask", "listen", "requested"]
+
+STOPPED = 75
+"""Exit code of a training that was asked to stop and has saved: EX_TEMPFAIL of sysexits.h, "try again". Not 0, so that
+whatever waits for the end (`&&`, `--dependency=afterok`) does not go on with a half-trained student."""
 
 _received: list[str] = []
 

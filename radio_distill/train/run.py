@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 from pathlib import Path
-from typing import IO
+from types import TracebackType
 
 from ..config.load import dump, load_job, resume_conflicts
 from ..config.recipe import Job
 from ..errors import CheckpointError
 from ..paths import expand
+from .lock import RunLock
+from .status import start_status, write_status
 
 __all__ = ["RunFolder", "run_path"]
 
@@ -21,30 +22,46 @@ def run_path(recipe: Job) -> Path:
 
 
 class RunFolder:
-    """Opens the folder of a run on rank 0: creates it, or checks that this recipe may go on in it."""
+    """Opens the folder of a run on rank 0: creates it, or checks that this recipe may go on in it.
 
-    def __init__(self, recipe: Job, *, is_main: bool) -> None:
+    As a context it says in `status.json` how the work in it ended, and lets others use the folder then.
+    """
+
+    def __init__(self, recipe: Job, *, is_main: bool, ranks: int = 1) -> None:
         self.path = run_path(recipe)
-        self._lock: IO[str] | None = None
-        if is_main:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = self._take_lock()
-            try:
-                self._record(recipe)
-            except CheckpointError:
-                self._lock.close()  # refused: the folder is free for others again
-                raise
-
-    def _take_lock(self) -> IO[str]:
-        """An advisory lock that goes away with the process, however it ends."""
-        lock = (self.path / "lock").open("a+")
+        self._lock: RunLock | None = None
+        if not is_main:
+            return
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = RunLock(self.path)
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise CheckpointError(
-                f"{self.path} is in use by another job; wait for it, or set run= to another folder"
-            ) from error
-        return lock
+            self._record(recipe)
+        except CheckpointError:
+            self._lock.release()  # refused: the folder is free for others again
+            raise
+        self._status = start_status(self.path, recipe.name, steps=recipe.optim.steps, ranks=ranks, owner=self._lock.owner)
+        self.note("starting")
+
+    def note(self, state: str, *, step: int | None = None, saved: int | None = None, reason: str = "") -> None:
+        """Write down how the run stands, on rank 0; what is not given stays as it was."""
+        if self._lock is not None:
+            self._status = self._status.at(state, step, saved, reason)
+            write_status(self.path, self._status)
+
+    def check_owner(self) -> None:
+        """Raise CheckpointError when another job has taken the folder over; on rank 0."""
+        if self._lock is not None:
+            self._lock.check()
+
+    def __enter__(self) -> RunFolder:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._lock is None:
+            return
+        if error is not None:
+            self.note("failed", reason=f"{type(error).__name__}: {error}")
+        self._lock.release()
 
     def _record(self, recipe: Job) -> None:
         path = self.path / "recipe.yaml"

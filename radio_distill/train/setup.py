@@ -149,7 +149,7 @@ def assignment_of(recipe: Recipe, cards: dict[str, TeacherCard], world_size: int
 def open_run(recipe: Job, world: World) -> RunFolder:
     """Create or check the run folder on rank 0; an error there is raised everywhere."""
     opened: list[RunFolder] = []
-    agree.on_main(lambda: opened.append(RunFolder(recipe, is_main=True)))
+    agree.on_main(lambda: opened.append(RunFolder(recipe, is_main=True, ranks=world.size)))
     return opened[0] if world.is_main else RunFolder(recipe, is_main=False)
 
 

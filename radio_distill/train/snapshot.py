@@ -43,7 +43,7 @@ def save(t: Training) -> None:
     """Write a checkpoint of the current step; does nothing when it was just saved. Called by all ranks."""
     if t.step == t.saved_step:
         return
-    agree.on_main(lambda: checkpoint.check_space(t.run.path, _estimate_bytes(t)))
+    agree.on_main(lambda: _check(t))
     path = checkpoint.write(
         t.run.path,
         checkpoint.Meta(t.step, t.world.size, t.job.engine.zero, t.job.name, t.artifact),
@@ -56,8 +56,14 @@ def save(t: Training) -> None:
         keep_last=t.job.checkpoint.keep_last,
     )
     t.saved_step, t.saved_at = t.step, time.monotonic()
+    t.run.note("running", step=t.step, saved=t.step)
     if t.world.is_main:
         log.info("saved %s", path)
+
+
+def _check(t: Training) -> None:
+    t.run.check_owner()
+    checkpoint.check_space(t.run.path, _estimate_bytes(t))
 
 
 def export_student(student: Student, ema: Ema | None, balancers: dict[str, Balancer], folder: Path) -> None:

@@ -204,20 +204,19 @@ class Parts:
 
 
 def train_upsampler(recipe: UpsamplerRecipe) -> int:
-    """Train or resume the upsampler a recipe describes; returns 0 when it is finished or was asked to stop and has saved."""
+    """Train or resume the upsampler a recipe describes; returns 0 when it is finished, 75 when it was asked to stop and has saved."""
     world = distributed.init()
     try:
-        training = build(recipe, world)
-        fit(training, one_step)
-        return 0
+        with open_run(recipe, world) as run:
+            return fit(build(recipe, world, run), one_step)
     finally:
         faulthandler.cancel_dump_traceback_later()
         distributed.shutdown()
 
 
-def build(recipe: UpsamplerRecipe, world: distributed.World) -> UpsamplerTraining:
+def build(recipe: UpsamplerRecipe, world: distributed.World, run: RunFolder) -> UpsamplerTraining:
     """Everything the loop needs, resumed where the run folder says so."""
-    run, parts = open_run(recipe, world), Parts(recipe, world)
+    parts = Parts(recipe, world)
     found = checkpoint.latest(run.path)
     balancer = load_balancers(found / "balancers")["teacher"] if found else statistics(recipe, world, parts)
     torch.manual_seed(recipe.seed)
