@@ -25,14 +25,17 @@ from ..config.strict import read
 from ..errors import CardError
 from ..paths import shipped
 from .task import Task
+from .tasks.correspondence import Correspondence
+from .tasks.keypoints import Keypoints
 from .tasks.knn import Knn
 from .tasks.segmentation import Segmentation
+from .tasks.surfaces import Depth, Normals
 from .tasks.zero_shot import ZeroShot
 
 __all__ = ["CUSTOM", "PAPER", "Suite", "digest", "load_suite", "suite_names"]
 
 AnyTask = Annotated[
-    Knn | Segmentation | ZeroShot,
+    Correspondence | Depth | Keypoints | Knn | Normals | Segmentation | ZeroShot,
     Field(discriminator="kind"),
 ]
 """Every kind of task."""

@@ -9,6 +9,7 @@ Shapes: B batch, C channels, H W patch grid, N tokens, n texts, D width of the t
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -138,12 +139,18 @@ class ToyViT(nn.Module):
 
     def mix(self, tokens_BNC: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
         """The transformer; puts the class token in front. Without a `grid`, N may be any subset of the patches."""
+        for last in self.block_outputs(tokens_BNC, grid):
+            x = last
+        return self.norm(x)
+
+    def block_outputs(self, tokens_BNC: Tensor, grid: tuple[int, int] | None = None) -> Iterator[Tensor]:
+        """The sequence behind every block of `mix`, not normalised."""
         x = tokens_BNC
         if self.class_token is not None:
             x = torch.cat([self.class_token.expand(len(x), 1, -1), x], 1)
         for i, block in enumerate(self.blocks):
             x = self._windowed(block, x, *grid) if grid and self.window and i % 2 == 0 else block(x)
-        return self.norm(x)
+            yield x
 
     def summarise(self, x_BNC: Tensor) -> Tensor | None:
         """The summary (B, D) of what `mix` returned; None without pooling."""

@@ -10,6 +10,9 @@ READERS: dict[str, str] = {
     "ade20k": "segmentation:Ade20k",
     "voc2012": "segmentation:Voc2012",
     "coco2017": "instances:CocoInstances",
+    "navi": "navi:NaviViews",
+    "navi_pairs": "navi:NaviPairs",
+    "spair71k": "spair:SPair",
 }
 """By the name that suite cards use."""
 
@@ -18,5 +21,8 @@ TOY_READERS: dict[str, str] = {
     "segmentation": "segmentation:ToySegmentation",
     "instances": "instances:ToyInstances",
     "labelled": "toy:ToyLabelled",
+    "views": "toy_views:ToyViews",
+    "view_pairs": "toy_views:ToyPairs",
+    "keypoint_pairs": "toy_views:ToyKeypointPairs",
 }
 """By the kind of sample: generated scenes that stand in for every data set of that kind."""

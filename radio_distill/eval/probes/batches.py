@@ -32,14 +32,17 @@ class Item(NamedTuple, Generic[S]):
 
 
 def training_batches(
-    dataset: Dataset[S], transform: Transform[S, T], *, batch: int, context: Context
+    dataset: Dataset[S], transform: Transform[S, T], *, batch: int, context: Context, shuffle: bool = True
 ) -> Generator[list[T], None, None]:
-    """This rank's shares of shuffled batches, without end. Raises DataError when ranks cannot share a batch evenly."""
+    """This rank's shares of batches, without end. Raises DataError when ranks cannot share a batch evenly.
+
+    shuffle: every epoch has an order of its own; False: all have the data set's.
+    """
     ranks = context.ranks
     if batch % ranks.world:
         raise DataError(f"a batch of {batch} cannot be shared evenly by {ranks.world} ranks; start a number that divides it")
     share = batch // ranks.world
-    draws = _Draws(dataset, transform, batch, range(ranks.rank * share, (ranks.rank + 1) * share), context.seed)
+    draws = _Draws(dataset, transform, batch, range(ranks.rank * share, (ranks.rank + 1) * share), context.seed, shuffle)
     batches, stop = read_in_processes(draws, context.workers)
     try:
         yield from batches
@@ -60,8 +63,11 @@ def each_item(dataset: Dataset[S], context: Context) -> Generator[Item[S], None,
 class _Draws(IterableDataset[list[Any]]):
     """Draw k of a training is item k mod n of the epoch's permutation, augmented by a generator of its own."""
 
-    def __init__(self, dataset: Dataset[Any], transform: Transform[Any, Any], batch: int, share: range, seed: int) -> None:
-        self.dataset, self.transform, self.batch, self.share, self.seed = dataset, transform, batch, share, seed
+    def __init__(
+        self, dataset: Dataset[Any], transform: Transform[Any, Any], batch: int, share: range, seed: int, shuffle: bool
+    ) -> None:
+        self.dataset, self.transform, self.batch, self.share = dataset, transform, batch, share
+        self.seed, self.shuffle = seed, shuffle
 
     def __iter__(self) -> Iterator[list[Any]]:
         worker = get_worker_info()
@@ -72,7 +78,9 @@ class _Draws(IterableDataset[list[Any]]):
             for draw in (number * self.batch + i for i in self.share):
                 if draw // len(self.dataset) != epoch:
                     epoch = draw // len(self.dataset)
-                    order = np.random.default_rng((self.seed, 0, epoch)).permutation(len(self.dataset))
+                    order = np.arange(len(self.dataset))
+                    if self.shuffle:
+                        order = np.random.default_rng((self.seed, 0, epoch)).permutation(order)
                 sample = self.dataset[int(order[draw % len(self.dataset)])]
                 items.append(self.transform(sample, np.random.default_rng((self.seed, 1, draw))))
             yield items

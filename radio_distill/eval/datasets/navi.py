@@ -1,0 +1,150 @@
+"""NAVI v1: photographs of objects with depth and cameras, as Probe3D splits them.
+
+DATA/navi_v1/OBJECT/COLLECTION/{images/NNN.jpg, depth/NNN.png, annotations.json}
+
+Training: all `multiview_*` collections; test: `wild_set`; objects that lack one of them are left out; of what remains every
+fourth view is kept. Folders are sorted, so that the lists do not depend on the file system (the reference's do).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from ...errors import DataError
+from .base import S, missing
+from .navi_files import COPY, Camera, read_camera, read_photograph
+from .object_views import ObjectView, Sized, ViewPair, crop_to_object, relative_pose
+
+__all__ = ["NaviPairs", "NaviViews"]
+
+FOLDER = "navi_v1"
+LAYOUT = """
+navi_v1/OBJECT/{multiview_*,wild_set}/images/000.jpg
+navi_v1/OBJECT/{multiview_*,wild_set}/depth/000.png
+navi_v1/OBJECT/{multiview_*,wild_set}/annotations.json"""
+SOURCE = "NAVI v1 is public (github.com/google/navi, navi_v1.tar.gz)."
+
+EVERY = 4
+"""Of a list of views, one in so many is kept."""
+
+MAX_ANGLE_DEG, PAIR_SEED = 120, 8
+"""Views of a pair are at most this far apart; the seed that partners are drawn with."""
+
+
+class Place(NamedTuple):
+    """Where a view lies: navi_v1/object/collection/images/view.jpg."""
+
+    object: str
+    collection: str
+    view: str
+
+    def __str__(self) -> str:
+        return "/".join(self)
+
+
+class _Navi(Sized[S]):
+    """The views of one split; a subclass says what a sample is."""
+
+    name = "navi"
+
+    def __init__(self, root: Path, split: str) -> None:
+        if split not in ("train", "test"):
+            raise DataError(f"navi has no split {split!r}; expected train (multiview scenes) or test (wild sets)")
+        self.split = split
+        self.root = root / FOLDER
+        if not self.root.is_dir():
+            raise missing(self.root, dataset="navi", layout=LAYOUT, source=SOURCE)
+        found = {path.name: _collections(path) for path in sorted(self.root.iterdir()) if path.is_dir()}
+        objects = {name: c for name, c in found.items() if "wild_set" in c and len(c) > 1}
+        chosen = [(o, c) for o, cs in objects.items() for c in cs if (c == "wild_set") == (split == "test")]
+        self.annotations = {(o, c): _annotations(self.root / o / c) for o, c in chosen}
+        self.all_places = [Place(o, c, v) for o, c in chosen for v in self._views(o, c)]
+        self.places = self.all_places[::EVERY]
+        if not self.places:
+            place = self.root / "*" / ("wild_set" if split == "test" else "multiview_*") / "images" / "*.jpg"
+            raise missing(place, dataset="navi", layout=LAYOUT, source=SOURCE)
+
+    def _views(self, object: str, collection: str) -> list[str]:
+        """Numbers of the views of a collection; all have a depth map and a camera."""
+        folder = self.root / object / collection
+        names = {p.stem.removeprefix(COPY) for p in (folder / "images").glob("*.jpg")}
+        views = sorted(name for name in names if "_" not in name)  # other resized copies that users may have made
+        for view in views:
+            if not any((folder / "depth" / f"{prefix}{view}.png").is_file() for prefix in ("", COPY)):
+                raise missing(folder / "depth" / f"{view}.png", dataset="navi", layout=LAYOUT, source=SOURCE)
+            if view not in self.annotations[object, collection]:
+                raise DataError(f"{folder / 'annotations.json'} has no view {view}, which is in images/; unpack the set again")
+        return views
+
+    @property
+    def keys(self) -> Sequence[str]:
+        return [f"{place}@{self.side}" for place in self.places]
+
+    def read(self, place: Place) -> ObjectView:
+        """One view, cropped to its object."""
+        folder = self.root / place.object / place.collection
+        photograph = read_photograph(folder, place.view, self.annotations[place.object, place.collection][place.view])
+        return crop_to_object(photograph, self.side, file=str(folder / "depth" / f"{place.view}.png"))
+
+
+class NaviViews(_Navi[ObjectView]):
+    """Single views: image, relative depth, normals."""
+
+    def __getitem__(self, index: int) -> ObjectView:
+        return self.read(self.places[index])
+
+
+class NaviPairs(_Navi[ViewPair]):
+    """Every view with a partner of the same collection, drawn once among those at most 120 degrees apart."""
+
+    def __getitem__(self, index: int) -> ViewPair:
+        first, second = self.read(self.places[index]), self.read(self.partners[index])
+        return ViewPair(first, second, relative_pose(first.pose_34, second.pose_34))
+
+    @property
+    def keys(self) -> Sequence[str]:
+        return [f"{a}-{b.view}@{self.side}" for a, b in zip(self.places, self.partners)]
+
+    def camera(self, place: Place) -> Camera:
+        annotation = self.annotations[place.object, place.collection][place.view]
+        return read_camera(self.root / place.object / place.collection, place.view, annotation)
+
+    @cached_property
+    def partners(self) -> list[Place]:
+        """One for every place. Raises DataError naming a view that has no partner."""
+        generator = torch.Generator().manual_seed(PAIR_SEED)
+        partner: dict[Place, Place] = {}
+        for collection in self.annotations:
+            places = [p for p in self.all_places if (p.object, p.collection) == collection]
+            turns_N33 = torch.stack([self.camera(p).pose_34[:, :3] for p in places]).double()
+            angles = ((torch.einsum("nij,mij->nm", turns_N33, turns_N33) - 1) / 2).clamp(-1, 1).acos().rad2deg()
+            near = (angles <= MAX_ANGLE_DEG) & ~torch.eye(len(places), dtype=torch.bool)
+            for i, place in enumerate(places):
+                if not near[i].any():
+                    raise DataError(
+                        f"{self.root / str(place)}: no other view of the collection is within {MAX_ANGLE_DEG} degrees, so that it has "
+                        "no correspondences; expected at least two such views; unpack the set again"
+                    )
+                partner[place] = places[int(torch.multinomial(near[i].double(), 1, generator=generator))]
+        return [partner[p] for p in self.places]
+
+
+def _collections(folder: Path) -> list[str]:
+    return sorted(p.name for p in folder.iterdir() if p.name == "wild_set" or p.name.startswith("multiview"))
+
+
+def _annotations(folder: Path) -> dict[str, dict[str, Any]]:
+    """Annotations of a collection by view."""
+    path = folder / "annotations.json"
+    try:
+        return {Path(a["filename"]).stem: a for a in json.loads(path.read_text())}
+    except FileNotFoundError as error:
+        raise missing(path, dataset="navi", layout=LAYOUT, source=SOURCE) from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path} is damaged ({error!r}); expected a list of views with filename, image_size, camera") from error

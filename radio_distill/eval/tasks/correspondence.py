@@ -1,0 +1,93 @@
+"""Geometric correspondence between two views of an object, without training: the protocol of Probe3D on NAVI.
+
+Shapes: B images, C channels, h w cells, S side of the views.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from ...errors import DataError
+from ..datasets import open_dataset
+from ..datasets.base import Dataset
+from ..datasets.object_views import Sized, ViewPair
+from ..encode import Resize
+from ..metrics.correspondence import CorrespondenceMeter, errors, match
+from ..metrics.means import Means
+from ..models import Opened
+from ..probes.batches import each_item
+from ..probes.frozen import frozen_map
+from ..task import Context, Score, Task
+
+__all__ = ["Correspondence"]
+
+BINS_DEG = (0, 30, 60, 90, 120)
+BIN_METRES = 0.02
+"""Recall by the angle between the views is counted at 2 cm."""
+
+
+class Correspondence(Task):
+    """Nearest neighbours in feature space; the score is the mean of the shares of the best matches within 1, 2 and 5 cm."""
+
+    kind: Literal["correspondence"]
+    version: Literal["2024", "2025"] = "2024"
+    """Of Probe3D; both are the same here."""
+    resolution: int = Field(default=512, gt=0)
+    """Side in pixels of the views."""
+    every: int = Field(default=4, gt=0)
+    """One pixel in so many, in rows and columns, is a point to match; features are resized to that grid."""
+    matches: int = Field(default=1000, gt=0)
+    """Best matches of a pair that are scored."""
+    pairs: int | None = Field(default=None, gt=0)
+    """At most so many pairs are scored, spread evenly over the list; null: all."""
+
+    def size(self, context: Context) -> int:
+        return context.resolution or self.resolution
+
+    def datasets(self, context: Context) -> Sequence[Dataset[ViewPair]]:
+        views: Sized[ViewPair] = open_dataset(self.dataset, "test", context.root, kind="view_pairs")  # type: ignore[assignment]
+        return [views.at(self.size(context)).limited(self.pairs).limited(context.limit)]
+
+    def passes(self, context: Context) -> float:
+        return 2.0 * len(self.datasets(context)[0])
+
+    def run(self, opened: Opened, context: Context) -> Iterable[Score]:
+        (pairs,) = self.datasets(context)
+        meter, by_angle = CorrespondenceMeter(), Means()
+        for number, pair in each_item(pairs, context):
+            try:
+                metres, pixels = self.errors_of(pair, self._maps(opened, pair, context))
+            except DataError as error:
+                raise DataError(f"{pairs.name}, {pairs.keys[number]}: {error}") from error
+            meter.update(metres, pixels)
+            by_angle.update({_bin(pair.pose_34): 100 * (metres < BIN_METRES).double()})
+        meter.reduce()
+        by_angle.reduce()
+        found = meter.compute()
+        yield Score("score", found.pop("correspondence"))
+        for name, value in sorted((found | by_angle.compute()).items()):
+            yield Score(name, value, headline=False)
+
+    def errors_of(self, pair: ViewPair, maps_2Chw: Tensor) -> tuple[Tensor, Tensor]:
+        """Metres and pixels by which the best matches of a pair are off. Raises DataError when there are too few points."""
+        points = [view.points_3HW[:, :: self.every, :: self.every].to(maps_2Chw) for view in (pair.first, pair.second)]
+        found = match(maps_2Chw[0], maps_2Chw[1], *points, num=self.matches)
+        return errors(found, pair.pose_34.to(maps_2Chw), pair.second.intrinsics_33.to(maps_2Chw))
+
+    def _maps(self, opened: Opened, pair: ViewPair, context: Context) -> Tensor:
+        fit = Resize("exact", self.size(context)).fit(opened.model)
+        images = torch.stack([fit(view.image_3HW) for view in (pair.first, pair.second)])
+        return frozen_map(opened.model, images, context)
+
+
+def _bin(pose_34: Tensor) -> str:
+    """Name of the metric for the angle that a pose turns by."""
+    angle = float(((pose_34[:, :3].trace() - 1) / 2).clamp(-1, 1).acos().rad2deg())
+    low, high = next((low, high) for low, high in pairwise(BINS_DEG) if angle <= high or high == BINS_DEG[-1])
+    return f"recall@{BIN_METRES:g}m_{low}_to_{high}_deg"

@@ -1,0 +1,210 @@
+"""Depth and surface normals of objects, by a probe on a frozen model: the protocol of Probe3D on NAVI.
+
+views of objects -> frozen model, four blocks -> DPT head -> depth or normals
+
+Shapes: S side of the views, C channels.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
+from math import ceil
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from ..blocks import with_blocks
+from ..datasets import open_dataset
+from ..datasets.base import Dataset
+from ..datasets.object_views import ObjectView, Sized
+from ..encode import Fit, Resize
+from ..metrics.depth import DepthMeter, depth_loss
+from ..metrics.normals import NormalsMeter, angular_loss
+from ..metrics.schedules import probe3d_factor
+from ..models import Opened
+from ..probes.batches import each_item, training_batches
+from ..probes.dpt import DepthProbe, Dpt, LinearHead, NormalsProbe, Version
+from ..probes.fit import fit
+from ..probes.frozen import frozen_map
+from ..probes.surfaces import Jitter, Surface, SurfaceItem, SurfacePictures
+from ..task import Context, Score, Task
+
+__all__ = ["Depth", "Normals", "SurfaceTask"]
+
+
+class Batch(NamedTuple):
+    features: Tensor
+    depth_B1SS: Tensor
+    normals_B3SS: Tensor
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.depth_B1SS.shape[-2], self.depth_B1SS.shape[-1]
+
+
+class SurfaceTask(Task):
+    """What depth and normals share."""
+
+    version: Version = "2024"
+    """Of Probe3D: 2024 is what published numbers were made with, 2025 interpolates and takes gradients properly."""
+    resolution: int = Field(default=512, gt=0)
+    """Side in pixels of images and of their ground truth."""
+    head: Literal["dpt", "linear"] = "dpt"
+    """dpt: reads four blocks; linear: one convolution on the last map."""
+    hidden: int = Field(default=512, gt=0)
+    """Channels within the DPT head."""
+    kernel: Literal[1, 3] = 3
+    """Side of the convolutions: of those that fuse levels, or of the linear head's only one."""
+    epochs: float = Field(default=10, gt=0)
+    warmup_epochs: float = Field(default=1.5, ge=0)
+    batch: int = Field(default=8, gt=0)
+    """Images of a step, on all ranks together."""
+    lr: float = Field(default=5e-4, gt=0)
+    """Of AdamW with weight decay 0.01."""
+    jitter: Jitter = "clamped"
+    """Colour jitter of training images (probes/surfaces.py)."""
+    shuffle: bool = False
+    """Training views in random order; the reference reads them in the order of the list."""
+    train_images: int | None = Field(default=None, gt=0)
+    """At most so many views are trained on, spread evenly over the list; null: all."""
+    test_images: int | None = Field(default=None, gt=0)
+    """At most so many views are scored; null: all."""
+
+    def size(self, context: Context) -> int:
+        return context.resolution or self.resolution
+
+    def datasets(self, context: Context) -> Sequence[Dataset[ObjectView]]:
+        return [self._views("test", self.test_images, context), self._views("train", self.train_images, context)]
+
+    def _views(self, split: str, most: int | None, context: Context) -> Dataset[ObjectView]:
+        views: Sized[ObjectView] = open_dataset(self.dataset, split, context.root, kind="views")  # type: ignore[assignment]
+        return views.at(self.size(context)).limited(most).limited(context.limit)
+
+    def passes(self, context: Context) -> float:
+        test, train = self.datasets(context)
+        return self.epochs * len(train) + len(test)
+
+    @abstractmethod
+    def probe(self, channels: int) -> nn.Module:
+        """An untrained probe, called with features and the size of the target; channels: of one block."""
+
+    @abstractmethod
+    def loss(self, probe: nn.Module, batch: Batch) -> Tensor:
+        """Of one training batch."""
+
+    def fit_probe(self, opened: Opened, train: Dataset[ObjectView], context: Context) -> nn.Module:
+        """Train a probe; `opened` gives what the head reads."""
+        item = SurfaceItem(self._fit(opened, context), self.jitter)
+        torch.manual_seed(context.seed)
+        black = torch.zeros(1, 3, *item.fit.square, dtype=torch.uint8)
+        channels = frozen_map(opened.model, black, context).shape[1]
+        probe = self.probe(channels // (4 if self.head == "dpt" else 1)).to(context.device)
+        items = training_batches(train, item, batch=self.batch, context=context, shuffle=self.shuffle)
+        epoch = len(train) / self.batch
+        steps = ceil(self.epochs * epoch)
+        fit(
+            probe,
+            self._batches(opened, items, context),
+            self.loss,
+            steps=steps,
+            optimizer=torch.optim.AdamW(probe.parameters(), lr=self.lr),
+            factor=partial(probe3d_factor, warmup=min(round(self.warmup_epochs * epoch), steps - 1), total=steps),
+        )
+        items.close()
+        return probe
+
+    def _batches(self, opened: Opened, items: Iterator[list[Surface]], context: Context) -> Iterator[Batch]:
+        for surfaces in items:
+            images, depth, normals = (torch.stack(parts) for parts in zip(*surfaces))
+            yield Batch(frozen_map(opened.model, images, context), depth.to(context.device), normals.to(context.device))
+
+    @torch.no_grad()
+    def predictions(
+        self, probe: nn.Module, opened: Opened, test: Dataset[ObjectView], context: Context
+    ) -> Iterator[tuple[ObjectView, Tensor]]:
+        """This rank's views and what the probe makes of them, (1, channels, S, S)."""
+        item = SurfaceItem(self._fit(opened, context))
+        side = self.size(context)
+        for _, view in each_item(test, context):
+            image = item(view, np.random.default_rng(0)).image_3HW
+            yield view, probe(frozen_map(opened.model, image[None], context), (side, side))
+
+    def _fit(self, opened: Opened, context: Context) -> Fit:
+        return Resize("exact", self.size(context)).fit(opened.model)
+
+    def _read(self, opened: Opened) -> Opened:
+        """What the head reads: four blocks, or the last map."""
+        return with_blocks(opened) if self.head == "dpt" else opened
+
+    def _head(self, channels: int, out: int) -> nn.Module:
+        if self.head == "linear":
+            return LinearHead(channels, out, kernel=self.kernel, version=self.version)
+        return Dpt(channels, out, hidden=self.hidden, kernel=self.kernel, version=self.version)
+
+    def _pictures(self, opened: Opened, context: Context) -> SurfacePictures:
+        return SurfacePictures(context, f"{self.kind}_{self.head}_{opened.label}")  # type: ignore[attr-defined]
+
+
+class Depth(SurfaceTask):
+    """Relative depth; the score is the mean of the shares of pixels within 1.25, 1.25^2, 1.25^3 of the truth, after scale and shift
+    of every image have been matched."""
+
+    kind: Literal["probe3d_depth"]
+
+    def probe(self, channels: int) -> nn.Module:
+        return DepthProbe(partial(self._head, channels), self.version)
+
+    def loss(self, probe: nn.Module, batch: Batch) -> Tensor:
+        return depth_loss(probe(batch.features, batch.size), batch.depth_B1SS, version=self.version)
+
+    def run(self, opened: Opened, context: Context) -> Iterable[Score]:
+        test, train = self.datasets(context)
+        read = self._read(opened)
+        pictures = self._pictures(opened, context)
+        meter = DepthMeter()
+        probe = self.fit_probe(read, train, context)
+        for view, guess in self.predictions(probe, read, test, context):
+            meter.update(guess, view.depth_1HW[None].to(guess.device))
+            pictures.add_depth(view, guess[0])
+        pictures.save()
+        meter.reduce()
+        found = meter.compute()
+        yield Score("score", found.pop("depth"), headline=self.head == "dpt")
+        for name, value in found.items():
+            is_error = name.endswith("rmse")
+            unit = "relative depth" if is_error else "fraction"
+            yield Score(name, value, unit, higher_is_better=not is_error, headline=False)
+
+
+class Normals(SurfaceTask):
+    """Surface normals; the score is the mean of the shares of pixels within 11.25, 22.5 and 30 degrees of the truth."""
+
+    kind: Literal["probe3d_normals"]
+
+    def probe(self, channels: int) -> nn.Module:
+        return NormalsProbe(partial(self._head, channels), self.version)
+
+    def loss(self, probe: nn.Module, batch: Batch) -> Tensor:
+        return angular_loss(probe(batch.features, batch.size), batch.normals_B3SS, batch.depth_B1SS > 0)
+
+    def run(self, opened: Opened, context: Context) -> Iterable[Score]:
+        test, train = self.datasets(context)
+        read = self._read(opened)
+        pictures = self._pictures(opened, context)
+        meter = NormalsMeter()
+        probe = self.fit_probe(read, train, context)
+        for view, guess in self.predictions(probe, read, test, context):
+            meter.update(guess, *(x[None].to(guess.device) for x in (view.normals_3HW, view.depth_1HW > 0)))
+            pictures.add_normals(view, guess[0])
+        pictures.save()
+        meter.reduce()
+        found = meter.compute()
+        yield Score("score", found.pop("normals"), headline=self.head == "dpt")
+        for name, value in found.items():
+            is_error = name == "rmse"
+            yield Score(name, value, "degrees" if is_error else "fraction", higher_is_better=not is_error, headline=False)
