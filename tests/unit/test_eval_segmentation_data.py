@@ -130,7 +130,7 @@ def test_images_without_annotation_are_told(ade: Path, voc: Path) -> None:
     with pytest.raises(DataError, match="1 of 3 images of training lack their file or annotation"):
         Ade20k(ade, "training")
     (voc / "VOCdevkit/VOC2012/ImageSets/Segmentation/val.txt").write_text("2008_000001\n")
-    with pytest.raises(DataError, match="1 of 1 images of SegmentationClass lack .*2008_000001"):
+    with pytest.raises(DataError, match=r"1 of 1 images of SegmentationClass lack .*2008_000001"):
         Voc2012(voc, "val")
 
 
