@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,9 @@ import torch
 
 from ..errors import CheckpointError
 from ..paths import expand
+from ..student.arch import StudentArch
+from ..student.scale import feature_rms
+from ..teachers.text_tower import TextTower
 from .card import model_card
 from .checks import check, notes, reads_natively
 from .facts import PROVENANCE
@@ -19,44 +23,61 @@ from .folder import write_folder
 from .hf import preferred_size, write_hf
 from .radio import write_radio
 from .source import Source, open_source
+from .towers import TOWERS, load_towers
 
 __all__ = ["FORMATS", "export", "main"]
 
 log = logging.getLogger(__name__)
 
 FORMATS = ("hf", "radio", "timm", "onnx", "torch")
+NUM_MEASURED = 64
+"""Images for the scale of the features: it is one number over all channels and patches, and settles after a few."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def export(
-    path: str | Path, out: str | Path, form: str = "hf", *, adaptors: Sequence[str] | None = None, dtype: str = "float32"
+    path: str | Path,
+    out: str | Path,
+    form: str = "hf",
+    *,
+    adaptors: Sequence[str] | None = None,
+    dtype: str = "float32",
+    rms_images: str | None = None,
+    text_towers: bool = False,
 ) -> Path:
     """Write a student for others into the new folder `out`, which appears complete or not at all.
 
     path: run folder, checkpoint, or whatever `load_student` reads. adaptors: names to keep; None: all. dtype: of the weights
-    in the files (hf, radio, timm). Raises CheckpointError when there is no student, when the format cannot hold it, or when
-    `out` exists; what its consumers leave out is logged and stands in README.md.
+    in the files (hf, radio, timm). rms_images: folder, shards or `toy`, on which the features' scale is measured (hf).
+    text_towers: copy the text encoders of adaptors that have one (hf). Raises CheckpointError when there is no student, when
+    the format cannot hold it, or when `out` exists; what its consumers leave out is logged and stands in README.md.
     """
-    _check_options(form, dtype)
+    _check_options(form, dtype, rms_images is not None, text_towers)
     where = Path(expand(str(out)))
     if where.exists():  # before the work, not after
         raise CheckpointError(f"{where} exists; exports never write over anything: delete it, or choose another --out")
     source = open_source(Path(expand(str(path))), adaptors)
     check(source.student.arch, form)
+    if rms_images is not None:
+        source.student.arch = _measured(source, rms_images)
+    towers = load_towers(source, Path(expand(str(path)))) if text_towers else {}
     told = notes(source.student.arch, source.facts, form)
     for line in told:
         log.warning("note: %s", line)
-    return write_folder(where, lambda folder: _fill(folder, source, form, dtype, told, where.name))
+    return write_folder(where, lambda folder: _fill(folder, source, form, dtype, told, where.name, towers))
 
 
-def main(path: str, form: str, out: str, settings: dict[str, str]) -> int:
-    """Run one export from the command line; `settings`: adaptors=all|none|a,b, dtype=float32|bfloat16|float16."""
-    unknown = settings.keys() - {"adaptors", "dtype"}
+def main(path: str, form: str, out: str, settings: dict[str, str], *, text_towers: bool = False) -> int:
+    """Run one export from the command line; `settings`: adaptors=all|none|a,b, dtype=float32|bfloat16|float16, rms_images=..."""
+    unknown = settings.keys() - {"adaptors", "dtype", "rms_images"}
     if unknown:
-        raise CheckpointError(f"export has no setting {sorted(unknown)[0]!r}; expected adaptors=... or dtype=...")
-    adaptors = choose(settings.get("adaptors", "all"))
-    folder = export(path, out, form, adaptors=adaptors, dtype=settings.get("dtype", "float32"))
-    size = sum(file.stat().st_size for file in folder.iterdir())
+        raise CheckpointError(
+            f"export has no setting {sorted(unknown)[0]!r}; expected adaptors=..., dtype=... or rms_images=..."
+        )
+    adaptors, dtype = choose(settings.get("adaptors", "all")), settings.get("dtype", "float32")
+    rms_images = settings.get("rms_images")
+    folder = export(path, out, form, adaptors=adaptors, dtype=dtype, rms_images=rms_images, text_towers=text_towers)
+    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     print(f"wrote {folder} ({form}, {size / 2**20:.1f} MiB); how to load it: {folder / 'README.md'}")
     return 0
 
@@ -66,21 +87,37 @@ def choose(text: str) -> list[str] | None:
     return None if text == "all" else [] if text == "none" else [name.strip() for name in text.split(",")]
 
 
-def _check_options(form: str, dtype: str) -> None:
+def _check_options(form: str, dtype: str, measures: bool, text_towers: bool) -> None:
     if form not in FORMATS:
         raise CheckpointError(f"unknown format {form!r}; expected one of {', '.join(FORMATS)}")
     if dtype not in DTYPES:
         raise CheckpointError(f"unknown dtype {dtype!r}; expected one of {', '.join(DTYPES)}")
     if dtype != "float32" and form in ("onnx", "torch"):
         raise CheckpointError(f"dtype={dtype} has no effect on format {form}, whose graph computes in float32; leave it out")
+    for option, given in (("rms_images", measures), ("--text-towers", text_towers)):
+        if given and form != "hf":
+            raise CheckpointError(f"{option} has no effect on format {form}; leave it out, or use --format hf")
 
 
-def _fill(folder: Path, source: Source, form: str, dtype: str, told: list[str], name: str) -> None:
+def _measured(source: Source, images: str) -> StudentArch:
+    """The architecture with the scale of the features on at most NUM_MEASURED squares of the preferred size."""
+    from ..eval.held_out import HeldOut
+
+    side, data = preferred_size(source.student, source.facts), HeldOut(images, NUM_MEASURED, exact=False)
+    batches = (data.images(start, start + 8, side) for start in range(0, data.count, 8))
+    return replace(source.student.arch, feature_rms=feature_rms(source.student, batches))
+
+
+def _fill(
+    folder: Path, source: Source, form: str, dtype: str, told: list[str], name: str, towers: Mapping[str, TextTower]
+) -> None:
     student, facts = source.student, source.facts
     size = preferred_size(student, facts)
     with torch.no_grad():
         if form == "hf":
             write_hf(student, facts, folder, dtype=DTYPES[dtype])
+            for adaptor, tower in towers.items():
+                tower.save(folder / TOWERS / adaptor)
         elif form == "radio":
             write_radio(student, folder, facts.name, dtype=DTYPES[dtype])
         elif form == "timm":

@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from ..config.cards import TextTower
 from ..config.load import dump, load_card, load_job
 from ..config.recipe import Recipe
 from ..errors import CardError, CheckpointError
@@ -24,16 +23,14 @@ PROVENANCE = "provenance.json"
 class Origin:
     """A teacher: where its weights came from, and under which licence."""
 
+    card: str
+    """Name of its card, or the file of one that is not shipped; of the file only its name is kept in an export."""
     source: str
     revision: str | None
     licence: str
     licence_url: str | None = None
     text: dict[str, Any] | None = None
     """The `text:` of its card: the text tower that its adaptor's summary is compared with."""
-
-    @property
-    def tower(self) -> TextTower | None:
-        return None if self.text is None else TextTower(**self.text)
 
 
 @dataclass(frozen=True)
@@ -81,7 +78,10 @@ class Facts:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON; `facts_of_export` reads them."""
-        return asdict(self)
+        values = asdict(self)
+        for origin in filter(None, values["teachers"].values()):
+            origin["card"] = _shown(origin["card"])
+        return values
 
 
 def facts_of_export(path: Path) -> Facts:
@@ -171,7 +171,7 @@ def _origin(name: str) -> Origin | None:
         return None
     text = None if card.text is None else card.text.model_dump()
     source = _shown(card.source) if card.source.startswith(("/", "~")) else card.source
-    return Origin(source, card.revision, card.licence, card.licence_url, text)
+    return Origin(name, source, card.revision, card.licence, card.licence_url, text)
 
 
 def _shown(source: str) -> str:

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import CheckpointError
+from ..paths import PACKAGE
 from ..student.arch import StudentArch
 from ..student.student import Student
 from .checks import reads_natively
@@ -27,6 +28,8 @@ __all__ = ["hf_config", "preprocessor_config", "write_hf"]
 
 PREFIX = "radio_model."
 CODE = "modeling_radio_distill"
+CODE_FILES = (f"export/{CODE}.py", "student/packing.py", "student/token_merging.py", "teachers/text_tower.py")
+"""The modelling file and what it imports."""
 REFERENCE_VERSION = "c-radio_v4-h"
 """The reference's class wants the name of a release that it knows; every value that the name stands for is given as well."""
 
@@ -37,9 +40,12 @@ def write_hf(student: Student, facts: Facts, folder: Path, *, dtype: torch.dtype
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     _read_back(folder / "model.safetensors", tensors)
     size = preferred_size(student, facts)
-    _write_json(folder / "config.json", hf_config(student.arch, size, dtype))
+    _write_json(
+        folder / "config.json", hf_config(student.arch, size, dtype) | {"text_towers": _text_towers(student.arch, facts)}
+    )
     _write_json(folder / "preprocessor_config.json", preprocessor_config(size))
-    shutil.copyfile(Path(__file__).with_name(f"{CODE}.py"), folder / f"{CODE}.py")
+    for path in CODE_FILES:
+        shutil.copyfile(PACKAGE / path, folder / Path(path).name)
 
 
 def hf_config(arch: StudentArch, size: int, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
@@ -109,6 +115,12 @@ def preferred_size(student: Student, facts: Facts) -> int:
     """Side in pixels to resize to when the user says nothing: the smallest that the student was trained on."""
     side = facts.size or student.arch.trunk.nominal_size or student.arch.trunk.max_size
     return student.nearest_size(side, side)[0]
+
+
+def _text_towers(arch: StudentArch, facts: Facts) -> dict[str, Any]:
+    """By adaptor: which text encoder its summary is compared with."""
+    origins = {a.name: facts.teachers.get(a.name) for a in arch.adaptors}
+    return {name: origin.text for name, origin in origins.items() if origin and origin.text}
 
 
 def _intermediate(arch: StudentArch) -> dict[str, Any] | None:

@@ -1,10 +1,11 @@
-"""A RADIO-style vision student with its adaptors, as one file that travels with its weights.
+"""A RADIO-style vision student with its adaptors; travels with its weights, and with the three small files it imports.
 
     model = AutoModel.from_pretrained(FOLDER, trust_remote_code=True).eval()
     summary, features = model(images)                       # float images in [0, 1]: (B, k*D), (B, L, D)
 
     model = AutoModel.from_pretrained(FOLDER, trust_remote_code=True, adaptor_names=["clip"]).eval()
     model(images)["clip"].features                          # what the student predicts of that teacher
+    texts = model.adaptors["clip"].load_text_tower()        # where the export has it: texts.encode(["a fox"]), (1, C)
 
 Needs torch, timm and transformers. Licence of this file: Apache-2.0.
 
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -23,6 +25,11 @@ from timm.layers import Mlp
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
+
+# These files lie beside this one in an export.
+from .packing import run_packed  # type: ignore[import-not-found]
+from .text_tower import TextTower, open_text_tower  # type: ignore[import-not-found]
+from .token_merging import Merged, merge_tokens  # type: ignore[import-not-found]
 
 __all__ = ["RadioDistillConfig", "RadioDistillModel", "RadioOutput", "RadioIntermediates"]
 
@@ -53,11 +60,13 @@ class RadioDistillConfig(PretrainedConfig):
         student: dict[str, Any] | None = None,
         adaptor_names: str | list[str] | None = None,
         vitdet_window_size: int | None = None,
+        unit_scale: bool = False,
         **kwargs: Any,
     ) -> None:
         self.student = student
         self.adaptor_names = adaptor_names
         self.vitdet_window_size = vitdet_window_size
+        self.unit_scale = unit_scale
         super().__init__(**kwargs)
 
 
@@ -75,6 +84,12 @@ class RadioDistillModel(PreTrainedModel):
         names = config.adaptor_names or []
         self.radio_model = Radio(config.student or {}, [names] if isinstance(names, str) else names)
         self.radio_model.window_size = config.vitdet_window_size
+        if config.unit_scale:
+            self.radio_model.unit_scale = _feature_rms(config)
+        towers = getattr(config, "text_towers", None) or {}
+        for name, module in self.radio_model.adaptors.items():
+            adaptor: Any = module
+            adaptor.export, adaptor.text_tower = config._name_or_path, towers.get(name)
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -91,6 +106,19 @@ class RadioDistillModel(PreTrainedModel):
     def forward_intermediates(self, x: Tensor, indices: int | Sequence[int], **options: Any) -> RadioIntermediates:
         """Outputs of inner blocks; see `Radio.forward_intermediates`."""
         return self.radio_model.forward_intermediates(x, indices, **options)
+
+    def forward_packed(self, images: Sequence[Tensor], feature_fmt: Format = "NLC") -> list[Any]:
+        """As `forward` on one image (3, H, W) after the other, in one pass over images of any sizes; each result has B = 1."""
+        return self.radio_model.forward_packed(images, feature_fmt=feature_fmt)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """All tokens (B, S + L, D): class tokens, registers, patches row by row."""
+        return self.model.forward_features(self.radio_model.condition(x))
+
+    @staticmethod
+    def merge_tokens(features: Tensor, count: int) -> Merged:
+        """Merge similar patches (B, L, D) into `count` tokens: their means, their sizes (B, count), and who went where."""
+        return merge_tokens(features, count)
 
     def make_preprocessor_external(self) -> nn.Module:
         """Take the pixel normalisation out of the model and return it: the caller then normalises."""
@@ -170,6 +198,7 @@ class Radio(nn.Module):
         kind = arch["intermediate_normalizer"]
         self.inter_feature_normalizer = None if kind == "none" else IntermediateNormalizer(depth, dim, kind)
         self.window_size: int | None = None
+        self.unit_scale: float | None = None
 
     def make_preprocessor_external(self) -> nn.Module:
         conditioner, self.input_conditioner = self.input_conditioner, nn.Identity()
@@ -179,12 +208,26 @@ class Radio(nn.Module):
         window = window or self.window_size
         for prefix, patches in self._blocks(x, window):
             last = prefix, patches
-        backbone = self._final(*last, norm=True)
-        grid = self._grid(x)
+        return self._outputs(*last, self._grid(x), feature_fmt)
+
+    def forward_packed(self, images: Sequence[Tensor], feature_fmt: Format = "NLC") -> list[Any]:
+        if self.window_size is not None:
+            raise ValueError(f"packed batches attend to whole images; vitdet_window_size is {self.window_size}, expected None")
+        if not images:
+            raise ValueError("forward_packed was given no images, expected at least one of shape (3, H, W)")
+        generator = self.model.patch_generator
+        sequences = run_packed(self.model.blocks, [generator(self.condition(image[None]))[0] for image in images])
+        skip, grids = generator.num_skip, [self._grid(image) for image in images]
+        return [self._outputs(y[None, :skip], y[None, skip:], g, feature_fmt) for y, g in zip(sequences, grids)]
+
+    def _outputs(self, prefix: Tensor, patches: Tensor, grid: tuple[int, int], feature_fmt: Format) -> Any:
+        """A pair, or with adaptors a dict of pairs, from what the last block gives."""
+        backbone = self._final(prefix, patches, norm=True)
+        scaled = backbone if self.unit_scale is None else RadioOutput(backbone.summary, backbone.features / self.unit_scale)
         if not self.adaptors:
-            return _formatted(backbone, grid, feature_fmt)
-        class_tokens = self.model.norm(last[0])
-        outputs = {"backbone": _formatted(backbone, grid, feature_fmt)}
+            return _formatted(scaled, grid, feature_fmt)
+        class_tokens = self.model.norm(prefix)
+        outputs = {"backbone": _formatted(scaled, grid, feature_fmt)}
         for name, adaptor in self.adaptors.items():
             pair = adaptor(class_tokens, backbone.features, grid)
             u: Any = adaptor.upsample
@@ -230,6 +273,11 @@ class Radio(nn.Module):
 
     def _blocks(self, x: Tensor, window: int | None) -> Iterator[tuple[Tensor, Tensor]]:
         """(prefix (B, S, D), row-major patches (B, L, D)) after every block."""
+        tokens = self.model.patch_generator(self.condition(x, window))
+        return self.model.whole(tokens) if window is None else self.model.windowed(tokens, self._grid(x), window)
+
+    def condition(self, x: Tensor, window: int | None = None) -> Tensor:
+        """Check the size, normalise the pixels in fp32, cast to the trunk's dtype."""
         generator = self.model.patch_generator
         step = generator.patch_size * (window or 1)
         if x.shape[-2] % step or x.shape[-1] % step:
@@ -238,8 +286,7 @@ class Radio(nn.Module):
                 f"image size {x.shape[-2]}x{x.shape[-1]} is not a multiple of {step}; nearest is {near[0]}x{near[1]} "
                 "(see get_nearest_supported_resolution)"
             )
-        tokens = generator(self.input_conditioner(x).to(generator.pos_embed.dtype))
-        return self.model.whole(tokens) if window is None else self.model.windowed(tokens, self._grid(x), window)
+        return self.input_conditioner(x).to(generator.pos_embed.dtype)
 
     def _grid(self, x: Tensor) -> tuple[int, int]:
         patch = self.model.patch_generator.patch_size
@@ -266,6 +313,13 @@ class Radio(nn.Module):
         else:
             patches = alphas.mean() * centred.mean(0)
         return prefix, patches @ normalizer.rotation_of(group[-1][0]).T
+
+
+def _feature_rms(config: RadioDistillConfig) -> float:
+    rms = (config.student or {}).get("feature_rms")
+    if rms is None:
+        raise ValueError("unit_scale=True, and this export holds no feature_rms; expected one made with `rms_images=FOLDER`")
+    return float(rms)
 
 
 def _formatted(pair: RadioOutput, grid: tuple[int, int], feature_fmt: Format) -> RadioOutput:
@@ -469,7 +523,11 @@ class Adaptor(nn.Module):
 
     def __init__(self, arch: Mapping[str, Any]) -> None:
         super().__init__()
-        self.token = arch["token"]
+        self.name, self.token = arch["name"], arch["token"]
+        self.export = ""
+        """Folder or hub id that the model was loaded from."""
+        self.text_tower: dict[str, Any] | None = None
+        """Which text encoder its summary is compared with, where the teacher has one."""
         self.upsample = arch["features"]["upsample"]
         self.head_mlp = None if arch["summary"] is None else _head(arch["summary"])
         self.feat_mlp = _head(arch["features"])
@@ -481,6 +539,19 @@ class Adaptor(nn.Module):
         y = self.feat_mlp(patches_BLD.to(dtype)).float()
         cells = y.unflatten(2, (self.upsample, self.upsample, -1)).unflatten(1, grid)  # B r c u_row u_col C
         return RadioOutput(summary, cells.transpose(2, 3).flatten(1, 4))
+
+    def load_text_tower(self) -> TextTower:
+        """The text encoder that this adaptor's summary is compared with, from the export; nothing is downloaded for a folder."""
+        place, inside = Path(self.export), f"text_towers/{self.name}"
+        if not place.is_dir():
+            from huggingface_hub import snapshot_download
+
+            place = Path(snapshot_download(self.export, allow_patterns=f"{inside}/*"))
+        if not (place / inside).is_dir():
+            raise ValueError(
+                f"{self.export} holds no {inside}; expected an export made with --text-towers, of a teacher that has a text tower"
+            )
+        return open_text_tower(place / inside)
 
 
 def _head(arch: Mapping[str, Any]) -> nn.Module:

@@ -22,7 +22,8 @@ from radio_distill.export.command import export
 from radio_distill.student.student import Student
 from radio_distill.types import Result
 
-FILES = {"README.md", "SHA256SUMS", "config.json", "model.safetensors", "modeling_radio_distill.py", "preprocessor_config.json"}
+CODE = {"modeling_radio_distill.py", "packing.py", "text_tower.py", "token_merging.py"}
+FILES = {"README.md", "SHA256SUMS", "config.json", "model.safetensors", "preprocessor_config.json", *CODE}
 
 
 @pytest.fixture(scope="module")
@@ -269,8 +270,10 @@ def test_options_that_do_not_exist(run: Path, tmp_path: Path, capsys: pytest.Cap
     refused("unknown format 'tflite'; expected one of hf, radio, timm, onnx, torch", run, out, "tflite")
     refused("unknown dtype 'int8'; expected one of float32, bfloat16, float16", run, out, dtype="int8")
     refused("dtype=bfloat16 has no effect on format torch", run, out, "torch", dtype="bfloat16")
+    refused("rms_images has no effect on format onnx; leave it out, or use --format hf", run, out, "onnx", rms_images="toy")
+    refused("--text-towers has no effect on format timm", run, out, "timm", text_towers=True)
     assert main(["export", str(run), "--out", str(out), "adaptor=clip"]) == 2
-    assert "export has no setting 'adaptor'; expected adaptors=... or dtype=..." in capsys.readouterr().err
+    assert "export has no setting 'adaptor'; expected adaptors=..., dtype=... or rms_images=..." in capsys.readouterr().err
 
 
 def test_a_damaged_student_is_told(tmp_path: Path) -> None:
