@@ -26,8 +26,10 @@ from ..errors import CardError
 from ..paths import shipped
 from .task import Task
 from .tasks.correspondence import Correspondence
+from .tasks.detection import Detection
 from .tasks.keypoints import Keypoints
 from .tasks.knn import Knn
+from .tasks.sam_masks import SamMasks
 from .tasks.segmentation import Segmentation
 from .tasks.surfaces import Depth, Normals
 from .tasks.zero_shot import ZeroShot
@@ -35,7 +37,7 @@ from .tasks.zero_shot import ZeroShot
 __all__ = ["CUSTOM", "PAPER", "Suite", "digest", "load_suite", "suite_names"]
 
 AnyTask = Annotated[
-    Correspondence | Depth | Keypoints | Knn | Normals | Segmentation | ZeroShot,
+    Correspondence | Depth | Detection | Keypoints | Knn | Normals | SamMasks | Segmentation | ZeroShot,
     Field(discriminator="kind"),
 ]
 """Every kind of task."""
