@@ -133,10 +133,14 @@ def _add_commands_that_train(commands: Any) -> None:
     export = _add(commands, "export", "write a student for others: one folder with weights, model card and checksums")
     export.add_argument("run", help="run folder, checkpoint, export, or a RADIO checkpoint (.pth.tar, Hugging Face folder)")
     export.add_argument("--format", default="hf", help="hf, radio, timm, onnx or torch (hf)")
-    export.add_argument("--out", required=True, help="folder to make; it must not exist")
+    export.add_argument("--out", help="folder to make; it must not exist (may be left out to --push an export that is there)")
+    export.add_argument("--text-towers", action="store_true", help="copy the text encoders of adaptors that have one (hf)")
     export.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="adaptors=all|none|A,B, dtype=float32|bfloat16|float16"
+        "--push", metavar="OWNER/NAME", help="then upload it to this hub repository (made private if not there)"
     )
+    export.add_argument("--dry-run", action="store_true", help="say what --push would upload, and upload nothing")
+    settings = "adaptors=all|none|A,B, dtype=float32|bfloat16|float16, rms_images=FOLDER (measure the features' scale)"
+    export.add_argument("overrides", nargs="*", metavar="key=value", help=settings)
     report.add_argument("--baseline", help="draw gains over it: paper:baseline, a run or a file of results (FILE::MODEL)")
     gain = _add(commands, "gain", "by how many percent models are better than a baseline, by task, group and overall")
     forms = "paper:NAME (baseline, featsharp, ...), a folder with results.jsonl, or a file of results; ::MODEL names one in it"
@@ -309,7 +313,8 @@ def _export(arguments: argparse.Namespace) -> int:
     from .export.command import main as export
 
     settings = dict(item.partition("=")[::2] for item in arguments.overrides)
-    return export(arguments.run, arguments.format, arguments.out, settings)
+    options = {"text_towers": arguments.text_towers, "repository": arguments.push, "dry_run": arguments.dry_run}
+    return export(arguments.run, arguments.format, arguments.out, settings, **options)
 
 
 HANDLERS: dict[str, Callable[[argparse.Namespace], int]] = {

@@ -21,6 +21,7 @@ from .checks import check, notes, reads_natively
 from .facts import PROVENANCE
 from .folder import write_folder
 from .hf import preferred_size, write_hf
+from .push import check_repository, push
 from .radio import write_radio
 from .source import Source, open_source
 from .towers import TOWERS, load_towers
@@ -44,12 +45,13 @@ def export(
     dtype: str = "float32",
     rms_images: str | None = None,
     text_towers: bool = False,
+    called: str | None = None,
 ) -> Path:
     """Write a student for others into the new folder `out`, which appears complete or not at all.
 
     path: run folder, checkpoint, or whatever `load_student` reads. adaptors: names to keep; None: all. dtype: of the weights
     in the files (hf, radio, timm). rms_images: folder, shards or `toy`, on which the features' scale is measured (hf).
-    text_towers: copy the text encoders of adaptors that have one (hf). Raises CheckpointError when there is no student, when
+    text_towers: copy the text encoders of adaptors that have one (hf). called: what README.md loads; None: the folder. Raises CheckpointError when there is no student, when
     the format cannot hold it, or when `out` exists; what its consumers leave out is logged and stands in README.md.
     """
     _check_options(form, dtype, rms_images is not None, text_towers)
@@ -64,22 +66,56 @@ def export(
     told = notes(source.student.arch, source.facts, form)
     for line in told:
         log.warning("note: %s", line)
-    return write_folder(where, lambda folder: _fill(folder, source, form, dtype, told, where.name, towers))
+    return write_folder(where, lambda folder: _fill(folder, source, form, dtype, told, called or where.name, towers))
 
 
-def main(path: str, form: str, out: str, settings: dict[str, str], *, text_towers: bool = False) -> int:
-    """Run one export from the command line; `settings`: adaptors=all|none|a,b, dtype=float32|bfloat16|float16, rms_images=..."""
+def main(
+    path: str,
+    form: str,
+    out: str | None,
+    settings: dict[str, str],
+    *,
+    text_towers: bool = False,
+    repository: str | None = None,
+    dry_run: bool = False,
+) -> int:
+    """Run one export from the command line, and push it where `repository` is given; without `out`, push the export `path`.
+
+    settings: adaptors=all|none|a,b, dtype=float32|bfloat16|float16, rms_images=FOLDER. dry_run: say what would be pushed.
+    """
+    if dry_run and repository is None:
+        raise CheckpointError("--dry-run has no effect without --push; leave it out, or give --push OWNER/NAME")
+    if repository is not None:
+        check_repository(repository)  # before the work, not after
+    if out is not None:
+        folder = _export_with(path, form, out, settings, text_towers, repository)
+        size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+        print(f"wrote {folder} ({form}, {size / 2**20:.1f} MiB); how to load it: {folder / 'README.md'}")
+    elif repository is None or settings or text_towers:
+        raise CheckpointError("export needs --out, the folder to make; only --push of an export that is there does without")
+    else:
+        folder = Path(expand(path))
+    if repository is not None:
+        print(push(folder, repository, dry_run=dry_run))
+    return 0
+
+
+def _export_with(path: str, form: str, out: str, settings: dict[str, str], text_towers: bool, called: str | None) -> Path:
     unknown = settings.keys() - {"adaptors", "dtype", "rms_images"}
     if unknown:
         raise CheckpointError(
             f"export has no setting {sorted(unknown)[0]!r}; expected adaptors=..., dtype=... or rms_images=..."
         )
-    adaptors, dtype = choose(settings.get("adaptors", "all")), settings.get("dtype", "float32")
-    rms_images = settings.get("rms_images")
-    folder = export(path, out, form, adaptors=adaptors, dtype=dtype, rms_images=rms_images, text_towers=text_towers)
-    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-    print(f"wrote {folder} ({form}, {size / 2**20:.1f} MiB); how to load it: {folder / 'README.md'}")
-    return 0
+    return export(
+        path,
+        out,
+        form,
+        adaptors=choose(settings.get("adaptors", "all")),
+        dtype=settings.get("dtype", "float32"),
+        rms_images=settings.get("rms_images"),
+        text_towers=text_towers,
+        called=called,
+    )
 
 
 def choose(text: str) -> list[str] | None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ..errors import CheckpointError
 
-__all__ = ["write_folder", "SUMS"]
+__all__ = ["faults", "write_folder", "SUMS"]
 
 SUMS = "SHA256SUMS"
 
@@ -23,6 +23,7 @@ def write_folder(out: Path, fill: Callable[[Path], None]) -> Path:
     if out.exists() or out.is_symlink():
         raise CheckpointError(f"{out} exists; exports never write over anything: delete it, or choose another --out")
     temporary = out.with_name(f".{out.name}.part-{os.getpid()}")
+    shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed and had this one's number
     temporary.mkdir(parents=True)
     try:
         fill(temporary)
@@ -33,6 +34,17 @@ def write_folder(out: Path, fill: Callable[[Path], None]) -> Path:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     return out
+
+
+def faults(folder: Path) -> list[str]:
+    """What is wrong with an export, one line per file; empty when every file is what its checksum says."""
+    if not (folder / SUMS).is_file():
+        return [f"it has no {SUMS}"]
+    told = dict(line.split("  ", 1)[::-1] for line in (folder / SUMS).read_text().splitlines())
+    here = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file() and path.name != SUMS}
+    lines = [f"{name} is missing" for name in sorted(told.keys() - here.keys())]
+    lines += [f"{name} is not in {SUMS}" for name in sorted(here.keys() - told.keys())]
+    return lines + [f"{name} has changed" for name in sorted(told.keys() & here.keys()) if _digest(here[name]) != told[name]]
 
 
 def _write_sums(folder: Path) -> None:
