@@ -39,6 +39,11 @@ class LocalTar:
 
     def members(self) -> Iterator[tuple[str, Callable[[], bytes]]]:
         """Yield (name, how to read it) of every file. Raises ValueError where the tar is cut or damaged."""
+        for name, start, size in self.places():
+            yield name, partial(self.read, start, size)
+
+    def places(self) -> Iterator[tuple[str, int, int]]:
+        """Yield (name, first byte, number of bytes) of every file. Raises ValueError where the tar is cut or damaged."""
         position, ahead, longer = 0, 0, dict[str, str]()
         while (header := self._header(position)) is not None:
             if position >= ahead:  # samples are read in shuffled order soon after: let the kernel fetch them in one go
@@ -54,7 +59,7 @@ class LocalTar:
                 longer = _pax(self.read(start, size))
             else:
                 if header.kind in (b"0", b"\0", b"7"):
-                    yield longer.get("path", header.name), partial(self.read, start, size)
+                    yield longer.get("path", header.name), start, size
                 longer = {} if header.kind != b"g" else longer
             position = start + (size + BLOCK - 1) // BLOCK * BLOCK
 

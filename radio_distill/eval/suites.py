@@ -29,7 +29,9 @@ from .tasks.correspondence import Correspondence
 from .tasks.detection import Detection
 from .tasks.keypoints import Keypoints
 from .tasks.knn import Knn
+from .tasks.linear_probe import LinearProbe
 from .tasks.multitask import MultitaskProbe
+from .tasks.retrieval import Retrieval
 from .tasks.sam_masks import SamMasks
 from .tasks.segmentation import Segmentation
 from .tasks.surfaces import Depth, Normals
@@ -38,7 +40,18 @@ from .tasks.zero_shot import ZeroShot
 __all__ = ["CUSTOM", "PAPER", "Suite", "digest", "load_suite", "suite_names"]
 
 AnyTask = Annotated[
-    Correspondence | Depth | Detection | Keypoints | Knn | MultitaskProbe | Normals | SamMasks | Segmentation | ZeroShot,
+    Correspondence
+    | Depth
+    | Detection
+    | Keypoints
+    | Knn
+    | LinearProbe
+    | MultitaskProbe
+    | Normals
+    | Retrieval
+    | SamMasks
+    | Segmentation
+    | ZeroShot,
     Field(discriminator="kind"),
 ]
 """Every kind of task."""

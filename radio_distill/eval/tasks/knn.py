@@ -10,10 +10,10 @@ from pydantic import Field
 from ..datasets import open_dataset
 from ..datasets.base import Dataset
 from ..datasets.samples import labels_of
-from ..metrics.knn import knn_top1
+from ..metrics.knn import PART, knn_top1
 from ..models import Opened
 from ..task import Context, Score
-from .summaries import SummaryTask
+from .summaries import SummaryTask, parts_of
 
 __all__ = ["Knn"]
 
@@ -33,13 +33,15 @@ class Knn(SummaryTask):
 
     def run(self, opened: Opened, context: Context) -> Iterable[Score]:
         queries, known = self.datasets(context)
-        accuracy = knn_top1(
-            self.summaries(opened, known, context).to(context.device),
-            labels_of(known).to(context.device),
-            self.summaries(opened, queries, context).to(context.device),
-            labels_of(queries).to(context.device),
-            classes=len(known.classes),
-            k=self.k,
-            temperature=self.temperature,
-        )
+        asked = self.summaries(opened, queries, context)
+        with self.features(opened, known, context) as database:
+            accuracy = knn_top1(
+                parts_of(database, PART),
+                labels_of(known).to(context.device),
+                asked,
+                labels_of(queries).to(context.device),
+                classes=len(known.classes),
+                k=self.k,
+                temperature=self.temperature,
+            )
         yield Score("score", accuracy)

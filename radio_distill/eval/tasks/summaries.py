@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from pydantic import Field
@@ -10,10 +11,11 @@ from torch import Tensor
 from ...errors import DataError
 from ..datasets.base import Dataset
 from ..encode import Resize, Rule, features_of
+from ..feature_files import Features
 from ..models import Opened
 from ..task import Context, Task
 
-__all__ = ["SummaryTask"]
+__all__ = ["SummaryTask", "parts_of"]
 
 
 class SummaryTask(Task):
@@ -31,15 +33,24 @@ class SummaryTask(Task):
         return float(sum(len(d) for d in self.datasets(context)))
 
     def summaries(self, opened: Opened, dataset: Dataset[Any], context: Context) -> Tensor:
-        """Summaries of all images, (N, C) fp32 on the CPU. Raises DataError when the model has none."""
+        """Summaries of all images, (N, C) fp32 on the device. Raises DataError when the model has none."""
+        with self.features(opened, dataset, context) as features:
+            return features.summaries().to(context.device)
+
+    def features(self, opened: Opened, dataset: Dataset[Any], context: Context) -> Features:
+        """The same on disk, for data sets that do not fit into memory. Close it after use."""
         resize = Resize(self.resize, self.size(context))
         try:
-            with features_of(opened, dataset, resize, context, maps=False, half=True) as features:
-                return features.summaries()
+            return features_of(opened, dataset, resize, context, maps=False, half=True)
         except DataError as error:
-            if "has no summary" in str(error):
-                raise DataError(
-                    f"{opened.label} has no summary, and {type(self).__name__} compares summaries; leave this model out, or "
-                    "choose a suite on feature maps"
-                ) from None
-            raise
+            if "has no summary" not in str(error):
+                raise
+            raise DataError(
+                f"{opened.label} has no summary, and {type(self).__name__} compares summaries; leave this model out, or choose "
+                "a suite on feature maps"
+            ) from None
+
+
+def parts_of(features: Features, rows: int) -> Iterator[Tensor]:
+    """Summaries in parts of at most `rows` images."""
+    return (features.summaries(range(i, min(i + rows, len(features)))) for i in range(0, len(features), rows))

@@ -37,7 +37,7 @@ class ZeroShot(SummaryTask):
         (images,) = self.datasets(context)
         head, card = speaking(opened, self.adaptors)
         weights_CK = self._classifier(card, images.classes, context)
-        summaries = self.summaries(head, images, context).to(context.device)
+        summaries = self.summaries(head, images, context)
         hits = Means()
         hits.update(topk_hits(scores(summaries, weights_CK), labels_of(images).to(context.device)))
         found = hits.compute()

@@ -1,0 +1,71 @@
+"""Linear classification on frozen summaries: one layer, trained on features that are computed once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from ..datasets import open_dataset
+from ..datasets.base import Dataset
+from ..datasets.samples import labels_of
+from ..metrics.means import Means
+from ..metrics.zero_shot import topk_hits
+from ..models import Opened
+from ..probes.fit import fit
+from ..task import Context, Score
+from .summaries import SummaryTask
+
+__all__ = ["LinearProbe"]
+
+Batch = tuple[Tensor, Tensor]
+
+
+class LinearProbe(SummaryTask):
+    """BatchNorm without parameters (summaries of models differ in scale), then one linear layer."""
+
+    kind: Literal["linear_probe"]
+    steps: int = Field(default=4000, gt=0)
+    """Optimiser steps; the learning rate falls to 0 along half a cosine."""
+    batch: int = Field(default=512, gt=1)
+    """Images of a step, of all ranks together."""
+    lr: float = Field(default=1e-3, gt=0)
+    """Learning rate of AdamW."""
+    weight_decay: float = Field(default=1e-2, ge=0)
+    """Of AdamW."""
+
+    def datasets(self, context: Context) -> Sequence[Dataset[Any]]:
+        splits = [open_dataset(self.dataset, split, context.root, kind="labelled") for split in ("val", "train")]
+        return [dataset.limited(context.limit) for dataset in splits]
+
+    def run(self, opened: Opened, context: Context) -> Iterable[Score]:
+        test, train = self.datasets(context)
+        known, asked = self.summaries(opened, train, context), self.summaries(opened, test, context)
+        torch.manual_seed(context.seed)
+        probe = nn.Sequential(nn.BatchNorm1d(known.shape[1], affine=False), nn.Linear(known.shape[1], len(train.classes))).to(
+            context.device
+        )
+        fit(
+            probe,
+            self._batches(known, labels_of(train).to(context.device), context),
+            lambda net, batch: F.cross_entropy(net(batch[0]), batch[1]),
+            steps=self.steps,
+            optimizer=torch.optim.AdamW(probe.parameters(), lr=self.lr, weight_decay=self.weight_decay),
+            factor=lambda step: 0.5 + 0.5 * float(torch.cos(torch.tensor(torch.pi * step / self.steps))),
+        )
+        hits = Means()
+        with torch.no_grad():
+            hits.update(topk_hits(probe(asked), labels_of(test).to(context.device)))
+        yield Score("top1", hits.compute()["top1"])
+
+    def _batches(self, summaries_NC: Tensor, labels_N: Tensor, context: Context) -> Iterator[Batch]:
+        """This rank's part of the random batches that all ranks draw alike."""
+        generator = torch.Generator().manual_seed(context.seed)
+        while True:
+            drawn = torch.randint(len(summaries_NC), (self.batch,), generator=generator)
+            own = drawn[context.ranks.rank :: context.ranks.world].to(labels_N.device)
+            yield summaries_NC[own], labels_N[own]
