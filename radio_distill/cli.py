@@ -24,7 +24,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     arguments, rest = parser.parse_known_args(argv)
     if arguments.command != "eval":  # eval has a command line of its own
-        if rest and not (hasattr(arguments, "overrides") and all("=" in item and item[0] != "-" for item in rest)):
+        takes_settings = hasattr(arguments, "overrides") or hasattr(arguments, "recipes")
+        if rest and not (takes_settings and all("=" in item and item[0] != "-" for item in rest)):
             parser.error(f"unknown option {rest[0]!r}; settings are given as key=value")
         rest = [*getattr(arguments, "overrides", []), *rest]  # argparse misses a key=value that follows a flag
     arguments.overrides = rest
@@ -123,6 +124,7 @@ def _add_commands_that_train(commands: Any) -> None:
     vlm_toy.add_argument("out", help="folder to make; it must not exist")
     vlm_toy.add_argument("--count", type=_positive, default=1500, help="number of scenes to ask about (1500)")
     vlm_toy.add_argument("--size", type=_positive, default=96, help="side of an image in pixels (96)")
+    _add_submit(commands)
     _add(commands, "eval", "score checkpoints, exports and teachers on a suite (eval --help tells more)", add_help=False)
     viz = _add(commands, "viz", "draw what upsamplers make of some images: principal components as colours")
     viz.add_argument("upsamplers", nargs="+", metavar="upsampler", help="run folder, checkpoint or folder of an upsampler")
@@ -148,6 +150,25 @@ def _add_commands_that_train(commands: Any) -> None:
     gain.add_argument("--baseline", required=True, help="the same; one model")
     gain.add_argument("--suite", action="append", default=[], help="only results of this suite; may be repeated")
     gain.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _add_submit(commands: Any) -> None:
+    submit = _add(commands, "submit", "put trainings into Slurm's queue, each after the one before, and suites after them")
+    about = "recipes (a path, or the name of a shipped one), and fields of all of them: optim.lr=1e-3"
+    submit.add_argument("recipes", nargs="*", metavar="recipe|key=value", help=about)
+    what = "score at the end: 'SUITE=MODEL,... [OPTIONS of eval]'; may be repeated"
+    submit.add_argument("--eval", action="append", default=[], metavar="SUITE=MODEL", help=what)
+    submit.add_argument("--nodes", type=_positive, default=1, help="machines (1)")
+    submit.add_argument("--gpus", type=int, default=8, help="GPUs on each, one rank a GPU (8); 0: ranks on the CPU")
+    submit.add_argument("--tasks", type=_positive, default=1, help="ranks on each machine when --gpus=0 (1)")
+    submit.add_argument("--cpus", type=_positive, default=12, help="CPUs of each rank (12)")
+    submit.add_argument(
+        "--hours", type=float, default=48.0, help="time limit; a job that reaches it saves and goes on later (48)"
+    )
+    submit.add_argument("--partition", help="Slurm's partition")
+    submit.add_argument("--account", help="Slurm's account")
+    submit.add_argument("--logs", default="logs", help="folder for the jobs' output (logs)")
+    submit.add_argument("--dry-run", action="store_true", help="print what would be submitted")
 
 
 def _add_recipe(parser: argparse.ArgumentParser, *, optional: bool = False) -> None:
@@ -285,6 +306,18 @@ def _vlm(arguments: argparse.Namespace) -> int:
     return train([arguments.recipe, *arguments.overrides])
 
 
+def _submit(arguments: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from .submit import Resources, submit
+
+    a = arguments
+    settings = [item for item in a.recipes if "=" in item] + a.overrides
+    recipes = [item for item in a.recipes if "=" not in item]
+    resources = Resources(a.nodes, a.gpus, a.tasks, a.cpus, a.hours, a.partition, a.account)
+    return submit(recipes, settings, resources, evals=a.eval, logs=Path(a.logs), dry_run=a.dry_run)
+
+
 def _eval(arguments: argparse.Namespace) -> int:
     from .eval.__main__ import main as evaluate
 
@@ -329,6 +362,7 @@ HANDLERS: dict[str, Callable[[argparse.Namespace], int]] = {
     "train": _train,
     "upsampler": _upsampler,
     "vlm": _vlm,
+    "submit": _submit,
     "eval": _eval,
     "viz": _viz,
     "report": _report,

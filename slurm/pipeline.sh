@@ -14,13 +14,14 @@
 #   stages=A,B,C           recipes, one after the other (stage1,stage2,stage3_featsharp)
 #   upsamplers=A,B         recipes of what the last stage needs (upsampler/dfn_clip_3x,upsampler/siglip_3x); empty: nothing
 #   eval=SUITE=MODEL,...   what to score; may be repeated (toy= the runs of all stages)
+#   --limit=N, ...         options of the evaluation
 #   baseline=MODEL         what gains are over (the run of the last but one stage; paper:baseline, ...)
 # Runs lie in runs/ under the folder this is called in. A job that fails takes those that wait for it out of the queue.
 set -euo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 stages=(stage1 stage2 stage3_featsharp) upsamplers=upsampler/dfn_clip_3x,upsampler/siglip_3x
-evals=() settings=() baseline=
+evals=() scoring=() settings=() baseline=
 while [ $# -gt 0 ]; do
   case $1 in
     stages=*) IFS=, read -ra stages <<<"${1#stages=}" ;;
@@ -28,6 +29,7 @@ while [ $# -gt 0 ]; do
     eval=*) evals+=("${1#eval=}") ;;
     baseline=*) baseline=${1#baseline=} ;;
     --) shift; break ;;
+    --*) scoring+=("$1") ;;
     *=*) settings+=("$1") ;;
     *) echo "error: $1 is no key=value; options of sbatch come after --" >&2; exit 2 ;;
   esac
@@ -61,5 +63,5 @@ for i in "${!stages[@]}"; do
   [ "$i" -lt $((${#stages[@]} - 1)) ] || after=$before${made:+:$made}
   before=$(queue "${stages[$i]//\//_}" "$after" stage1.sh "recipe=${stages[$i]}" "${settings[@]}" "${more[@]}")
 done
-before=$(array=0-$((${#evals[@]} - 1)) queue evaluation "$before" eval.sh "${evals[@]}")
+before=$(array=0-$((${#evals[@]} - 1)) queue evaluation "$before" eval.sh "${evals[@]}" "${scoring[@]}")
 queue report "$before" report.sh "baseline=$baseline" >/dev/null

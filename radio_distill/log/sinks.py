@@ -33,15 +33,24 @@ class Sinks:
             for name, value in metrics.items():
                 self._tensorboard.add_scalar(name, value, step)
             self._tensorboard.flush()
-        if self._wandb is not None:
-            self._wandb.log(metrics, step=step)
+        self._show(metrics, step)
 
     def picture(self, step: int, name: str, path: Path) -> None:
         """Show a PNG that lies in the run folder also in wandb."""
         if self._wandb is not None:
             import wandb
 
-            self._wandb.log({name: wandb.Image(str(path))}, step=step)
+            self._show({name: wandb.Image(str(path))}, step)
+
+    def _show(self, values: dict[str, Any], step: int) -> None:
+        """Hand values to wandb; it being unreachable must not cost a training."""
+        if self._wandb is None:
+            return
+        try:
+            self._wandb.log(values, step=step)
+        except Exception as error:
+            log.warning("wandb does not answer (%s) and is left alone from here; metrics.jsonl goes on", error)
+            self._wandb = None
 
     def close(self) -> None:
         """Flush and close."""

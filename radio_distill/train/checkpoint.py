@@ -6,6 +6,7 @@ runs/NAME/checkpoints/step-00005000/   engine/      DeepSpeed: weights, optimize
                                        shared.safetensors  EMA: the same on every rank
                                        student/     (or upsampler/) fp32 weights, readable without DeepSpeed
                                        balancers/   one safetensors per teacher
+                                       files.json   size and CRC-32 of all these
                                        meta.json    step, world size, ZeRO stage; written last of the files
 runs/NAME/checkpoints/latest           the name of the newest complete one
 """
@@ -16,15 +17,18 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..errors import CheckpointError
+from .integrity import record
 
 __all__ = ["Meta", "latest", "write", "read_meta", "read_rank", "read_rank_tensors", "artifact_folder", "check_space"]
 
@@ -87,16 +91,19 @@ def write(
             shutil.rmtree(stale)
         temporary.mkdir(parents=True)
     barrier()
-    save_engine(temporary / "engine")
-    (temporary / f"rank-{rank}.json").write_text(json.dumps(rank_state))
-    if rank_tensors:
-        save_file(rank_tensors, temporary / f"rank-{rank}.safetensors")
-    if rank == 0:
-        save_shared(temporary)
+    with _told(final, rank):
+        save_engine(temporary / "engine")
+        (temporary / f"rank-{rank}.json").write_text(json.dumps(rank_state))
+        if rank_tensors:
+            save_file(rank_tensors, temporary / f"rank-{rank}.safetensors")
+        if rank == 0:
+            save_shared(temporary)
     barrier()
     if rank == 0:
-        (temporary / "meta.json").write_text(json.dumps(asdict(meta), indent=1))
-        _sync(temporary)
+        with _told(final, rank):
+            record(temporary)
+            (temporary / "meta.json").write_text(json.dumps(asdict(meta), indent=1))
+            _sync(temporary)
         if final.exists():  # the same step saved twice (a stop signal right after a regular save)
             shutil.rmtree(final)
         os.replace(temporary, final)
@@ -160,6 +167,19 @@ def check_space(run: Path, estimate_bytes: int) -> None:
             f"the disk of {run} has {free / 2**30:.1f} GiB free and a checkpoint needs {needed / 2**30:.1f} GiB; "
             "free some space or set run= to another disk, then start the same command again"
         )
+
+
+@contextmanager
+def _told(checkpoint: Path, rank: int) -> Iterator[None]:
+    """Turn what goes wrong while writing into a CheckpointError. torch says RuntimeError where the system said OSError."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        free = shutil.disk_usage(checkpoint.parent).free / 2**30
+        raise CheckpointError(
+            f"rank {rank} could not write {checkpoint} ({error}; {free:.1f} GiB free); the checkpoint before it stands. "
+            "See that the disk has room and is there, then start the same command again"
+        ) from error
 
 
 def _size(folder: Path) -> int:

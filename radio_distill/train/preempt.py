@@ -18,9 +18,9 @@ whatever waits for the end (`&&`, `--dependency=afterok`) does not go on with a 
 _received: list[str] = []
 
 
-def listen() -> None:
-    """Install the handlers; calling it again does nothing new."""
-    for number in (signal.SIGUSR1, signal.SIGTERM):
+def listen(*more: signal.Signals) -> None:
+    """Install the handlers, also for the signals `more`; calling it again does nothing new."""
+    for number in (signal.SIGUSR1, signal.SIGTERM, *more):
         signal.signal(number, _note)
 
 

@@ -10,6 +10,7 @@ from ..config.load import dump, load_job, resume_conflicts
 from ..config.recipe import Job
 from ..errors import CheckpointError
 from ..paths import expand
+from .integrity import set_damaged_aside
 from .lock import RunLock
 from .status import start_status, write_status
 
@@ -36,6 +37,7 @@ class RunFolder:
         self._lock = RunLock(self.path)
         try:
             self._record(recipe)
+            set_damaged_aside(self.path)
         except CheckpointError:
             self._lock.release()  # refused: the folder is free for others again
             raise

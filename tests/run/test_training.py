@@ -200,7 +200,9 @@ def test_a_run_in_use_is_refused(whole):
     recipe = load_recipe(whole / "recipe.yaml")
     with (whole / "lock").open("a+") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        with pytest.raises(CheckpointError, match=r"is in use by another job \(.*\); wait for it, or set run= to another folder"):
+        with pytest.raises(
+            CheckpointError, match=r"is in use by another job \(.*\); wait for it, or set run= to another folder"
+        ):
             RunFolder(recipe, is_main=True)
 
 

@@ -117,7 +117,7 @@ def test_a_job_whose_folder_was_taken_over_is_stopped_before_it_writes(tmp_path)
     held = RunLock(tmp_path)
     held.check()
     left_by(tmp_path, ELSEWHERE)
-    with pytest.raises(CheckpointError, match="was taken over by Slurm job 99, .* Stop one of the two"):
+    with pytest.raises(CheckpointError, match=r"was taken over by Slurm job 99, .* Stop one of the two"):
         held.check()
     held.release()
     assert read_owner(tmp_path / "lock") == ELSEWHERE  # not ours to clear

@@ -1,5 +1,7 @@
 """Checkpoints, meters and messages without a training."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -11,6 +13,7 @@ from radio_distill.eval.report import write_report
 from radio_distill.log.meter import Meter, with_fidelity
 from radio_distill.log.sinks import Sinks, console_line, drop_metrics_after, read_metrics
 from radio_distill.train import checkpoint
+from radio_distill.train.integrity import set_damaged_aside
 from radio_distill.train.partition import assign
 from radio_distill.train.streams import forwards
 from radio_distill.types import Result
@@ -75,12 +78,46 @@ def test_nothing_half_written_carries_a_final_name(tmp_path):
         "rank_tensors": {},
         "keep_last": 2,
     }
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(
+        CheckpointError, match=r"rank 0 could not write .*step-00000005 \(disk full; .*the checkpoint before it stands"
+    ):
         checkpoint.write(tmp_path, meta, save_engine=fail, **arguments)
     assert checkpoint.latest(tmp_path) is None
     checkpoint.write(tmp_path, meta, save_engine=lambda f: f.mkdir(), **arguments)
     assert checkpoint.latest(tmp_path) == tmp_path / "checkpoints" / "step-00000005"
     assert not list((tmp_path / "checkpoints").glob(".tmp*"))
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def alter(path):
+    path.write_bytes(bytes([path.read_bytes()[0] ^ 1]) + path.read_bytes()[1:])
+
+
+@pytest.mark.parametrize(
+    ("harm", "told"),
+    [(cut, "has 4 bytes and was written with 5"), (alter, "is not what was written"), (Path.unlink, "is missing")],
+)
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_taken(tmp_path, caplog, harm, told):
+    def save_engine(folder):
+        folder.mkdir()
+        (folder / "state.pt").write_text("state")
+
+    for step in (2, 4):
+        meta = checkpoint.Meta(step=step, world_size=1, zero=1, recipe="r", artifact="student")
+        checkpoint.write(
+            tmp_path, meta, rank=0, barrier=lambda: None, save_engine=save_engine, save_shared=lambda f: None,
+            rank_state={}, rank_tensors={}, keep_last=2,
+        )  # fmt: skip
+    set_damaged_aside(tmp_path)
+    assert not caplog.records
+    harm(tmp_path / "checkpoints" / "step-00000004" / "engine" / "state.pt")
+    set_damaged_aside(tmp_path)
+    assert f"step-00000004 is damaged: engine/state.pt {told}" in caplog.text
+    assert (tmp_path / "checkpoints" / "damaged-step-00000004").is_dir()
+    assert checkpoint.latest(tmp_path) == tmp_path / "checkpoints" / "step-00000002"
 
 
 def test_a_folder_that_is_no_checkpoint_is_named(tmp_path):

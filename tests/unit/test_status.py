@@ -44,9 +44,13 @@ def test_a_running_job_shows_step_rate_losses_save_and_who_it_is(opened, tmp_pat
 
 
 def test_a_failure_is_shown_with_its_reason_and_gives_1(opened, tmp_path, capsys):
-    with pytest.raises(TrainingError), opened() as run:
-        run.note("running", step=3)
-        raise TrainingError("non-finite value at step 3")
+    def train():
+        with opened() as run:
+            run.note("running", step=3)
+            raise TrainingError("non-finite value at step 3")
+
+    with pytest.raises(TrainingError):
+        train()
     assert main(["status", str(tmp_path)]) == 1
     shown = capsys.readouterr().out
     assert "failed, step 3 of 40" in shown
