@@ -110,15 +110,24 @@ class MultitaskProbe(Task):
     def run(self, opened: Opened, context: Context) -> Iterable[Score]:
         test, train = self.datasets(context)
         heads = self.fit_heads(opened, train, context)
-        outputs = self._outputs(test)
-        meters = self._meters(outputs)
-        pictures = MultitaskPictures(context, f"{self.dataset}_{opened.label}", outputs)
-        for sample, predicted in self.predictions(heads, opened, test, context):
+        pictures = MultitaskPictures(context, f"{self.dataset}_{opened.label}", self._outputs(test))
+        yield from self.score(self.predictions(heads, opened, test, context), test, pictures)
+
+    def score(
+        self, predicted: Iterable[tuple[MultitaskSample, Targets]], test: Dataset[MultitaskSample], pictures: MultitaskPictures
+    ) -> Iterator[Score]:
+        """All numbers, of samples and what the heads make of them (raw outputs (1, K, H, W))."""
+        meters = self._meters(self._outputs(test))
+        for sample, outputs in predicted:
             for name, meter in meters.items():
-                meter.update(predicted[name], sample.targets[name][None].to(context.device))
-            pictures.add(sample, predicted)
+                meter.update(outputs[name], sample.targets[name][None].to(outputs[name].device))
+            pictures.add(sample, outputs)
         pictures.save()
-        yield from _scores(meters)
+        for name, meter in meters.items():
+            meter.reduce()
+            values = meter.compute()
+            for number in NUMBERS[name]:
+                yield Score(number.metric, values[number.meter], number.unit, number.higher_is_better, number.headline)
 
     def fit_heads(self, opened: Opened, train: Dataset[MultitaskSample], context: Context) -> nn.Module:
         """Train all heads on augmented crops."""
@@ -189,11 +198,3 @@ class MultitaskProbe(Task):
             "edge": lambda _: EdgeMeter(self.edge_weight),
         }
         return {name: makers[name](channels) for name, channels in outputs.items()}
-
-
-def _scores(meters: Mapping[str, Meter]) -> Iterator[Score]:
-    for name, meter in meters.items():
-        meter.reduce()
-        values = meter.compute()
-        for number in NUMBERS[name]:
-            yield Score(number.metric, values[number.meter], number.unit, number.higher_is_better, number.headline)
