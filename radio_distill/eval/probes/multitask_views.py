@@ -5,7 +5,7 @@ Shapes: H W pixels.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -25,7 +25,8 @@ TRIES = 11
 """Crops that are drawn before one with too much of one class is taken."""
 
 
-class MultitaskAugment(NamedTuple):
+@dataclass(frozen=True)
+class MultitaskAugment:
     """Makes a training view of a sample; the defaults are the harness's."""
 
     canvas: tuple[int, int]
