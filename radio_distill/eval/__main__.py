@@ -4,6 +4,7 @@ Suites are cards (eval/SUITE.yaml) that the runner carries out; a few are progra
 
 toy       students and teachers on generated scenes
 fidelity  trained upsamplers on held-out images
+vlm       vision-language models with a student as tower, through lmms-eval
 """
 
 from __future__ import annotations
@@ -85,10 +86,10 @@ def _run_card(arguments: argparse.Namespace) -> int:
     from .estimate import describe
     from .runner import check, run_suite
 
-    if arguments.data is None:
-        raise RadioDistillError("--data is missing; expected the folder that holds the data sets, or toy for generated scenes")
     preset = arguments.preset or ("smoke" if arguments.data == "toy" else PAPER)
     suite = load_suite(arguments.suite, preset, arguments.overrides).only(arguments.task or [])
+    if arguments.data is None and any(task.reads_data for task in suite.tasks.values()):
+        raise RadioDistillError("--data is missing; expected the folder that holds the data sets, or toy for generated scenes")
     several = _of_several(os.environ)
     context = _context(arguments, several)
     try:
@@ -129,7 +130,7 @@ def _context(arguments: argparse.Namespace, several: bool) -> Context:
     if workers is None:
         workers = 0 if arguments.data == "toy" else min(8, (os.cpu_count() or 1) // ranks.world)
     return Context(
-        root=arguments.data, device=device, cache=FeatureCache(cache_dir() / "features"), limit=arguments.limit,
+        root=arguments.data or "none", device=device, cache=FeatureCache(cache_dir() / "features"), limit=arguments.limit,
         resolution=arguments.resolution, batch=arguments.batch or 32, workers=workers, seed=arguments.seed or 0, ranks=ranks,
         pictures=arguments.out.parent / "eval_pictures" / arguments.suite,
     )  # fmt: skip
@@ -195,11 +196,25 @@ def _fidelity(arguments: argparse.Namespace) -> tuple[list[Result], str]:
     return to_results(measured, data, protocol), render(measured)
 
 
+def _vlm(arguments: argparse.Namespace) -> tuple[list[Result], str]:
+    from .vlm import evaluate
+
+    results = [
+        r
+        for model in arguments.model
+        for r in evaluate(
+            model, data=arguments.data, limit=arguments.limit, tasks=arguments.task or (), batch=arguments.batch or 8
+        )
+    ]
+    return results, table(results)
+
+
 Function = Callable[[argparse.Namespace], tuple[list[Result], str]]
 
 FUNCTIONS: dict[str, tuple[Function, tuple[str, ...]]] = {
     "toy": (_toy, ("limit", "resolution")),
     "fidelity": (_fidelity, ("limit", "data")),
+    "vlm": (_vlm, ("limit", "data", "task", "batch")),
 }
 """Suites that are no cards, with the options that they have."""
 

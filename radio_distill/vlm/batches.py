@@ -20,7 +20,7 @@ from ..errors import RecipeError
 from ..train.distributed import World
 from .conversations import Conversation
 from .model import Vlm
-from .prompt import IGNORE, Encoded, encode, with_image
+from .prompt import IGNORE, Encoded, encode, with_images
 from .tiles import open_image
 
 __all__ = ["TextBatch", "TextStreams"]
@@ -115,7 +115,7 @@ class Samples(Dataset[tuple[str, Encoded, Tensor]]):
     def __getitem__(self, index: int) -> tuple[str, Encoded, Tensor]:
         """Key, tokens, and the views of the image (V, 3, S, S); V is 0 without one."""
         c, tower = self._conversations[index], self._vlm.tower
-        turns = with_image(c.turns, tower.num_tokens, has_image=c.image is not None, key=c.key)
+        turns = with_images(c.turns, tower.num_tokens, images=0 if c.image is None else 1, key=c.key)
         encoded = encode(
             self._vlm.processor.tokenizer,
             turns,

@@ -21,7 +21,7 @@ from ..errors import CheckpointError, RecipeError
 from ..export.source import open_source
 from ..paths import expand
 from ..types import CLIP_MEAN
-from .prompt import IMAGE, VICUNA, Turn, render, with_image
+from .prompt import IMAGE, VICUNA, Turn, render, with_images
 from .tiles import views
 from .tower import StudentTower, StudentTowerConfig
 
@@ -56,24 +56,30 @@ class Vlm:
         return found
 
     @torch.no_grad()
-    def answer(self, images: Sequence[Image | None], questions: Sequence[str], *, max_new_tokens: int = 16) -> list[str]:
-        """Answer one question about each image (None: a question without one), greedily, as one batch."""
+    def answer(self, questions: Sequence[str], images: Sequence[Sequence[Image]], *, max_new_tokens: int = 16) -> list[str]:
+        """Answer one question about each list of images (mostly one), greedily, as one batch.
+
+        A question may mark the places of its images by `<image>`; otherwise they come first.
+        """
         turns = [
-            with_image([Turn("user", q)], self.tower.num_tokens, has_image=i is not None, key=repr(q))
-            for i, q in zip(images, questions, strict=True)
+            with_images([Turn("user", question)], self.tower.num_tokens, images=len(its), key=repr(question))
+            for question, its in zip(questions, images, strict=True)
         ]
         tokenizer, device = self.processor.tokenizer, self.model.device
         prompts = [render(tokenizer, turn) for turn in turns]
         batch = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False).to(device)
-        seen = [self.pixels(image) for image in images if image is not None]
-        pixels = torch.cat(seen).to(device, self.model.dtype) if seen and len(torch.cat(seen)) else None
+        tokens = batch["input_ids"]
+        pixels = torch.cat([torch.empty(0, 3, *2 * (self.tower.image_size,)), *(self.pixels(i) for its in images for i in its)])
+        seen = {"pixel_values": pixels.to(device, self.model.lm_head.weight.dtype)} if len(pixels) else {}
         out = self.model.generate(
-            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], pixel_values=pixels,
-            max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id,
-        )  # fmt: skip
-        return [
-            text.strip() for text in tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
-        ]
+            input_ids=tokens,
+            attention_mask=batch["attention_mask"],
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            pad_token_id=tokenizer.pad_token_id,
+            **seen,
+        )
+        return [text.strip() for text in tokenizer.batch_decode(out[:, tokens.shape[1] :], skip_special_tokens=True)]
 
 
 def build_vlm(parts: FromParts) -> Vlm:

@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple
 
 from ..errors import DataError
 
-__all__ = ["IMAGE", "IGNORE", "VICUNA", "Turn", "Encoded", "encode", "render", "with_image"]
+__all__ = ["IMAGE", "IGNORE", "VICUNA", "Turn", "Encoded", "encode", "render", "with_images"]
 
 IMAGE = "<image>"
 """Where the tokens of an image go; one token in the vocabulary, repeated."""
@@ -37,20 +37,22 @@ class Encoded(NamedTuple):
     """`ids`, with IGNORE where the user speaks."""
 
 
-def with_image(turns: Sequence[Turn], num_tokens: int, *, has_image: bool, key: str) -> list[Turn]:
-    """Put `num_tokens` image tokens where the first turn marks the image, or at its start; 0 takes the mark away.
+def with_images(turns: Sequence[Turn], num_tokens: int, *, images: int, key: str) -> list[Turn]:
+    """Put `num_tokens` image tokens where the text marks an image, or before the first turn when it marks none.
 
-    Raises DataError when there is a mark and no image, or more than one mark.
+    num_tokens 0 takes the marks away. Raises DataError when there are marks, but not one for every image.
     """
     marks = sum(turn.text.count(IMAGE) for turn in turns)
-    if marks > 1 or (marks and not has_image):
-        found = "no image" if not has_image else "one image"
-        raise DataError(f"conversation {key} marks {marks} images ({IMAGE}) and has {found}; expected as many of each, 0 or 1")
-    if not has_image:
-        return list(turns)
-    tokens = IMAGE * num_tokens + "\n" if num_tokens else ""
-    text = turns[0].text.replace(IMAGE, "").strip()
-    return [turns[0]._replace(text=tokens + text), *turns[1:]]
+    if marks not in (0, images):
+        raise DataError(
+            f"conversation {key} marks {marks} images ({IMAGE}) and has {images}; expected a mark for each, or none"
+        )
+    first, *rest = turns
+    if marks == 0:
+        first = first._replace(text=f"{IMAGE}\n" * images + first.text)
+    if num_tokens == 0:
+        return [turn._replace(text=turn.text.replace(f"{IMAGE}\n", "").replace(IMAGE, "").strip()) for turn in (first, *rest)]
+    return [turn._replace(text=turn.text.replace(IMAGE, IMAGE * num_tokens)) for turn in (first, *rest)]
 
 
 def render(tokenizer: Any, turns: Sequence[Turn]) -> str:

@@ -38,6 +38,8 @@ KINDS = {
 
 SPECIAL = ("<unk>", "<pad>", "<s>", "</s>")
 INSTRUCTION = "describe the image."
+SHORT = "\nAnswer the question using a single word or phrase."
+"""How LLaVA's data and the benchmarks ask for a short answer."""
 
 
 class ToyQuestion(NamedTuple):
@@ -48,17 +50,20 @@ class ToyQuestion(NamedTuple):
 
 
 def ask(scene: Scene) -> list[ToyQuestion]:
-    """Everything that is asked about view 0 of a scene."""
+    """Everything that is asked about view 0 of a scene, for short answers."""
     pairs = [("what is the largest object?", CLASSES[scene.label]), *scene.questions()]
-    return [ToyQuestion(next(k for k, start in KINDS.items() if re.match(start, q)), q, a) for q, a in pairs]
+    return [ToyQuestion(next(k for k, start in KINDS.items() if re.match(start, q)), q + SHORT, a) for q, a in pairs]
 
 
 def write_toy(out: str | Path, *, count: int = 1500, size: int = 96, seed: int = TRAIN_SEED) -> None:
-    """Write `out`/lm (`write_toy_lm`), images of `count` scenes of `size` pixels, captions.json and questions.json about them.
+    """Write `out`/lm (`write_toy_lm`), images of `count` scenes of `size` pixels, captions.json and questions.json about them,
+    and `out`/benchmarks (`write_copies`) about others.
 
     Both are in LLaVA's format: one caption per image, one conversation per question. `out` appears when it is complete.
     Raises DataError when it exists.
     """
+    from .toy_copies import write_copies
+
     out = Path(out)
     if out.exists():
         raise DataError(f"{out} exists and is not overwritten; choose another folder or remove it")
@@ -67,6 +72,7 @@ def write_toy(out: str | Path, *, count: int = 1500, size: int = 96, seed: int =
     try:
         write_toy_lm(partial / "lm")
         _write_conversations(partial, count, size, seed)
+        write_copies(partial / "benchmarks", count=min(60, count), size=size)
         partial.rename(out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -116,19 +116,18 @@ class VlmTraining(Training):
 
 
 def train_vlm(recipe: VlmRecipe) -> int:
-    """Train or resume the stage a recipe describes; returns 0 when it is finished or was asked to stop and has saved."""
+    """Train or resume the stage a recipe describes; returns 0 when it is finished, 75 when it was asked to stop and has saved."""
     world = distributed.init()
     try:
-        fit(build(recipe, world), one_step)
-        return 0
+        with open_run(recipe, world) as run:
+            return fit(build(recipe, world, run), one_step)
     finally:
         faulthandler.cancel_dump_traceback_later()
         distributed.shutdown()
 
 
-def build(recipe: VlmRecipe, world: distributed.World) -> VlmTraining:
+def build(recipe: VlmRecipe, world: distributed.World, run: RunFolder) -> VlmTraining:
     """Everything the loop needs, resumed where the run folder says so."""
-    run = open_run(recipe, world)
     conversations = read_conversations(recipe.data.sources)
     torch.manual_seed(recipe.seed)
     start = recipe.start
