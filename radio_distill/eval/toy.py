@@ -24,7 +24,7 @@ from ..teachers.base import load_teacher
 from ..types import Result, VisionModel, VisionOutput
 from .metrics.knn import knn_top1
 from .metrics.segmentation import Confusion
-from .segmentation import fit_linear, predict
+from .probes.linear_segmentation import fit_cached, predict_cached
 
 __all__ = ["ToyProtocol", "evaluate"]
 
@@ -76,8 +76,8 @@ def evaluate(model: VisionModel, name: str, protocol: ToyProtocol, *, resolution
         results.append(_result("knn", "top1", accuracy, name, protocol, size[0]))
     classes = len(SEGMENT_NAMES)
     labels = train.segmentation_NSS[:, ::2, ::2]  # a quarter of the pixels: the resize to full size is most of the probe's work
-    head = fit_linear(known.features_BCHW, labels, classes=classes, steps=protocol.steps)
-    guess = predict(head, asked.features_BCHW, (protocol.size, protocol.size))
+    head = fit_cached(known.features_BCHW, labels, classes=classes, steps=protocol.steps)
+    guess = predict_cached(head, asked.features_BCHW, (protocol.size, protocol.size))
     counts = Confusion(classes)
     counts.update(guess, test.segmentation_NSS)
     miou = counts.compute()["mIoU"]

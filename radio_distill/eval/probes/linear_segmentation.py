@@ -16,10 +16,9 @@ __all__ = ["fit_cached", "predict_cached", "segmentation_head", "segmentation_lo
 
 
 def segmentation_head(channels: int, classes: int) -> nn.Module:
-    """The head, with weights drawn from N(0, 0.01^2) (mmsegmentation)."""
+    """The head, with weights drawn from N(0, 0.01^2) (mmsegmentation); training is convex, the start does not decide the end."""
     head = nn.Sequential(nn.BatchNorm2d(channels), nn.Conv2d(channels, classes, 1))
     nn.init.normal_(head[1].weight, std=0.01)  # type: ignore[arg-type]
-    nn.init.zeros_(head[1].bias)  # type: ignore[arg-type]
     return head
 
 
