@@ -88,7 +88,7 @@ def _run_card(arguments: argparse.Namespace) -> int:
 
     preset = arguments.preset or ("smoke" if arguments.data == "toy" else PAPER)
     suite = load_suite(arguments.suite, preset, arguments.overrides).only(arguments.task or [])
-    if arguments.data is None:
+    if arguments.data is None and any(task.reads_data for task in suite.tasks.values()):
         raise RadioDistillError("--data is missing; expected the folder that holds the data sets, or toy for generated scenes")
     several = _of_several(os.environ)
     context = _context(arguments, several)
@@ -130,7 +130,7 @@ def _context(arguments: argparse.Namespace, several: bool) -> Context:
     if workers is None:
         workers = 0 if arguments.data == "toy" else min(8, (os.cpu_count() or 1) // ranks.world)
     return Context(
-        root=arguments.data, device=device, cache=FeatureCache(cache_dir() / "features"), limit=arguments.limit,
+        root=arguments.data or "none", device=device, cache=FeatureCache(cache_dir() / "features"), limit=arguments.limit,
         resolution=arguments.resolution, batch=arguments.batch or 32, workers=workers, seed=arguments.seed or 0, ranks=ranks,
         pictures=arguments.out.parent / "eval_pictures" / arguments.suite,
     )  # fmt: skip

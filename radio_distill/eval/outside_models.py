@@ -56,7 +56,11 @@ def timm_teacher(name: str, weights: str | None = None) -> Teacher:
             "params": {"model": name, "summary": "pool" if trunk.global_pool else "cls"},
         }
     )
-    return load_teacher(card, weights="random" if weights == "random" else "pretrained")
+    if weights != "random":
+        return load_teacher(card)
+    with torch.random.fork_rng(devices=[]):  # always the same ones: results of an untrained model are kept by its weights, too
+        torch.manual_seed(0)
+        return load_teacher(card, weights="random")
 
 
 def _on_meta(name: str) -> tuple[Any, bool]:

@@ -39,8 +39,11 @@ def read(path: Path) -> list[Result]:
 
 
 def table(results: Sequence[Result]) -> str:
-    """Models as rows, headline results as columns, in the order they came; '-' where a model has no such result."""
-    results = [r for r in results if r.headline]
+    """Models and resolutions as rows, headline results (or all, where there are none) as columns, in the order they came.
+
+    '-' where a model has no such result.
+    """
+    results = [r for r in results if r.headline] or results
     columns = list(dict.fromkeys(f"{r.task} {r.metric}" for r in results))
     rows: dict[str, dict[str, str]] = {}
     for r in results:

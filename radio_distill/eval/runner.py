@@ -83,9 +83,8 @@ def _measure(suite: Suite, name: str, task: Task, opened: Opened, context: Conte
         "model": opened.label,
         "model_id": opened.id,
         "dataset": scored.id,
-        "resolution": task.size(context),
         "version": task.version,
-        "config_hash": digest(task),
+        "config_hash": digest(task, context.resolution),
         "seed": context.seed,
         "preset": preset_of(suite, context),
         "precision": precision(context),
@@ -96,13 +95,13 @@ def _measure(suite: Suite, name: str, task: Task, opened: Opened, context: Conte
         log.info("%s of %s is in %s", name, opened.label, out)
         return before
     log.info("%s of %s", name, opened.label)
-    results = [_result(known, score, items=len(scored)) for score in task.run(opened, context)]
+    results = [_result(known, score, items=len(scored), side=task.size(context)) for score in task.run(opened, context)]
     if context.ranks.rank == 0:
         append(out, results)
     return results
 
 
-def _result(known: Mapping[str, Any], score: Score, *, items: int) -> Result:
+def _result(known: Mapping[str, Any], score: Score, *, items: int, side: int) -> Result:
     return Result(
         **known,
         metric=score.metric,
@@ -110,5 +109,6 @@ def _result(known: Mapping[str, Any], score: Score, *, items: int) -> Result:
         unit=score.unit,
         higher_is_better=score.higher_is_better,
         headline=score.headline,
+        resolution=side if score.side is None else score.side,
         count=items if score.scored is None else score.scored,
     )

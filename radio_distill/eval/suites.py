@@ -35,6 +35,8 @@ from .tasks.retrieval import Retrieval
 from .tasks.sam_masks import SamMasks
 from .tasks.segmentation import Segmentation
 from .tasks.surfaces import Depth, Normals
+from .tasks.sweeps import FeatureSweep, KnnSweep, SegmentationSweep
+from .tasks.throughput import Throughput
 from .tasks.zero_shot import ZeroShot
 
 __all__ = ["CUSTOM", "PAPER", "Suite", "digest", "load_suite", "suite_names"]
@@ -43,14 +45,18 @@ AnyTask = Annotated[
     Correspondence
     | Depth
     | Detection
+    | FeatureSweep
     | Keypoints
     | Knn
+    | KnnSweep
     | LinearProbe
     | MultitaskProbe
     | Normals
     | Retrieval
     | SamMasks
     | Segmentation
+    | SegmentationSweep
+    | Throughput
     | ZeroShot,
     Field(discriminator="kind"),
 ]
@@ -111,9 +117,10 @@ def load_suite(name: str, preset: str = PAPER, overrides: Sequence[str] = ()) ->
     return Suite(name, card.title, CUSTOM if overrides else preset, changed.tasks)
 
 
-def digest(task: Task) -> str:
-    """Hash of everything that a card says about a task."""
-    return hashlib.sha256(json.dumps(task.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()[:12]
+def digest(task: Task, resolution: int | None = None) -> str:
+    """Hash of everything that was asked of a task: its card, and a resolution where another than its own was."""
+    asked = {**task.model_dump(mode="json"), **({"--resolution": resolution} if resolution else {})}
+    return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def _check(card: SuiteCard) -> list[Problem]:

@@ -9,7 +9,7 @@ from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from ..config.cards import Fields
 from .features import ALONE, FeatureCache, Ranks
@@ -35,6 +35,8 @@ class Score(NamedTuple):
     """True for the numbers of the paper's tables; only they count in the MTL gain."""
     scored: int | None = None
     """Number of items, where they are not those of the first data set."""
+    side: int | None = None
+    """Pixels that this number was measured at, where a task measures at several."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,8 @@ class Task(Fields):
     """Name of the data set (datasets/registry.py)."""
     version: str = "1"
     """Version of the protocol; numbers of different versions are not comparable."""
+    reads_data: ClassVar[bool] = True
+    """False: it needs no folder of data sets."""
 
     @abstractmethod
     def datasets(self, context: Context) -> Sequence[Dataset[Any]]:

@@ -1,0 +1,133 @@
+"""Tasks over many resolutions, to see where a model changes its mode: its own metric, and how far its features move.
+
+Shapes: B images, C channels, H W cells.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+from pydantic import Field
+
+from ...align import resize_map
+from ...balance import Moments
+from ...errors import DataError
+from ..datasets import open_dataset
+from ..datasets.base import Dataset
+from ..encode import Resize, features_of
+from ..models import Opened
+from ..task import Context, Score, Task
+from .knn import Knn
+from .segmentation import Segmentation
+
+__all__ = ["FeatureSweep", "KnnSweep", "SegmentationSweep"]
+
+Sides = tuple[int, ...]
+
+PART = 16
+"""Maps in memory at a time."""
+
+
+class KnnSweep(Knn):
+    """kNN, query and database at every side."""
+
+    kind: Literal["knn_sweep"]  # type: ignore[assignment]
+    sides: Sides = Field(min_length=1)
+    """Sides in pixels; a model takes the nearest that it can."""
+
+    def size(self, context: Context) -> int:
+        return self.sides[-1]
+
+    def passes(self, context: Context) -> float:
+        return super().passes(context) * _in_passes(self.sides)
+
+    def run(self, opened: Opened, context: Context) -> Iterable[Score]:
+        free = replace(context, resolution=None)
+        for side, own in distinct(opened, self.sides):
+            task = Knn(**{**_fields(self, Knn), "kind": "knn", "resolution": side})
+            yield from (Score("top1", s.value, headline=False, side=own) for s in task.run(opened, free))
+
+
+class SegmentationSweep(Segmentation):
+    """Linear segmentation, trained and tested at every side."""
+
+    kind: Literal["segmentation_sweep"]  # type: ignore[assignment]
+    sides: Sides = Field(min_length=1)
+    """Sides in pixels; a model takes the nearest that it can."""
+
+    def size(self, context: Context) -> int:
+        return self.sides[-1]
+
+    def passes(self, context: Context) -> float:
+        return super().passes(context) * _in_passes(self.sides)
+
+    def run(self, opened: Opened, context: Context) -> Iterable[Score]:
+        free = replace(context, resolution=None, pictures=None)
+        for side, own in distinct(opened, self.sides):
+            task = Segmentation(**{**_fields(self, Segmentation), "kind": "segmentation", "short_side": side})
+            yield from (Score(s.metric, s.value, headline=False, side=own) for s in task.run(opened, free) if s.headline)
+
+
+class FeatureSweep(Task):
+    """Squared distance of an image's map from its map at a resolution of reference, over the variance of the latter.
+
+    The map of reference is resized to the other's grid. 0: the same features; 1: as far as the mean feature; 2 and above: as
+    far as those of another image.
+    """
+
+    kind: Literal["feature_sweep"]
+    sides: Sides = Field(min_length=1)
+    """Sides in pixels; a model takes the nearest that it can."""
+    reference: int = Field(gt=0)
+    """Side in pixels that the others are compared with."""
+    images: int = Field(default=256, gt=1)
+    """Images of the data set that are used, spread evenly over it."""
+
+    def size(self, context: Context) -> int:
+        return self.sides[-1]
+
+    def datasets(self, context: Context) -> Sequence[Dataset[Any]]:
+        whole = open_dataset(self.dataset, "val", context.root, kind="labelled")
+        return [whole.limited(min(self.images, context.limit or self.images))]
+
+    def passes(self, context: Context) -> float:
+        return len(self.datasets(context)[0]) * _in_passes((*self.sides, self.reference))
+
+    def run(self, opened: Opened, context: Context) -> Iterable[Score]:
+        (dataset,) = self.datasets(context)
+        with features_of(opened, dataset, Resize("centre_crop", self.reference), context) as reference:
+            for side, own in distinct(opened, self.sides):
+                with features_of(opened, dataset, Resize("centre_crop", side), context) as features:
+                    assert features.map_shape is not None
+                    error, grid = 0.0, (features.map_shape[1], features.map_shape[2])
+                    moments = Moments(features.map_shape[0])
+                    for first in range(0, len(dataset), PART):
+                        part = range(first, min(first + PART, len(dataset)))
+                        target = resize_map(reference.maps(part), grid)
+                        error += (features.maps(part) - target).double().square().sum().item()
+                        moments.update(target)
+                variance = float(moments.covariance_CC.trace() * (moments.count - 1))
+                if variance <= 0:
+                    raise DataError(
+                        f"{opened.label}: all features at {self.reference} px are the same; there is nothing to compare"
+                    )
+                yield Score("mse", error / variance, "ratio", higher_is_better=False, headline=False, side=own)
+
+
+def distinct(opened: Opened, sides: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """The sides that give different sizes, with those sizes: one alone for a model of one size."""
+    seen: dict[tuple[int, int], int] = {}
+    for side in sides:
+        seen.setdefault(opened.model.nearest_size(side, side), side)
+    return ((side, size[0]) for size, side in seen.items())
+
+
+def _in_passes(sides: Sequence[int]) -> float:
+    """Forward passes at all sides, in passes at the largest: by the number of pixels."""
+    return sum(side**2 for side in sides) / max(sides) ** 2
+
+
+def _fields(task: Task, kind: type[Task]) -> dict[str, Any]:
+    return {name: getattr(task, name) for name in kind.model_fields}

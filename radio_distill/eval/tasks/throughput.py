@@ -1,0 +1,93 @@
+"""Time per token against the number of tokens: Figure 14 of the paper. Models at larger inputs, and upsampled ones at theirs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from statistics import median
+from typing import ClassVar, Literal, NamedTuple
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from ..datasets.base import Dataset
+from ..encode import precision
+from ..models import Opened
+from ..task import Context, Score, Task
+from .sweeps import distinct
+
+__all__ = ["Throughput"]
+
+
+class Noise(Dataset[Tensor]):
+    """Stands for the input; its name says on what device times were taken, since others cannot be compared with them."""
+
+    split = "noise"
+
+    def __init__(self, device: torch.device) -> None:
+        self.name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+
+    @property
+    def keys(self) -> Sequence[str]:
+        return ["0"]
+
+    def __getitem__(self, index: int) -> Tensor:
+        return torch.rand(3, 1, 1)
+
+
+class Timing(NamedTuple):
+    tokens: int
+    """Cells of the map, and one for the summary."""
+    seconds: float
+    """Median of one forward pass."""
+
+
+class Throughput(Task):
+    """Forward passes of random images. Each factor is one point: an input of factor times the side."""
+
+    kind: Literal["throughput"]
+    reads_data: ClassVar[bool] = False
+    side: int = Field(gt=0)
+    """Pixels at factor 1; a model of one size has no other factor."""
+    factors: tuple[int, ...] = Field(min_length=1)
+    """By which both sides of the input grow."""
+    images: int = Field(default=1, gt=0)
+    """Images of one forward pass."""
+    warmup: int = Field(default=3, ge=0)
+    """Forward passes that are not timed."""
+    runs: int = Field(default=20, gt=0)
+    """Forward passes that are; their median counts."""
+
+    def size(self, context: Context) -> int:
+        return self.side * max(self.factors)
+
+    def datasets(self, context: Context) -> Sequence[Dataset[Tensor]]:
+        return [Noise(context.device)]
+
+    def passes(self, context: Context) -> float:
+        times = sum(f**2 for f in self.factors) / max(self.factors) ** 2
+        return times * self.images * (self.warmup + self.runs)
+
+    def run(self, opened: Opened, context: Context) -> Iterable[Score]:
+        for side, own in distinct(opened, [self.side * f for f in self.factors]):
+            timing = self.measure(opened, side, context)
+            milliseconds = 1000 * timing.seconds / self.images / timing.tokens
+            yield Score("ms_per_token", milliseconds, "ms", higher_is_better=False, headline=False, side=own)
+            yield Score("tokens", timing.tokens, "tokens", headline=False, side=own)
+
+    @torch.no_grad()
+    def measure(self, opened: Opened, side: int, context: Context) -> Timing:
+        """Time forward passes; every one is waited for."""
+        height, width = opened.model.nearest_size(side, side)
+        images = torch.rand(self.images, 3, height, width, device=context.device)
+        times = []
+        for _ in range(self.warmup + self.runs):
+            start = time.perf_counter()
+            with torch.autocast(context.device.type, torch.bfloat16, enabled=precision(context) == "bf16"):
+                out = opened.model.encode(images)
+            if context.device.type == "cuda":
+                torch.cuda.synchronize(context.device)
+            times.append(time.perf_counter() - start)
+        tokens = out.features_BCHW.shape[-2] * out.features_BCHW.shape[-1] + 1
+        return Timing(tokens, median(times[self.warmup :]))
