@@ -18,7 +18,8 @@ from transformers.models.llava.processing_llava import LlavaProcessor
 
 from ..config.vlm_recipe import FromParts
 from ..errors import CheckpointError, RecipeError
-from ..export.source import open_source
+from ..export.load import load_student
+from ..export.plain import choose_adaptors
 from ..paths import expand
 from ..types import CLIP_MEAN
 from .prompt import IMAGE, VICUNA, Turn, render, with_images
@@ -87,7 +88,7 @@ def build_vlm(parts: FromParts) -> Vlm:
 
     Raises CheckpointError when there is no student or no language model, RecipeError when the size does not fit the student.
     """
-    student = open_source(Path(expand(parts.student)), []).student
+    student = choose_adaptors(load_student(expand(parts.student)), [])
     step = student.patch_size * parts.unshuffle
     if parts.size % step:
         near = max(step, round(parts.size / step) * step)

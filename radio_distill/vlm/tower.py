@@ -69,6 +69,7 @@ class StudentTower(PreTrainedModel):
         self.student = Student(StudentArch.from_dict(config.student or {}))
         self.requires_grad_(False)
         self.post_init()
+        self.eval()
 
     def _init_weights(self, module: nn.Module) -> None:
         """Weights always come from a student."""

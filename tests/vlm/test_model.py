@@ -1,0 +1,122 @@
+"""The tower is the student; the model answers; what is saved loads in transformers."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from made_run import pictures
+from PIL import Image
+
+from radio_distill import load_student
+from radio_distill.config.vlm_recipe import FromParts
+from radio_distill.data.toyworld import render_images
+from radio_distill.errors import CheckpointError, DataError, RecipeError
+from radio_distill.types import CLIP_MEAN
+from radio_distill.vlm.model import Vlm, build_vlm, load_vlm, save_vlm
+from radio_distill.vlm.tiles import open_image, views
+from radio_distill.vlm.tower import to_tokens
+
+
+def scene_images(count: int) -> list[Image.Image]:
+    return [Image.fromarray(pixels) for pixels in render_images(5, range(count), size=40)]
+
+
+def test_the_tower_gives_the_students_map_and_every_token_is_a_square_of_patches(vlm: Vlm, student: Path) -> None:
+    images = pictures((32, 32))
+    features = load_student(student).encode(images).features_BCHW
+    tokens = vlm.model.model.vision_tower(images).hidden_states[-1]
+    assert tokens.shape == (2, 16, 4 * 32)
+    slow = torch.stack(
+        [features[:, :, 2 * y + dy, 2 * x + dx] for y in range(4) for x in range(4) for dy in (0, 1) for dx in (0, 1)]
+    )
+    slow = slow.unflatten(0, (16, 4)).permute(2, 0, 3, 1).flatten(2)  # batch, token, channel, place in the square
+    torch.testing.assert_close(tokens, slow, atol=1e-5, rtol=1e-5)
+    assert torch.equal(to_tokens(features, 1), features.flatten(2).transpose(1, 2))
+
+
+def test_the_tower_never_trains(vlm: Vlm) -> None:
+    tower = vlm.model.train().model.vision_tower
+    assert not any(module.training for module in tower.modules())
+    assert not any(p.requires_grad for p in tower.parameters())
+    assert not tower(pictures((32, 32)).requires_grad_()).hidden_states[-1].requires_grad
+    vlm.model.eval()
+
+
+def test_a_student_in_bfloat16_stays_so_and_features_have_the_dtype_of_the_pixels(parts: FromParts, tmp_path: Path) -> None:
+    half = build_vlm(parts.model_copy(update={"dtype": "bfloat16"}))
+    save_vlm(half, tmp_path / "half")
+    for model in (half.model, load_vlm(tmp_path / "half").model):
+        dtypes = {p.dtype for p in model.model.vision_tower.parameters()}
+        assert dtypes == {torch.bfloat16}
+        assert {p.dtype for p in model.model.language_model.parameters()} == {torch.float32}
+        assert model.model.vision_tower(pictures((32, 32))).hidden_states[-1].dtype == torch.float32
+
+
+def test_transformers_loads_what_is_saved_and_computes_the_same(vlm: Vlm, tmp_path: Path) -> None:
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    save_vlm(vlm, tmp_path / "vlm")
+    model, processor = (
+        AutoModelForImageTextToText.from_pretrained(tmp_path / "vlm"),
+        AutoProcessor.from_pretrained(tmp_path / "vlm"),
+    )
+    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "is there a tree?"}]}]
+    text = processor.apply_chat_template(messages, add_generation_prompt=True)
+    batch = processor(images=scene_images(1), text=[text], return_tensors="pt", add_special_tokens=False)
+    assert int((batch["input_ids"] == model.config.image_token_id).sum()) == vlm.tower.num_tokens == 16
+    with torch.no_grad():
+        torch.testing.assert_close(model(**batch).logits, vlm.model(**batch).logits)
+    images = [[image] for image in scene_images(1)]
+    assert load_vlm(tmp_path / "vlm").answer(["is there a tree?"], images) == vlm.answer(["is there a tree?"], images)
+
+
+def test_answers_of_a_batch_are_those_of_its_questions_alone(vlm: Vlm) -> None:
+    questions = ["is there a tree?", "what is the largest object of all?", "how many?", "compare <image> with <image>"]
+    images = [[i] for i in scene_images(2)] + [[], scene_images(2)]
+    alone = [vlm.answer([q], [i], max_new_tokens=5)[0] for q, i in zip(questions, images)]
+    assert vlm.answer(questions, images, max_new_tokens=5) == alone
+
+
+def test_a_question_that_marks_other_images_than_there_are_is_refused(vlm: Vlm) -> None:
+    with pytest.raises(
+        DataError, match=r"conversation 'compare <image> with <image>' marks 2 images .* and has 1; expected a mark"
+    ):
+        vlm.answer(["compare <image> with <image>"], [scene_images(1)])
+
+
+@pytest.mark.parametrize(("tiles", "tokens"), [(0, 0), (1, 16), (2, 80)])
+def test_tiles_are_images_of_their_own(parts: FromParts, tiles: int, tokens: int) -> None:
+    vlm = build_vlm(parts.model_copy(update={"tiles": tiles}))
+    assert vlm.tower.num_tokens == tokens
+    assert vlm.pixels(scene_images(1)[0]).shape == (vlm.tower.num_views, 3, 32, 32)
+    assert len(vlm.answer(["is there a tree?"], [scene_images(1)], max_new_tokens=2)) == 1
+
+
+def test_views_are_the_padded_square_and_its_parts() -> None:
+    image = Image.fromarray(np.arange(5 * 9 * 3, dtype=np.uint8).reshape(5, 9, 3))
+    whole, *parts = views(image, 2)
+    assert whole.size == (10, 10)
+    assert [part.size for part in parts] == [(5, 5)] * 4
+    rows = [
+        np.concatenate([np.asarray(parts[0]), np.asarray(parts[1])], 1),
+        np.concatenate([np.asarray(parts[2]), np.asarray(parts[3])], 1),
+    ]
+    assert np.array_equal(np.concatenate(rows), np.asarray(whole))
+    assert np.array_equal(np.asarray(whole)[2:7, 0:9], np.asarray(image))
+    assert np.asarray(whole)[0, 0].tolist() == [int(255 * x) for x in CLIP_MEAN]
+
+
+def test_errors_name_what_does_not_fit(parts: FromParts, student: Path, tmp_path: Path) -> None:
+    with pytest.raises(
+        RecipeError, match=r"start.size is 30, no multiple of the student's patch 4 times start.unshuffle 2; nearest is 32"
+    ):
+        build_vlm(parts.model_copy(update={"size": 30}))
+    with pytest.raises(
+        CheckpointError, match=r"start.lm=.* holds no config.json; expected the folder of a causal language model"
+    ):
+        build_vlm(parts.model_copy(update={"lm": str(tmp_path)}))
+    with pytest.raises(CheckpointError, match="holds no vlm: it is a run whose checkpoints hold the student"):
+        load_vlm(student)
+    with pytest.raises(DataError, match="the image of conversation mix/7 cannot be read"):
+        open_image(b"no image", "mix/7")
