@@ -3,13 +3,16 @@ PYTHON ?= $(firstword $(foreach p,python3 python3.13 python3.12 python3.11,$(if 
 BIN := .venv/bin
 IMAGES ?=
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test test-slurm lint bench clean
 
 demo: .venv/ready
 	$(BIN)/radio-distill demo $(if $(IMAGES),images=$(IMAGES))
 
 test: .venv/ready
 	$(BIN)/python -m pytest -n 2 $(TESTS)
+
+test-slurm: .venv/ready  # puts toy jobs into the queue of whatever Slurm answers `sinfo`; two nodes are needed
+	RADIO_DISTILL_TEST_SLURM=1 $(BIN)/python -m pytest -n 0 -rs tests/slurm
 
 lint: .venv/ready
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

@@ -54,6 +54,12 @@ on_all() { # srun in the background: a trap runs while bash waits, not while it 
 }
 
 requeue() {
+  local state
+  state=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/.*JobState=\([A-Z_]*\).*/\1/p;T;q')
+  if [ "$state" != RUNNING ]; then # cancelled, or Slurm requeues it by itself
+    echo "$(date '+%F %T') $1; job $SLURM_JOB_ID is $state"
+    exit 75
+  fi
   echo "$(date '+%F %T') $1; job $SLURM_JOB_ID goes back into the queue"
   scontrol requeue "$SLURM_JOB_ID" || { echo "it was refused: submit the same line again to go on" >&2; exit 75; }
   exit 0

@@ -10,6 +10,7 @@ from .cards import TeacherCard
 from .document import KeyPath, Problem
 from .messages import did_you_mean
 from .recipe import S2, Bilinear, Data, Debias, ImageJob, Job, Partition, Recipe, Teacher, TeacherView, Tile, Trained
+from .secrets import holds_secret
 from .upsampler import ENLARGING
 
 __all__ = ["check_recipe", "data_problems", "patch_size", "ranges", "summary_weight"]
@@ -196,6 +197,10 @@ def optim_ranges(recipe: Job) -> Found:
 
 def data_problems(data: Data, partitions: dict[str, Partition], *, training: bool) -> Found:
     """What is wrong with the images of any training."""
+    for name, source in data.sources.items():
+        if any(map(holds_secret, [source.path] if isinstance(source.path, str) else source.path)):
+            text = f"'data.sources.{name}.path' holds a password or token, and recipes are copied into run folders and logs; "
+            yield Problem(f"{text}export it and write $NAME in its place", ("data", "sources", name, "path"))
     if training and not data.sources:
         yield Problem("'data.sources' is empty; say where the images are: data.sources.train.path=FOLDER", ("data", "sources"))
     streams = data.streams

@@ -12,6 +12,7 @@ from .cards import TeacherCard
 from .checks import check_recipe
 from .document import Problem, to_yaml
 from .recipe import Job, Recipe
+from .secrets import without_secrets
 from .strict import find, keys_of, read
 from .upsampler_recipe import AnyRecipe, UpsamplerRecipe, check_upsampler
 from .vlm_recipe import VlmRecipe, check_vlm
@@ -87,7 +88,10 @@ def _load(kind: type[J], source: str | Path, overrides: Sequence[str], check: Ca
         raise RecipeError(
             f"{source} is the recipe of {is_of}, expected that of {wanted}; it is trained by `radio-distill {command} {source}`"
         )
-    return read(kind, path, overrides, shipped=shipped("recipes"), error=RecipeError, check=check)
+    try:
+        return read(kind, path, overrides, shipped=shipped("recipes"), error=RecipeError, check=check)
+    except RecipeError as error:  # it shows overrides as they were given
+        raise RecipeError(without_secrets(str(error))) from None
 
 
 def _find(source: str | Path) -> Path:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import NamedTuple
 
+from ..config.secrets import without_secrets
 from .sources import IMAGE_SUFFIXES, Shard, is_url
 from .tar import LocalTar
 
@@ -49,7 +50,7 @@ def read_shard(shard: Shard) -> Iterator[Raw]:
         seekable = not is_url(shard.url) and shard.url.lower().endswith(".tar")
         yield from _group(shard.name, LocalTar(shard.url).members() if seekable else _streamed(shard.url))
     except (OSError, EOFError, tarfile.TarError, zlib.error, ValueError) as error:
-        raise ShardError(str(error) or type(error).__name__) from error
+        raise ShardError(without_secrets(str(error)) or type(error).__name__) from error
 
 
 def _file_sample(root: str, file: str) -> Raw:

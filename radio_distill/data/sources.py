@@ -16,6 +16,7 @@ from urllib.parse import urlparse
 from urllib.request import url2pathname
 
 from ..config.recipe import Source
+from ..config.secrets import without_secrets
 from ..errors import DataError
 from .seeding import stable_hash
 
@@ -96,7 +97,7 @@ def list_source(name: str, source: Source) -> Listing:
     if tars and folders:
         raise DataError(f"data.sources.{name} mixes shards and image folders ({folders[0]}); make two sources of them")
     if tars:
-        return Listing(name, source.weight, tars=tuple(map(Shard, _short_names(tars), tars)))
+        return Listing(name, source.weight, tars=tuple(map(Shard, map(without_secrets, _short_names(tars)), tars)))
     root = os.path.commonpath([os.path.abspath(folder) for folder in folders])
     files = tuple(os.path.relpath(file, root) for folder in folders for file in _files(folder, IMAGE_SUFFIXES))
     if not files:

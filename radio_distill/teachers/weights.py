@@ -102,6 +102,10 @@ def _shards(card: TeacherCard, path: Path, prefix: Prefix, get: Callable[[str], 
     names = {shard for key, shard in index.items() if key.startswith(prefix)} or set(index.values())
     state: dict[str, Tensor] = {}
     for name in sorted(names):
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise TeacherError(
+                f"teacher {card.name!r}: {path} names the shard {name!r}, which is outside of its folder; get it again"
+            )
         shard = get(name)
         if shard is None:
             raise TeacherError(

@@ -159,12 +159,11 @@ class Engine:
 
         Moments are sharded by rank, so ZeRO-1/2 checkpoints fit the world size they were written at; at another one they
         are loaded with universal=True from the tag that `to_universal` wrote. ZeRO-0 loads at any world size. Raises
-        CheckpointError when the checkpoint is missing or does not fit this job, with what to do. Reads pickles: for
-        checkpoints of one's own runs only.
+        CheckpointError when the checkpoint is missing or does not fit this job, with what to do.
         """
         summary = _read_summary(folder / tag)
         self._check_fit(summary, folder / tag, universal)
-        with _silence():
+        with _silence(), no_code():
             if universal:
                 self._load_universal(folder, tag)
             else:
@@ -192,7 +191,7 @@ class Engine:
 
     def _load_universal(self, folder: Path, tag: str) -> None:
         # The universal format has parameters and moments but no buffers, and DeepSpeed reads no module state beside it.
-        saved = torch.load(folder / tag / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)
+        saved = torch.load(folder / tag / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=True)
         self.module.load_state_dict(saved["module"])
         settings = self._wrapped._config
         settings.load_universal_checkpoint = True
@@ -226,7 +225,7 @@ def to_universal(folder: Path, tag: str) -> str:
         strict=True,
         inject_missing_state=True,  # or it refuses every checkpoint without tensor parallelism
     )
-    with _silence():
+    with _silence(), no_code():
         ds_to_universal.main(args)
     (folder / "latest_universal").unlink()  # the caller decides what is the latest
     (folder / universal / SUMMARY).write_text(json.dumps(summary._asdict()))
@@ -254,6 +253,23 @@ def _read_summary(path: Path) -> _Summary:
 def _family(zero: int) -> str:
     """ZeRO-1 and 2 shard the same things and read each other's checkpoints."""
     return "unsharded" if zero == 0 else "weights" if zero == 3 else "optimizer"
+
+
+@contextlib.contextmanager
+def no_code() -> Any:
+    """DeepSpeed unpickles whatever a checkpoint holds; in here torch lets it have tensors, plain values and its own three records."""
+    from deepspeed.runtime.fp16.loss_scaler import LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        with torch.serialization.safe_globals([LossScaler, ZeroStageEnum, fragment_address]):
+            yield
+    finally:
+        os.environ.pop(name) if before is None else os.environ.update({name: before})
 
 
 @contextlib.contextmanager

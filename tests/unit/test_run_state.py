@@ -147,6 +147,22 @@ def test_metrics_and_pictures_reach_tensorboard_and_wandb_offline(tmp_path, monk
     assert list((tmp_path / "wandb").glob("offline-run-*"))
 
 
+class Gone:
+    """A wandb run whose server went away."""
+
+    def log(self, values, step):
+        raise ConnectionError("no route to host")
+
+
+def test_wandb_that_goes_away_costs_nothing_but_its_own_curves(tmp_path, caplog):
+    sinks = Sinks(load_recipe("toy/stage1"), tmp_path)
+    sinks._wandb = Gone()
+    for step in (1, 2):
+        sinks.write(step, {"loss": 0.5})
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2]
+    assert caplog.text.count("wandb does not answer (no route to host)") == 1
+
+
 def test_principal_components_show_what_varies():
     """Two regions with different features get two colours; the picture lies in [0, 1]."""
     features = torch.zeros(2, 5, 4, 4)

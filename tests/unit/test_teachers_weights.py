@@ -79,6 +79,13 @@ def test_shards_are_put_together_and_only_those_needed(tmp_path: Path) -> None:
     assert same(read(card(index)), STATE)
 
 
+@pytest.mark.parametrize("outside", ["../other/a.safetensors", "/etc/a.safetensors"])
+def test_an_index_cannot_name_files_outside_of_its_folder(outside: str, tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": outside}}))
+    with pytest.raises(TeacherError, match="which is outside of its folder"):
+        read(card(tmp_path))
+
+
 def test_a_variable_that_is_not_set_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("NOWHERE", raising=False)
     with pytest.raises(TeacherError, match=r"teacher 'tiny': .*variable NOWHERE, which is not set; export NOWHERE=.*`source`"):
