@@ -1,7 +1,8 @@
-"""Exports of imported reference checkpoints against the reference's outputs: the modelling file of the hf folder, and .pth.tar."""
+"""Exports of imported reference checkpoints against the reference's outputs, in every format."""
 
 import argparse
 import json
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from transformers import AutoModel
 
 from radio_distill import load_student
 from radio_distill.export.command import export
+from radio_distill.student.checkpoints import save_student
 from radio_distill.student.vitdet import global_period
 from tests.conftest import golden_cases
 
@@ -108,3 +110,65 @@ def test_our_loader_reads_both_layouts(case: Path, exported: Any, form: str) -> 
     name = sorted(key.split(".")[1] for key in want if key.startswith("out."))[0]
     for adaptor, output in student.encode_adaptors(images(case, name)).items():
         check(output.features_BCHW.flatten(2).transpose(1, 2), want[f"out.{name}.{adaptor}.features"])
+
+
+@each_case
+@torch.no_grad()
+def test_packed_images_of_the_modelling_file(case: Path, exported: Any) -> None:
+    """One image of every size of the goldens in one sequence."""
+    model, want = remote(exported(case, "hf")), expected(case)
+    names = sorted({key.split(".")[1] for key in want if key.startswith("out.")})
+    for name, outputs in zip(names, model.forward_packed([images(case, name)[0] for name in names]), strict=True):
+        for adaptor, output in outputs.items() if model.adaptors else [("backbone", outputs)]:
+            if f"out.{name}.{adaptor}.features" in want:
+                check(want[f"out.{name}.{adaptor}.features"][:1], output.features)
+                check(want[f"out.{name}.{adaptor}.summary"][:1], output.summary)
+
+
+@each_case
+@pytest.mark.parametrize("form", ["torch", "onnx"])
+@torch.no_grad()
+def test_graphs(case: Path, exported: Any, form: str) -> None:
+    folder, want = graph(exported, case, form), expected(case)
+    compared = 0
+    for name in sorted({key.split(".")[1] for key in want if key.startswith("out.")}):
+        outputs = folder(images(case, name))
+        for key in [key for key in want if key.startswith(f"out.{name}.") and not key.endswith("_nchw")]:
+            _, _, adaptor, kind = key.split(".")
+            got = outputs[kind if adaptor == "backbone" else f"{adaptor}.{kind}"]
+            check(got.flatten(2).transpose(1, 2) if kind == "features" else got, want[key])
+            compared += 1
+    assert compared
+
+
+def graph(exported: Any, case: Path, form: str) -> Any:
+    """The written file in its own reader: images -> dict of tensors."""
+    if form == "torch":
+        return torch.export.load(exported(case, form) / "model.pt2").module()
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    session = onnxruntime.InferenceSession(str(exported(case, form) / "model.onnx"), providers=["CPUExecutionProvider"])
+    names = [output.name for output in session.get_outputs()]
+    return lambda x: dict(zip(names, map(torch.from_numpy, session.run(None, {"images": x.numpy()}))))
+
+
+@each_case
+@torch.no_grad()
+def test_the_plain_backbone_in_timm_and_in_the_native_class(case: Path, exported: Any, tmp_path: Path) -> None:
+    """Without normalizers, which these two do not have, the golden's last block as it is."""
+    import timm
+
+    student, want = load_student(exported(case, "radio")), expected(case)
+    student.arch = replace(student.arch, feature_normalizer=False, intermediate_normalizer="none", adaptors=())
+    student.feature_normalizer, student.inter_feature_normalizer, student.adaptors = None, None, torch.nn.ModuleDict()
+    save_student(student, tmp_path / "plain")
+    native = AutoModel.from_pretrained(export(tmp_path / "plain", tmp_path / "hf")).eval()
+    assert type(native).__module__.startswith("transformers.models.radio")
+    other = timm.create_model(f"local-dir:{export(tmp_path / 'plain', tmp_path / 'timm', 'timm')}", pretrained=True).eval()
+    last = str(student.arch.trunk.depth - 1)
+    keys = [key for key in want if key.startswith("inter.sparse_raw.") and key.split(".")[3:] == [last, "features"]]
+    assert keys
+    for key in keys:
+        pixels = images(case, key.split(".")[2], 1)
+        check(native(pixels).features, want[key])
+        check(other.forward_features(student.input_conditioner(pixels))[:, other.num_prefix_tokens :], want[key])
