@@ -51,7 +51,7 @@ def build() -> Any:
     )
 
 
-def train(scenes: int, steps: int, batch: int = 8) -> Any:
+def train(scenes: int, steps: int, batch: int = 4) -> Any:
     """Train on scenes: cross-entropy and Dice of the best of three masks, squared error of the predicted IoUs (SAM)."""
     torch.manual_seed(0)
     sam = build()
@@ -103,8 +103,8 @@ def main() -> None:
     """Train, and write the folder."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for config.json and model.safetensors")
-    parser.add_argument("--scenes", type=int, default=1500)
-    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--scenes", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=700)
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     torch.set_num_threads(1)

@@ -45,7 +45,7 @@ class SamDecoder:
         from transformers import SamModel
 
         try:
-            return cls(SamModel.from_pretrained(source, use_safetensors=True))
+            return cls(SamModel.from_pretrained(source, use_safetensors=True, dtype=torch.float32))
         except (OSError, ValueError) as error:
             raise TeacherError(
                 f"SAM decoder {str(source)!r} cannot be read ({str(error).splitlines()[0]}); expected a folder of transformers "
