@@ -92,8 +92,8 @@ def _reader(model: VisionModel, label: str) -> Maps:
 
 
 def _indices(depth: int) -> list[int]:
-    """The last block of every quarter."""
-    return [depth * (i + 1) // NUM - 1 for i in range(NUM)]
+    """The last block of every quarter; of fewer than four blocks some are read twice."""
+    return [max(0, depth * (i + 1) // NUM - 1) for i in range(NUM)]
 
 
 def _student(student: Student, images_B3HW: Tensor) -> list[Tensor]:
