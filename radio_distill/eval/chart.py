@@ -20,9 +20,17 @@ Bars = dict[str, tuple[float, float | None]]
 
 
 def line_chart(
-    series: dict[str, Series], *, title: str, baseline: float | None = None, marks: dict[float, str] | None = None
+    series: dict[str, Series],
+    *,
+    title: str,
+    baseline: float | None = None,
+    marks: dict[float, str] | None = None,
+    axis: str = "steps",
 ) -> str:
-    """One chart with a legend. baseline: a dashed horizontal line. marks: vertical lines with a label, by x."""
+    """One chart with a legend. baseline: a dashed horizontal line. marks: vertical lines with a label, by x. axis: what x is.
+
+    A line of one point is drawn as a dot.
+    """
     points = [p for line in series.values() for p in line if math.isfinite(p[1])]
     if not points:
         return ""
@@ -45,9 +53,12 @@ def line_chart(
         body.append(f'<line class="base" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{py:.1f}" y2="{py:.1f}"/>')
     for colour, line in zip(_colours(len(series)), series.values()):
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*p) for p in line if math.isfinite(p[1])))
+        if len(line) == 1:
+            x, y = place(*line[0])
+            body.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{colour}"/>')
         body.append(f'<polyline fill="none" stroke="{colour}" stroke-width="2" points="{path}"/>')
     body.append(f'<text class="tick" x="{LEFT}" y="{HEIGHT - 8}">{low_x:g}</text>')
-    body.append(f'<text class="tick" x="{WIDTH - RIGHT}" y="{HEIGHT - 8}" text-anchor="end">{high_x:g} steps</text>')
+    body.append(f'<text class="tick" x="{WIDTH - RIGHT}" y="{HEIGHT - 8}" text-anchor="end">{high_x:g} {escape(axis)}</text>')
     svg = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">{"".join(body)}</svg>'
     return _figure(title, svg, list(series))
 

@@ -19,11 +19,12 @@ from ..config.vlm_recipe import VlmRecipe
 from ..errors import CheckpointError, DataError
 from ..log.sinks import read_metrics
 from ..types import Result
-from .results import read
 from .chart import Series, line_chart
 from .gain import gain
 from .gain_rows import load_baseline, rows_of
 from .gain_text import bars
+from .results import read
+from .suite_tables import sections, to_markdown
 
 __all__ = ["main", "write_report"]
 
@@ -53,26 +54,37 @@ def main(folder: str, baseline: str | None = None) -> int:
 
 
 def write_report(folder: Path, baseline: str | None = None) -> Path:
-    """Write `report.html` into `folder`: a run, or a folder whose subfolders are runs. Raises CheckpointError when there is none.
+    """Write `report.html` and `report.md` into `folder`: a run, a folder whose subfolders are runs, or one with results alone.
+
+    Raises CheckpointError when there is nothing to report.
 
     baseline: gains are drawn over it (`paper:baseline`, a run, a file of results); None: over the model that is called
     `baseline`, where there is one.
     """
-    runs, upsamplers = _runs(folder)
-    body = [f"<h1>{escape(folder.resolve().name)}: {len(runs)} stage{'s' if len(runs) != 1 else ''}</h1>"]
     results = read(folder / "results.jsonl")
+    runs, upsamplers = _runs(folder, has_results=bool(results))
+    stages = f": {len(runs)} stage{'s' if len(runs) != 1 else ''}" if runs or upsamplers else ""
+    body = [f"<h1>{escape(folder.resolve().name)}{stages}</h1>"]
     if runs:
-        body += [_summary(runs), _results(results), _gains(results, baseline), _curves(runs), _pictures(runs, STUDENT_ROWS)]
+        body.append(_summary(runs))
+    body += [_results(results, folder), _gains(results, baseline)]
+    if runs:
+        body += [_curves(runs), _pictures(runs, STUDENT_ROWS)]
     if upsamplers:
         body += [_upsamplers(upsamplers), _pictures(upsamplers, UPSAMPLER_ROWS)]
-    body.append(_recipes([*runs, *upsamplers]))
+    if runs or upsamplers:
+        body.append(_recipes([*runs, *upsamplers]))
     page = (
         '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">'
         f"<title>{escape(folder.resolve().name)}</title><style>{STYLE}</style><body>{''.join(body)}</body></html>"
     )
-    path = folder / "report.html"
+    _replace(folder / "report.md", f"# {folder.resolve().name}\n\n{to_markdown(sections(results))}")
+    return _replace(folder / "report.html", page)
+
+
+def _replace(path: Path, text: str) -> Path:
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(page)
+    temporary.write_text(text)
     os.replace(temporary, path)
     return path
 
@@ -85,11 +97,13 @@ STUDENT_ROWS = "image, student, then every teacher's map above the student's pre
 UPSAMPLER_ROWS = "image, the teacher's own map, the upsampled map"
 
 
-def _runs(folder: Path) -> tuple[list[Run], list[UpsamplerRun]]:
+def _runs(folder: Path, *, has_results: bool) -> tuple[list[Run], list[UpsamplerRun]]:
     """The stages and the upsamplers in a folder."""
     folders = [folder] if (folder / "recipe.yaml").exists() else sorted(p.parent for p in folder.glob("*/recipe.yaml"))
-    if not folders:
-        raise CheckpointError(f"{folder} is no run and holds none; expected recipe.yaml in it or in its subfolders")
+    if not folders and not has_results:
+        raise CheckpointError(
+            f"{folder} is no run and holds none; expected recipe.yaml in it or in its subfolders, or results.jsonl"
+        )
     stages: list[Run] = []
     upsamplers: list[UpsamplerRun] = []
     for path in folders:
@@ -125,20 +139,19 @@ def _fidelity(metrics: dict[str, float], recipe: Recipe, teacher: str) -> str:
     return " / ".join(f"{v:.2f}" for v in values if v is not None) or "-"
 
 
-def _results(results: list[Result]) -> str:
+def _results(results: list[Result], folder: Path) -> str:
+    """A section per suite: notes, table, curves, pictures that its tasks left."""
     if not results:
         return ""
-    columns = list(dict.fromkeys(f"{r.task} {r.metric}" for r in results))
-    rows: dict[str, dict[str, str]] = {}
-    for r in results:
-        rows.setdefault(r.model, {"px": str(r.resolution)})[f"{r.task} {r.metric}"] = (
-            f"{r.value:.2f}" if r.unit == "ratio" else f"{r.value:.1f}"
-        )
-    lines = [[name, *(values.get(c, "-") for c in ["px", *columns])] for name, values in rows.items()]
-    own = [not name.startswith("teacher:") for name in rows]
-    first = results[0]
-    note = f"{first.count} held-out scenes of {first.dataset}, protocol {first.config_hash}; percent (fidelity: a ratio), higher is better."
-    return f"<h2>Evaluation</h2><p>{escape(note)}</p>" + _table(["model", "px", *columns], lines, own)
+    blocks = ["<h2>Evaluation</h2>"]
+    for section in sections(results):
+        blocks.append(f"<h3>{escape(section.suite)}</h3>" + "".join(f"<p>{escape(note)}</p>" for note in section.notes))
+        if section.rows:
+            blocks.append(_table(list(section.head), map(list, section.rows), list(section.own)))
+        blocks += [line_chart(curve.lines, title=curve.title, axis=curve.axis) for curve in section.curves]
+        pictures = sorted((folder / "eval_pictures" / section.suite).glob("*.png"))
+        blocks += [f"<figure><figcaption>{escape(p.stem)}</figcaption>{_image(p)}</figure>" for p in pictures]
+    return "".join(blocks)
 
 
 def _gains(results: list[Result], baseline: str | None) -> str:

@@ -197,6 +197,7 @@ def test_a_report_is_one_file_with_curves_tables_and_pictures(tmp_path):
     assert "<td>51.3</td>" in page
     assert "<td>4.25</td>" in page  # fidelity at the end of stage 2
     assert "http" not in page.replace("http-equiv", "")
+    assert "| stage2 | 96 | 51.3 |" in (tmp_path / "report.md").read_text()
 
 
 def test_a_folder_without_runs_has_no_report(tmp_path):

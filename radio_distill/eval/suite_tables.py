@@ -1,0 +1,129 @@
+"""Results as tables and curves, one section per suite: students, then teachers and baselines, then the paper's rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from ..types import Result
+from .chart import Series
+from .gain_rows import task_name
+from .published import students
+from .suites import PAPER
+
+__all__ = ["Section", "sections", "to_markdown"]
+
+OTHERS = ("teacher:", "timm:", "hf:", "random:", "paper:")
+"""How the labels of models begin that are no students of ours."""
+
+
+@dataclass(frozen=True)
+class Section:
+    """One suite."""
+
+    suite: str
+    notes: tuple[str, ...]
+    head: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    own: tuple[bool, ...]
+    """Rows that are students of ours."""
+    curves: tuple[Curve, ...]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One number against the resolution or the number of tokens, a line for each model."""
+
+    title: str
+    axis: str
+    lines: dict[str, Series]
+
+
+def sections(results: Sequence[Result]) -> list[Section]:
+    """Everything that results say, by suite. The last result of the same thing counts."""
+    return [_section(suite, [r for r in results if r.suite == suite]) for suite in dict.fromkeys(r.suite for r in results)]
+
+
+def to_markdown(sections: Iterable[Section]) -> str:
+    """Tables as pipes; curves as tables of their points."""
+    blocks = []
+    for section in sections:
+        blocks.append(f"## {section.suite}\n\n" + "\n\n".join(section.notes))
+        if section.rows:
+            blocks.append(_pipes(section.head, section.rows))
+        for curve in section.curves:
+            points = sorted({x for line in curve.lines.values() for x, _ in line})
+            cells = {name: dict(line) for name, line in curve.lines.items()}
+            rows = [(name, *(f"{of[x]:.4g}" if x in of else "-" for x in points)) for name, of in cells.items()]
+            blocks.append(f"{curve.title}\n\n" + _pipes((curve.axis, *(f"{x:g}" for x in points)), rows))
+    return "\n\n".join(blocks) + "\n"
+
+
+def _pipes(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
+    return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in lines)
+
+
+def _section(suite: str, results: Sequence[Result]) -> Section:
+    tabled = [r for r in results if r.headline]
+    columns = list(dict.fromkeys(task_name(r) for r in tabled))
+    rows: dict[tuple[str, str], dict[str, str]] = {}
+    for r in tabled:
+        preset = "" if r.preset in ("", PAPER) else f" ({r.preset})"
+        rows.setdefault((f"{r.model}{preset}", str(r.resolution)), {})[task_name(r)] = _number(r)
+    ordered = sorted(rows, key=lambda row: row[0].startswith(OTHERS))  # students first, else as they came
+    lines = [(name, side, *(rows[name, side].get(c, "-") for c in columns)) for name, side in ordered]
+    own = [not name.startswith(OTHERS) for name, _ in ordered]
+    published = _published(columns) if tabled and all(r.preset == PAPER for r in tabled) else []
+    return Section(
+        suite=suite,
+        notes=tuple(_notes(tabled or results)),
+        head=("model", "px", *columns) if tabled else (),
+        rows=(*lines, *published),
+        own=(*own, *(False for _ in published)),
+        curves=tuple(_curves([r for r in results if not r.headline])),
+    )
+
+
+def _published(columns: Sequence[str]) -> list[tuple[str, ...]]:
+    """The paper's students, where a column is one of the paper's."""
+    rows = [(f"paper: {name}", "", *(f"{x[c]:g}" if c in x else "-" for c in columns)) for name, x in students().items()]
+    return [row for row in rows if set(row[2:]) != {"-"}]
+
+
+def _notes(results: Sequence[Result]) -> list[str]:
+    sets = dict.fromkeys(f"{r.count} of {r.dataset}" for r in results)
+    notes = ["; ".join(sets) + f". Protocol {', '.join(dict.fromkeys(r.config_hash or '-' for r in results))}."]
+    down = dict.fromkeys(task_name(r) for r in results if not r.higher_is_better)
+    if down:
+        notes.append(f"Lower is better: {', '.join(down)}.")
+    others = [preset for preset in dict.fromkeys(r.preset for r in results) if preset not in ("", PAPER)]
+    if others:
+        notes.append(f"Preset {' and '.join(others)}: these numbers cannot stand beside published ones.")
+    return notes
+
+
+def _curves(results: Sequence[Result]) -> list[Curve]:
+    """Numbers that one model has at several resolutions; times per token stand against tokens."""
+    points: dict[str, dict[str, dict[int, float]]] = {}
+    for r in results:
+        points.setdefault(f"{r.task} {r.metric}", {}).setdefault(r.model, {})[r.resolution] = r.value
+    curves = []
+    for name, by_model in points.items():
+        task, _, metric = name.rpartition(" ")
+        if metric == "tokens" or max(map(len, by_model.values())) < 2:
+            continue
+        tokens = points.get(f"{task} tokens", {})
+        lines = {m: sorted((tokens.get(m, {}).get(x, x), y) for x, y in line.items()) for m, line in by_model.items()}
+        curves.append(Curve(name.replace("_", " "), "tokens" if tokens else "px", {m: list(line) for m, line in lines.items()}))
+    return curves
+
+
+def _number(r: Result) -> str:
+    return (
+        f"{r.value:.1f}"
+        if r.unit == "percent" and not r.preset
+        else f"{r.value:.2f}"
+        if abs(r.value) < 1000
+        else f"{r.value:.1f}"
+    )

@@ -1,0 +1,66 @@
+"""The report of results: tables per suite, the paper's rows beside preset paper alone, curves, pictures, markdown."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from radio_distill import viz
+from radio_distill.eval.report import write_report
+from radio_distill.eval.results import append
+from radio_distill.eval.suite_tables import sections, to_markdown
+from radio_distill.types import Result
+
+
+def result(task: str, metric: str, value: float, model: str = "runs/stage3@500", **changes: Any) -> Result:
+    facts = {"suite": "dense", "unit": "percent", "higher_is_better": True, "dataset": "ade20k/validation#1", "count": 2000}
+    return Result(
+        task=task, metric=metric, value=value, model=model, **{**facts, "resolution": 512, "preset": "paper", **changes}
+    )
+
+
+def test_students_come_before_teachers_and_published_rows_last() -> None:
+    (section,) = sections([result("ade20k", "miou", 40.0, "teacher:dinov2"), result("ade20k", "miou", 51.0)])
+    assert [row[0] for row in section.rows][:3] == ["runs/stage3@500", "teacher:dinov2", "paper: RADIOv2.5-L"]
+    assert section.own[:3] == (True, False, False)
+    assert section.head == ("model", "px", "ade20k_miou")
+    assert "| paper: FeatSharp |  | 51.75 |" in to_markdown([section])
+
+
+@pytest.mark.parametrize("preset", ["fast", "smoke", "custom"])
+def test_other_presets_have_no_published_rows_and_say_so(preset: str) -> None:
+    (section,) = sections([result("ade20k", "miou", 51.0, preset=preset)])
+    assert [row[0] for row in section.rows] == [f"runs/stage3@500 ({preset})"]
+    assert f"Preset {preset}: these numbers cannot stand beside published ones." in section.notes
+
+
+def test_what_is_no_headline_is_in_no_table() -> None:
+    (section,) = sections([result("ade20k", "miou", 51.0), result("ade20k", "aacc", 80.0, headline=False)])
+    assert section.head == ("model", "px", "ade20k_miou")
+    assert section.curves == ()
+
+
+def test_numbers_at_several_resolutions_become_curves() -> None:
+    shared: dict[str, Any] = {"suite": "throughput", "headline": False, "unit": "ms", "dataset": "cpu/noise#1"}
+    points = [(96, 0.5, 50), (192, 0.9, 197)]
+    results = [result("forward", "ms_per_token", y, resolution=x, **shared) for x, y, _ in points]
+    results += [result("forward", "tokens", n, resolution=x, **shared) for x, _, n in points]
+    (section,) = sections(results)
+    assert section.rows == ()
+    assert [(c.axis, c.lines) for c in section.curves] == [("tokens", {"runs/stage3@500": [(50, 0.5), (197, 0.9)]})]
+    assert "| tokens | 50 | 197 |\n| --- | ---: | ---: |\n| runs/stage3@500 | 0.5 | 0.9 |" in to_markdown([section])
+
+
+def test_results_alone_make_a_report_with_pictures_and_gains(tmp_path: Path) -> None:
+    append(tmp_path / "results.jsonl", [result("ade20k", "miou", 51.0), result("ade20k", "miou", 50.0, "runs/baseline@500")])
+    append(
+        tmp_path / "results.jsonl",
+        [result("knn", "mse", x / 9, suite="resolution", resolution=x, headline=False) for x in (1, 2)],
+    )
+    viz.save_png(torch.rand(3, 8, 8), tmp_path / "eval_pictures" / "dense" / "ade20k.png")
+    page = write_report(tmp_path).read_text()
+    assert page.count("<svg") == 2  # gains and one curve
+    assert page.count("data:image/png;base64") == 1
+    assert "2 px</text>" in page
+    assert "| paper: FeatSharp |  | 51.75 |" in (tmp_path / "report.md").read_text()
