@@ -1,0 +1,68 @@
+"""The vlm suite: names and units of Table 6, toy questions, and what is told when lmms-eval is not there."""
+
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+from radio_distill.errors import CardError, DataError, RadioDistillError
+from radio_distill.eval.metrics.vlm import exact_match
+from radio_distill.eval.published import load_tables
+from radio_distill.eval.vlm import BENCHMARKS, evaluate
+from radio_distill.eval.vlm_lmms import VERSION, Benchmark, require_lmms, run_lmms
+from radio_distill.eval.vlm_toy import QUESTIONS, held_out
+from radio_distill.vlm.model import Vlm, save_vlm
+from radio_distill.vlm.toy import KINDS
+
+
+def has_lmms() -> bool:
+    try:
+        return metadata.version("lmms-eval") == VERSION
+    except metadata.PackageNotFoundError:
+        return False
+
+
+@pytest.fixture(scope="module")
+def folder(vlm: Vlm, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("saved") / "vlm"
+    save_vlm(vlm, out)
+    return out
+
+
+def test_the_benchmarks_are_the_columns_of_table_6() -> None:
+    assert list(BENCHMARKS) == list(load_tables()["6"].columns)
+
+
+def test_toy_questions_are_scored_by_kind_as_exact_matches(vlm: Vlm, folder: Path) -> None:
+    found = {r.task: r for r in evaluate(str(folder), data="toy", limit=2, batch=4)}
+    assert list(found) == ["toy_mean", *(f"toy_{kind}" for kind in QUESTIONS)]
+    asked = [(image, q) for image, q in held_out(["class"], 2)]
+    right = [exact_match(vlm.answer([q.question], [[image]], max_new_tokens=4)[0], q.answer) for image, q in asked]
+    assert found["toy_class"].value == 100 * sum(right) / 2
+    assert found["toy_class"].count == 2
+    assert (found["toy_mean"].unit, found["toy_mean"].resolution, found["toy_mean"].suite) == ("percent", 32, "vlm")
+    assert set(QUESTIONS) == set(KINDS)
+
+
+def test_an_unknown_task_is_told(folder: Path) -> None:
+    with pytest.raises(CardError, match=r"suite vlm has no task 'pope'; expected ai2d_no_mask, .*pope_f1"):
+        evaluate(str(folder), tasks=["pope"])
+    with pytest.raises(CardError, match="suite vlm has no task 'pope_f1' on toy data; expected yes_no, class"):
+        evaluate(str(folder), data="toy", tasks=["pope_f1"])
+
+
+@pytest.mark.skipif(has_lmms(), reason="lmms-eval is installed")
+def test_without_lmms_eval_the_error_says_how_to_install_it() -> None:
+    with pytest.raises(
+        RadioDistillError, match=r"lmms-eval 0.7.3, which is .*pip install \"radio-distill\[lmms\]\".*--data toy needs none"
+    ):
+        require_lmms()
+
+
+@pytest.mark.skipif(not has_lmms(), reason="needs lmms-eval 0.7.3 in this environment")
+def test_lmms_eval_scores_local_copies(folder: Path, toy: Path, tmp_path: Path) -> None:
+    tasks = ["pope_f1", "docvqa_val"]
+    found = evaluate(str(folder), data=str(toy / "benchmarks"), tasks=tasks, limit=4)
+    assert [(r.task, r.metric, r.count, r.version) for r in found] == [(t, "score", 4, "lmms-eval 0.7.3") for t in tasks]
+    with pytest.raises(DataError, match="has no folder gqa; expected local copies of the data sets, one folder per task"):
+        run_lmms(folder, {"gqa": Benchmark("gqa", "gqa/gqa.yaml", "exact_match,none")}, copies=str(tmp_path), limit=1, batch=1)
