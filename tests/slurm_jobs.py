@@ -43,7 +43,7 @@ def reason_to_skip() -> str | None:
 
 def sbatch(script: str, *arguments: str, options: tuple[str, ...] = (), **environment: str) -> str:
     line = ["sbatch", "--parsable", *ON_CPUS, *options, str(REPO / "slurm" / script), *arguments]
-    return run(*line, PYTHON=sys.executable, **environment).strip()
+    return run(*line, **({"PYTHON": sys.executable} | environment)).strip()
 
 
 def facts(job: str) -> dict[str, str]:
@@ -77,3 +77,17 @@ def metrics(folder: str | Path) -> list[tuple[int, float, float]]:
     path = Path(folder) / "metrics.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else []
     return [(row["step"], row["loss"], row["grad_norm"]) for row in rows]
+
+
+def pids(*words: str) -> list[int]:
+    """This machine's processes whose environment and command line have all the words; not srun, which has them too."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            command = (folder / "cmdline").read_bytes().split(b"\0")
+            text = b"\0".join([*command, (folder / "environ").read_bytes()]).decode(errors="replace")
+        except OSError:
+            continue
+        if all(word in text for word in words) and not command[0].endswith(b"srun"):
+            found.append(int(folder.name))
+    return sorted(found)

@@ -28,7 +28,9 @@ def run_rank(train: Callable[[], int]) -> int:
 
     is_main = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
     logging.basicConfig(level=logging.INFO if is_main else logging.WARNING, format="%(message)s", stream=sys.stderr)
-    return run_and_report(train)
+    code = run_and_report(train)
+    preempt.ignore()
+    return code
 
 
 if __name__ == "__main__":

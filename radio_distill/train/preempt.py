@@ -9,7 +9,7 @@ from __future__ import annotations
 import signal
 from types import FrameType
 
-__all__ = ["STOPPED", "ask", "listen", "requested"]
+__all__ = ["STOPPED", "ask", "ignore", "listen", "requested"]
 
 STOPPED = 75
 """Exit code of a training that was asked to stop and has saved: EX_TEMPFAIL of sysexits.h, "try again". Not 0, so that
@@ -22,6 +22,13 @@ def listen(*more: signal.Signals) -> None:
     """Install the handlers, also for the signals `more`; calling it again does nothing new."""
     for number in (signal.SIGUSR1, signal.SIGTERM, *more):
         signal.signal(number, _note)
+
+
+def ignore() -> None:
+    """Ignore the signals from here on: srun sends SIGTERM to a job's other ranks when the first of them exits with 75, and
+    an interpreter on its way out has no handlers any more."""
+    for number in (signal.SIGUSR1, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def requested() -> str | None:
