@@ -56,7 +56,7 @@ def run(arguments: argparse.Namespace, folder: Path) -> dict[str, str | float]:
     world = distributed.init()
     parts = build_parts(recipe, world, weights="random")
     run_folder = RunFolder(recipe, is_main=True)
-    student, _ = build_start(recipe, world, run_folder, parts)
+    student = build_start(recipe, world, parts, None)
     trainer = Trainer(recipe, world, run_folder, parts, student)
     trainer.streams.open({})
     batches = trainer.streams.next(world.device)

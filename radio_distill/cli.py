@@ -76,7 +76,10 @@ def _add_commands_that_look(commands: Any) -> None:
     listing.add_argument("what", nargs="?", choices=TABLES, help="one table; default: all")
     plan = _add(commands, "plan", "what a recipe will cost: FLOPs, memory, hours, disk, who does what")
     _add_recipe(plan)
-    plan.add_argument("--gpus", type=_positive, default=1, help="number of GPUs, one rank each (1)")
+    plan.add_argument("--gpus", type=_positive, help="number of GPUs, one rank each (1); with --nodes: of each node (8)")
+    plan.add_argument("--nodes", type=_positive, help="also plan network, data and checkpoints of so many nodes")
+    plan.add_argument("--network", type=float, default=50, metavar="GB/S", help="between nodes, of one GPU, each way (50)")
+    plan.add_argument("--disk", type=float, default=5, metavar="GB/S", help="writing of a checkpoint (5)")
     plan.add_argument("--gpu", default="h200", help="a100, h100, h200, b200, ... (h200)")
     plan.add_argument("--utilisation", type=float, default=0.45, help="share of the reachable bf16 rate that is used (0.45)")
     plan.add_argument("--json", action="store_true", help="print JSON")
@@ -203,17 +206,21 @@ def _list(arguments: argparse.Namespace) -> int:
 def _plan(arguments: argparse.Namespace) -> int:
     from .config.load import load_any
     from .config.upsampler_recipe import UpsamplerRecipe
-    from .train.plan import plan, to_json
+    from .train.budget import to_json
+    from .train.plan import plan
     from .train.plan_text import render, render_upsampler
     from .train.plan_upsampler import plan_upsampler
+    from .train.scale import Cluster
 
     recipe = load_any(arguments.recipe, arguments.overrides)
-    settings = {"world_size": arguments.gpus, "gpu": arguments.gpu, "utilisation": arguments.utilisation}
+    nodes, gpus = arguments.nodes, arguments.gpus or (8 if arguments.nodes else 1)
+    settings = {"world_size": gpus * (nodes or 1), "gpu": arguments.gpu, "utilisation": arguments.utilisation}
     if isinstance(recipe, UpsamplerRecipe):
         of_upsampler = plan_upsampler(recipe, **settings)
         print(to_json(of_upsampler) if arguments.json else render_upsampler(of_upsampler))
     else:
-        of_stage = plan(recipe, **settings)
+        cluster = Cluster(nodes, gpus, arguments.network, arguments.disk) if nodes else None
+        of_stage = plan(recipe, **settings, cluster=cluster)
         print(to_json(of_stage) if arguments.json else render(of_stage))
     if not arguments.check:
         return 0

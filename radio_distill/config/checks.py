@@ -9,7 +9,22 @@ from ..errors import CardError
 from .cards import TeacherCard
 from .document import KeyPath, Problem
 from .messages import did_you_mean
-from .recipe import S2, Bilinear, Data, Debias, ImageJob, Job, Partition, Recipe, Teacher, TeacherView, Tile, Trained
+from .recipe import (
+    S2,
+    Bilinear,
+    Data,
+    Debias,
+    ImageJob,
+    Job,
+    Partition,
+    Recipe,
+    Start,
+    Student,
+    Teacher,
+    TeacherView,
+    Tile,
+    Trained,
+)
 from .secrets import holds_secret
 from .upsampler import ENLARGING
 
@@ -22,7 +37,7 @@ def check_recipe(recipe: Recipe, load_card: Callable[[str], TeacherCard], *, tra
     """Everything in the recipe that does not fit together; empty when it can be run."""
     cards: dict[str, TeacherCard] = {}
     problems = list(_cards(recipe, load_card, cards))
-    problems += _student(recipe)
+    problems += _students(recipe)
     problems += _teachers(recipe, cards)
     for name, partition in recipe.partitions.items():
         problems += _partition(recipe, name, partition, cards)
@@ -34,8 +49,12 @@ def check_recipe(recipe: Recipe, load_card: Callable[[str], TeacherCard], *, tra
 
 def patch_size(recipe: Recipe) -> int:
     """Side in pixels of the student's patch: from its overrides, else from its name (`..._patch16_...`; DINOv2's: 14)."""
-    override = recipe.student.overrides.get("patch_size")
-    in_name = re.search(r"patch(\d+)", recipe.student.model)
+    return _patch(recipe.student)
+
+
+def _patch(student: Student) -> int:
+    override = student.overrides.get("patch_size")
+    in_name = re.search(r"patch(\d+)", student.model)
     return int(override or (in_name.group(1) if in_name else 14))
 
 
@@ -54,18 +73,42 @@ def _cards(recipe: Recipe, load_card: Callable[[str], TeacherCard], cards: dict[
             yield Problem(f"teacher {name!r}: {error}".replace("\n", "\n    "), path)
 
 
-def _student(recipe: Recipe) -> Found:
-    patch = patch_size(recipe)
+def _students(recipe: Recipe) -> Found:
+    yield from _student(recipe, recipe.student, ("student",))
+    yield from _start(recipe.start, ("start",))
+    for name, sibling in recipe.students.items():
+        path = ("students", name)
+        if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+            yield Problem(f"student {name!r}: its name is that of a folder; use letters, digits, - and _", path)
+        if _patch(sibling) != patch_size(recipe):
+            text = f"student {name!r} has patches of {_patch(sibling)} px and the recipe's student of {patch_size(recipe)}"
+            yield Problem(
+                f"{text}; targets are shared, so all need the same: set overrides.patch_size, or train it alone", path
+            )
+        yield from _student(recipe, sibling, path)
+        yield from _start(sibling.start, (*path, "start"))
+
+
+def _student(recipe: Recipe, student: Student, path: KeyPath) -> Found:
+    patch, where = _patch(student), ".".join(map(str, path))
     grids = {name: partition.size // patch for name, partition in recipe.partitions.items()}
-    for window in recipe.student.vitdet.windows:  # every partition draws among those that divide its grid
+    for window in student.vitdet.windows:  # every partition draws among those that divide its grid
         if all(grid % window for grid in grids.values()):
             sides = ", ".join(f"{grid} of partition {name!r}" for name, grid in grids.items())
-            yield Problem(f"a window of {window} tokens divides no grid: sides are {sides}", ("student", "vitdet", "windows"))
-    registers = recipe.student.num_registers
+            yield Problem(f"a window of {window} tokens divides no grid: sides are {sides}", (*path, "vitdet", "windows"))
+    registers = student.num_registers
     if registers is not None and registers < 0:
-        yield Problem(f"'student.num_registers' is {registers}, expected at least 0, or null", ("student", "num_registers"))
-    if recipe.start.kind != "scratch" and not recipe.start.source:
-        yield Problem(f"'start.source' is missing: a start of kind {recipe.start.kind!r} needs it", ("start", "kind"))
+        yield Problem(f"'{where}.num_registers' is {registers}, expected at least 0, or null", (*path, "num_registers"))
+    for name, partition in recipe.partitions.items():
+        if partition.size > student.max_size:
+            text = f"'partitions.{name}.size' is {partition.size}, more than {where}.max_size {student.max_size}; raise that"
+            yield Problem(text, ("partitions", name, "size"))
+
+
+def _start(start: Start, path: KeyPath) -> Found:
+    if start.kind != "scratch" and not start.source:
+        where = ".".join(map(str, path))
+        yield Problem(f"'{where}.source' is missing: a start of kind {start.kind!r} needs it", (*path, "kind"))
 
 
 def _teachers(recipe: Recipe, cards: dict[str, TeacherCard]) -> Found:
@@ -92,9 +135,6 @@ def _partition(recipe: Recipe, name: str, partition: Partition, cards: dict[str,
             f"'partitions.{name}.size' is {size}, no multiple of the student's patch {patch}; nearest is {fitting}",
             (*path, "size"),
         )
-    if size > recipe.student.max_size:
-        text = f"'partitions.{name}.size' is {size}, more than student.max_size {recipe.student.max_size}; raise that"
-        yield Problem(text, (*path, "size"))
     if partition.micro_batch is not None and not 1 <= partition.micro_batch <= partition.images:
         expected = f"1 to {partition.images} (its images), or null"
         text = f"'partitions.{name}.micro_batch' is {partition.micro_batch}, expected {expected}"

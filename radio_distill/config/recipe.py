@@ -85,6 +85,11 @@ class Start(Fields):
     """Start from the EMA weights where the source has them."""
 
 
+class Sibling(Student):
+    start: Start = Start()
+    """Where its weights come from."""
+
+
 class Bilinear(Fields):
     kind: Literal["bilinear"] = "bilinear"
 
@@ -403,9 +408,29 @@ class Recipe(ImageJob):
     """The model that is trained."""
     start: Start = Start()
     """Where its weights come from."""
+    students: dict[str, Sibling] = {}
+    """Further students, by name, that learn from the same teacher pass; each has a run folder of its own, RUN/students/NAME."""
     teachers: dict[str, Teacher]
     """The frozen teachers, by a name of your choice."""
     partitions: dict[str, Partition]
     """Resolution groups; every optimizer step contains all of them."""
     loss: Loss = Loss()
     """What is minimised."""
+
+    def each(self) -> list[Recipe]:
+        """This recipe, and for each of `students` the one that would train it alone."""
+        return [self, *(self._alone(name) for name in self.students)]
+
+    def _alone(self, name: str) -> Recipe:
+        sibling = self.students[name]
+        return self.model_copy(
+            update={
+                "name": f"{self.name}_{name}",
+                "run": f"{self.run or f'runs/{self.name}'}/students/{name}",
+                "student": Student(**{key: getattr(sibling, key) for key in Student.model_fields}),
+                "start": sibling.start,
+                "students": {},
+                # siblings are saved first: one more must be kept for when a job dies before the recipe's own student is saved
+                "checkpoint": self.checkpoint.model_copy(update={"keep_last": self.checkpoint.keep_last + 1}),
+            }
+        )

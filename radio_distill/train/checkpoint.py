@@ -17,7 +17,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -30,7 +30,17 @@ from torch import Tensor
 from ..errors import CheckpointError
 from .integrity import record
 
-__all__ = ["Meta", "latest", "write", "read_meta", "read_rank", "read_rank_tensors", "artifact_folder", "check_space"]
+__all__ = [
+    "Meta",
+    "latest",
+    "latest_of_all",
+    "write",
+    "read_meta",
+    "read_rank",
+    "read_rank_tensors",
+    "artifact_folder",
+    "check_space",
+]
 
 log = logging.getLogger(__name__)
 
@@ -65,6 +75,24 @@ def latest(run: Path) -> Path | None:
         other = f"using {complete[-1].name}" if complete else "there is no other one"
         log.warning("checkpoint %s is missing or incomplete; %s", folder / named, other)
     return complete[-1] if complete else None
+
+
+def latest_of_all(runs: Sequence[Path]) -> list[Path | None]:
+    """The newest complete checkpoint of the first run, and those of the same step of the runs that make its steps with it.
+
+    Raises CheckpointError when one of them has none of that step.
+    """
+    first = latest(runs[0])
+    if first is None:
+        return [None] * len(runs)
+    found = [first, *(run / "checkpoints" / first.name for run in runs[1:])]
+    missing = next((path for path in found if not (path / "meta.json").is_file()), None)
+    if missing is not None:
+        raise CheckpointError(
+            f"{missing} is missing, and the students of a recipe go on together from {first.name}; put it back, or start a run of "
+            "its own for the others: run=ANOTHER_FOLDER start.kind=run"
+        )
+    return list(found)
 
 
 def write(

@@ -8,7 +8,7 @@ Training costs three forwards (one more with recomputed blocks), a frozen teache
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -59,12 +59,22 @@ class PartitionCost:
     """The EMA student's forward, where the loss needs it (MESA)."""
     passes: int
     """Forwards that a training step of the student is worth: 3, or 4 with recomputed blocks."""
+    others: float = 0.0
+    """Training of further students that learn from the same teacher pass."""
+
+    @property
+    def student_training(self) -> float:
+        """Training of all students."""
+        return self.passes * self.student_forward + 3 * self.heads_forward + self.ema_forward + self.others
 
     @property
     def total(self) -> float:
         """Everything that one image costs in training."""
-        trained = self.passes * self.student_forward + 3 * self.heads_forward
-        return trained + self.ema_forward + sum(self.teachers.values()) + self.balance
+        return self.student_training + sum(self.teachers.values()) + self.balance
+
+    def with_student(self, other: PartitionCost) -> PartitionCost:
+        """The cost with one more student, that of `other`; teachers and balancers are paid once."""
+        return replace(self, others=self.others + other.student_training)
 
     @property
     def teacher_share(self) -> float:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from ..errors import RadioDistillError, TrainingError
 from ..student.spectral import power_iterate
 from ..teachers.service import check_finite, name_non_finite
 from ..types import Batch
-from . import agree, distributed, preempt
+from . import agree, checkpoint, distributed, preempt
 from .run import RunFolder
 from .serve import run_ranks
 from .setup import build_parts, build_start, open_run
@@ -37,18 +38,23 @@ def train(recipe: Recipe) -> int:
     """Run or resume the stage a recipe describes; returns 0 when it is finished, STOPPED when it was asked to stop and has saved."""
 
     def stage(world: distributed.World) -> int:
-        with open_run(recipe, world) as run:
-            return fit(build(recipe, world, run), distil_step)
+        with ExitStack() as folders:
+            runs = [folders.enter_context(open_run(each, world)) for each in recipe.each()]
+            return fit(build(recipe, world, runs), distil_step)
 
     return run_ranks(recipe, stage)
 
 
-def build(recipe: Recipe, world: distributed.World, run: RunFolder) -> Trainer:
-    """Everything the loop needs, resumed where the run folder says so. Most errors of a user come from here, before any work."""
-    parts = build_parts(recipe, world)
-    student, found = build_start(recipe, world, run, parts)
-    trainer = Trainer(recipe, world, run, parts, student)
-    positions = resume(trainer, found) if found is not None else {}
+def build(recipe: Recipe, world: distributed.World, runs: list[RunFolder]) -> Trainer:
+    """Everything the loop needs, resumed where the run folders say so. Most errors of a user come from here, before any work."""
+    parts, found = build_parts(recipe, world), checkpoint.latest_of_all([run.path for run in runs])
+    trainers, positions = [], {}
+    for each, run, path in zip(recipe.each(), runs, found):
+        trainers.append(Trainer(each, world, run, parts, build_start(each, world, parts, path)))
+        positions = resume(trainers[-1], path) if path is not None else {}
+    trainer, *trainer.siblings = trainers
+    for name, member in zip(["student", *recipe.students], trainers if recipe.students else []):
+        member.label = name
     trainer.streams.open(positions)
     return trainer
 
@@ -56,25 +62,33 @@ def build(recipe: Recipe, world: distributed.World, run: RunFolder) -> Trainer:
 def fit(t: Training, one_step: Callable[[Any, int, list[Batch]], None]) -> int:
     """Train until the last step or a stop signal, then save; returns 0, or STOPPED after a signal."""
     steps = t.job.optim.steps
-    t.run.note("running", step=t.step)
+    note(t, "running")
     for step in range(t.step, steps):
         watch(t.job.engine.watchdog_minutes)
         batches = t.next_batches()
         one_step(t, step, batches)
-        t.step = step + 1
-        if t.step % t.job.log.every == 0 or t.step == steps:
-            log_step(t)
-        if t.pictures_due():
-            t.draw(batches[-1])
+        for member in t.members:
+            member.step = step + 1
+            if member.step % t.job.log.every == 0 or member.step == steps:
+                log_step(member)
+            if member.pictures_due():
+                member.draw(batches[-1])
         stop, late = agree.any_ranks([preempt.requested() is not None, save_late(t)], t.world.device)
         if stop or late or t.step == steps or t.step % t.job.checkpoint.every == 0:
-            save(t)
+            for member in reversed(t.members):  # the recipe's own student last: a resume goes by its checkpoints
+                save(member)
         if stop and t.step < steps:
             log.info("stopped after step %d as asked; the same command goes on from here", t.step)
-            t.run.note("stopped", step=t.step)
+            note(t, "stopped")
             return preempt.STOPPED
-    t.run.note("finished", step=steps)
+    note(t, "finished")
     return 0
+
+
+def note(t: Training, state: str) -> None:
+    """Write down in the run folders how the training stands."""
+    for member in t.members:
+        member.run.note(state, step=member.step)
 
 
 def distil_step(t: Trainer, step: int, batches: list[Batch]) -> None:
@@ -86,9 +100,10 @@ def distil_step(t: Trainer, step: int, batches: list[Batch]) -> None:
 def prepare(t: Trainer, step: int, batches: list[Batch]) -> None:
     """What changes between steps: seeds, learning rate, frozen trunk, windows, balancers."""
     torch.manual_seed(hash((t.recipe.seed, step)) % 2**63)
-    t.engine.set_step(step)
-    t.task.set_step(step)
-    power_iterate(t.task.student)
+    for member in t.members:
+        member.engine.set_step(step)
+        member.task.set_step(step)
+        power_iterate(member.task.student)
     if t.window.refit_due(step):
         raws = [t.service.encode(batch) for batch in batches]
         if agree.any_rank(torch.stack([check_finite(raw) for raw in raws]).any(), t.world.device):
@@ -109,15 +124,18 @@ def train_step(t: Trainer, step: int, batches: list[Batch]) -> None:
                 t.window.observe(raw)
             targets = t.service.targets(batch, raw)
         bad |= check_finite(raw)
-        losses = t.engine(batch, targets, counts[batch.partition])
-        bad |= ~torch.isfinite(losses.total.detach())
-        t.engine.backward(losses.total)
-        t.meter.add(losses.parts)
-    for _ in range(t.micro_steps - len(batches)):
-        t.engine.backward(t.task.idle_loss())
+        for member in t.members:
+            losses = member.engine(batch, targets, counts[batch.partition])
+            bad |= ~torch.isfinite(losses.total.detach())
+            member.engine.backward(losses.total)
+            member.meter.add(losses.parts)
+    for member in t.members:
+        for _ in range(t.micro_steps - len(batches)):
+            member.engine.backward(member.task.idle_loss())
     if not t.update(bad):
         raise stop_all(t, step, batches)
-    t.task.update_adaloss()
+    for member in t.members:
+        member.task.update_adaloss()
 
 
 def stop_all(t: Trainer, step: int, batches: list[Batch]) -> RadioDistillError:
@@ -127,7 +145,8 @@ def stop_all(t: Trainer, step: int, batches: list[Batch]) -> RadioDistillError:
         error = name_non_finite(batch, t.service.encode(batch), rank=t.world.rank, step=step)
         found += [str(error)] if error else []
     if not found:
-        parts = [name for name, value in t.meter.state().items() if value != value or abs(value) == float("inf")]
+        sums = [item for member in t.members for item in member.meter.state().items()]
+        parts = [name for name, value in sums if value != value or abs(value) == float("inf")]
         found = [f"rank {t.world.rank}: {', '.join(parts)}"] if parts else []
     messages = [m for rank in agree.gather(found) for m in rank]
     detail = (

@@ -25,6 +25,7 @@ __all__ = [
     "state_bytes",
     "teacher_parameters",
     "trunk_parameters",
+    "work_bytes",
 ]
 
 ACTIVATION_BYTES = 34
@@ -93,7 +94,7 @@ def state_bytes(recipe: Recipe, cards: dict[str, TeacherCard], student: StudentA
 def partition_bytes(
     recipe: Recipe, partition: Partition, cards: dict[str, TeacherCard], student: StudentArch, images: int
 ) -> int:
-    """Bytes on one GPU for one forward and backward of `images` images: activations, targets, the largest teacher's work."""
+    """Bytes on one GPU for one forward and backward of `images` images: activations and targets."""
     wide = 1 if recipe.engine.precision == "bf16" else 2
     trunk = student.trunk
     tokens = (partition.size // trunk.patch_size) ** 2 + trunk.num_prefix
@@ -101,8 +102,13 @@ def partition_bytes(
     activations = wide * ACTIVATION_BYTES * tokens * trunk.embed_dim * blocks
     heads = sum(8 * tokens * (adaptor.features.hidden + adaptor.features.out_dim) for adaptor in student.adaptors)
     maps = [_map_bytes(view, cards[name], partition.size, tokens) for name, view in partition.teachers.items()]
-    work = max(_teacher_work(recipe, name, view, cards[name], partition, images) for name, view in partition.teachers.items())
-    return int(images * (activations + heads + sum(maps)) + work)
+    return int(images * (activations + heads + sum(maps)))
+
+
+def work_bytes(recipe: Recipe, partition: Partition, cards: dict[str, TeacherCard], images: int) -> int:
+    """Bytes that the largest of some teachers needs for its forward on `images` images of a partition."""
+    views = {name: view for name, view in partition.teachers.items() if name in cards}
+    return max((_teacher_work(recipe, n, view, cards[n], partition, images) for n, view in views.items()), default=0)
 
 
 def _map_bytes(view: TeacherView, card: TeacherCard, size: int, student_tokens: int) -> int:

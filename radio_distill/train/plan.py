@@ -1,52 +1,36 @@
-"""`radio-distill plan`: what a recipe costs and who does what, before a GPU is asked for. Arithmetic only; no weights are read.
-
-Times assume that a share (`utilisation`) of a GPU's reachable dense bf16 rate is used; 0.45 is cautious.
-"""
+"""`radio-distill plan`: what a recipe costs and who does what, before a GPU is asked for. Arithmetic only; no weights are read."""
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 from ..config.cards import TeacherCard
 from ..config.load import cards_of
 from ..config.mosaic import images_per_mosaic
-from ..config.recipe import Recipe
+from ..config.recipe import Dedicated, Recipe
 from ..errors import RecipeError
+from .budget import GIB, RESERVE_GIB, Budget, Machine, TeacherPlan, budget, fit_micro_batch, machine
 from .cost import PartitionCost, partition_cost, student_of
-from .memory import checkpoint_bytes, head_parameters, partition_bytes, state_bytes, teacher_parameters, trunk_parameters
+from .memory import checkpoint_bytes, head_parameters, partition_bytes, state_bytes, trunk_parameters, work_bytes
 from .partition import Assignment, assign
-from .run import run_path
+from .placement import share_teachers, student_ranks, teacher_costs
+from .scale import Cluster, ScalePlan, raw_bytes, scale
 
-if TYPE_CHECKING:
-    from .plan_upsampler import UpsamplerPlan
+__all__ = ["PartitionPlan", "Plan", "StudentPlan", "plan"]
 
-__all__ = ["GIB", "GPUS", "RESERVE_GIB", "PartitionPlan", "Plan", "TeacherPlan", "gpu_of", "plan", "to_json"]
-
-GIB = 2**30
-RESERVE_GIB = 4.0
-"""CUDA context, communication buffers, fragmentation."""
-
-GPUS = {
-    "a100": (250e12, 80),
-    "a100-40": (250e12, 40),
-    "l40s": (290e12, 48),
-    "h100": (790e12, 80),
-    "h200": (790e12, 141),
-    "b200": (1800e12, 180),
-}
-"""Reachable dense bf16 FLOP/s (0.8 of the data sheet; 790 was measured on an H200) and memory in GB."""
+SMALLER = "set a smaller partitions.NAME.micro_batch, or student.grad_checkpointing=true"
 
 
 @dataclass(frozen=True)
-class TeacherPlan:
-    """One teacher."""
+class StudentPlan:
+    """One student."""
 
     name: str
-    card: str
-    licence: str
-    parameters: int
+    """`student`, or its name in `students`."""
+    model: str
+    trunk_parameters: int
+    head_parameters: int
 
 
 @dataclass(frozen=True)
@@ -58,10 +42,11 @@ class PartitionPlan:
     images: int
     """Per step, over all ranks."""
     ranks: tuple[int, ...]
+    """Among those that train."""
     images_per_rank: int
     micro_batch: int
     student_flop: float
-    """Training of trunk and heads, per image."""
+    """Training of trunk and heads, of all students, per image."""
     teacher_flop: dict[str, float]
     """Per image, by teacher."""
     total_flop: float
@@ -71,80 +56,83 @@ class PartitionPlan:
 
 
 @dataclass(frozen=True)
-class Plan:
+class TeacherRankPlan:
+    """One teacher rank of every block, where teachers have ranks of their own."""
+
+    teachers: tuple[str, ...]
+    step_seconds: float
+    memory_gib: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan(Budget):
     """Everything that can be said about a recipe before it runs."""
 
-    name: str
-    title: str
-    run: str
-    gpu: str
-    world_size: int
-    utilisation: float
-    steps: int
     teachers: tuple[TeacherPlan, ...]
     partitions: tuple[PartitionPlan, ...]
-    trunk_parameters: int
-    head_parameters: int
+    students: tuple[StudentPlan, ...]
+    student_ranks: int
+    """Ranks that train; the others teach."""
+    teacher_ranks: tuple[TeacherRankPlan, ...]
+    """Of one block; empty when teachers run on the ranks that train."""
     step_flop: float
     """Of one optimizer step, over all ranks."""
-    step_seconds: float
-    """Of the slowest rank."""
-    images_per_second: float
-    hours: float
-    gpu_hours: float
     state_gib: float
-    """Teachers, weights, gradients, optimizer and EMA on one GPU."""
-    memory_gib: float
-    """Peak on one GPU."""
-    gpu_gib: float
-    checkpoint_gib: float
-    disk_gib: float
-    """For the checkpoints that are kept and the one being written."""
-    notes: tuple[str, ...]
-    """What looks wrong or wasteful."""
+    """Teachers, weights, gradients, optimizer and EMA on one GPU that trains."""
+    scale: ScalePlan | None
+    """What it does to a cluster, where one is given."""
+
+    @property
+    def trunk_parameters(self) -> int:
+        """Of the recipe's own student."""
+        return self.students[0].trunk_parameters
+
+    @property
+    def head_parameters(self) -> int:
+        """Of the recipe's own student."""
+        return self.students[0].head_parameters
 
 
-def plan(recipe: Recipe, *, world_size: int, gpu: str = "h200", utilisation: float = 0.45) -> Plan:
-    """Work out what the recipe costs on `world_size` GPUs of a kind.
+def plan(
+    recipe: Recipe, *, world_size: int, gpu: str = "h200", utilisation: float = 0.45, cluster: Cluster | None = None
+) -> Plan:
+    """Work out what the recipe costs on `world_size` GPUs of a kind, and with `cluster` what it asks of network and disks.
 
     Raises RecipeError when the images cannot be divided among the ranks, or for an unknown GPU or student.
     """
-    rate, gpu_gb = gpu_of(gpu, utilisation)
-    cards, student = cards_of(recipe), student_of(recipe)
-    costs = {name: partition_cost(recipe, name) for name in recipe.partitions}
-    assignment = assign_ranks(recipe, cards, costs, world_size)
+    where, cards = machine(gpu, world_size, utilisation), cards_of(recipe)
+    dedicated, each = isinstance(recipe.engine.placement, Dedicated), recipe.each()
+    training = student_ranks(recipe.engine.placement, world_size)
+    costs = {name: _cost_of_all(each, name) for name in recipe.partitions}
+    assignment = assign_ranks(recipe, cards, costs, training)
     partitions = tuple(_partition(recipe, name, cards, costs[name], assignment) for name in recipe.partitions)
-    step_flop = sum(p.total_flop * p.images for p in partitions)
-    per_rank = [sum(p.total_flop * p.images_per_rank for p in partitions if rank in p.ranks) for rank in range(world_size)]
-    seconds = max(per_rank) / (rate * utilisation)
-    hours = seconds * recipe.optim.steps / 3600
-    state = state_bytes(recipe, cards, student, world_size)
-    checkpoint_gib = checkpoint_bytes(student) / GIB
-    memory = state.total / GIB + max(p.memory_gib for p in partitions) + RESERVE_GIB
-    gpu_gib = gpu_gb * 1e9 / GIB
-    return Plan(
-        name=recipe.name,
-        title=recipe.title,
-        run=str(run_path(recipe)),
-        gpu=gpu,
-        world_size=world_size,
-        utilisation=utilisation,
-        steps=recipe.optim.steps,
-        teachers=tuple(TeacherPlan(n, c.name, c.licence, teacher_parameters(c)) for n, c in cards.items()),
-        partitions=partitions,
-        trunk_parameters=trunk_parameters(student),
-        head_parameters=head_parameters(student),
-        step_flop=step_flop,
-        step_seconds=seconds,
-        images_per_second=sum(p.images for p in partitions) / seconds,
-        hours=hours,
-        gpu_hours=hours * world_size,
-        state_gib=state.total / GIB,
+    per_rank = [_rank_flop(partitions, costs, rank, dedicated=dedicated) for rank in range(training)]
+    teacher_ranks = tuple(_teacher_ranks(recipe, cards, partitions, where)) if dedicated else ()
+    compute = max([max(per_rank) / where.flops, *(rank.step_seconds for rank in teacher_ranks)])
+    state = sum(state_bytes(r, {} if dedicated or i else cards, student_of(r), training).total for i, r in enumerate(each))
+    memory = state / GIB + max(p.memory_gib for p in partitions) + RESERVE_GIB
+    checkpoint_gib = sum(checkpoint_bytes(student_of(r)) for r in each) / GIB
+    found = scale(recipe, cards, partitions, where, cluster, compute, checkpoint_gib * GIB) if cluster else None
+    common = budget(
+        recipe,
+        where,
+        images=sum(p.images for p in partitions),
+        step_seconds=compute + (found.exposed_seconds if found else 0.0),
         memory_gib=memory,
-        gpu_gib=gpu_gib,
+        advice=SMALLER if dedicated or memory <= where.gpu_gib else _advice(recipe, where),
         checkpoint_gib=checkpoint_gib,
-        disk_gib=checkpoint_gib * (recipe.checkpoint.keep_last + 1),
-        notes=(*_notes(recipe, memory, gpu_gib, per_rank), *_mosaic_notes(recipe, cards, partitions)),
+        notes=(*_notes(recipe, per_rank, teacher_ranks, where), *_mosaic_notes(recipe, cards, partitions)),
+    )
+    return Plan(
+        **common,
+        teachers=tuple(TeacherPlan.of(n, c) for n, c in cards.items()),
+        partitions=partitions,
+        students=tuple(_student(name, r) for name, r in zip(("student", *recipe.students), each)),
+        student_ranks=training,
+        teacher_ranks=teacher_ranks,
+        step_flop=sum(p.total_flop * p.images for p in partitions),
+        state_gib=state / GIB,
+        scale=found,
     )
 
 
@@ -155,18 +143,64 @@ def assign_ranks(recipe: Recipe, cards: dict[str, TeacherCard], costs: dict[str,
     return assign(images=images, costs={n: c.total for n, c in costs.items()}, world_size=world_size, multiple=multiple)
 
 
-def to_json(result: Plan | UpsamplerPlan) -> str:
-    """The plan as JSON, for scripts."""
-    return json.dumps(asdict(result), indent=2)
+def fastest_placement(recipe: Recipe, where: Machine) -> Dedicated | None:
+    """The blocks of 2, 4 or 8 ranks that make the shortest steps with teachers apart; None when nothing fits the GPUs."""
+    found: list[tuple[float, Dedicated]] = []
+    for block, teachers in ((b, t) for b in (2, 4, 8) if where.world_size % b == 0 for t in range(1, b)):
+        placement = Dedicated(kind="dedicated", student_ranks=block - teachers, teacher_ranks=teachers)
+        engine = recipe.engine.model_copy(update={"placement": placement})
+        tried = recipe.model_copy(update={"engine": engine})
+        try:
+            result = plan(tried, world_size=where.world_size, gpu=where.gpu, utilisation=where.utilisation)
+        except RecipeError:  # images do not divide among so many students, or too few teachers to share
+            continue
+        if max(result.memory_gib, *(rank.memory_gib for rank in result.teacher_ranks)) <= where.gpu_gib:
+            found.append((result.step_seconds, placement))
+    return min(found, key=lambda pair: pair[0])[1] if found else None
 
 
-def gpu_of(gpu: str, utilisation: float) -> tuple[float, int]:
-    """Reachable FLOP/s and GB of a kind of GPU. Raises RecipeError for an unknown one, or an impossible utilisation."""
-    if gpu not in GPUS:
-        raise RecipeError(f"unknown GPU {gpu!r}; known: {', '.join(GPUS)}")
-    if not 0 < utilisation <= 1:
-        raise RecipeError(f"utilisation is {utilisation}, expected a share from above 0 to 1")
-    return GPUS[gpu]
+def _advice(recipe: Recipe, where: Machine) -> str:
+    best = fastest_placement(recipe, where)
+    if best is None:
+        return SMALLER
+    kind = f"{{kind: dedicated, student_ranks: {best.student_ranks}, teacher_ranks: {best.teacher_ranks}}}"
+    return f"{SMALLER}, or give the teachers ranks of their own, where all fits: engine.placement='{kind}'"
+
+
+def _cost_of_all(each: list[Recipe], partition: str) -> PartitionCost:
+    """Of one image, all students together."""
+    first, *others = (partition_cost(recipe, partition) for recipe in each)
+    for other in others:
+        first = first.with_student(other)
+    return first
+
+
+def _rank_flop(partitions: tuple[PartitionPlan, ...], costs: dict[str, PartitionCost], rank: int, *, dedicated: bool) -> float:
+    """Of one step, on a rank that trains; balancers are there in any case."""
+    mine = [p for p in partitions if rank in p.ranks]
+    return sum((p.total_flop - (sum(p.teacher_flop.values()) if dedicated else 0)) * p.images_per_rank for p in mine)
+
+
+def _teacher_ranks(
+    recipe: Recipe, cards: dict[str, TeacherCard], partitions: tuple[PartitionPlan, ...], where: Machine
+) -> Iterator[TeacherRankPlan]:
+    placement = recipe.engine.placement
+    assert isinstance(placement, Dedicated)
+    costs = teacher_costs(recipe)
+    blocks = where.world_size // (placement.student_ranks + placement.teacher_ranks)
+    for names in share_teachers(costs, placement.teacher_ranks):
+        mine = {name: cards[name] for name in names}
+        teachers = state_bytes(recipe, mine, student_of(recipe), 1).teachers
+        work = max(work_bytes(recipe, recipe.partitions[p.name], mine, p.micro_batch) for p in partitions)
+        # answers wait until they are read: at most those of two steps of all students
+        waiting = sum(2 * p.images // blocks * sum(raw_bytes(recipe, p.name, mine).values()) for p in partitions)
+        memory = (teachers + work + waiting) / GIB + RESERVE_GIB
+        yield TeacherRankPlan(names, sum(costs[name] for name in names) / blocks / where.flops, memory)
+
+
+def _student(name: str, recipe: Recipe) -> StudentPlan:
+    arch = student_of(recipe)
+    return StudentPlan(name, recipe.student.model, trunk_parameters(arch), head_parameters(arch))
 
 
 def _partition(
@@ -174,10 +208,12 @@ def _partition(
 ) -> PartitionPlan:
     partition, ranks = recipe.partitions[name], assignment.ranks[name]
     per_rank = partition.images // len(ranks)
-    micro = min(partition.micro_batch or per_rank, per_rank)
-    if per_rank % micro:
-        best = max(size for size in range(1, micro + 1) if per_rank % size == 0)
-        raise RecipeError(f"partitions.{name}.micro_batch={micro} does not divide the {per_rank} images of a rank; use {best}")
+    micro = fit_micro_batch(partition.micro_batch, per_rank, f"partitions.{name}.micro_batch")
+    here = {} if isinstance(recipe.engine.placement, Dedicated) else cards
+    memory = max(
+        partition_bytes(each, partition, cards, student_of(each), micro) + work_bytes(each, partition, here, micro)
+        for each in recipe.each()
+    )
     return PartitionPlan(
         name=name,
         size=partition.size,
@@ -185,31 +221,32 @@ def _partition(
         ranks=ranks,
         images_per_rank=per_rank,
         micro_batch=micro,
-        student_flop=cost.passes * cost.student_forward + 3 * cost.heads_forward + cost.ema_forward,
+        student_flop=cost.student_training,
         teacher_flop=cost.teachers,
         total_flop=cost.total,
         teacher_share=cost.teacher_share,
-        memory_gib=partition_bytes(recipe, partition, cards, student_of(recipe), micro) / GIB,
+        memory_gib=memory / GIB,
     )
 
 
-def _notes(recipe: Recipe, memory_gib: float, gpu_gib: float, per_rank: list[float]) -> list[str]:
-    optim, notes = recipe.optim, []
-    if memory_gib > gpu_gib:
-        advice = "set a smaller partitions.NAME.micro_batch, or student.grad_checkpointing=true"
-        notes.append(f"about {memory_gib:.0f} GiB are needed and the GPU has {gpu_gib:.0f}; {advice}")
+def _notes(recipe: Recipe, per_rank: list[float], teacher_ranks: tuple[TeacherRankPlan, ...], where: Machine) -> Iterator[str]:
+    optim = recipe.optim
     idle = 1 - sum(per_rank) / (max(per_rank) * len(per_rank))
     if idle > 0.1:
-        notes.append(f"ranks wait {idle:.0%} of the time for the slowest one; other numbers of GPUs or images divide better")
+        yield f"ranks wait {idle:.0%} of the time for the slowest one; other numbers of GPUs or images divide better"
+    teaching, training = max((r.step_seconds for r in teacher_ranks), default=0.0), max(per_rank) / where.flops
+    if teacher_ranks and (wait := 1 - min(teaching, training) / max(teaching, training)) > 0.25:
+        slow, fast = ("teachers", "students") if teaching > training else ("students", "teachers")
+        yield f"{fast} wait {wait:.0%} of the time for {slow}; change student_ranks and teacher_ranks of engine.placement"
+    for rank in teacher_ranks:
+        if rank.memory_gib > where.gpu_gib:
+            names = ", ".join(rank.teachers)
+            advice = "set teachers.NAME.chunk, or more teacher_ranks"
+            yield f"the teacher rank of {names} needs about {rank.memory_gib:.0f} GiB and the GPU has {where.gpu_gib:.0f}; {advice}"
     if optim.freeze_trunk >= optim.steps:
-        notes.append(f"the trunk never learns: optim.freeze_trunk {optim.freeze_trunk} >= optim.steps {optim.steps}")
-    if optim.warmup >= optim.steps:
-        notes.append(f"the learning rate never reaches its peak: optim.warmup {optim.warmup} >= optim.steps {optim.steps}")
+        yield f"the trunk never learns: optim.freeze_trunk {optim.freeze_trunk} >= optim.steps {optim.steps}"
     if recipe.balance.window > optim.steps and not recipe.balance.ahead:
-        notes.append(f"the balancers change until the end: balance.window {recipe.balance.window} > optim.steps {optim.steps}")
-    if not recipe.data.sources:
-        notes.append("no images yet: train needs data.sources.NAME.path=...")
-    return notes
+        yield f"the balancers change until the end: balance.window {recipe.balance.window} > optim.steps {optim.steps}"
 
 
 def _mosaic_notes(recipe: Recipe, cards: dict[str, TeacherCard], partitions: tuple[PartitionPlan, ...]) -> list[str]:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from .plan import PartitionPlan, Plan, TeacherPlan
+from .budget import Budget, TeacherPlan
+from .plan import PartitionPlan, Plan
 from .plan_upsampler import UpsamplerPlan
+from .scale import ScalePlan
 
 __all__ = ["render", "render_upsampler"]
 
 
 def render(plan: Plan) -> str:
     """The plan in lines of at most about 120 characters."""
-    return "\n".join([*_head(plan), "", *_teachers(plan.teachers), "", *_partitions(plan), "", *_totals(plan), *_notes(plan)])
+    parts = [_head(plan), _teachers(plan.teachers), _partitions(plan), _places(plan), _totals(plan), _scale(plan.scale)]
+    return "\n".join([line for part in map(list, parts) if part for line in (*part, "")][:-1] + list(_notes(plan)))
 
 
 def render_upsampler(plan: UpsamplerPlan) -> str:
@@ -23,10 +26,11 @@ def render_upsampler(plan: UpsamplerPlan) -> str:
 
 def _head(plan: Plan) -> Iterator[str]:
     yield from _title(plan)
-    yield f"  student {_millions(plan.trunk_parameters)} and adaptors {_millions(plan.head_parameters)} parameters"
+    for s in plan.students:
+        yield f"  {s.name} {_millions(s.trunk_parameters)} and adaptors {_millions(s.head_parameters)} parameters"
 
 
-def _title(plan: Plan | UpsamplerPlan) -> Iterator[str]:
+def _title(plan: Budget) -> Iterator[str]:
     yield f"{plan.name}: {plan.title}" if plan.title else plan.name
     yield f"  {plan.steps:,} steps on {plan.world_size} x {plan.gpu} at {plan.utilisation:.0%} of its reachable bf16 rate"
 
@@ -57,13 +61,39 @@ def _partitions(plan: Plan) -> Iterator[str]:
             (
                 p.name,
                 str(p.images),
-                _ranks(p, plan.world_size),
+                _ranks(p, plan.student_ranks),
                 str(p.images_per_rank),
                 str(p.micro_batch),
                 f"{p.memory_gib:.1f}",
             )
         )
     yield from _table(rows)
+
+
+def _places(plan: Plan) -> Iterator[str]:
+    if not plan.teacher_ranks:
+        return
+    rows = [("ranks of their own", "teachers", "s a step", "GiB")]
+    for i, rank in enumerate(plan.teacher_ranks):
+        rows.append((f"teacher rank {i}", ", ".join(rank.teachers), f"{rank.step_seconds:.3g}", f"{rank.memory_gib:.0f}"))
+    yield from _table(rows)
+    yield f"  {plan.student_ranks} ranks train, {plan.world_size - plan.student_ranks} teach"
+
+
+def _scale(scale: ScalePlan | None) -> Iterator[str]:
+    if scale is None:
+        return
+    rows = [
+        ("nodes", f"{scale.nodes} of {scale.gpus_per_node} GPUs"),
+        ("gradients", f"{scale.gradient_gb:.2f} GB, {1e3 * scale.reduce_seconds:.1f} ms a step"),
+        ("targets", f"{scale.target_gb:.2f} GB to a rank that trains, {1e3 * scale.target_seconds:.1f} ms a step"),
+        ("images", f"{scale.images_s_node:,.0f}/s a node: {scale.read_mb_s:,.0f} MB/s, {scale.decode_cores:.1f} cores"),
+        ("checkpoint", f"{scale.checkpoint_seconds:.1f} s, {scale.steps_lost:.2%} of the time"),
+    ]
+    yield from _table(rows)
+    yield ""
+    yield "  assumed"
+    yield from (f"    {text}" for text in scale.assumptions)
 
 
 def _totals(plan: Plan) -> Iterator[str]:
@@ -105,7 +135,7 @@ def _upsampler_totals(plan: UpsamplerPlan) -> Iterator[str]:
     ])  # fmt: skip
 
 
-def _notes(plan: Plan | UpsamplerPlan) -> Iterator[str]:
+def _notes(plan: Budget) -> Iterator[str]:
     for note in plan.notes:
         yield f"note: {note}"
 

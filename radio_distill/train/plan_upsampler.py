@@ -5,6 +5,7 @@ Arithmetic as in plan.py; no weights are read.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -13,31 +14,22 @@ from torch import nn
 from ..balance import identity
 from ..config.load import load_card
 from ..config.upsampler_recipe import VIEWS, UpsamplerRecipe
-from ..errors import RecipeError
 from ..upsamplers.cost import downsampler_flops, network_flops, uncertainty_flops
 from ..upsamplers.folder import build_downsampler
 from ..upsamplers.map_weights import UncertaintyNet
 from ..upsamplers.sharpener import Sharpener, view_factors
+from .budget import GIB, RESERVE_GIB, Budget, TeacherPlan, budget, fit_micro_batch, machine
 from .cost import teacher_flops
 from .memory import forward_bytes, teacher_parameters
 from .partition import assign
-from .plan import GIB, RESERVE_GIB, TeacherPlan, gpu_of
-from .run import run_path
 
 __all__ = ["UpsamplerPlan", "plan_upsampler"]
 
 
-@dataclass(frozen=True)
-class UpsamplerPlan:
+@dataclass(frozen=True, kw_only=True)
+class UpsamplerPlan(Budget):
     """Everything that can be said about an upsampler's recipe before it runs."""
 
-    name: str
-    title: str
-    run: str
-    gpu: str
-    world_size: int
-    utilisation: float
-    steps: int
     teacher: TeacherPlan
     network: str
     """Kind and factor."""
@@ -65,17 +57,6 @@ class UpsamplerPlan:
     """Of one image in training: teacher, network, downsampler, uncertainty, balance."""
     statistics_images: int
     """Encoded once, before the first step."""
-    step_seconds: float
-    images_per_second: float
-    hours: float
-    gpu_hours: float
-    memory_gib: float
-    """Peak on one GPU."""
-    gpu_gib: float
-    disk_gib: float
-    """For the checkpoints that are kept and the one being written."""
-    notes: tuple[str, ...]
-    """What looks wrong or wasteful."""
 
     @property
     def encoder_images(self) -> int:
@@ -88,31 +69,30 @@ def plan_upsampler(recipe: UpsamplerRecipe, *, world_size: int, gpu: str = "h200
 
     Raises RecipeError when the images cannot be divided among the ranks, or for an unknown GPU.
     """
-    rate, gpu_gb = gpu_of(gpu, utilisation)
-    card, network = load_card(recipe.teacher), recipe.network
+    where, card, network = machine(gpu, world_size, utilisation), load_card(recipe.teacher), recipe.network
     assign(images={VIEWS: recipe.images}, costs={VIEWS: 1.0}, world_size=world_size)
     per_rank = recipe.images // world_size
-    micro = _micro_batch(recipe, per_rank)
+    micro = fit_micro_batch(recipe.micro_batch, per_rank, "micro_batch")
     grid, width = recipe.size // card.input.patch, card.output.features
     sharpener, downsampler, uncertainty = _modules(recipe, width, grid)
     encodes = sum(factor**2 for factor in view_factors(network))
     use, training = _flops(recipe, encodes)
     statistics = 0 if recipe.balance.path else recipe.balance.window * recipe.images
-    step_seconds = sum(training.values()) * per_rank / (rate * utilisation)
-    ahead_seconds = statistics / world_size * teacher_flops(card, recipe.size) / (rate * utilisation)
-    hours = (step_seconds * recipe.optim.steps + ahead_seconds) / 3600
     trained = sharpener + downsampler + uncertainty
-    memory = _memory_bytes(recipe, encodes, trained, micro) / GIB + RESERVE_GIB
-    gpu_gib = gpu_gb * 1e9 / GIB
+    common = budget(
+        recipe,
+        where,
+        images=recipe.images,
+        step_seconds=sum(training.values()) * per_rank / where.flops,
+        ahead_seconds=statistics / world_size * teacher_flops(card, recipe.size) / where.flops,
+        memory_gib=_memory_bytes(recipe, encodes, trained, micro) / GIB + RESERVE_GIB,
+        advice=f"set a smaller {'chunk (teacher images in one forward)' if micro == 1 else 'micro_batch, or chunk'}",
+        checkpoint_gib=20 * trained / GIB,
+        notes=tuple(_notes(recipe)),
+    )
     return UpsamplerPlan(
-        name=recipe.name,
-        title=recipe.title,
-        run=str(run_path(recipe)),
-        gpu=gpu,
-        world_size=world_size,
-        utilisation=utilisation,
-        steps=recipe.optim.steps,
-        teacher=TeacherPlan(recipe.teacher, card.name, card.licence, teacher_parameters(card)),
+        **common,
+        teacher=TeacherPlan.of(recipe.teacher, card),
         network=f"{network.factor}x {network.kind}",
         size=recipe.size,
         image_size=recipe.image_size,
@@ -129,23 +109,7 @@ def plan_upsampler(recipe: UpsamplerRecipe, *, world_size: int, gpu: str = "h200
         use_flop=use,
         training_flop=training,
         statistics_images=statistics,
-        step_seconds=step_seconds,
-        images_per_second=recipe.images / step_seconds,
-        hours=hours,
-        gpu_hours=hours * world_size,
-        memory_gib=memory,
-        gpu_gib=gpu_gib,
-        disk_gib=20 * trained * (recipe.checkpoint.keep_last + 1) / GIB,
-        notes=tuple(_notes(recipe, memory, gpu_gib, micro)),
     )
-
-
-def _micro_batch(recipe: UpsamplerRecipe, per_rank: int) -> int:
-    micro = min(recipe.micro_batch or per_rank, per_rank)
-    if per_rank % micro:
-        best = max(size for size in range(1, micro + 1) if per_rank % size == 0)
-        raise RecipeError(f"micro_batch={micro} does not divide the {per_rank} images of a rank; use {best}")
-    return micro
 
 
 def _modules(recipe: UpsamplerRecipe, width: int, grid: int) -> tuple[int, int, int]:
@@ -202,15 +166,6 @@ def _kept_channels(recipe: UpsamplerRecipe, width: int) -> int:
     return sum(m.in_features + m.out_features for m in linears) + 4 * width * len(recipe.network.inputs)
 
 
-def _notes(recipe: UpsamplerRecipe, memory_gib: float, gpu_gib: float, micro: int) -> list[str]:
-    optim, notes = recipe.optim, []
-    if memory_gib > gpu_gib:
-        advice = "set a smaller chunk (teacher images in one forward)" if micro == 1 else "set a smaller micro_batch, or chunk"
-        notes.append(f"about {memory_gib:.0f} GiB are needed and the GPU has {gpu_gib:.0f}; {advice}")
-    if optim.warmup >= optim.steps:
-        notes.append(f"the learning rate never reaches its peak: optim.warmup {optim.warmup} >= optim.steps {optim.steps}")
+def _notes(recipe: UpsamplerRecipe) -> Iterator[str]:
     if recipe.network.kind in ("bilinear", "tile", "s2") and not recipe.network.debias:
-        notes.append(f"network.kind {recipe.network.kind!r} without network.debias: nothing but the downsampler learns")
-    if not recipe.data.sources:
-        notes.append("no images yet: upsampler needs data.sources.NAME.path=...")
-    return notes
+        yield f"network.kind {recipe.network.kind!r} without network.debias: nothing but the downsampler learns"

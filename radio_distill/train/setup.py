@@ -68,25 +68,25 @@ def build_parts(recipe: Recipe, world: World, *, weights: Weights = "pretrained"
     return Parts(service, window, assignment, Streams(recipe, assignment, world.rank, specs))
 
 
-def build_start(recipe: Recipe, world: World, run: RunFolder, parts: Parts) -> tuple[Student, Path | None]:
-    """The student with its first weights, ready for the engine, and the checkpoint to resume when there is one."""
+def build_start(recipe: Recipe, world: World, parts: Parts, found: Path | None) -> Student:
+    """The student with its first weights, ready for the engine. found: the checkpoint that will be resumed, when there is one."""
     torch.manual_seed(recipe.seed)
-    student = build_student(recipe.student, slots_of(recipe))
-    parts.service.balancers.update(given_balancers(recipe, parts.service, world))
-    found = checkpoint.latest(run.path)
+    student, balancers = build_student(recipe.student, slots_of(recipe)), parts.service.balancers
+    if not balancers:
+        balancers.update(given_balancers(recipe, parts.service, world))
     if found is None:
         loaded = start_weights(student, _resolved(recipe.start))
         if world.is_main:
             log.info("starting from %s", recipe.start.source or "scratch")
-        if not parts.service.balancers and (loaded or recipe.balance.ahead):
+        if not balancers and (loaded or recipe.balance.ahead):
             steps = recipe.balance.window if recipe.balance.ahead else 1
-            parts.service.balancers.update(gather_balancers(parts, world, steps))
+            balancers.update(gather_balancers(parts, world, steps))
         for name in loaded:  # they predict the teachers' own features; put them into this stage's balanced space
-            balancer = parts.service.balancers[name]
+            balancer = balancers[name]
             matrix = balancer.weight if balancer.weight.ndim == 2 else balancer.weight.diag()
             fold_affine(student.adaptor(name), matrix.cpu(), balancer.bias_C.cpu())
     parametrise(student, recipe.student)
-    return student, found
+    return student
 
 
 def given_balancers(recipe: Recipe, service: TeacherService, world: World) -> dict[str, Balancer]:

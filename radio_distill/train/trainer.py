@@ -40,9 +40,18 @@ class Trainer(Training):
             recipe, world, run, parts.streams, self.task, student, micro_steps=micro_steps, ema_decay=recipe.ema.decay
         )
         self.task.attach(self.service.balancers, self.ema)
+        self.label = ""
+        """What its lines on the console begin with, where there are several students."""
+        self.siblings: list[Trainer] = []
+        """Students of the same recipe that learn from the same targets."""
+
+    @property
+    def members(self) -> list[Trainer]:
+        return [self, *self.siblings]
 
     def console_line(self, metrics: dict[str, float]) -> str:
-        return console_line(self.step, self.recipe, metrics)
+        line = console_line(self.step, self.recipe, metrics)
+        return f"{self.label}  {line}" if self.label else line
 
     def next_batches(self) -> list[Batch]:
         batches, encoder = super().next_batches(), self.service.encoder
@@ -83,6 +92,7 @@ class Trainer(Training):
 
     def load_rank_tensors(self, states: list[dict[str, Tensor]]) -> None:
         if self.window.is_open(self.step):
+            self.window.clear()  # which siblings share: each of them has saved the same sums
             for state in states:
                 self.window.add(state)
 

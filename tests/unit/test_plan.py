@@ -7,8 +7,10 @@ import pytest
 from radio_distill.config.load import list_recipes, load_recipe
 from radio_distill.config.recipe import Recipe
 from radio_distill.errors import RecipeError
-from radio_distill.train.plan import GPUS, plan, to_json
+from radio_distill.train.budget import GPUS, to_json
+from radio_distill.train.plan import plan
 from radio_distill.train.plan_text import render
+from radio_distill.train.scale import Cluster
 
 TOY = "toy/stage3"
 
@@ -113,3 +115,76 @@ def test_wrong_settings_are_refused(settings, message):
 def test_a_forward_that_does_not_divide_a_ranks_images_is_refused():
     with pytest.raises(RecipeError, match=r"partitions.low.micro_batch=5 does not divide the 16 images of a rank; use 4"):
         plan(load_recipe(TOY, ["partitions.low.micro_batch=5"]), world_size=1)
+
+
+def placed(students: int, teachers: int) -> str:
+    return f"engine.placement={{kind: dedicated, student_ranks: {students}, teacher_ranks: {teachers}}}"
+
+
+def test_with_teachers_apart_the_slower_kind_of_rank_sets_the_pace():
+    colocated = plan(load_recipe("stage3_featsharp"), world_size=64)
+    apart = plan(load_recipe("stage3_featsharp", [placed(1, 1)]), world_size=64)
+    low, high = apart.partitions
+    teaching = sum(sum(p.teacher_flop.values()) * p.images for p in (low, high)) / 32
+    assert apart.student_ranks == 32
+    assert apart.step_seconds == pytest.approx(teaching / (GPUS["h200"][0] * 0.45))
+    assert apart.step_flop == colocated.step_flop
+    assert any("students wait" in note for note in apart.notes)
+    shared = plan(load_recipe("stage3_featsharp", [placed(2, 2)]), world_size=64).teacher_ranks
+    assert [rank.teachers for rank in shared] == [("siglip", "dinov2"), ("dfn_clip", "sam")]
+    assert "teacher rank 1      dfn_clip, sam" in render(plan(load_recipe("stage3_featsharp", [placed(2, 2)]), world_size=64))
+
+
+@pytest.mark.parametrize(
+    ("placement", "world_size", "message"),
+    [
+        (placed(2, 1), 8, "blocks of 2 student and 1 teacher ranks, which do not divide 8 ranks; start 6 or 9"),
+        (placed(3, 5), 8, "engine.placement.teacher_ranks is 5 for 4 teachers"),
+    ],
+)
+def test_a_placement_that_does_not_fit_is_refused(placement, world_size, message):
+    with pytest.raises(RecipeError, match=message):
+        plan(load_recipe("stage2", [placement, "partitions.low.images=1536"]), world_size=world_size)
+
+
+def test_teachers_apart_are_recommended_when_they_do_not_fit_beside_the_student(monkeypatch):
+    small = ["partitions.low.micro_batch=4", "partitions.high.micro_batch=1"]
+    together = plan(load_recipe("stage3_featsharp", small), world_size=64)
+    apart = plan(load_recipe("stage3_featsharp", [*small, placed(1, 1)]), world_size=64)
+    between = (together.memory_gib + max(apart.memory_gib, apart.teacher_ranks[0].memory_gib)) / 2
+    monkeypatch.setitem(GPUS, "tight", (250e12, between * 2**30 / 1e9))
+    notes = plan(load_recipe("stage3_featsharp", small), world_size=64, gpu="tight").notes
+    note = next(note for note in notes if "GiB are needed" in note)
+    assert (
+        "or give the teachers ranks of their own, where all fits: engine.placement='{kind: dedicated, student_ranks: " in note
+    )
+
+
+def test_several_students_pay_for_the_teachers_once():
+    alone = {
+        m: plan(load_recipe("stage1", [f"student.model={m}"]), world_size=8)
+        for m in ("vit_large_patch16_224", "vit_base_patch16_224")
+    }
+    both = plan(load_recipe("stage1", ["students={b: {model: vit_base_patch16_224}}"]), world_size=8)
+    cells = [result.partitions[0] for result in (*alone.values(), both)]
+    assert cells[2].student_flop == pytest.approx(cells[0].student_flop + cells[1].student_flop)
+    assert cells[2].teacher_flop == cells[0].teacher_flop
+    assert [s.name for s in both.students] == ["student", "b"]
+    assert both.checkpoint_gib == pytest.approx(sum(result.checkpoint_gib for result in alone.values()))
+
+
+def test_a_cluster_is_planned_by_hand_arithmetic():
+    recipe = load_recipe("stage3_featsharp", [placed(1, 1)])
+    result = plan(recipe, world_size=128, cluster=Cluster(nodes=16, network_gb_s=25, disk_gb_s=2))
+    found = result.scale
+    gradient = 4 * (result.trunk_parameters + result.head_parameters)
+    assert found.reduce_seconds == pytest.approx(2 * 63 / 64 * gradient / 200e9)  # 8 adapters of 25 GB/s a node
+    # bf16: 27 x 27 and 64 x 64 or 81 x 81 maps of 1280, 1152, 1536 and 1280 channels, and summaries
+    low = 27**2 * (1280 + 1152 + 1536) + 27**2 * 1280 + 1024 + 1152 + 1536
+    high = 81**2 * (1280 + 1152) + 64**2 * (1536 + 1280) + 1024 + 1152 + 1536
+    assert found.target_gb == pytest.approx(2 * (16 * low + 2 * high) / 1e9, rel=0.01)
+    assert found.target_seconds == pytest.approx(found.target_gb / 300)  # a block of 2 ranks stays in a node
+    assert result.step_seconds > plan(recipe, world_size=128).step_seconds
+    assert found.checkpoint_seconds == pytest.approx(result.checkpoint_gib * 2**30 / 2e9)
+    assert "latency and congestion are left out" in render(result)
+    assert json.loads(to_json(result))["scale"]["nodes"] == 16

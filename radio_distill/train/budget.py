@@ -1,0 +1,157 @@
+"""What every plan says, of a stage or of an upsampler: time, memory and disk of a training on a number of GPUs.
+
+Times assume that a share (`utilisation`) of a GPU's reachable dense bf16 rate is used; 0.45 is cautious.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ..config.cards import TeacherCard
+from ..config.recipe import Recipe
+from ..config.upsampler_recipe import AnyRecipe
+from ..errors import RecipeError
+from .memory import teacher_parameters
+from .run import run_path
+
+__all__ = ["GIB", "GPUS", "RESERVE_GIB", "Budget", "Machine", "TeacherPlan", "budget", "fit_micro_batch", "machine", "to_json"]
+
+GIB = 2**30
+RESERVE_GIB = 4.0
+"""CUDA context, communication buffers, fragmentation."""
+
+GPUS = {
+    "a100": (250e12, 80),
+    "a100-40": (250e12, 40),
+    "l40s": (290e12, 48),
+    "h100": (790e12, 80),
+    "h200": (790e12, 141),
+    "b200": (1800e12, 180),
+}
+"""Reachable dense bf16 FLOP/s (0.8 of the data sheet; 790 was measured on an H200) and memory in GB."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The GPUs that are asked for."""
+
+    gpu: str
+    world_size: int
+    utilisation: float
+    flops: float
+    """FLOP/s of one GPU in this work."""
+    gpu_gib: float
+
+
+@dataclass(frozen=True)
+class TeacherPlan:
+    """One teacher."""
+
+    name: str
+    card: str
+    licence: str
+    parameters: int
+
+    @classmethod
+    def of(cls, name: str, card: TeacherCard) -> TeacherPlan:
+        """The teacher called `name` in a recipe."""
+        return cls(name, card.name, card.licence, teacher_parameters(card))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """What plans of all kinds have."""
+
+    name: str
+    title: str
+    run: str
+    gpu: str
+    world_size: int
+    utilisation: float
+    steps: int
+    step_seconds: float
+    """Of the slowest rank."""
+    images_per_second: float
+    hours: float
+    gpu_hours: float
+    memory_gib: float
+    """Peak on one GPU."""
+    gpu_gib: float
+    checkpoint_gib: float
+    disk_gib: float
+    """For the checkpoints that are kept and the one being written."""
+    notes: tuple[str, ...]
+    """What looks wrong or wasteful."""
+
+
+def machine(gpu: str, world_size: int, utilisation: float) -> Machine:
+    """GPUs of a kind. Raises RecipeError for an unknown one, or an impossible utilisation."""
+    if gpu not in GPUS:
+        raise RecipeError(f"unknown GPU {gpu!r}; known: {', '.join(GPUS)}")
+    if not 0 < utilisation <= 1:
+        raise RecipeError(f"utilisation is {utilisation}, expected a share from above 0 to 1")
+    rate, gigabytes = GPUS[gpu]
+    return Machine(gpu, world_size, utilisation, rate * utilisation, gigabytes * 1e9 / GIB)
+
+
+def budget(
+    recipe: AnyRecipe,
+    machine: Machine,
+    *,
+    images: int,
+    step_seconds: float,
+    ahead_seconds: float = 0.0,
+    memory_gib: float,
+    advice: str,
+    checkpoint_gib: float,
+    notes: tuple[str, ...] = (),
+) -> dict[str, Any]:
+    """The fields of a `Budget`. images: of one step. ahead_seconds: before the first step. advice: against too little memory."""
+    hours = (step_seconds * recipe.optim.steps + ahead_seconds) / 3600
+    common = Budget(
+        name=recipe.name,
+        title=recipe.title,
+        run=str(run_path(recipe)),
+        gpu=machine.gpu,
+        world_size=machine.world_size,
+        utilisation=machine.utilisation,
+        steps=recipe.optim.steps,
+        step_seconds=step_seconds,
+        images_per_second=images / step_seconds,
+        hours=hours,
+        gpu_hours=hours * machine.world_size,
+        memory_gib=memory_gib,
+        gpu_gib=machine.gpu_gib,
+        checkpoint_gib=checkpoint_gib,
+        disk_gib=checkpoint_gib * (recipe.checkpoint.keep_last + 1),
+        notes=(*_notes(recipe, machine, memory_gib, advice), *notes),
+    )
+    return vars(common)
+
+
+def _notes(recipe: AnyRecipe, machine: Machine, memory_gib: float, advice: str) -> Iterator[str]:
+    optim = recipe.optim
+    if memory_gib > machine.gpu_gib:
+        yield f"about {memory_gib:.0f} GiB are needed and the GPU has {machine.gpu_gib:.0f}; {advice}"
+    if optim.warmup >= optim.steps:
+        yield f"the learning rate never reaches its peak: optim.warmup {optim.warmup} >= optim.steps {optim.steps}"
+    if not recipe.data.sources:
+        command = "train" if isinstance(recipe, Recipe) else "upsampler"
+        yield f"no images yet: {command} needs data.sources.NAME.path=..."
+
+
+def fit_micro_batch(wanted: int | None, per_rank: int, key: str) -> int:
+    """Images in one forward. Raises RecipeError, naming the recipe's key, when it does not divide a rank's images."""
+    micro = min(wanted or per_rank, per_rank)
+    if per_rank % micro:
+        best = max(size for size in range(1, micro + 1) if per_rank % size == 0)
+        raise RecipeError(f"{key}={micro} does not divide the {per_rank} images of a rank; use {best}")
+    return micro
+
+
+def to_json(plan: Budget) -> str:
+    """A plan as JSON, for scripts."""
+    return json.dumps(asdict(plan), indent=2)

@@ -1,0 +1,201 @@
+"""Whole trainings with teachers on ranks of their own, and with several students: the same numbers as without.
+
+Ranks are processes of one test module that train one recipe after the other, so that imports are paid once.
+"""
+
+import json
+import os
+from functools import cache
+from pathlib import Path
+from unittest import mock
+
+import pytest
+from launch import launch
+from made_upsampler import make
+from PIL import Image
+
+from radio_distill.config.load import load_recipe
+from radio_distill.data.toyworld import render_images
+from radio_distill.errors import RadioDistillError
+from radio_distill.student.checkpoints import load_student
+from radio_distill.teachers.bank import TeacherBank
+from radio_distill.train import preempt
+from radio_distill.train.checkpoint import artifact_folder
+from radio_distill.train.loop import train
+
+pytestmark = pytest.mark.timeout(900)  # a test may make 14 trainings; seconds each, minutes on a busy machine
+
+STEPS = 2
+TINY = [
+    "student.overrides={patch_size: 8, embed_dim: 32, depth: 1, num_heads: 2}",
+    "student.heads={hidden: 16, inner: 0}",
+    "start={kind: scratch}",
+    f"optim={{steps: {STEPS}, freeze_trunk: 1, warmup: 1}}",
+    "data.streams=2",
+    "log={every: 1, pictures: 0}",
+]
+WINDOW = "balance={ahead: false, window: 2, every: 1}"
+AHEAD = "balance={ahead: true, window: 1}"
+HIGH = ["partitions.low.images=8", "partitions.high.images=2", AHEAD, "partitions.high.micro_batch=1"]
+RECIPES = {
+    "stage1": ["partitions.low.images=32", WINDOW],
+    "stage2": ["partitions.low.images=8", AHEAD, "data.shift_std=0.5"],
+    "stage3": HIGH,
+    "stage3_tile": HIGH,
+    "stage3_s2": HIGH,
+    "stage3_featsharp": [*HIGH, "optim.kind=lamb"],
+    "stage3_featup": HIGH,
+}
+PLACES = {"1": 1, "2": 2, "1+1": 2, "1+2": 3, "2+1": 3}
+FEW = ("stage1", "stage3_featsharp")
+"""Trained in places of three ranks too."""
+
+Job = tuple[str, list[str]]
+
+
+def next_job(environment: dict[str, str], number: int) -> None:
+    """Be a rank of a new job, at a port of its own: the addresses of a process's last job are still in its store."""
+    port = 20_000 + (int(environment["MASTER_PORT"]) + 101 * number) % 10_000
+    os.environ.update(environment | {"MASTER_PORT": str(port)})
+
+
+def placement(place: str) -> list[str]:
+    students, _, teachers = place.partition("+")
+    return [f"engine.placement={{kind: dedicated, student_ranks: {students}, teacher_ranks: {teachers}}}"] if teachers else []
+
+
+def train_all(rank: int, jobs: list[Job]) -> None:
+    environment = dict(os.environ)
+    for number, (name, overrides) in enumerate(jobs):
+        next_job(environment, number)
+        assert train(load_recipe(f"toy/{name}", overrides)) == 0
+
+
+def losses(run: Path) -> list[float]:
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [*range(1, STEPS + 1)]
+    return [x for row in rows for x in (row["loss"], row["grad_norm"])]
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("photos")
+    for i, pixels in enumerate(render_images(5, range(48), size=64)):
+        Image.fromarray(pixels).save(folder / f"{i:02d}.jpg", quality=95)
+    return f"data.sources.toy.path={folder}"
+
+
+@pytest.fixture(scope="module")
+def upsamplers(tmp_path_factory):
+    folder, found = tmp_path_factory.mktemp("upsamplers"), {}
+    for kind in ("featsharp", "featup"):
+        paths = {name: make(folder / f"{kind}_{name}", name, kind=kind, factor=3) for name in ("toy_clip", "toy_siglip")}
+        parts = ("low", "high") if kind == "featsharp" else ("high",)
+        found[f"stage3_{kind}"] = [
+            f"partitions.{part}.teachers.{name}.upsampler.weights={path}" for name, path in paths.items() for part in parts
+        ]
+    return found
+
+
+@pytest.fixture(scope="module")
+def at(photos, upsamplers, tmp_path_factory):
+    """Loss and gradient norm of every step by recipe, for a place."""
+
+    @cache
+    def trained(place):
+        folder, names = tmp_path_factory.mktemp("place"), RECIPES if PLACES[place] < 3 else FEW
+        common = {name: [*TINY, *RECIPES[name], *upsamplers.get(name, []), photos, *placement(place)] for name in names}
+        launch(train_all, PLACES[place], [(name, [*common[name], f"run={folder / name}"]) for name in names])
+        return {name: losses(folder / name) for name in names}
+
+    return trained
+
+
+@pytest.mark.parametrize(
+    ("place", "same", "tolerance"),
+    [
+        ("2", "1", 1e-4),  # sums over ranks have another order
+        ("1+1", "1", 1e-6),
+        ("1+2", "1", 1e-6),
+        ("2+1", "2", 1e-6),
+    ],
+)
+def test_every_recipe_gives_the_same_losses_wherever_its_teachers_run(at, place, same, tolerance):
+    assert len(at(place)) >= len(FEW)
+    for recipe, values in at(place).items():
+        assert values == pytest.approx(at(same)[recipe], rel=tolerance), recipe
+
+
+def stop_and_go_on(rank: int, overrides: list[str]) -> None:
+    environment, recipe = dict(os.environ), load_recipe("toy/stage1", overrides)
+    if rank == 1:
+        preempt.ask("SIGUSR1")  # only the teachers hear of it
+    assert train(recipe) == preempt.STOPPED
+    preempt._received.clear()
+    next_job(environment, 1)
+    assert train(recipe) == 0
+
+
+def test_a_teacher_that_is_asked_to_stop_stops_the_job_which_then_goes_on_exactly(at, photos, tmp_path):
+    overrides = [*TINY, *RECIPES["stage1"], photos, f"run={tmp_path / 'run'}", *placement("1+1")]
+    launch(stop_and_go_on, 2, overrides)
+    assert sorted(p.name for p in (tmp_path / "run" / "checkpoints").glob("step-*")) == ["step-00000001", "step-00000002"]
+    assert losses(tmp_path / "run") == at("1")["stage1"]
+
+
+def fail(rank: int, overrides: list[str], folder: Path, how: str) -> None:
+    recipe, encode = load_recipe("toy/stage1", overrides), TeacherBank.encode
+
+    def broken(bank, batch):
+        if how == "lost":
+            raise MemoryError("out of memory")
+        outputs = encode(bank, batch)
+        outputs["toy_dino"].features_BCHW[3] = float("nan")
+        return outputs
+
+    with mock.patch.object(TeacherBank, "encode", broken):
+        try:
+            text = f"exit code {train(recipe)}"
+        except (RadioDistillError, MemoryError) as error:
+            text = str(error)
+    (folder / f"{how}-{rank}").write_text(text)
+
+
+@pytest.mark.parametrize(
+    ("how", "student", "teacher"),
+    [
+        ("nan", "teacher 'toy_dino' gave non-finite features at step 0 on rank 0 (partition 'low') for 1 of 32", "exit code 0"),
+        ("lost", "the connection to teacher rank 1 of block 0 is gone; the log of that rank says why", "out of memory"),
+    ],
+)
+def test_what_goes_wrong_at_a_teacher_is_told_by_the_student(photos, tmp_path, how, student, teacher):
+    overrides = [*TINY, *RECIPES["stage1"], photos, f"run={tmp_path / 'run'}", *placement("1+1")]
+    launch(fail, 2, overrides, tmp_path, how)
+    assert student in (tmp_path / f"{how}-0").read_text()
+    assert teacher in (tmp_path / f"{how}-1").read_text()
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+SMALL = (
+    "{model: vit_small_patch16_224, max_size: 256, overrides: {patch_size: 8, embed_dim: 16, depth: 2, num_heads: 2}, "
+    "heads: {hidden: 8}, spectral: false}"
+)
+
+
+def stop_once(rank: int, overrides: list[str]) -> None:
+    environment, recipe = dict(os.environ), load_recipe("toy/stage1", overrides)
+    preempt.ask("SIGUSR1")
+    assert train(recipe) == preempt.STOPPED
+    preempt._received.clear()
+    next_job(environment, 1)
+    assert train(recipe) == 0
+
+
+def test_several_students_learn_what_each_would_learn_alone(at, photos, tmp_path):
+    common = [*TINY, *RECIPES["stage1"], photos]
+    launch(stop_once, 1, [*common, f"run={tmp_path / 'both'}", f"students.small={SMALL}"])
+    launch(train_all, 1, [("stage1", [*common, f"run={tmp_path / 'alone'}", f"student={SMALL}"])])
+    assert losses(tmp_path / "both") == at("1")["stage1"]
+    assert losses(tmp_path / "both" / "students" / "small") == losses(tmp_path / "alone")
+    student = load_student(artifact_folder(tmp_path / "both" / "students" / "small"))
+    assert student.arch.trunk.embed_dim == 16
