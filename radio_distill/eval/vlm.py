@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import CardError
-from ..paths import expand
 from ..types import Result
 from ..vlm.model import vlm_folder
 from .metrics.vlm import to_table_units
@@ -65,7 +64,7 @@ def evaluate(
             raise CardError(
                 f"suite vlm has no task {task!r}{' on toy data' if data == TOY else ''}; expected {', '.join(known)}"
             )
-    folder, chosen = vlm_folder(Path(expand(model))), list(tasks or known)
+    folder, chosen = vlm_folder(model), list(tasks or known)
     facts = json.loads((folder / "config.json").read_text())["vision_config"]
     label = f"{model}#{_digest(folder)}"
     if data == TOY:
@@ -73,7 +72,15 @@ def evaluate(
         scores = score_toy(folder, kinds=chosen, limit=limit, batch=batch)
         return [
             _result(
-                f"toy_{kind}", "accuracy", 100 * s.value, s.questions, label, "toyworld", facts["image_size"], protocol, "percent"
+                f"toy_{kind}",
+                "accuracy",
+                100 * s.value,
+                s.questions,
+                label,
+                "toyworld",
+                facts["image_size"],
+                protocol,
+                "percent",
             )
             for kind, s in scores.items()
         ]

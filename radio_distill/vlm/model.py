@@ -125,7 +125,7 @@ def load_vlm(path: str | Path, *, dtype: torch.dtype = torch.float32) -> Vlm:
     path: run folder, checkpoint, or a folder that `vlm train` saved. dtype: of projector and language model. Raises
     CheckpointError.
     """
-    folder = vlm_folder(Path(expand(str(path))))
+    folder = vlm_folder(path)
     model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype)
     tower = model.model.vision_tower
     if not isinstance(tower, StudentTower):
@@ -145,11 +145,12 @@ def save_vlm(vlm: Vlm, folder: Path, *, state: Mapping[str, Tensor] | None = Non
     vlm.processor.save_pretrained(folder)
 
 
-def vlm_folder(path: Path) -> Path:
+def vlm_folder(path: str | Path) -> Path:
     """The folder of the VLM that a run's newest checkpoint holds, or the folder itself. Raises CheckpointError."""
     from ..train.checkpoint import artifact_folder
 
-    return path if (path / "config.json").is_file() else artifact_folder(path, "vlm")
+    folder = Path(expand(str(path)))
+    return folder if (folder / "config.json").is_file() else artifact_folder(folder, "vlm")
 
 
 def _load_lm(folder: Path) -> tuple[Any, Any]:
