@@ -133,6 +133,9 @@ def check_upsampler(recipe: UpsamplerRecipe, load_card: Callable[[str], TeacherC
                 ("downsampler", "kernel"),
             )
         )
+    if recipe.engine.placement.kind == "dedicated":
+        text = "'engine.placement.kind' is 'dedicated', which only stages have: an upsampler's teacher runs on every rank; remove it"
+        problems.append(Problem(text, ("engine", "placement", "kind")))
     if recipe.micro_batch is not None and not 1 <= recipe.micro_batch <= recipe.images:
         problems.append(
             Problem(f"'micro_batch' is {recipe.micro_batch}, expected 1 to {recipe.images} (images), or null", ("micro_batch",))
