@@ -91,7 +91,9 @@ class Segmentation(Task):
         black = torch.zeros(1, 3, crop, crop, dtype=torch.uint8)
         channels = frozen_map(opened.model, black, context).shape[1]
         head = segmentation_head(channels, len(train.classes)).to(context.device)
-        crops: Generator[list[SegmentationSample], None, None] = training_batches(train, augment, batch=self.batch, context=context)
+        crops: Generator[list[SegmentationSample], None, None] = training_batches(
+            train, augment, batch=self.batch, context=context
+        )
 
         def batches() -> Iterator[tuple[Tensor, Tensor]]:
             for samples in crops:
