@@ -3,7 +3,7 @@
 paper:baseline          a student of the paper (`eval/published.yaml`)
 runs/stage3             a run folder, or any folder that holds results.jsonl
 results.jsonl           a file of results; every model in it is a row
-runs/demo::stage1       one model of those
+runs/demo::stage1       one model of those; its step (`stage1@5000`) may be left out
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def load_rows(source: str, *, suites: Sequence[str] = ()) -> list[Row]:
     rows = rows_of([r for r in read(path) if not suites or r.suite in suites])
     if not rows:
         raise DataError(f"{path} holds no results" + (f" of {' or '.join(suites)}; leave out --suite" if suites else ""))
-    chosen = [row for row in rows if model in ("", row.model)]
+    chosen = [row for row in rows if model in ("", row.model, row.model.rpartition("@")[0])]
     if not chosen:
         raise DataError(f"{path} has no results of model {model!r}; expected one of {', '.join(r.model for r in rows)}")
     return chosen

@@ -184,6 +184,16 @@ def test_two_models_of_one_name_in_two_files_are_compared(tmp_path, capsys):
     assert "+2.00*" in capsys.readouterr().out
 
 
+def test_the_step_of_a_model_may_be_left_out(tmp_path):
+    path = tmp_path / "results.jsonl"
+    append(
+        path,
+        [result(f"runs/a@{step}", "ade20k", "miou", 50.0) for step in (5, 9)] + [result("runs/b@9", "ade20k", "miou", 5.0)],
+    )
+    assert [r.model for r in load_rows(f"{path}::runs/a")] == ["runs/a@5", "runs/a@9"]
+    assert load_baseline(f"{path}::runs/b").model == "runs/b@9"
+
+
 def test_bars_stand_on_both_sides_of_zero():
     page = bars([gain(row("a", x=110.0), row("b", x=100.0)), gain(row("c", x={0: 94.0, 1: 96.0}), row("b", x=100.0))])
     assert page.count("<rect") == 4  # two models; one group and the mean
