@@ -16,7 +16,7 @@ from .errors import RadioDistillError, RecipeError
 
 __all__ = ["main", "run_and_report"]
 
-TABLES = ("teachers", "recipes", "upsamplers", "students")
+TABLES = ("teachers", "recipes", "upsamplers", "vlms", "students")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -72,7 +72,7 @@ def _add(commands: Any, name: str, about: str, **options: Any) -> argparse.Argum
 
 
 def _add_commands_that_look(commands: Any) -> None:
-    listing = _add(commands, "list", "teachers, recipes, upsamplers and students that can be used")
+    listing = _add(commands, "list", "teachers, recipes, upsamplers, VLMs and students that can be used")
     listing.add_argument("what", nargs="?", choices=TABLES, help="one table; default: all")
     plan = _add(commands, "plan", "what a recipe will cost: FLOPs, memory, hours, disk, who does what")
     _add_recipe(plan)

@@ -11,9 +11,10 @@ from rich.console import Console
 from rich.table import Table
 
 from .config.cards import TeacherCard
-from .config.load import list_cards, list_recipes, load_recipe, load_upsampler_recipe
+from .config.load import list_cards, list_recipes, load_recipe, load_upsampler_recipe, load_vlm_recipe
 from .config.recipe import Recipe
 from .config.upsampler_recipe import UpsamplerRecipe
+from .config.vlm_recipe import VlmRecipe
 from .paths import data_path, expand
 
 __all__ = ["how_to_get", "local_weights", "make_table", "print_tables", "wide_console"]
@@ -22,11 +23,12 @@ WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".tar")
 
 
 def print_tables(which: Sequence[str]) -> None:
-    """Print the tables named: teachers, recipes, upsamplers, students."""
+    """Print the tables named: teachers, recipes, upsamplers, vlms, students."""
     tables = {
         "teachers": teachers_table,
         "recipes": recipes_table,
         "upsamplers": upsamplers_table,
+        "vlms": vlms_table,
         "students": students_table,
     }
     console = wide_console()
@@ -72,6 +74,21 @@ def upsamplers_table() -> Table:
         network, optim = recipe.network, recipe.optim
         images, views = f"{recipe.images} at {recipe.image_size}", str(recipe.jitter.views)
         table.add_row(name, network.kind, f"{network.factor}x", f"{optim.steps:,}", images, views, recipe.title)
+    return table
+
+
+def vlms_table() -> Table:
+    """One row per shipped recipe of a vision-language model's stage."""
+    table = make_table(
+        "recipes of vision-language models (radio-distill vlm train NAME trains a stage)",
+        "recipe learns steps",
+        "per step",
+        "about",
+    )
+    for name in list_recipes(VlmRecipe):
+        recipe = load_vlm_recipe(name)
+        table.add_row(name, recipe.trains, f"{recipe.optim.steps:,}", f"{recipe.samples} conversations", recipe.title)
+    table.caption = "learns: the projector alone, or all of projector and language model; the student is frozen"
     return table
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from html import escape
 from pathlib import Path
 
-from ..config.load import kind_of, load_any
+from ..config.load import kind_of, load_any, load_job
 from ..config.recipe import Recipe
 from ..config.upsampler_recipe import UpsamplerRecipe
 from ..config.vlm_recipe import VlmRecipe
@@ -62,7 +62,7 @@ def write_report(folder: Path, baseline: str | None = None) -> Path:
     `baseline`, where there is one.
     """
     results = read(folder / "results.jsonl")
-    runs, upsamplers = _runs(folder, has_results=bool(results))
+    runs, upsamplers, vlms = _runs(folder, has_results=bool(results))
     stages = f": {len(runs)} stage{'s' if len(runs) != 1 else ''}" if runs or upsamplers else ""
     body = [f"<h1>{escape(folder.resolve().name)}{stages}</h1>"]
     if runs:
@@ -72,8 +72,10 @@ def write_report(folder: Path, baseline: str | None = None) -> Path:
         body += [_curves(runs), _pictures(runs, STUDENT_ROWS)]
     if upsamplers:
         body += [_upsamplers(upsamplers), _pictures(upsamplers, UPSAMPLER_ROWS)]
-    if runs or upsamplers:
-        body.append(_recipes([*runs, *upsamplers]))
+    if vlms:
+        body.append(_vlms(vlms))
+    if runs or upsamplers or vlms:
+        body.append(_recipes([*runs, *upsamplers, *vlms]))
     page = (
         '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">'
         f"<title>{escape(folder.resolve().name)}</title><style>{STYLE}</style><body>{''.join(body)}</body></html>"
@@ -92,13 +94,14 @@ def _replace(path: Path, text: str) -> Path:
 Metrics = list[dict[str, float]]
 Run = tuple[Path, Recipe, Metrics]
 UpsamplerRun = tuple[Path, UpsamplerRecipe, Metrics]
+VlmRun = tuple[Path, VlmRecipe, Metrics]
 
 STUDENT_ROWS = "image, student, then every teacher's map above the student's prediction of it"
 UPSAMPLER_ROWS = "image, the teacher's own map, the upsampled map"
 
 
-def _runs(folder: Path, *, has_results: bool) -> tuple[list[Run], list[UpsamplerRun]]:
-    """The stages and the upsamplers in a folder."""
+def _runs(folder: Path, *, has_results: bool) -> tuple[list[Run], list[UpsamplerRun], list[VlmRun]]:
+    """The stages, the upsamplers and the stages of VLMs in a folder."""
     folders = [folder] if (folder / "recipe.yaml").exists() else sorted(p.parent for p in folder.glob("*/recipe.yaml"))
     if not folders and not has_results:
         raise CheckpointError(
@@ -106,15 +109,17 @@ def _runs(folder: Path, *, has_results: bool) -> tuple[list[Run], list[Upsampler
         )
     stages: list[Run] = []
     upsamplers: list[UpsamplerRun] = []
+    vlms: list[VlmRun] = []
     for path in folders:
-        if kind_of(path / "recipe.yaml") is VlmRecipe:  # its numbers are in the results
+        if kind_of(path / "recipe.yaml") is VlmRecipe:
+            vlms.append((path, load_job(VlmRecipe, path / "recipe.yaml"), read_metrics(path)))
             continue
         recipe = load_any(path / "recipe.yaml")
         if isinstance(recipe, UpsamplerRecipe):
             upsamplers.append((path, recipe, read_metrics(path)))
         else:
             stages.append((path, recipe, read_metrics(path)))
-    return stages, upsamplers
+    return stages, upsamplers, vlms
 
 
 def _summary(runs: list[Run]) -> str:
@@ -204,6 +209,22 @@ def _upsamplers(runs: list[UpsamplerRun]) -> str:
     return f"<h2>Upsamplers</h2><p>{note}</p>" + _table(["upsampler", "network", "steps", "fidelity"], rows)
 
 
+def _vlms(runs: list[VlmRun]) -> str:
+    rows = []
+    for path, recipe, metrics in runs:
+        last = metrics[-1] if metrics else {}
+        right = f"{100 * last['accuracy/tokens']:.1f}" if metrics else "-"
+        rows.append([path.name, recipe.trains, str(recipe.samples), f"{last.get('step', 0):g}", right])
+    note = (
+        "Share of the answers' tokens that were right over the last log interval of the training; the loss is their mean "
+        "cross-entropy. `python -m radio_distill.eval --suite vlm` scores answers to held-out questions."
+    )
+    losses = {path.name: [(row["step"], row["loss"]) for row in metrics] for path, _, metrics in runs}
+    head = ["stage", "learns", "conversations per step", "steps", "tokens right, %"]
+    table = f"<h2>Vision-language models</h2><p>{note}</p>" + _table(head, rows)
+    return table + line_chart(losses, title="Loss on the answers, by stage")
+
+
 def _pictures(runs: list[Run] | list[UpsamplerRun], shown: str) -> str:
     found = [(path.name, picture) for path, _, _ in runs for picture in sorted((path / "pictures").glob("*.png"))[-2:]]
     if not found:
@@ -217,7 +238,7 @@ def _image(path: Path) -> str:
     return f'<img alt="{escape(path.stem)}" src="data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}">'
 
 
-def _recipes(runs: list[Run | UpsamplerRun]) -> str:
+def _recipes(runs: list[Run | UpsamplerRun | VlmRun]) -> str:
     blocks = [
         f"<details><summary>{escape(path.name)}</summary><div class='wide'><pre>{escape((path / 'recipe.yaml').read_text())}</pre></div></details>"
         for path, _, _ in runs

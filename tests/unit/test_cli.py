@@ -114,6 +114,9 @@ def test_list_shows_cards_recipes_and_students(capsys):
     assert all(word in shown for word in ("dfn_clip", "toy/stage1", "vit_large_patch16_224"))
     assert main(["list", "recipes"]) == 0
     assert "dfn_clip  " not in capsys.readouterr().out
+    assert main(["list", "vlms"]) == 0
+    shown = capsys.readouterr().out
+    assert all(word in shown for word in ("vlm/llava15_projector", "128 conversations", "toy/vlm_sft"))
 
 
 def test_doctor_without_a_recipe_looks_at_the_machine(capsys):

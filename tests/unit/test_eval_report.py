@@ -1,10 +1,13 @@
 """The report of results: tables per suite, the paper's rows beside preset paper alone, curves, pictures, markdown."""
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import REPO
 
 from radio_distill import viz
 from radio_distill.eval.report import write_report
@@ -64,3 +67,17 @@ def test_results_alone_make_a_report_with_pictures_and_gains(tmp_path: Path) -> 
     assert page.count("data:image/png;base64") == 1
     assert "2 px</text>" in page
     assert "| paper: FeatSharp |  | 51.75 |" in (tmp_path / "report.md").read_text()
+
+
+def test_stages_of_a_vlm_have_their_losses_and_the_share_of_right_tokens(tmp_path: Path) -> None:
+    for name, steps in (("vlm_projector", (20, 40)), ("vlm_sft", ())):
+        (tmp_path / name).mkdir()
+        shutil.copy(REPO / "recipes" / "toy" / f"{name}.yaml", tmp_path / name / "recipe.yaml")
+        rows = [json.dumps({"step": step, "loss": 20 / step, "accuracy/tokens": step / 100}) for step in steps]
+        (tmp_path / name / "metrics.jsonl").write_text("\n".join(rows))
+    page = write_report(tmp_path).read_text()
+    assert "Vision-language models" in page
+    assert "<td>vlm_projector</td><td>projector</td><td>32</td><td>40</td><td>40.0</td>" in page
+    assert "<td>vlm_sft</td><td>all</td><td>64</td><td>0</td><td>-</td>" in page  # it has not begun
+    assert page.count("<svg") == 1
+    assert "Loss on the answers" in page
