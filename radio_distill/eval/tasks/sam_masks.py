@@ -46,9 +46,6 @@ class SamMasks(Task):
     adaptors: tuple[str, ...] = Field(default=("sam", "sam_h", "toy_sam"), min_length=1)
     """Names of a student's adaptor for this SAM; the first that it has counts."""
 
-    def size(self, context: Context) -> int:
-        return context.resolution or 0
-
     def datasets(self, context: Context) -> Sequence[Dataset[Any]]:
         whole: Any = open_dataset(self.dataset, self.split, context.root, kind="instances")
         return [Subset(whole, whole.annotated(crowds=True)).limited(context.limit)]
@@ -73,7 +70,7 @@ class SamMasks(Task):
         means.reduce()
         for band, value in means.compute("instance masks").items():
             name = "miou" if band == "all" else f"miou_{band}"
-            yield Score(name, value, headline=band == "all", scored=means.count(band))
+            yield Score(name, value, headline=band == "all", scored=means.count(band), side=context.resolution or sam.side)
 
     @torch.no_grad()
     def _features(self, opened: Opened, image_13HW: Tensor, context: Context) -> Tensor:
