@@ -124,8 +124,14 @@ def submit(
 ) -> int:
     """Submit the recipes, each after the one before, then an array over `evals` (SUITE=MODEL,... [OPTIONS]); prints jobs or scripts.
 
-    Refuses (1) when something is missing that the first recipe needs. Raises RadioDistillError without submitit or Slurm.
+    Refuses (1) when something is missing that the first recipe needs. Raises RadioDistillError without submitit or Slurm, or
+    when `hours` leave no time before the signal.
     """
+    if resources.hours * 3600 <= SECONDS_TO_SAVE:
+        raise RadioDistillError(
+            f"--hours {resources.hours:g}: expected more than {SECONDS_TO_SAVE / 3600:.3f}, since a job is asked to save "
+            f"{SECONDS_TO_SAVE // 60} minutes before its end and would do nothing else; give --hours 1"
+        )
     tasks = [Train(_found(recipe), tuple(overrides)) for recipe in recipes]
     suites = [_suite(text) for text in evals]
     loaded = [load_any(task.recipe, task.overrides) for task in tasks]  # their errors, before anything is in the queue

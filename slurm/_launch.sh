@@ -53,9 +53,11 @@ on_all() { # srun in the background: a trap runs while bash waits, not while it 
   return "$code"
 }
 
+fact() { scontrol show job "$SLURM_JOB_ID" | sed -n "s/.*$1=\([^ ]*\).*/\1/p;T;q"; } # of this job, as Slurm has it
+
 requeue() {
   local state
-  state=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/.*JobState=\([A-Z_]*\).*/\1/p;T;q')
+  state=$(fact JobState)
   if [ "$state" != RUNNING ]; then # cancelled, or Slurm requeues it by itself
     echo "$(date '+%F %T') $1; job $SLURM_JOB_ID is $state"
     exit 75
@@ -66,7 +68,7 @@ requeue() {
 }
 
 launch() {
-  local module=$1 recipe=$2 argument settings=()
+  local module=$1 recipe=$2 argument limit settings=()
   shift 2
   for argument; do
     case $argument in recipe=*) recipe=${argument#recipe=} ;; *) settings+=("$argument") ;; esac
@@ -75,6 +77,11 @@ launch() {
     echo "error: ${SLURM_GPUS_ON_NODE} GPUs and --ntasks-per-node=${SLURM_NTASKS_PER_NODE:-(not given)} on a node; one task drives one GPU" >&2
     exit 2
   fi
+  limit=$(fact TimeLimit)
+  case $limit in 00:0[0-4]:* | 00:05:00) # the signal would come before the first step, in every start again
+    echo "error: a time limit of $limit; expected more than the 5 minutes before it at which Slurm asks the job to save; give --time=1:00:00 or more" >&2
+    exit 2 ;;
+  esac
   echo "$(date '+%F %T') job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)): $SLURM_NTASKS ranks on $SLURM_JOB_NODELIST"
   alone "$PYTHON" -m radio_distill plan "$recipe" --check --gpus "$SLURM_NTASKS" "${settings[@]}" || exit
   [ -z "$stopping" ] || requeue "asked to stop before the first step"

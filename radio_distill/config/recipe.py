@@ -346,7 +346,7 @@ class Engine(Fields):
     deepspeed: dict[str, Any] = {}
     """Known DeepSpeed keys, merged into the generated config after checking."""
     watchdog_minutes: Annotated[float, Field(gt=0)] = 30.0
-    """A rank that makes no step for this long dumps its stacks and stops the job."""
+    """A rank that is at one step, or at the start before the first, for this long dumps its stacks and stops the job."""
 
 
 class Log(Fields):

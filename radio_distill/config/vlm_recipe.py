@@ -127,6 +127,9 @@ def _fitting(recipe: VlmRecipe) -> Iterator[Problem]:
     if recipe.micro_batch is not None and not 1 <= recipe.micro_batch <= recipe.samples:
         text = f"'micro_batch' is {recipe.micro_batch}, expected 1 to {recipe.samples} (samples), or null"
         yield Problem(text, ("micro_batch",))
+    if recipe.engine.placement.kind == "dedicated":
+        text = "'engine.placement.kind' is 'dedicated', which only stages have: a VLM has no teachers; remove it"
+        yield Problem(text, ("engine", "placement", "kind"))
     if recipe.engine.zero == 3:
         yield Problem("'engine.zero' is 3: what is saved would be empty; use 2", ("engine", "zero"))
 

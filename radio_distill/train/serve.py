@@ -11,14 +11,14 @@ from typing import Any
 
 import torch
 
-from ..config.recipe import Dedicated, Recipe
+from ..config.recipe import Dedicated, Job, Recipe
 from ..teachers.bank import TeacherBank, Timers
 from . import distributed, preempt
 from .bridge import Bridge, Message, Sent
 from .placement import share_teachers, teacher_costs
 from .remote import pack_reply, unpack_request
 from .setup import build_teachers
-from .watchdog import rest, watch
+from .watchdog import rest, watch, watched
 
 __all__ = ["run_ranks", "serve"]
 
@@ -26,19 +26,22 @@ GOODBYE = "goodbye"
 """Key of a student's last message; its value is the exit code of the job."""
 
 
-def run_ranks(recipe: Recipe, work: Callable[[distributed.World], int]) -> int:
-    """Join the job and do this rank's part of it, `work` where ranks train and `serve` where they teach; returns the exit code."""
+def run_ranks(recipe: Job, work: Callable[[distributed.World], int]) -> int:
+    """Join the job and do this rank's part of it, `work` where ranks train and `serve` where they teach; returns the exit code.
+
+    The watchdog runs from the first moment: joining, loading, statistics and steps each have `engine.watchdog_minutes`.
+    """
     placement = recipe.engine.placement
-    world = distributed.init(placement=placement if isinstance(placement, Dedicated) else None)
-    code = 0
-    try:
-        code = serve(recipe, world.bridge) if world.bridge is not None and world.bridge.place.teaches else work(world)
-        return code
-    finally:
-        rest()
-        if world.bridge is not None:
-            _leave(world.bridge, code)
-        distributed.shutdown()
+    with watched(recipe.engine.watchdog_minutes):
+        world = distributed.init(placement=placement if isinstance(placement, Dedicated) else None)
+        code = 0
+        try:
+            code = serve(recipe, world.bridge) if world.bridge is not None and world.bridge.place.teaches else work(world)
+            return code
+        finally:
+            if world.bridge is not None:
+                _leave(world.bridge, code)
+            distributed.shutdown()
 
 
 def _leave(bridge: Bridge, code: int) -> None:
@@ -50,11 +53,12 @@ def _leave(bridge: Bridge, code: int) -> None:
     bridge.abort()
 
 
-def serve(recipe: Recipe, bridge: Bridge) -> int:
+def serve(recipe: Job, bridge: Bridge) -> int:
     """Encode batches in the order in which they come in, whichever student they are from; returns the students' exit code.
 
     Raises TrainingError when a student goes away without a word.
     """
+    assert isinstance(recipe, Recipe), "recipes without a stage's teachers refuse engine.placement"
     names = share_teachers(teacher_costs(recipe), len(bridge.teachers))[bridge.place.position - bridge.place.students]
     bank = TeacherBank(recipe, build_teachers(recipe, bridge.device, names))
     clients, codes = {peer: _Client(bridge.device) for peer in bridge.students}, [0]
@@ -62,6 +66,7 @@ def serve(recipe: Recipe, bridge: Bridge) -> int:
     for peer in clients:  # a thread each: gloo tells of a lost peer only to those who wait for it by name
         Thread(target=_listen, args=(bridge, peer, inbox), daemon=True).start()
     while clients:
+        rest()  # how long students take is for their own watchdogs
         peer, header = inbox.get()
         if isinstance(header, Exception):
             raise header
@@ -71,7 +76,6 @@ def serve(recipe: Recipe, bridge: Bridge) -> int:
             continue
         watch(recipe.engine.watchdog_minutes)
         clients[peer].answer(bank, bridge, peer, header)
-        rest()
     return max(codes)
 
 

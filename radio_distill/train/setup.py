@@ -34,6 +34,7 @@ from .remote import RemoteTeachers
 from .run import RunFolder
 from .statistics import StatisticsWindow
 from .streams import Streams
+from .watchdog import watch
 
 __all__ = ["Parts", "build_parts", "build_start", "build_teachers", "assignment_of"]
 
@@ -109,6 +110,7 @@ def gather_balancers(parts: Parts, world: World, steps: int) -> dict[str, Balanc
     """
     parts.streams.open({})
     for step in range(steps):
+        watch(parts.service.recipe.engine.watchdog_minutes)
         for batch in parts.streams.next(world.device):
             raw = parts.service.encode(batch)
             error = name_non_finite(batch, raw, rank=world.rank, step=step)

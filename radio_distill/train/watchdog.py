@@ -1,14 +1,30 @@
-"""A process that hangs must not hang a job: it shows where it is, and ends."""
+"""A process that hangs must not hang a job: it shows where it is, and ends.
+
+`run_ranks` (serve.py) is watched as a whole, from before a rank joins its job; training, statistics and a teacher's answers
+restart the watchdog at every step of theirs.
+"""
 
 from __future__ import annotations
 
 import faulthandler
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-__all__ = ["rest", "watch"]
+__all__ = ["rest", "watch", "watched"]
+
+
+@contextmanager
+def watched(minutes: float) -> Iterator[None]:
+    """Watch over a block."""
+    watch(minutes)
+    try:
+        yield
+    finally:
+        rest()
 
 
 def watch(minutes: float) -> None:
-    """Restart the watchdog: a rank that hangs for longer prints the stacks of its threads and exits with 1."""
+    """Start the watchdog, or start it again: a rank that hangs for longer prints the stacks of its threads and exits with 1."""
     faulthandler.dump_traceback_later(minutes * 60, exit=True)
 
 

@@ -7,7 +7,6 @@ Shapes: B batch, J views, C channels.
 
 from __future__ import annotations
 
-import faulthandler
 import logging
 import math
 from pathlib import Path
@@ -33,11 +32,13 @@ from ..train import agree, checkpoint, distributed
 from ..train.loop import fit
 from ..train.partition import assign
 from ..train.run import RunFolder
+from ..train.serve import run_ranks
 from ..train.setup import open_run
 from ..train.snapshot import resume
 from ..train.statistics import StatisticsWindow
 from ..train.streams import Streams, forwards
 from ..train.training import Training
+from ..train.watchdog import watch
 from ..types import Batch, Losses
 from .downsample import KEEP
 from .folder import SavedUpsampler, build_downsampler, provenance, save_upsampler
@@ -205,13 +206,12 @@ class Parts:
 
 def train_upsampler(recipe: UpsamplerRecipe) -> int:
     """Train or resume the upsampler a recipe describes; returns 0 when it is finished, 75 when it was asked to stop and has saved."""
-    world = distributed.init()
-    try:
+
+    def work(world: distributed.World) -> int:
         with open_run(recipe, world) as run:
             return fit(build(recipe, world, run), one_step)
-    finally:
-        faulthandler.cancel_dump_traceback_later()
-        distributed.shutdown()
+
+    return run_ranks(recipe, work)
 
 
 def build(recipe: UpsamplerRecipe, world: distributed.World, run: RunFolder) -> UpsamplerTraining:
@@ -240,6 +240,7 @@ def statistics(recipe: UpsamplerRecipe, world: distributed.World, parts: Parts) 
     encode = chunked(parts.teacher, recipe.chunk)
     parts.streams.open({})
     for step in range(recipe.balance.window):
+        watch(recipe.engine.watchdog_minutes)
         for batch in parts.streams.next(world.device):
             pixels = resize_map(batch.views[BASE].images_B3HW.float() / 255, (recipe.size, recipe.size))
             out = encode(parts.teacher.normalize(pixels))

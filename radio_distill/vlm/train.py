@@ -7,7 +7,6 @@ Shapes: B conversations, N tokens, K words of the vocabulary.
 
 from __future__ import annotations
 
-import faulthandler
 import logging
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from ..train import agree, checkpoint, distributed
 from ..train.loop import fit
 from ..train.optim import parameter_groups
 from ..train.run import RunFolder
+from ..train.serve import run_ranks
 from ..train.setup import open_run
 from ..train.snapshot import resume
 from ..train.training import Training
@@ -117,13 +117,12 @@ class VlmTraining(Training):
 
 def train_vlm(recipe: VlmRecipe) -> int:
     """Train or resume the stage a recipe describes; returns 0 when it is finished, 75 when it was asked to stop and has saved."""
-    world = distributed.init()
-    try:
+
+    def work(world: distributed.World) -> int:
         with open_run(recipe, world) as run:
             return fit(build(recipe, world, run), one_step)
-    finally:
-        faulthandler.cancel_dump_traceback_later()
-        distributed.shutdown()
+
+    return run_ranks(recipe, work)
 
 
 def build(recipe: VlmRecipe, world: distributed.World, run: RunFolder) -> VlmTraining:

@@ -5,14 +5,17 @@ Ranks are processes of one test module that train one recipe after the other, so
 
 import json
 import os
+import time
 from functools import cache
 from pathlib import Path
 from unittest import mock
 
 import pytest
+from conftest import REPO
 from launch import launch
 from made_upsampler import make
 from PIL import Image
+from torch.multiprocessing.spawn import ProcessExitedException
 
 from radio_distill.config.load import load_recipe
 from radio_distill.data.toyworld import render_images
@@ -22,6 +25,7 @@ from radio_distill.teachers.bank import TeacherBank
 from radio_distill.train import preempt
 from radio_distill.train.checkpoint import artifact_folder
 from radio_distill.train.loop import train
+from radio_distill.train.status import read_status
 
 pytestmark = pytest.mark.timeout(900)  # a test may make 14 trainings; seconds each, minutes on a busy machine
 
@@ -111,6 +115,10 @@ def at(photos, upsamplers, tmp_path_factory):
     return trained
 
 
+def test_every_toy_stage_is_compared():
+    assert set(RECIPES) == {path.stem for path in (REPO / "recipes" / "toy").glob("stage*.yaml")}
+
+
 @pytest.mark.parametrize(
     ("place", "same", "tolerance"),
     [
@@ -174,6 +182,39 @@ def test_what_goes_wrong_at_a_teacher_is_told_by_the_student(photos, tmp_path, h
     assert student in (tmp_path / f"{how}-0").read_text()
     assert teacher in (tmp_path / f"{how}-1").read_text()
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def hang(rank: int, overrides: list[str], folder: Path, batches: int) -> None:
+    """Train; rank 1's teachers hang after so many batches, and its watchdog is the first to see it."""
+    os.dup2(os.open(folder / f"{rank}.stderr", os.O_CREAT | os.O_WRONLY), 2)
+    encode, seen = TeacherBank.encode, []
+
+    def hanging(bank, batch):
+        seen.append(batch)
+        if rank == 1 and len(seen) > batches:
+            time.sleep(1000)
+        return encode(bank, batch)
+
+    with mock.patch.object(TeacherBank, "encode", hanging):
+        train(load_recipe("toy/stage1", [*overrides, f"engine.watchdog_minutes={[5, 0.15][rank]}"]))
+
+
+@pytest.mark.parametrize(
+    ("place", "batches", "step"),
+    [
+        ("2", 0, 0),  # in the statistics, before the first step
+        ("1+1", 2, 1),
+    ],
+)
+def test_a_rank_whose_teacher_hangs_shows_its_stacks_and_ends_with_1(photos, tmp_path, place, batches, step):
+    overrides = [*TINY, *RECIPES["stage1"], AHEAD, photos, f"run={tmp_path / 'run'}", *placement(place)]
+    with pytest.raises(ProcessExitedException) as ended:
+        launch(hang, 2, overrides, tmp_path, batches)
+    assert ended.value.exit_code == 1
+    shown = (tmp_path / "1.stderr").read_text()
+    assert "Timeout (0:00:09)!" in shown
+    assert "in hanging\n" in shown
+    assert read_status(tmp_path / "run").step == step
 
 
 SMALL = (

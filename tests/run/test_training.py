@@ -170,18 +170,19 @@ def test_a_changed_recipe_is_refused_on_resume(whole):
     assert "log.every" not in str(error.value)
 
 
-def test_a_non_finite_teacher_stops_before_anything_is_saved(photos, tmp_path):
+def test_a_teacher_that_is_not_finite_on_one_rank_stops_all_before_anything_is_saved(photos, tmp_path):
     (tmp_path / "broken.py").write_text(
         "from radio_distill.teachers.toy import build as toy\n"
         "from radio_distill.types import VisionOutput\n"
-        "import torch\n"
+        "import os, torch\n"
         "class Broken(torch.nn.Module):\n"
         "    def __init__(self, net):\n"
         "        super().__init__()\n"
         "        self.net = net\n"
         "    def forward(self, pixels):\n"
         "        out = self.net(pixels)\n"
-        "        return VisionOutput(out.summary_BC, out.features_BCHW * float('nan'))\n"
+        "        times = float('nan') if os.environ['RANK'] == '1' else 1.0\n"
+        "        return VisionOutput(out.summary_BC, out.features_BCHW * times)\n"
         "def build(card, weights):\n"
         "    return Broken(toy(card, weights))\n"
     )
@@ -191,7 +192,7 @@ def test_a_non_finite_teacher_stops_before_anything_is_saved(photos, tmp_path):
     arguments = command(photos, tmp_path / "run", f"teachers.toy_clip.card={tmp_path / 'toy_clip.yaml'}", ranks=2)
     done = subprocess.run(arguments, capture_output=True, text=True, timeout=240, env=environment)
     assert done.returncode == 2
-    assert "teacher 'toy_clip' gave non-finite features at step 0 on rank 0 (partition 'low')" in done.stderr
+    assert "teacher 'toy_clip' gave non-finite features at step 0 on rank 1 (partition 'low')" in done.stderr
     assert "nothing was updated, the last checkpoint stands" in done.stderr
     assert not (tmp_path / "run" / "checkpoints").exists()
 

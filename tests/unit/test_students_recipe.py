@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from radio_distill.config.load import load_recipe, load_upsampler_recipe
+from radio_distill.config.load import load_recipe, load_upsampler_recipe, load_vlm_recipe
 from radio_distill.errors import CheckpointError, RecipeError
 from radio_distill.train.checkpoint import latest_of_all
 
@@ -40,6 +40,11 @@ def test_a_student_that_cannot_share_the_targets_is_refused(override, message):
 def test_an_upsampler_has_no_teacher_ranks():
     with pytest.raises(RecipeError, match="'dedicated', which only stages have: an upsampler's teacher runs on every rank"):
         load_upsampler_recipe("upsampler/dfn_clip_3x", ["engine.placement={kind: dedicated}"])
+
+
+def test_a_vlm_has_no_teacher_ranks():
+    with pytest.raises(RecipeError, match="'dedicated', which only stages have: a VLM has no teachers"):
+        load_vlm_recipe("toy/vlm_projector", ["engine.placement={kind: dedicated}"])
 
 
 def test_students_go_on_from_the_step_of_the_first(tmp_path: Path):

@@ -34,6 +34,12 @@ def test_what_is_missing_is_told_before_anything_is_submitted(capsys, tmp_path):
     assert "data.sources is empty" in shown
 
 
+def test_a_time_that_ends_at_its_own_signal_is_refused(capsys):
+    assert main([*SUBMIT, "--dry-run", "--hours", "0.08"]) == 2
+    shown = capsys.readouterr().err
+    assert "--hours 0.08: expected more than 0.083, since a job is asked to save 5 minutes before its end" in shown
+
+
 @pytest.mark.parametrize("text", ["toy", "toy=", ""])
 def test_a_suite_without_models_is_told_how_to_be_written(text, capsys):
     assert main([*SUBMIT, "--dry-run", "--eval", text]) == 2
