@@ -80,19 +80,25 @@ def write_toy(out: str | Path, *, count: int = 1500, size: int = 96, seed: int =
 
 
 def write_toy_lm(folder: Path, *, width: int = 128, depth: int = 3, seed: int = 0) -> None:
-    """Save a Llama of random weights and a tokenizer that knows the words of the toy world."""
+    """Save a Llama of random weights and a tokenizer that knows the words of the toy world.
+
+    Weights keep the scale of what they map, and words have unit variance: from Llama's own start (std 0.02, made for thousands
+    of channels) attention stays flat so long that a toy learns what is in a whole image, but not where its objects are.
+    """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     tokenizer = _tokenizer()
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=width, intermediate_size=3 * width, num_hidden_layers=depth,
-        num_attention_heads=width // 32, max_position_embeddings=1024, tie_word_embeddings=False,
+        num_attention_heads=width // 32, max_position_embeddings=1024, tie_word_embeddings=False, initializer_range=width**-0.5,
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        LlamaForCausalLM(config).save_pretrained(folder)
+        model = LlamaForCausalLM(config)
+        torch.nn.init.normal_(model.get_input_embeddings().weight)
+        model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 

@@ -1,5 +1,6 @@
 """The vlm suite: names and units of Table 6, toy questions, and what is told when lmms-eval is not there."""
 
+import json
 from importlib import metadata
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from radio_distill.eval.vlm_lmms import VERSION, Benchmark, require_lmms, run_lm
 from radio_distill.eval.vlm_toy import QUESTIONS, held_out
 from radio_distill.vlm.model import Vlm, save_vlm
 from radio_distill.vlm.toy import KINDS
+from radio_distill.vlm.toy_copies import COPIES
 
 
 def has_lmms() -> bool:
@@ -51,6 +53,17 @@ def test_an_unknown_task_is_told(folder: Path) -> None:
         evaluate(str(folder), data="toy", tasks=["pope_f1"])
 
 
+def test_there_is_a_toy_copy_of_every_benchmark(toy: Path) -> None:
+    assert set(COPIES) == {benchmark.task for benchmark in BENCHMARKS.values()}
+    for task, copy in COPIES.items():
+        folder = toy / "benchmarks" / task / copy.split
+        rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+        assert rows
+        for row in rows:
+            names = row[copy.picture]
+            assert all((folder / name).is_file() for name in ([names] if isinstance(names, str) else names))
+
+
 @pytest.mark.skipif(has_lmms(), reason="lmms-eval is installed")
 def test_without_lmms_eval_the_error_says_how_to_install_it() -> None:
     with pytest.raises(
@@ -61,8 +74,7 @@ def test_without_lmms_eval_the_error_says_how_to_install_it() -> None:
 
 @pytest.mark.skipif(not has_lmms(), reason="needs lmms-eval 0.7.3 in this environment")
 def test_lmms_eval_scores_local_copies(folder: Path, toy: Path, tmp_path: Path) -> None:
-    tasks = ["pope_f1", "docvqa_val"]
-    found = evaluate(str(folder), data=str(toy / "benchmarks"), tasks=tasks, limit=4)
-    assert [(r.task, r.metric, r.count, r.version) for r in found] == [(t, "score", 4, "lmms-eval 0.7.3") for t in tasks]
+    found = evaluate(str(folder), data=str(toy / "benchmarks"), limit=4)
+    assert [(r.task, r.metric, r.count, r.version) for r in found] == [(t, "score", 4, "lmms-eval 0.7.3") for t in BENCHMARKS]
     with pytest.raises(DataError, match="has no folder gqa; expected local copies of the data sets, one folder per task"):
         run_lmms(folder, {"gqa": Benchmark("gqa", "gqa/gqa.yaml", "exact_match,none")}, copies=str(tmp_path), limit=1, batch=1)

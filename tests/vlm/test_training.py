@@ -1,4 +1,4 @@
-"""Both stages as a user runs them, in a process of their own: what learns, what does not, and an exact resume."""
+"""Both stages as a user runs them: what learns, what does not, an exact resume, two ranks, and that the picture is looked at."""
 
 import json
 import shutil
@@ -9,10 +9,14 @@ import torch
 from launch import launch
 
 from radio_distill import load_student
-from radio_distill.config.load import load_vlm_recipe
-from radio_distill.vlm.model import Vlm, load_vlm
+from radio_distill.config.load import load_recipe, load_vlm_recipe
+from radio_distill.eval.vlm_toy import score_toy
+from radio_distill.student.checkpoints import save_student
+from radio_distill.student.start import start_weights
+from radio_distill.student.student import build_student
+from radio_distill.vlm.model import Vlm, load_vlm, vlm_folder
 
-TINY = ["samples=4", "micro_batch=2", "optim.warmup=1", "log.every=1", "checkpoint.every=4", "engine.workers=0"]
+TINY = ["samples=4", "micro_batch=2", "optim.warmup=1", "log.every=1", "checkpoint.every=3"]
 
 
 def train(rank: int, recipe: str, overrides: list[str]) -> None:
@@ -33,14 +37,14 @@ def stage1(student: Path, toy: Path, run: Path) -> list[str]:
 
 def stage2(before: Path, toy: Path, run: Path) -> list[str]:
     source = f"data.sources.toy={{path: {toy}/questions.json, images: {toy}/images}}"
-    return [f"start.source={before}", source, f"run={run}", "optim.steps=8"]
+    return [f"start.source={before}", source, f"run={run}", "optim.steps=6"]
 
 
 @pytest.fixture(scope="module")
 def runs(student: Path, toy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("stages")
-    launch(train, 1, "toy/vlm_projector", stage1(student, toy, folder / "one"))
-    launch(train, 1, "toy/vlm_sft", stage2(folder / "one", toy, folder / "two"))
+    train(0, "toy/vlm_projector", stage1(student, toy, folder / "one"))
+    train(0, "toy/vlm_sft", stage2(folder / "one", toy, folder / "two"))
     return folder
 
 
@@ -65,25 +69,57 @@ def test_stage_1_trains_the_projector_and_stage_2_all_but_the_student(runs: Path
     assert not same(weights(one, "multi_modal_projector"), weights(two, "multi_modal_projector"))
     assert not same(weights(one, "language_model"), weights(two, "language_model"))
     losses = [json.loads(line)["loss"] for line in (runs / "two" / "metrics.jsonl").read_text().splitlines()]
-    assert len(losses) == 8
+    assert len(losses) == 6
     assert losses[-1] < 0.8 * losses[0]
 
 
 def test_a_run_that_goes_on_from_its_middle_ends_the_same(runs: Path, toy: Path, tmp_path: Path) -> None:
     shutil.copytree(runs / "two", tmp_path / "again")
-    shutil.rmtree(tmp_path / "again" / "checkpoints" / "step-00000008")
-    (tmp_path / "again" / "checkpoints" / "latest").write_text("step-00000004\n")
+    shutil.rmtree(tmp_path / "again" / "checkpoints" / "step-00000006")
+    (tmp_path / "again" / "checkpoints" / "latest").write_text("step-00000003\n")
     text = (tmp_path / "again" / "recipe.yaml").read_text()
     (tmp_path / "again" / "recipe.yaml").write_text(text.replace(str(runs / "two"), str(tmp_path / "again")))
-    launch(train, 1, "toy/vlm_sft", stage2(runs / "one", toy, tmp_path / "again"))
+    train(0, "toy/vlm_sft", stage2(runs / "one", toy, tmp_path / "again"))
     whole, resumed = load_vlm(runs / "two"), load_vlm(tmp_path / "again")
     assert same(whole.model.state_dict(), resumed.model.state_dict())
 
 
 def test_two_ranks_learn_what_one_learns_and_lora_leaves_a_plain_model(runs: Path, toy: Path, tmp_path: Path) -> None:
-    stage = stage2(runs / "one", toy, tmp_path / "ranks")
+    stage = [*stage2(runs / "one", toy, tmp_path / "ranks"), "optim.steps=3"]
     launch(train, 2, "toy/vlm_sft", [*stage, "lora={rank: 2, alpha: 4}"])
-    launch(train, 1, "toy/vlm_sft", [*stage, "lora={rank: 2, alpha: 4}", f"run={tmp_path}/alone"])
+    train(0, "toy/vlm_sft", [*stage, "lora={rank: 2, alpha: 4}", f"run={tmp_path}/alone"])
     two, one = load_vlm(tmp_path / "ranks"), load_vlm(tmp_path / "alone")
     for (name, a), b in zip(one.model.state_dict().items(), two.model.state_dict().values(), strict=True):
         torch.testing.assert_close(b, a, atol=2e-3, rtol=1e-2, msg=name)  # AdamW magnifies the order of sums at small gradients
+
+
+def toy_trunk(folder: Path) -> Path:
+    """The trained trunk that the toy student starts from, as a student without adaptors."""
+    recipe = load_recipe("toy/stage1")
+    trunk = build_student(recipe.student, [])
+    start_weights(trunk, recipe.start)
+    save_student(trunk, folder)
+    return folder
+
+
+def test_a_vlm_learns_from_the_picture_what_a_blind_one_cannot_know(toy: Path, tmp_path: Path) -> None:
+    student = toy_trunk(tmp_path / "student")
+    questions = [r for r in json.loads((toy / "questions.json").read_text()) if "on the ground" in str(r["conversations"])]
+    (tmp_path / "ground.json").write_text(json.dumps(questions))
+    source = f"data.sources.toy={{path: {tmp_path}/ground.json, images: {toy}/images}}"
+    right = {}
+    for tiles in (1, 0):
+        start = f"start={{kind: parts, student: {student}, lm: {toy}/lm, size: 48, unshuffle: 2, tiles: {tiles}}}"
+        more = [
+            start,
+            source,
+            f"run={tmp_path}/{tiles}",
+            "samples=16",
+            "micro_batch=16",
+            "optim.steps=40",
+            "checkpoint.every=99",
+        ]
+        train(0, "toy/vlm_sft", more)
+        right[tiles] = score_toy(vlm_folder(tmp_path / str(tiles)), kinds=["ground"], limit=30, batch=30)["mean"].value
+    assert right[0] < 0.6  # one of three
+    assert right[1] > right[0] + 0.3
