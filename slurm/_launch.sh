@@ -43,7 +43,8 @@ trap on_signal USR1 TERM
 alone() { srun --nodes=1 --ntasks=1 --ntasks-per-node=1 "${on_node[@]}" "$@"; }
 
 on_all() { # srun in the background: a trap runs while bash waits, not while it runs a command
-  srun "${on_node[@]}" "$@" &
+  # --wait: after the first rank's end; Slurm never hears of a rank whose step daemon was killed, and would wait for it
+  srun --wait=600 "${on_node[@]}" "$@" &
   srun_pid=$!
   wait "$srun_pid"
   while kill -0 "$srun_pid" 2>/dev/null; do wait "$srun_pid"; done # a signal ends `wait` too
