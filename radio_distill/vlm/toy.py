@@ -97,7 +97,7 @@ def write_toy_lm(folder: Path, *, width: int = 128, depth: int = 3, seed: int = 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LlamaForCausalLM(config)
-        torch.nn.init.normal_(model.get_input_embeddings().weight)
+        torch.nn.init.normal_(model.model.embed_tokens.weight)
         model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
