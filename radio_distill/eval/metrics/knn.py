@@ -34,6 +34,8 @@ def nearest(database: Iterable[Tensor], queries_MC: Tensor, *, k: int) -> tuple[
     index = torch.empty(len(queries), 0, dtype=torch.long, device=queries.device)
     seen = 0
     for part in database:
+        if not len(part):
+            continue
         known = F.normalize(part.to(queries.device).float(), dim=1)
         found = [(q @ known.T).topk(min(k, len(known)), dim=1) for q in queries.split(max(1, SIMILARITIES // len(known)))]
         both = torch.cat([best, torch.cat([f.values for f in found])], 1)
