@@ -33,6 +33,8 @@ class FromParts(Fields):
     blind baseline that shows what the questions give away."""
     unshuffle: Positive = 1
     """n: every n x n patches become one token of n*n times the width (VILA: 2)."""
+    merge: Positive | None = None
+    """Tokens that are left of each picture when similar ones are averaged (token merging); null: all."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the student's weights and activations, whatever the rest computes in."""
 

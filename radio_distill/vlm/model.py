@@ -96,8 +96,14 @@ def build_vlm(parts: FromParts) -> Vlm:
             f"start.size is {parts.size}, no multiple of the student's patch {student.patch_size} times start.unshuffle "
             f"{parts.unshuffle}; nearest is {near}"
         )
+    tower_config = StudentTowerConfig(
+        student.arch.to_dict(), parts.size, parts.tiles, parts.unshuffle, parts.merge, parts.dtype
+    )
+    if parts.merge is not None and parts.merge > tower_config.grid**2:
+        raise RecipeError(
+            f"start.merge is {parts.merge}, but a picture has {tower_config.grid**2} tokens; expected at most that"
+        )
     lm, tokenizer = _load_lm(Path(expand(parts.lm)))
-    tower_config = StudentTowerConfig(student.arch.to_dict(), parts.size, parts.tiles, parts.unshuffle, parts.dtype)
     config = LlavaConfig(
         vision_config=tower_config,
         text_config=lm.config,
@@ -183,5 +189,6 @@ def _processor(tokenizer: Any, tower: StudentTowerConfig) -> LlavaProcessor:
     )
     return LlavaProcessor(
         images, tokenizer, patch_size=tower.patch_size, vision_feature_select_strategy="full",
+        num_additional_image_tokens=(tower.merge or tower.grid**2) - tower.grid**2,  # it counts the grid
         chat_template=tokenizer.chat_template, image_token=IMAGE,
     )  # fmt: skip

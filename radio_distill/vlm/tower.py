@@ -15,6 +15,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from ..student.arch import StudentArch
 from ..student.student import Student
+from ..student.token_merging import merge_tokens
 
 __all__ = ["StudentTower", "StudentTowerConfig", "to_tokens"]
 
@@ -33,11 +34,12 @@ class StudentTowerConfig(PretrainedConfig):
         image_size: int = 512,
         tiles: int = 1,
         unshuffle: int = 1,
+        merge: int | None = None,
         student_dtype: str = "float32",
         **kwargs: Any,
     ) -> None:
         self.student, self.image_size, self.tiles, self.unshuffle = student, image_size, tiles, unshuffle
-        self.student_dtype = student_dtype
+        self.merge, self.student_dtype = merge, student_dtype
         trunk = student["trunk"] if student else {"embed_dim": 0, "patch_size": 1}
         self.hidden_size = trunk["embed_dim"] * unshuffle**2
         self.patch_size = trunk["patch_size"] * unshuffle
@@ -53,7 +55,13 @@ class StudentTowerConfig(PretrainedConfig):
     @property
     def num_tokens(self) -> int:
         """Tokens of one image."""
-        return self.num_views * (self.image_size // self.patch_size) ** 2
+        return self.num_views * (self.merge or self.grid**2)
+
+    @property
+    def grid(self) -> int:
+        """Tokens along each side of a picture, before similar ones are merged."""
+        found: int = self.image_size // self.patch_size
+        return found
 
 
 class StudentTower(PreTrainedModel):
@@ -83,7 +91,10 @@ class StudentTower(PreTrainedModel):
         """options: what transformers asks of any tower (which hidden states, which return type); there is one answer."""
         with torch.autocast(pixel_values.device.type, enabled=False):
             features_BCHW = self.student.encode(pixel_values.float()).features_BCHW
-        tokens_BNC = to_tokens(features_BCHW, self.config.unshuffle).to(pixel_values.dtype)
+        tokens_BNC = to_tokens(features_BCHW, self.config.unshuffle)
+        if self.config.merge is not None:
+            tokens_BNC = merge_tokens(tokens_BNC, self.config.merge).tokens_BKC
+        tokens_BNC = tokens_BNC.to(pixel_values.dtype)
         return BaseModelOutput(last_hidden_state=tokens_BNC, hidden_states=(tokens_BNC,))
 
 

@@ -12,6 +12,7 @@ from radio_distill import load_student
 from radio_distill.config.vlm_recipe import FromParts
 from radio_distill.data.toyworld import render_images
 from radio_distill.errors import CheckpointError, DataError, RecipeError
+from radio_distill.student.token_merging import merge_tokens
 from radio_distill.types import CLIP_MEAN
 from radio_distill.vlm.model import Vlm, build_vlm, load_vlm, save_vlm
 from radio_distill.vlm.tiles import open_image, views
@@ -93,6 +94,20 @@ def test_tiles_are_images_of_their_own(parts: FromParts, tiles: int, tokens: int
     assert len(vlm.answer(["is there a tree?"], [scene_images(1)], max_new_tokens=2)) == 1
 
 
+def test_merged_tokens_are_those_of_token_merging_also_after_saving(parts: FromParts, vlm: Vlm, tmp_path: Path) -> None:
+    from transformers import AutoProcessor
+
+    merged = build_vlm(parts.model_copy(update={"merge": 5}))
+    images = pictures((32, 32))
+    tokens = vlm.model.model.vision_tower(images).hidden_states[-1]
+    assert torch.equal(merged.model.model.vision_tower(images).hidden_states[-1], merge_tokens(tokens, 5).tokens_BKC)
+    save_vlm(merged, tmp_path / "vlm")
+    batch = AutoProcessor.from_pretrained(tmp_path / "vlm")(images=scene_images(1), text=["<image>"], return_tensors="pt")
+    assert int((batch["input_ids"] == merged.model.config.image_token_id).sum()) == merged.tower.num_tokens == 5
+    asked = (["is there a tree?"], [scene_images(1)])
+    assert load_vlm(tmp_path / "vlm").answer(*asked) == merged.answer(*asked)
+
+
 def test_views_are_the_padded_square_and_its_parts() -> None:
     image = Image.fromarray(np.arange(5 * 9 * 3, dtype=np.uint8).reshape(5, 9, 3))
     whole, *parts = views(image, 2)
@@ -112,6 +127,8 @@ def test_errors_name_what_does_not_fit(parts: FromParts, student: Path, tmp_path
         RecipeError, match=r"start.size is 30, no multiple of the student's patch 4 times start.unshuffle 2; nearest is 32"
     ):
         build_vlm(parts.model_copy(update={"size": 30}))
+    with pytest.raises(RecipeError, match=r"start.merge is 17, but a picture has 16 tokens; expected at most that"):
+        build_vlm(parts.model_copy(update={"merge": 17}))
     with pytest.raises(
         CheckpointError, match=r"start.lm=.* holds no config.json; expected the folder of a causal language model"
     ):
