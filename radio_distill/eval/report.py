@@ -20,11 +20,11 @@ from ..errors import CheckpointError, DataError
 from ..log.sinks import read_metrics
 from ..types import Result
 from .chart import Series, line_chart
-from .gain import gain
+from .gain import Gain, gain
 from .gain_rows import load_baseline, rows_of
-from .gain_text import bars
+from .gain_text import bars, render
 from .results import read
-from .suite_tables import sections, to_markdown
+from .suite_tables import pipes, sections, to_markdown
 
 __all__ = ["main", "write_report"]
 
@@ -64,10 +64,13 @@ def write_report(folder: Path, baseline: str | None = None) -> Path:
     results = read(folder / "results.jsonl")
     runs, upsamplers, vlms = _runs(folder, has_results=bool(results))
     stages = f": {len(runs)} stage{'s' if len(runs) != 1 else ''}" if runs or upsamplers else ""
+    gains, broken = _gains(results, baseline)
     body = [f"<h1>{escape(folder.resolve().name)}{stages}</h1>"]
     if runs:
-        body.append(_summary(runs))
-    body += [_results(results, folder), _gains(results, baseline)]
+        body.append(f"<p>{SUMMARY}</p>{_table(*_summary(runs))}")
+    body.append(_results(results, folder))
+    if gains or broken:
+        body.append(f"<h2>Gain</h2>{bars(gains) if gains else f'<p>{escape(broken)}</p>'}")
     if runs:
         body += [_curves(runs), _pictures(runs, STUDENT_ROWS)]
     if upsamplers:
@@ -80,7 +83,13 @@ def write_report(folder: Path, baseline: str | None = None) -> Path:
         '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">'
         f"<title>{escape(folder.resolve().name)}</title><style>{STYLE}</style><body>{''.join(body)}</body></html>"
     )
-    _replace(folder / "report.md", f"# {folder.resolve().name}\n\n{to_markdown(sections(results))}")
+    words = [f"# {folder.resolve().name}"]
+    if runs:
+        words += [SUMMARY, pipes(*_summary(runs))]
+    words.append(to_markdown(sections(results)).strip())
+    if gains or broken:
+        words += ["## Gain", f"```\n{render(gains)}\n```" if gains else broken]
+    _replace(folder / "report.md", "\n\n".join(word for word in words if word) + "\n")
     return _replace(folder / "report.html", page)
 
 
@@ -96,6 +105,10 @@ Run = tuple[Path, Recipe, Metrics]
 UpsamplerRun = tuple[Path, UpsamplerRecipe, Metrics]
 VlmRun = tuple[Path, VlmRecipe, Metrics]
 
+SUMMARY = (
+    "Fidelity of each adaptor at the end of each stage: target variance over error. 1 is predicting the mean; higher is better. "
+    "Low / high resolution where a stage has both."
+)
 STUDENT_ROWS = "image, student, then every teacher's map above the student's prediction of it"
 UPSAMPLER_ROWS = "image, the teacher's own map, the upsampled map"
 
@@ -122,7 +135,8 @@ def _runs(folder: Path, *, has_results: bool) -> tuple[list[Run], list[Upsampler
     return stages, upsamplers, vlms
 
 
-def _summary(runs: list[Run]) -> str:
+def _summary(runs: list[Run]) -> tuple[list[str], list[list[str]]]:
+    """Head and one row per stage."""
     rows = []
     teachers = list(dict.fromkeys(t for _, recipe, _ in runs for t in recipe.teachers))
     for path, recipe, metrics in runs:
@@ -134,9 +148,7 @@ def _summary(runs: list[Run]) -> str:
         ]
         cells += [_fidelity(last, recipe, teacher) for teacher in teachers]
         rows.append(cells)
-    head = ["stage", "images per step", "steps", *teachers]
-    note = "Fidelity of each adaptor at the end of each stage: target variance over error. 1 is predicting the mean; higher is better."
-    return f"<p>{note} Low / high resolution where a stage has both.</p>" + _table(head, rows)
+    return ["stage", "images per step", "steps", *teachers], rows
 
 
 def _fidelity(metrics: dict[str, float], recipe: Recipe, teacher: str) -> str:
@@ -159,23 +171,22 @@ def _results(results: list[Result], folder: Path) -> str:
     return "".join(blocks)
 
 
-def _gains(results: list[Result], baseline: str | None) -> str:
-    """Bars of every model over the baseline; nothing where there is none.
+def _gains(results: list[Result], baseline: str | None) -> tuple[list[Gain], str]:
+    """Every model over the baseline, none where there is no baseline; or what is wrong with the results' own baseline.
 
-    Raises DataError when a baseline was asked for that does not fit; what is wrong with the results' own is written down.
+    Raises DataError when a baseline was asked for that does not fit.
     """
     own = next((r.model for r in results if re.split("[@?#]", Path(r.model).name)[0] == BASELINE), None)
     if not results or (baseline or own) is None:
-        return ""
+        return [], ""
     try:
         rows = rows_of(results)
         base = load_baseline(baseline) if baseline else next(row for row in rows if row.model == own)
-        gains = [gain(row, base) for row in rows if row != base and row.scores.keys() & base.scores.keys()]
+        return [gain(row, base) for row in rows if row != base and row.scores.keys() & base.scores.keys()], ""
     except DataError as error:
         if baseline:
             raise
-        return f"<h2>Gain</h2><p>{escape(str(error))}</p>"
-    return f"<h2>Gain</h2>{bars(gains)}" if gains else ""
+        return [], str(error)
 
 
 def _curves(runs: list[Run]) -> str:

@@ -11,7 +11,7 @@ from .gain_rows import task_name
 from .published import students
 from .suites import PAPER
 
-__all__ = ["Section", "sections", "to_markdown"]
+__all__ = ["Section", "pipes", "sections", "to_markdown"]
 
 OTHERS = ("teacher:", "timm:", "hf:", "random:", "paper:")
 """How the labels of models begin that are no students of ours."""
@@ -50,16 +50,17 @@ def to_markdown(sections: Iterable[Section]) -> str:
     for section in sections:
         blocks.append(f"## {section.suite}\n\n" + "\n\n".join(section.notes))
         if section.rows:
-            blocks.append(_pipes(section.head, section.rows))
+            blocks.append(pipes(section.head, section.rows))
         for curve in section.curves:
             points = sorted({x for line in curve.lines.values() for x, _ in line})
             cells = {name: dict(line) for name, line in curve.lines.items()}
             rows = [(name, *(f"{of[x]:.4g}" if x in of else "-" for x in points)) for name, of in cells.items()]
-            blocks.append(f"{curve.title}\n\n" + _pipes((curve.axis, *(f"{x:g}" for x in points)), rows))
+            blocks.append(f"{curve.title}\n\n" + pipes((curve.axis, *(f"{x:g}" for x in points)), rows))
     return "\n\n".join(blocks) + "\n"
 
 
-def _pipes(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def pipes(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table of markdown; the first column is text, the others are numbers."""
     lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
     return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in lines)
 

@@ -66,7 +66,9 @@ def test_results_alone_make_a_report_with_pictures_and_gains(tmp_path: Path) -> 
     assert page.count("<svg") == 2  # gains and one curve
     assert page.count("data:image/png;base64") == 1
     assert "2 px</text>" in page
-    assert "| paper: FeatSharp |  | 51.75 |" in (tmp_path / "report.md").read_text()
+    words = (tmp_path / "report.md").read_text()
+    assert "| paper: FeatSharp |  | 51.75 |" in words
+    assert "gain in percent over runs/baseline@500" in words
 
 
 def test_stages_of_a_vlm_have_their_losses_and_the_share_of_right_tokens(tmp_path: Path) -> None:

@@ -206,10 +206,10 @@ def test_the_report_draws_gains_where_there_is_a_baseline(folder):
     from radio_distill.eval.__main__ import read
 
     results = read(folder / "results.jsonl")
-    assert "Gain over runs/baseline@500" in _gains(results, None)
-    assert "Gain over paper:baseline" in _gains(results, "paper:baseline")
-    assert _gains(results[1:], None) == ""
+    assert "Gain over runs/baseline@500" in bars(_gains(results, None)[0])
+    assert "Gain over paper:baseline" in bars(_gains(results, "paper:baseline")[0])
+    assert _gains(results[1:], None) == ([], "")
     spoiled = [*results, replace(results[0], count=3)]
-    assert "was measured in 2 ways" in _gains(spoiled, None)
+    assert "was measured in 2 ways" in _gains(spoiled, None)[1]
     with pytest.raises(DataError, match="measured in 2 ways"):
         _gains(spoiled, "paper:baseline")
