@@ -21,10 +21,6 @@ READERS: dict[str, str] = {
 """By the name that suite cards use."""
 
 TOY_READERS: dict[str, str] = {
-    "imagenet1k": "imagenet:open_imagenet",
-    "folder": "image_folder:ImageFolder",
-    "coco_karpathy": "captions:open_coco",
-    "flickr30k": "captions:open_flickr30k",
     "multitask": "toy_multitask:ToyMultitask",
     "segmentation": "segmentation:ToySegmentation",
     "instances": "instances:ToyInstances",
