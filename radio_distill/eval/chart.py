@@ -8,10 +8,17 @@ from html import escape
 
 __all__ = ["bar_chart", "line_chart"]
 
-COLOURS = ("#2f6fde", "#d9662b", "#2a9d5c", "#a33bbd", "#c43d4b", "#6b7a8f")
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 640, 260, 48, 12, 12, 34
+COLOURS = ("#2f6fde", "#d9662b", "#2a9d5c", "#a33bbd", "#c43d4b", "#6b7a8f", "#0e9aa7", "#b8860b")
+DASHES = ("none", "6 3", "2 3")
+"""Of the first lines, of those that have the same colours again, and so on."""
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 480, 230, 52, 14, 14, 30
+"""Small, because a phone shrinks them: letters have to stay readable."""
+FEW = 12
+"""Lines of at most that many points show them."""
+TICK = 52
+"""Least distance of two numbers below the chart."""
 
-BAR, GAP, NAMES = 12, 14, 150
+BAR, GAP, NAMES = 14, 12, 125
 """Height of a bar, space between rows, width of the row names."""
 
 Series = list[tuple[float, float]]
@@ -29,12 +36,13 @@ def line_chart(
 ) -> str:
     """One chart with a legend. baseline: a dashed horizontal line. marks: vertical lines with a label, by x. axis: what x is.
 
-    A line of one point is drawn as a dot.
+    Points of short lines are drawn as dots.
     """
     points = [p for line in series.values() for p in line if math.isfinite(p[1])]
     if not points:
         return ""
-    low_x, high_x = min(x for x, _ in points), max(x for x, _ in points)
+    xs = [x for x, _ in points] + list(marks or {})
+    low_x, high_x = min(xs), max(xs)
     low_y, high_y = _nice(min([y for _, y in points] + [baseline or math.inf]), max(y for _, y in points))
 
     def place(x: float, y: float) -> tuple[float, float]:
@@ -51,14 +59,19 @@ def line_chart(
     if baseline is not None:
         _, py = place(low_x, baseline)
         body.append(f'<line class="base" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{py:.1f}" y2="{py:.1f}"/>')
-    for colour, line in zip(_colours(len(series)), series.values()):
-        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*p) for p in line if math.isfinite(p[1])))
-        if len(line) == 1:
-            x, y = place(*line[0])
-            body.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{colour}"/>')
-        body.append(f'<polyline fill="none" stroke="{colour}" stroke-width="2" points="{path}"/>')
-    body.append(f'<text class="tick" x="{LEFT}" y="{HEIGHT - 8}">{low_x:g}</text>')
+    for stroke, line in zip(_strokes(len(series)), series.values()):
+        placed = [place(*p) for p in line if math.isfinite(p[1])]
+        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in placed)
+        body.append(f'<polyline fill="none" {stroke} stroke-width="2" points="{path}"/>')
+        if len(line) <= FEW:
+            body += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.5" {stroke}/>' for x, y in placed]
     body.append(f'<text class="tick" x="{WIDTH - RIGHT}" y="{HEIGHT - 8}" text-anchor="end">{high_x:g} {escape(axis)}</text>')
+    last, end = -math.inf, WIDTH - RIGHT - 2 * TICK
+    for x in sorted({x for x in xs if len(set(xs)) <= FEW} | {low_x}):
+        px, _ = place(x, low_y)
+        if px >= last + TICK and px <= end:
+            body.append(f'<text class="tick" x="{px:.1f}" y="{HEIGHT - 8}" text-anchor="middle">{x:g}</text>')
+            last = px
     svg = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">{"".join(body)}</svg>'
     return _figure(title, svg, list(series))
 
@@ -103,9 +116,8 @@ def _reach(value: float, spread: float | None) -> tuple[float, float]:
 
 
 def _figure(title: str, svg: str, names: list[str]) -> str:
-    legend = " ".join(
-        f'<span><i style="background:{c}"></i>{escape(name)}</span>' for c, name in zip(_colours(len(names)), names)
-    )
+    key = '<svg class="key" viewBox="0 0 22 8"><line x1="0" x2="22" y1="4" y2="4" stroke-width="4" {}/></svg>'
+    legend = " ".join(f"<span>{key.format(s)}{escape(name)}</span>" for s, name in zip(_strokes(len(names)), names))
     return f'<figure><figcaption>{escape(title)}</figcaption>{svg}<div class="legend">{legend}</div></figure>'
 
 
@@ -125,6 +137,12 @@ def _nice(low: float, high: float) -> tuple[float, float]:
     unit = 10 ** math.floor(math.log10(span))
     step = unit / 2 if span / unit < 2 else unit
     return math.floor(low / step) * step, math.ceil(high / step) * step + (step if high == low else 0)
+
+
+def _strokes(count: int) -> list[str]:
+    """A colour and a dash for every line, as attributes."""
+    dashes = [DASHES[i // len(COLOURS) % len(DASHES)] for i in range(count)]
+    return [f'stroke="{colour}" stroke-dasharray="{dash}"' for colour, dash in zip(_colours(count), dashes)]
 
 
 def _colours(count: int) -> list[str]:

@@ -25,6 +25,7 @@ from .gain_rows import load_baseline, rows_of
 from .gain_text import bars, render
 from .results import read
 from .suite_tables import pipes, sections, to_markdown
+from .worst_classes import HEAD, WorstClass, read_worst
 
 __all__ = ["main", "write_report"]
 
@@ -35,11 +36,12 @@ body{font:16px/1.5 system-ui,sans-serif;color:var(--ink);background:var(--back);
 h1{font-size:1.5rem}h2{font-size:1.15rem;margin-top:2.2rem;border-bottom:1px solid var(--line)}
 p,figcaption{color:var(--soft)}.wide{overflow-x:auto}table{border-collapse:collapse;min-width:100%}
 td,th{padding:.35rem .6rem;text-align:right;border-bottom:1px solid var(--line);white-space:nowrap}
-td:first-child,th:first-child{text-align:left}tr.own td{background:var(--band);font-weight:600}
-svg{width:100%;height:auto}.grid{stroke:var(--line)}.base{stroke:var(--soft);stroke-dasharray:5 4}.mark{stroke:var(--soft);stroke-dasharray:2 3}.whisker{stroke:var(--ink)}
-.tick{font-size:11px;fill:var(--soft)}figure{margin:1.2rem 0}img{width:100%;image-rendering:pixelated}
-.legend span{margin-right:1rem;white-space:nowrap}.legend i{display:inline-block;width:.8rem;height:.8rem;border-radius:2px;margin-right:.35rem}
-.pictures{display:grid;grid-template-columns:max-content 1fr;gap:.5rem}code{background:var(--band);padding:.1rem .3rem}
+td:first-child,th:first-child{text-align:left;position:sticky;left:0;background:var(--back);white-space:normal;min-width:7rem;max-width:14rem;overflow-wrap:anywhere}
+tr.own td,tr.own td:first-child{background:var(--band);font-weight:600}
+svg{width:100%;height:auto;max-width:42rem;display:block}.grid{stroke:var(--line)}.base{stroke:var(--soft);stroke-dasharray:5 4}.mark{stroke:var(--soft);stroke-dasharray:2 3}.whisker{stroke:var(--ink)}
+.tick{font-size:11px;fill:var(--soft)}@media(max-width:40rem){.tick{font-size:13px}}figure{margin:1.2rem 0}img{width:100%;image-rendering:pixelated}
+.legend span{margin-right:1rem;overflow-wrap:anywhere}.legend .key{display:inline;width:1.4rem;height:.5rem;margin-right:.35rem}
+h1,h2,h3,p,summary,figcaption{overflow-wrap:anywhere}summary{cursor:pointer}
 """
 
 
@@ -166,9 +168,16 @@ def _results(results: list[Result], folder: Path) -> str:
         if section.rows:
             blocks.append(_table(list(section.head), map(list, section.rows), list(section.own)))
         blocks += [line_chart(curve.lines, title=curve.title, axis=curve.axis) for curve in section.curves]
-        pictures = sorted((folder / "eval_pictures" / section.suite).glob("*.png"))
-        blocks += [f"<figure><figcaption>{escape(p.stem)}</figcaption>{_image(p)}</figure>" for p in pictures]
+        left = folder / "eval_pictures" / section.suite
+        blocks += [_worst(title, classes) for title, classes in read_worst(left)]
+        blocks += [f"<figure><figcaption>{escape(p.stem)}</figcaption>{_image(p)}</figure>" for p in sorted(left.glob("*.png"))]
     return "".join(blocks)
+
+
+def _worst(title: str, classes: list[WorstClass]) -> str:
+    """A table that opens when it is asked for."""
+    rows = [[c.name, f"{c.right:.1f}", str(c.images), c.taken_for, f"{c.share:.1f}"] for c in classes]
+    return f"<details><summary>Worst classes of {escape(title)}</summary>{_table(list(HEAD), rows)}</details>"
 
 
 def _gains(results: list[Result], baseline: str | None) -> tuple[list[Gain], str]:

@@ -43,6 +43,8 @@ def table(results: Sequence[Result]) -> str:
 
     '-' where a model has no such result.
     """
+    if not results:
+        return "no results"
     results = [r for r in results if r.headline] or results
     columns = list(dict.fromkeys(f"{r.task} {r.metric}" for r in results))
     rows: dict[str, dict[str, str]] = {}

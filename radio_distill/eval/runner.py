@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import DataError, RadioDistillError
 from ..types import Result
-from .encode import precision
+from .encode import Resize, precision
+from .model_cost import COST, cost_of, device_name
 from .results import append, read
 from .suites import CUSTOM, PAPER, Suite, digest
 from .task import Context, Score, Task
@@ -38,7 +39,8 @@ def run_suite(suite: Suite, models: Sequence[str], context: Context, out: Path) 
 
     A result that is there already, of the same model, data, settings and seed, is not measured again. Raises DataError listing
     all that is missing before anything is computed. A task that fails for one model does not stop the others; on several
-    ranks it does, since the others may be waiting for this one.
+    ranks it does, since the others may be waiting for this one. What an image costs at the sizes of the tasks is written
+    down, too, but is not in the outcome.
     """
     from .models import open_models
 
@@ -48,6 +50,7 @@ def run_suite(suite: Suite, models: Sequence[str], context: Context, out: Path) 
         for name, task in suite.tasks.items():
             try:
                 outcome.results += _measure(suite, name, task, opened, context, out)
+                _measure_cost(task, opened, context, out)
             except RadioDistillError as error:
                 if context.ranks.world > 1:
                     raise
@@ -99,6 +102,26 @@ def _measure(suite: Suite, name: str, task: Task, opened: Opened, context: Conte
     if context.ranks.rank == 0:
         append(out, results)
     return results
+
+
+def _measure_cost(task: Task, opened: Opened, context: Context, out: Path) -> None:
+    """What an image costs at the size of a task, by the first rank, unless the file has it."""
+    side = task.size(context)
+    if context.ranks.rank != 0 or not side:
+        return
+    known: dict[str, Any] = {
+        "task": COST,
+        "model_id": opened.id,
+        "dataset": device_name(context.device),
+        "resolution": Resize("exact", side).fit(opened.model).square[0],
+        "precision": precision(context),
+    }
+    if any(all(getattr(r, key) == value for key, value in known.items()) for r in read(out)):
+        return
+    costs = cost_of(opened, side, context)
+    facts = ", ".join(f"{r.value:.4g} {r.unit}" for r in costs)
+    log.info("cost of an image of %d px: %s on %s", known["resolution"], facts, known["dataset"])
+    append(out, costs)
 
 
 def _result(known: Mapping[str, Any], score: Score, *, items: int, side: int) -> Result:

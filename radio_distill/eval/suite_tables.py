@@ -1,4 +1,4 @@
-"""Results as tables and curves, one section per suite: students, then teachers and baselines, then the paper's rows."""
+"""Results as tables and curves, one section per suite: students, then teachers and baselines, then the paper's rows; costs last."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from ..types import Result
 from .chart import Series
 from .gain_rows import task_name
+from .model_cost import COST, HEAD, NOTE, cost_rows
 from .published import students
 from .suites import PAPER
 
@@ -41,7 +42,11 @@ class Curve:
 
 def sections(results: Sequence[Result]) -> list[Section]:
     """Everything that results say, by suite. The last result of the same thing counts."""
-    return [_section(suite, [r for r in results if r.suite == suite]) for suite in dict.fromkeys(r.suite for r in results)]
+    suites = dict.fromkeys(r.suite for r in results if r.task != COST)
+    found = [_section(suite, [r for r in results if r.suite == suite]) for suite in suites]
+    costs = sorted(cost_rows(results), key=lambda row: row[0].startswith(OTHERS))
+    own = tuple(not row[0].startswith(OTHERS) for row in costs)
+    return [*found, Section("cost of an image", (NOTE,), HEAD, tuple(costs), own, ())] if costs else found
 
 
 def to_markdown(sections: Iterable[Section]) -> str:

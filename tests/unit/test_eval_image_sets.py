@@ -15,7 +15,6 @@ from radio_distill.eval.datasets import open_dataset
 from radio_distill.eval.datasets.captions import captions_of
 from radio_distill.eval.datasets.samples import labels_of
 from radio_distill.eval.features import FeatureCache
-from radio_distill.eval.results import read
 from radio_distill.eval.runner import run_suite
 from radio_distill.eval.suites import load_suite
 from radio_distill.eval.task import Context
@@ -234,7 +233,7 @@ def test_a_model_that_knows_the_classes_scores_all(folder: Path, tmp_path: Path,
     suite = load_suite("transfer", "smoke", ["knn.k=3", "knn.resize=short_side", "linear.steps=100", "linear.lr=0.1"])
     outcome = run_suite(suite, [f"{Path(__file__).stem}:mean_colour"], context, tmp_path / "results.jsonl")
     assert outcome.failures == []
-    assert [(r.task, r.value, r.count) for r in read(tmp_path / "results.jsonl")] == [("knn", 100.0, 6), ("linear", 100.0, 6)]
+    assert [(r.task, r.value, r.count) for r in outcome.results] == [("knn", 100.0, 6), ("linear", 100.0, 6)]
 
 
 def test_a_model_without_a_summary_is_told(folder: Path, tmp_path: Path) -> None:

@@ -123,7 +123,7 @@ def test_the_command_line_measures_and_tells_what_failed(
     assert "preset custom" in told.out
     assert "teacher:toy_dino @192" in told.out
     assert "has no text tower" in told.err
-    assert {(r.task, r.preset, r.count) for r in read(out)} == {("imagenet1k_knn", "custom", 12)}
+    assert {(r.task, r.preset, r.count) for r in read(out)} == {("imagenet1k_knn", "custom", 12), ("cost", "", 1)}
     assert main([*flags, "--model", "teacher:toy_dino", "--dry-run"]) == 0
     told = capsys.readouterr()
     assert "toyworld/val#" in told.out

@@ -10,7 +10,6 @@ from radio_distill.eval.datasets import open_dataset
 from radio_distill.eval.encode import Resize, encode_batches
 from radio_distill.eval.features import FeatureCache
 from radio_distill.eval.models import Opened
-from radio_distill.eval.results import read
 from radio_distill.eval.runner import run_suite
 from radio_distill.eval.suites import load_suite
 from radio_distill.eval.task import Context
@@ -58,7 +57,7 @@ def test_features_drift_from_those_at_the_resolution_of_reference(tmp_path: Path
     names = [f"{Path(__file__).stem}:{name}" for name in ("blocks", "noise")]
     outcome = run_suite(suite, names, context(tmp_path), tmp_path / "r.jsonl")
     assert outcome.failures == []
-    drift = {(r.model.rpartition(":")[2], r.resolution): r.value for r in read(tmp_path / "r.jsonl")}
+    drift = {(r.model.rpartition(":")[2], r.resolution): r.value for r in outcome.results}
     assert drift["blocks", 64] == drift["noise", 64] == 0  # the same features, from the cache
     assert max(drift["blocks", 32], drift["blocks", 128]) < 0.3
     assert drift["noise", 128] > 1

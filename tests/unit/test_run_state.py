@@ -192,7 +192,7 @@ def test_a_report_is_one_file_with_curves_tables_and_pictures(tmp_path):
         ],
     )
     page = write_report(tmp_path).read_text()
-    assert page.count("<svg") == 2
+    assert page.count('role="img"') == 2
     assert page.count("data:image/png;base64") == 2
     assert "<td>51.3</td>" in page
     assert "<td>4.25</td>" in page  # fidelity at the end of stage 2

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .checks import known_labels, not_empty
 
-__all__ = ["knn_scores", "knn_top1", "nearest", "votes"]
+__all__ = ["knn_guesses", "knn_scores", "knn_top1", "nearest", "votes"]
 
 SIMILARITIES = 2**26
 """Held at once: 256 MiB in fp32."""
@@ -72,9 +72,22 @@ def knn_top1(
     temperature: float = 0.07,
 ) -> float:
     """Top-1 accuracy in percent. The database (N, C) may come in parts. Raises DataError on unknown labels."""
-    known_labels(labels_N, classes, "labels of the database")
     known_labels(answers_M, classes, "labels of the queries")
+    guesses_M = knn_guesses(database, labels_N, queries_MC, classes=classes, k=k, temperature=temperature)
+    return 100 * (guesses_M == answers_M).double().mean().item()
+
+
+def knn_guesses(
+    database: Tensor | Iterable[Tensor],
+    labels_N: Tensor,
+    queries_MC: Tensor,
+    *,
+    classes: int,
+    k: int = 20,
+    temperature: float = 0.07,
+) -> Tensor:
+    """Classes of the queries (M,). The database (N, C) may come in parts. Raises DataError on unknown labels."""
+    known_labels(labels_N, classes, "labels of the database")
     parts = database.split(PART) if isinstance(database, Tensor) else database
     similarity, index = nearest(parts, queries_MC, k=k)
-    guesses = votes(similarity, labels_N[index], classes=classes, temperature=temperature).argmax(1)
-    return 100 * (guesses == answers_M).double().mean().item()
+    return votes(similarity, labels_N[index], classes=classes, temperature=temperature).argmax(1)

@@ -10,9 +10,11 @@ from pydantic import Field
 from ..datasets import open_dataset
 from ..datasets.base import Dataset
 from ..datasets.samples import labels_of
-from ..metrics.knn import PART, knn_top1
+from ..metrics.checks import known_labels
+from ..metrics.knn import PART, knn_guesses
 from ..models import Opened
 from ..task import Context, Score
+from ..worst_classes import save_worst
 from .summaries import SummaryTask, parts_of
 
 __all__ = ["Knn"]
@@ -33,15 +35,16 @@ class Knn(SummaryTask):
 
     def run(self, opened: Opened, context: Context) -> Iterable[Score]:
         queries, known = self.datasets(context)
-        asked = self.summaries(opened, queries, context)
+        asked, answers = self.summaries(opened, queries, context), labels_of(queries).to(context.device)
+        known_labels(answers, len(known.classes), "labels of the queries")
         with self.features(opened, known, context) as database:
-            accuracy = knn_top1(
+            guesses = knn_guesses(
                 parts_of(database, PART),
                 labels_of(known).to(context.device),
                 asked,
-                labels_of(queries).to(context.device),
                 classes=len(known.classes),
                 k=self.k,
                 temperature=self.temperature,
             )
-        yield Score("score", accuracy)
+        save_worst(context, f"{self.dataset} kNN, {opened.label}", guesses, answers, known.classes)
+        yield Score("score", 100 * (guesses == answers).double().mean().item())

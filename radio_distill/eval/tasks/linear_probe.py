@@ -18,6 +18,7 @@ from ..metrics.zero_shot import topk_hits
 from ..models import Opened
 from ..probes.fit import fit
 from ..task import Context, Score
+from ..worst_classes import save_worst
 from .summaries import SummaryTask
 
 __all__ = ["LinearProbe"]
@@ -57,9 +58,11 @@ class LinearProbe(SummaryTask):
             optimizer=torch.optim.AdamW(probe.parameters(), lr=self.lr, weight_decay=self.weight_decay),
             factor=lambda step: 0.5 + 0.5 * float(torch.cos(torch.tensor(torch.pi * step / self.steps))),
         )
-        hits = Means()
+        hits, labels = Means(), labels_of(test).to(context.device)
         with torch.no_grad():
-            hits.update(topk_hits(probe(asked), labels_of(test).to(context.device)))
+            logits = probe(asked)
+        hits.update(topk_hits(logits, labels))
+        save_worst(context, f"{self.dataset} linear, {opened.label}", logits.argmax(1), labels, test.classes)
         yield Score("top1", hits.compute()["top1"])
 
     def _batches(self, summaries_NC: Tensor, labels_N: Tensor, context: Context) -> Iterator[Batch]:

@@ -44,7 +44,7 @@ class KnnSweep(Knn):
         return super().passes(context) * _in_passes(self.sides)
 
     def run(self, opened: Opened, context: Context) -> Iterable[Score]:
-        free = replace(context, resolution=None)
+        free = replace(context, resolution=None, pictures=None)
         for side, own in distinct(opened, self.sides):
             task = Knn(**{**_fields(self, Knn), "kind": "knn", "resolution": side})
             yield from (Score("top1", s.value, headline=False, side=own) for s in task.run(opened, free))

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..datasets.base import Dataset
 from ..encode import precision
+from ..model_cost import device_name
 from ..models import Opened
 from ..task import Context, Score, Task
 from .sweeps import distinct
@@ -26,7 +27,7 @@ class Noise(Dataset[Tensor]):
     split = "noise"
 
     def __init__(self, device: torch.device) -> None:
-        self.name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+        self.name = device_name(device)
 
     @property
     def keys(self) -> Sequence[str]:

@@ -16,6 +16,7 @@ from ..metrics.zero_shot import classifier, scores, topk_hits
 from ..models import Opened
 from ..task import Context, Score
 from ..text_head import speaking
+from ..worst_classes import save_worst
 from .summaries import SummaryTask
 
 __all__ = ["ZeroShot"]
@@ -38,8 +39,10 @@ class ZeroShot(SummaryTask):
         head, card = speaking(opened, self.adaptors)
         weights_CK = self._classifier(card, images.classes, context)
         summaries = self.summaries(head, images, context)
-        hits = Means()
-        hits.update(topk_hits(scores(summaries, weights_CK), labels_of(images).to(context.device)))
+        hits, labels = Means(), labels_of(images).to(context.device)
+        logits = scores(summaries, weights_CK)
+        hits.update(topk_hits(logits, labels))
+        save_worst(context, f"{self.dataset} zero-shot, {opened.label}", logits.argmax(1), labels, images.classes)
         found = hits.compute()
         yield Score("score", found["top1"])
         yield Score("top5", found["top5"], headline=False)
