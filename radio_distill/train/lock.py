@@ -54,9 +54,11 @@ class RunLock:
     def __init__(self, folder: Path) -> None:
         self.path, self.owner = folder / "lock", this_process()
         self._file = self.path.open("a+")
-        exclusive = _lock(self._file.fileno())
+        exclusive = _take(self._file.fileno())
         before = read_owner(self.path)
-        if exclusive is False or (before and _may_live(before, self.owner, exclusive) and _is_touched(self.path)):
+        if exclusive is False or (
+            before and not _is_restart(before, self.owner) and _gives_signs(before, exclusive, self.path)
+        ):
             self._file.close()
             raise CheckpointError(
                 f"{folder} is in use by another job ({before or 'unknown'}); wait for it, or set run= to another folder"
@@ -67,10 +69,14 @@ class RunLock:
         self._over = threading.Event()
         threading.Thread(target=self._beat, name="run-lock", daemon=True).start()
 
+    def is_ours(self) -> bool:
+        """False when another job took the folder over, because this machine seemed dead for a while."""
+        return read_owner(self.path) == self.owner
+
     def check(self) -> None:
-        """Raise CheckpointError when another job took the folder over, because this machine seemed dead for a while."""
-        now = read_owner(self.path)
-        if now != self.owner:
+        """Raise CheckpointError when another job took the folder over."""
+        if not self.is_ours():
+            now = read_owner(self.path)
             raise CheckpointError(
                 f"{self.path.parent} was taken over by {now or 'someone who removed its lock'} while this job gave no sign of life; "
                 "nothing was written. Stop one of the two"
@@ -80,7 +86,7 @@ class RunLock:
         """Say that the process came to its end, and give the lock back."""
         if not self._file.closed:
             self._over.set()
-            if read_owner(self.path) == self.owner:
+            if self.is_ours():
                 self._write("")
             self._file.close()
 
@@ -118,26 +124,38 @@ def is_held(folder: Path) -> bool:
     owner = read_owner(path)
     if owner is None:
         return False
-    with path.open() as file:
-        exclusive = _lock(file.fileno())
-    return exclusive is False or (_may_live(owner, this_process(), exclusive) and _is_touched(path))
+    with path.open() as file:  # shared: for an exclusive lock NFS wants a file that is open for writing
+        free = _lock(file.fileno(), fcntl.LOCK_SH)
+    return free is False or _gives_signs(owner, free, path)
 
 
-def _lock(descriptor: int) -> bool | None:
+def _take(descriptor: int) -> bool | None:
+    """Lock a file for good (see `_lock`). Asks for a while, because `is_held` locks it for a moment."""
+    for _ in range(10):
+        taken = _lock(descriptor, fcntl.LOCK_EX)
+        if taken is not False:
+            break
+        time.sleep(BEAT_SECONDS / 50)
+    return taken
+
+
+def _lock(descriptor: int, how: int) -> bool | None:
     """True: locked; False: another process has it; None: this file system has no locks."""
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, how | fcntl.LOCK_NB)
     except OSError as error:
-        return None if error.errno in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS) else False
+        return False if error.errno in (errno.EWOULDBLOCK, errno.EACCES) else None
     return True
 
 
-def _may_live(owner: Owner, mine: Owner, exclusive: bool | None) -> bool:
-    """Whether an owner that holds no lock that we see can be alive all the same."""
-    restarted = (
-        bool(owner.job) and owner.job == mine.job and owner.pid != mine.pid
-    )  # Slurm ends a job before it starts it again
-    return not restarted and (exclusive is None or owner.machine != mine.machine)
+def _is_restart(before: Owner, now: Owner) -> bool:
+    """Whether a job follows itself: Slurm ends a job before it starts it again."""
+    return bool(before.job) and before.job == now.job and before.pid != now.pid
+
+
+def _gives_signs(owner: Owner, locks: bool | None, path: Path) -> bool:
+    """Whether an owner that holds no lock that we see is alive all the same: where locks do not reach us, touches tell."""
+    return (locks is None or owner.machine != this_process().machine) and _is_touched(path)
 
 
 def _is_touched(path: Path) -> bool:

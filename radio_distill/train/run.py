@@ -38,7 +38,7 @@ class RunFolder:
         try:
             self._record(recipe)
             set_damaged_aside(self.path)
-        except CheckpointError:
+        except Exception:
             self._lock.release()  # refused: the folder is free for others again
             raise
         self._status = start_status(self.path, recipe.name, steps=recipe.optim.steps, ranks=ranks, owner=self._lock.owner)
@@ -61,7 +61,7 @@ class RunFolder:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._lock is None:
             return
-        if error is not None:
+        if error is not None and self._lock.is_ours():
             self.note("failed", reason=f"{type(error).__name__}: {error}")
         self._lock.release()
 

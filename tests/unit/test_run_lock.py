@@ -101,6 +101,37 @@ def test_two_machines_of_one_name_are_two_machines(tmp_path, touched):
         RunLock(tmp_path)
 
 
+def test_who_looks_asks_for_a_shared_lock_which_nfs_gives_on_a_file_that_is_open_for_reading(tmp_path, monkeypatch):
+    flock = fcntl.flock
+
+    def nfs(descriptor, operation):  # flock(2), "NFS details"
+        mode = fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE
+        if operation & fcntl.LOCK_EX and mode == os.O_RDONLY:
+            raise OSError(errno.EBADF, "Bad file descriptor")
+        flock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", nfs)
+    left_by(tmp_path, this_process())  # killed
+    assert not is_held(tmp_path)
+    held = RunLock(tmp_path)
+    assert is_held(tmp_path)
+    held.release()
+
+
+def test_a_job_starts_although_someone_looks_at_its_lock_at_that_moment(tmp_path, monkeypatch):
+    monkeypatch.setattr(lock, "BEAT_SECONDS", 5)
+    with (tmp_path / "lock").open("a+") as looking:
+        fcntl.flock(looking, fcntl.LOCK_SH)
+        threading.Timer(0.15, fcntl.flock, (looking, fcntl.LOCK_UN)).start()
+        RunLock(tmp_path).release()
+
+
+def test_a_look_from_inside_the_job_finds_it_alive(tmp_path, touched, monkeypatch):
+    left_by(tmp_path, ELSEWHERE)
+    monkeypatch.setenv("SLURM_JOB_ID", ELSEWHERE.job)
+    assert is_held(tmp_path)
+
+
 def test_a_file_system_without_locks_goes_by_signs_of_life(tmp_path, monkeypatch):
     def no_locks(descriptor, operation):
         raise OSError(errno.ENOLCK, "No locks available")

@@ -6,7 +6,7 @@ import pytest
 
 from radio_distill.cli import main
 from radio_distill.config.load import load_recipe
-from radio_distill.errors import TrainingError
+from radio_distill.errors import CheckpointError, TrainingError
 from radio_distill.train import lock
 from radio_distill.train.run import RunFolder
 from radio_distill.train.status import read_status
@@ -78,6 +78,18 @@ def test_a_resumed_run_knows_of_the_saves_before(opened, tmp_path):
         assert read_status(tmp_path).saved == 20
         run.note("finished", step=40)
     assert read_status(tmp_path).state == "finished"
+
+
+def test_a_job_whose_folder_was_taken_over_does_not_speak_for_it(opened, tmp_path):
+    def train():
+        with opened() as run:
+            run.note("running", step=3)
+            (tmp_path / "lock").write_text((tmp_path / "lock").read_text().replace('"job": "7"', '"job": "8"'))
+            run.check_owner()
+
+    with pytest.raises(CheckpointError, match=r"was taken over by Slurm job 8, .*nothing was written"):
+        train()
+    assert json.loads((tmp_path / "status.json").read_text())["state"] == "running"
 
 
 def test_a_folder_that_is_no_run_is_told(tmp_path, capsys):
