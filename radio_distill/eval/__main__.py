@@ -43,8 +43,10 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.ranks > 1:
         from ..train.launch import launch
 
-        given = sys.argv[1:] if argv is None else argv
-        return launch(given[0], _without_ranks(given[1:]), arguments.ranks, module="radio_distill.eval")
+        if "RANK" in os.environ:
+            parser.error(f"--ranks {arguments.ranks} within torchrun, which has started the ranks already; leave --ranks out")
+        first, *others = _without_ranks(sys.argv[1:] if argv is None else argv)
+        return launch(first, others, arguments.ranks, module="radio_distill.eval")
     return _run_card(arguments)
 
 
@@ -126,6 +128,8 @@ def _context(arguments: argparse.Namespace, several: bool) -> Context:
 
         world = init()
         device, ranks = world.device, Ranks(world.rank, world.size, cast(Callable[[], None], dist.barrier))
+        if world.rank:
+            logging.getLogger().setLevel(logging.WARNING)  # the first rank says what is done
     workers = arguments.workers
     if workers is None:
         workers = 0 if arguments.data == "toy" else min(8, (os.cpu_count() or 1) // ranks.world)
@@ -162,8 +166,8 @@ def _run_function(arguments: argparse.Namespace, parser: argparse.ArgumentParser
     for option in ("data", "preset", "task", "limit", "resolution", "seed", "batch", "workers", "dry_run", "overrides"):
         if getattr(arguments, option) and option not in options:
             parser.error(f"--{option} has no effect in suite {arguments.suite}; leave it out")
-    if arguments.ranks > 1:
-        parser.error(f"suite {arguments.suite} runs in one process; leave --ranks out")
+    if arguments.ranks > 1 or _of_several(os.environ):
+        parser.error(f"suite {arguments.suite} runs in one process; leave out --ranks, torchrun or srun")
     results, text = run(arguments)
     append(arguments.out, results)
     print(text)

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch.distributed as dist
+
 from ..errors import DataError, RadioDistillError
 from ..types import Result
 from .encode import Resize, precision
@@ -92,8 +94,7 @@ def _measure(suite: Suite, name: str, task: Task, opened: Opened, context: Conte
         "preset": preset_of(suite, context),
         "precision": precision(context),
     }
-    before = [r for r in read(out) if all(getattr(r, key) == value for key, value in known.items())]
-    context.ranks.barrier()  # nobody writes before everybody has read
+    before = _before(out, known, context)
     if before:
         log.info("%s of %s is in %s", name, opened.label, out)
         return before
@@ -102,6 +103,16 @@ def _measure(suite: Suite, name: str, task: Task, opened: Opened, context: Conte
     if context.ranks.rank == 0:
         append(out, results)
     return results
+
+
+def _before(out: Path, known: Mapping[str, Any], context: Context) -> list[Result]:
+    """The results that are there, as the first rank reads them: others may find a line half written, or an older file."""
+    told: list[Any] = [None]
+    if context.ranks.rank == 0:
+        told = [[r for r in read(out) if all(getattr(r, key) == value for key, value in known.items())]]
+    if context.ranks.world > 1:
+        dist.broadcast_object_list(told)
+    return told[0]  # type: ignore[no-any-return]
 
 
 def _measure_cost(task: Task, opened: Opened, context: Context, out: Path) -> None:

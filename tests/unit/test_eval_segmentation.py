@@ -20,6 +20,7 @@ from radio_distill.eval.probes.frozen import pad_to_model, padded_size
 from radio_distill.eval.probes.linear_segmentation import segmentation_head, segmentation_loss
 from radio_distill.eval.task import Context
 from radio_distill.eval.tasks.segmentation import Segmentation
+from radio_distill.eval.tasks.sweeps import SegmentationSweep
 from radio_distill.types import VisionOutput
 
 
@@ -176,15 +177,24 @@ def test_colours_that_are_classes_are_learned_and_pictures_are_kept(context: Con
     assert (context.pictures / "ade20k_made.png").stat().st_size > 500
 
 
-def test_an_oracle_scores_100(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
+class Knows(Pixels):
+    """Every pixel's class, as one of two channels."""
+
+    patch_size = 1
+
+    def encode(self, images_B3HW: Tensor) -> VisionOutput:
+        light = (images_B3HW[:, :1] > 0.5).float()
+        return VisionOutput(None, torch.cat([1 - light, light], dim=1))
+
+    def nearest_size(self, height: int, width: int) -> tuple[int, int]:
+        return height, width
+
+
+def test_an_oracle_scores_100_at_every_side(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Segmentation, "datasets", lambda self, context: [Made(4), Made(6)])
-    monkeypatch.setattr(Segmentation, "fit_head", lambda *_: nn.Identity())
-    monkeypatch.setattr(
-        Segmentation,
-        "predictions",
-        lambda self, head, opened, test, context: ((s, s.labels_HW) for s in (test[i] for i in range(4))),
-    )
-    assert {s.value for s in task().run(opened(Pixels()), context)} == {100.0}
+    asked = {**task(steps=15).model_dump(), "kind": "segmentation_sweep", "sides": (20, 40)}
+    found = [(s.metric, s.side, s.value) for s in SegmentationSweep.model_validate(asked).run(opened(Knows()), context)]
+    assert found == [("miou", 20, 100.0), ("miou", 40, 100.0)]
 
 
 def test_the_task_runs_on_the_toy_world(context: Context) -> None:

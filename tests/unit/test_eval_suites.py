@@ -128,3 +128,30 @@ def test_the_command_line_measures_and_tells_what_failed(
     told = capsys.readouterr()
     assert "toyworld/val#" in told.out
     assert "forward passes at 192 px" in told.out
+
+
+def test_ranks_are_started_once_wherever_the_flag_stands(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    started: list[list[str]] = []
+
+    class Started:
+        def __init__(self, command: list[str], env: dict[str, str]) -> None:
+            started.append(command)
+
+        def poll(self) -> int:
+            return 0
+
+    monkeypatch.setattr("subprocess.Popen", Started)
+    flags = ["--suite", "classification", "--model", "teacher:toy_clip", "--data", "toy"]
+    for given in (["--ranks", "2", *flags], [*flags, "--ranks=2"], [*flags[:2], "--ranks", "2", *flags[2:]]):
+        assert main(given) == 0
+    assert [command[3:] for command in started] == 6 * [flags]
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit):
+        main([*flags, "--ranks", "2"])
+    assert "--ranks 2 within torchrun, which has started the ranks already" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["--suite", "toy", "--model", "teacher:toy_clip"])
+    assert "suite toy runs in one process; leave out --ranks, torchrun or srun" in capsys.readouterr().err

@@ -46,8 +46,8 @@ def fit(
         value.backward()  # type: ignore[no-untyped-call]
         if ranks > 1:
             for p in parameters:
-                if p.grad is not None:
-                    dist.all_reduce(p.grad.div_(ranks))
+                p.grad = torch.zeros_like(p) if p.grad is None else p.grad  # other ranks' shares may have had a use for it
+                dist.all_reduce(p.grad.div_(ranks))
         if max_norm is not None:
             nn.utils.clip_grad_norm_(parameters, max_norm)
         optimizer.step()
@@ -55,6 +55,10 @@ def fit(
         if step >= steps - max(1, steps // 10):
             last.append(value.detach())
     probe.eval()
+    if ranks > 1:
+        for buffer in probe.buffers():  # gloo has no SyncBatchNorm; whoever scores has the same probe
+            if buffer.is_floating_point():
+                dist.all_reduce(buffer.div_(ranks))
     mean = torch.stack(last).mean()
     if ranks > 1:
         dist.all_reduce(mean.div_(ranks))
