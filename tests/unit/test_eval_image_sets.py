@@ -116,9 +116,9 @@ def test_imagenet_as_parquet_of_the_hub(tmp_path: Path) -> None:
     assert val[3].image_3HW.shape == (3, 30, 40)
     assert val[3].image_3HW[0].float().mean() == pytest.approx(60, abs=3)
     file.write_bytes(file.read_bytes()[:100])
-    from radio_distill.eval.datasets.imagenet import _parquet_rows
+    from radio_distill.eval.datasets.imagenet_parquet import places_in_parquet
 
-    _parquet_rows.cache_clear()
+    places_in_parquet.cache_clear()
     with pytest.raises(DataError, match=r"00001-of-00002.parquet is damaged .*copy it again"):
         labelled("imagenet1k", "val", tmp_path)
 
@@ -243,7 +243,7 @@ def test_a_model_without_a_summary_is_told(folder: Path, tmp_path: Path) -> None
 
 
 def test_images_of_all_kinds_of_pixels_become_rgb(tmp_path: Path) -> None:
-    from radio_distill.eval.datasets.image_folder import decode_rgb
+    from radio_distill.eval.datasets.pixels import decode_rgb
 
     for mode in ("L", "RGBA", "P", "CMYK", "LA"):
         file = io.BytesIO()

@@ -19,7 +19,7 @@ from torch import Tensor
 from ...data.toyworld import ToySample, sample_scene
 from ...errors import DataError
 from .base import Dataset, Subset, missing
-from .image_folder import decode_rgb
+from .pixels import decode_rgb
 from .toy import ToyDataset, toy_image
 
 __all__ = ["Captioned", "CaptionedImage", "ToyCaptioned", "captions_of", "open_coco", "open_flickr30k"]

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import io
 import os
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
-import numpy as np
-import torch
-from PIL import Image
-from torch import Tensor
-
 from ...data.sources import IMAGE_SUFFIXES
 from ...errors import DataError
 from .base import missing
+from .pixels import decode_rgb
 from .samples import Labelled, LabelledImage
 
-__all__ = ["ImageFolder", "decode_rgb", "split_folder"]
+__all__ = ["ImageFolder", "split_folder"]
 
 ALIASES = {"train": ("train", "training"), "val": ("val", "validation", "valid", "test")}
 """Names of a split on disk; the first that is there counts."""
@@ -62,16 +57,6 @@ class ImageFolder(Labelled):
 def split_folder(root: Path, split: str) -> Path | None:
     """The folder of a split under one of its names; None when there is none."""
     return next((root / name for name in ALIASES.get(split, (split,)) if (root / name).is_dir()), None)
-
-
-def decode_rgb(data: bytes, where: object) -> Tensor:
-    """uint8 RGB (3, H, W) of an image file's bytes. Raises DataError that names it when it is damaged."""
-    try:
-        with Image.open(io.BytesIO(data)) as file:
-            pixels = np.array(file.convert("RGB"))
-    except (OSError, SyntaxError, ValueError) as error:
-        raise DataError(f"{where} is damaged ({error}); copy it again, or take it out of the folder") from error
-    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 
 @lru_cache(maxsize=8)

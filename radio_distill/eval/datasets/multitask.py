@@ -12,13 +12,13 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from ...errors import DataError
 from .base import Dataset, missing
+from .pixels import check_size
 
-__all__ = ["FILL", "Multitask", "MultitaskFolder", "MultitaskSample", "plane", "read_normals", "vectors"]
+__all__ = ["FILL", "Multitask", "MultitaskFolder", "MultitaskSample", "plane", "vectors"]
 
 FILL: dict[str, int] = {"semseg": 255, "parsing": 255, "saliency": 255, "normals": 0, "depth": 0, "edge": 255}
 """Every kind of annotation, and what its pixels hold where nothing is annotated."""
@@ -72,12 +72,7 @@ class MultitaskFolder(Multitask):
         key = self._keys[index]
         sample = self.read(key)
         for name, target in sample.targets.items():
-            if target.shape[-2:] != sample.image_3HW.shape[-2:]:
-                sides = ["x".join(map(str, reversed(x.shape[-2:]))) for x in (target, sample.image_3HW)]
-                raise DataError(
-                    f"{self.title}: {name} of {key} is {sides[0]} and its image {sides[1]} (width x height); "
-                    "take both from one copy of the archive"
-                )
+            check_size(f"{self.title}: {name} of {key}", target, sample.image_3HW, "take both from one copy of the archive")
         return sample
 
     @abstractmethod
@@ -108,15 +103,3 @@ def plane(values_HW: np.ndarray) -> Tensor:
 def vectors(values_HW3: np.ndarray) -> Tensor:
     """Three numbers per pixel as float32 (3, H, W)."""
     return torch.from_numpy(np.ascontiguousarray(values_HW3, dtype=np.float32)).permute(2, 0, 1).contiguous()
-
-
-def read_normals(path: Path) -> np.ndarray:
-    """Normals of an RGB file that writes -1..1 as 0..255, float32 (H, W, 3)."""
-    try:
-        with Image.open(path) as file:
-            mode, pixels = file.mode, np.array(file, dtype=np.float32)
-    except (OSError, SyntaxError) as error:
-        raise DataError(f"{path} is damaged ({error}); copy it again") from error
-    if mode != "RGB":
-        raise DataError(f"{path} has mode {mode}, expected RGB: x, y, z of the normals")
-    return 2 * pixels / 255 - 1

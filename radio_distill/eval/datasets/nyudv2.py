@@ -11,8 +11,8 @@ from torch import Tensor
 from ...errors import DataError
 from ..metrics.checks import known_labels
 from ..metrics.segmentation import IGNORE, labels_from_raw
-from .multitask import MultitaskFolder, MultitaskSample, plane, read_normals, vectors
-from .pixels import read_labels, read_rgb
+from .multitask import MultitaskFolder, MultitaskSample, plane, vectors
+from .pixels import read_labels, read_normals, read_rgb
 
 __all__ = ["NyuDv2"]
 

@@ -12,8 +12,8 @@ from ..metrics.checks import known_labels
 from ..metrics.segmentation import IGNORE
 from .borders import borders
 from .matlab import read_mat
-from .multitask import MultitaskFolder, MultitaskSample, plane, read_normals, vectors
-from .pixels import read_labels, read_rgb
+from .multitask import MultitaskFolder, MultitaskSample, plane, vectors
+from .pixels import read_labels, read_normals, read_rgb
 from .segmentation import VOC_CLASSES
 
 __all__ = ["PART_OF", "PascalContext"]

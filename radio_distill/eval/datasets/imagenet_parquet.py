@@ -1,0 +1,66 @@
+"""Images in the parquet files of the Hugging Face hub: columns `image` ({bytes, path}) and `label`."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ...errors import DataError
+
+__all__ = ["ParquetPlace", "places_in_parquet"]
+
+
+class ParquetPlace(NamedTuple):
+    """Where an image lies."""
+
+    file: Path
+    group: int
+    """Row group of the file."""
+    row: int
+    """In the group."""
+
+    @property
+    def key(self) -> str:
+        return f"{self.file.name}/{self.group}/{self.row}"
+
+    def read(self) -> bytes:
+        data: bytes = _group(self.file, self.group)[self.row].as_py()["bytes"]
+        return data
+
+    def __str__(self) -> str:
+        return f"image {self.row} in group {self.group} of {self.file}"
+
+
+@lru_cache(maxsize=4)
+def places_in_parquet(files: tuple[Path, ...]) -> tuple[list[ParquetPlace], list[int]]:
+    """Where every image lies, and its label; read once a process. Raises DataError."""
+    places, labels = [], []
+    for path in files:
+        file = _opened(path)
+        for group in range(file.num_row_groups):
+            found = file.read_row_group(group, columns=["label"])["label"].to_pylist()
+            places += [ParquetPlace(path, group, i) for i in range(len(found))]
+            labels += found
+    return places, labels
+
+
+@lru_cache(maxsize=2)
+def _group(path: Path, group: int) -> Any:
+    """A group of rows is read at a time."""
+    return _opened(path).read_row_group(group, columns=["image"])["image"]
+
+
+def _opened(path: Path) -> Any:
+    try:
+        from pyarrow import ArrowInvalid
+        from pyarrow.parquet import ParquetFile
+    except ImportError as error:
+        raise DataError(f'{path} needs pyarrow: pip install "radio-distill[parquet]"') from error
+    try:
+        file = ParquetFile(path)
+    except (ArrowInvalid, OSError) as error:
+        raise DataError(f"{path} is damaged ({error}); copy it again") from error
+    if not {"image", "label"} <= set(file.schema_arrow.names):
+        raise DataError(f"{path} has columns {', '.join(file.schema_arrow.names)}, expected image and label")
+    return file
