@@ -6,7 +6,7 @@ import contextlib
 import queue
 from collections import deque
 from collections.abc import Callable
-from threading import Thread
+from threading import Event, Thread
 from typing import Any
 
 import torch
@@ -24,6 +24,8 @@ __all__ = ["run_ranks", "serve"]
 
 GOODBYE = "goodbye"
 """Key of a student's last message; its value is the exit code of the job."""
+LAST_WORDS_S = 5.0
+"""How long a goodbye that has arrived may take to be read."""
 
 
 def run_ranks(recipe: Job, work: Callable[[distributed.World], int]) -> int:
@@ -63,8 +65,8 @@ def serve(recipe: Job, bridge: Bridge) -> int:
     bank = TeacherBank(recipe, build_teachers(recipe, bridge.device, names))
     clients, codes = {peer: _Client(bridge.device) for peer in bridge.students}, [0]
     inbox: queue.Queue[tuple[int, dict[str, Any] | Exception]] = queue.Queue()
-    for peer in clients:  # a thread each: gloo tells of a lost peer only to those who wait for it by name
-        Thread(target=_listen, args=(bridge, peer, inbox), daemon=True).start()
+    for peer, client in clients.items():  # a thread each: gloo tells of a lost peer only to those who wait for it by name
+        Thread(target=_listen, args=(bridge, peer, client, inbox), daemon=True).start()
     while clients:
         rest()  # how long students take is for their own watchdogs
         peer, header = inbox.get()
@@ -75,7 +77,12 @@ def serve(recipe: Job, bridge: Bridge) -> int:
             del clients[peer]
             continue
         watch(recipe.engine.watchdog_minutes)
-        clients[peer].answer(bank, bridge, peer, header)
+        try:
+            if not clients[peer].left.is_set():
+                clients[peer].answer(bank, bridge, peer, header)
+        except RuntimeError:  # that of a closed connection can come before the thread has read the goodbye
+            if not clients[peer].left.wait(LAST_WORDS_S):
+                raise
     return max(codes)
 
 
@@ -83,6 +90,8 @@ class _Client:
     """What a teacher rank keeps of one student: its timers, and answers until they have been read."""
 
     def __init__(self, device: torch.device) -> None:
+        self.left = Event()
+        """It has said goodbye and reads no more answers, not even to what it asked before."""
         self._timers = Timers(device)
         self._answers: deque[Sent] = deque()
         self._forgotten = 0
@@ -98,12 +107,13 @@ class _Client:
         self._answers.append(bridge.send(peer, reply))
 
 
-def _listen(bridge: Bridge, peer: int, inbox: queue.Queue[tuple[int, dict[str, Any] | Exception]]) -> None:
+def _listen(bridge: Bridge, peer: int, client: _Client, inbox: queue.Queue[tuple[int, dict[str, Any] | Exception]]) -> None:
+    """Put what a student says into the inbox; a goodbye is known at once, ahead of what lies there."""
     try:
-        while True:
+        while not client.left.is_set():
             header = bridge.header(peer)
-            inbox.put((peer, header))
             if GOODBYE in header["about"]:
-                return
+                client.left.set()
+            inbox.put((peer, header))
     except Exception as error:  # raised in the main thread, where it ends the process
         inbox.put((peer, error))

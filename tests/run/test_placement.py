@@ -151,6 +151,28 @@ def test_a_teacher_that_is_asked_to_stop_stops_the_job_which_then_goes_on_exactl
     assert losses(tmp_path / "run") == at("1")["stage1"]
 
 
+def stop_before_the_answer(rank: int, overrides: list[str], gone: Path) -> None:
+    """Stop after a step whose next batch the teachers still work on when the student has left."""
+    encode, seen = TeacherBank.encode, []
+
+    def slow(bank, batch):
+        seen.append(batch)
+        while len(seen) == 3 and not gone.exists():  # after statistics and step 0
+            time.sleep(0.01)
+        return encode(bank, batch)
+
+    preempt.ask("SIGUSR1")
+    with mock.patch.object(TeacherBank, "encode", slow):
+        assert train(load_recipe("toy/stage1", overrides)) == preempt.STOPPED
+    if rank == 0:
+        gone.touch()
+
+
+def test_a_student_that_stops_does_not_wait_for_its_next_batch_and_its_teachers_end_like_it(photos, tmp_path):
+    overrides = [*TINY, *RECIPES["stage1"], AHEAD, photos, f"run={tmp_path / 'run'}", *placement("1+1")]
+    launch(stop_before_the_answer, 2, overrides, tmp_path / "gone")
+
+
 def fail(rank: int, overrides: list[str], folder: Path, how: str) -> None:
     recipe, encode = load_recipe("toy/stage1", overrides), TeacherBank.encode
 
