@@ -126,6 +126,11 @@ def check_vlm(recipe: VlmRecipe, *, training: bool) -> list[Problem]:
 def _fitting(recipe: VlmRecipe) -> Iterator[Problem]:
     if recipe.lora is not None and recipe.trains == "projector":
         yield Problem("'lora' has no effect with 'trains' projector; leave it out, or set trains=all", ("lora",))
+    if isinstance(recipe.start, FromParts) and recipe.start.tiles == 0 and recipe.trains == "projector":
+        text = (
+            "'start.tiles' is 0: without images nothing reaches the projector, which alone learns; set trains=all, or tiles=1"
+        )
+        yield Problem(text, ("start", "tiles"))
     if recipe.micro_batch is not None and not 1 <= recipe.micro_batch <= recipe.samples:
         text = f"'micro_batch' is {recipe.micro_batch}, expected 1 to {recipe.samples} (samples), or null"
         yield Problem(text, ("micro_batch",))

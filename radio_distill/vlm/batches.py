@@ -5,7 +5,7 @@ Shapes: B conversations, N tokens, V views (pictures) of all images of a batch, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,11 +16,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ..config.vlm_recipe import VlmRecipe
-from ..errors import RecipeError
+from ..errors import DataError, RecipeError
 from ..train.distributed import World
 from .conversations import Conversation
 from .model import Vlm
-from .prompt import IGNORE, Encoded, encode, with_images
+from .prompt import IGNORE, IMAGE, Encoded, encode, with_images
 from .tiles import open_image
 
 __all__ = ["TextBatch", "TextStreams"]
@@ -41,9 +41,15 @@ class TextBatch:
 
     def to(self, device: torch.device) -> TextBatch:
         """The same batch on `device`."""
-        pixels = None if self.pixels_V3SS is None else self.pixels_V3SS.to(device, non_blocking=True)
-        tokens, mask, labels = (x.to(device, non_blocking=True) for x in (self.tokens_BN, self.mask_BN, self.labels_BN))
-        return TextBatch(self.keys, tokens, mask, labels, pixels)
+        return self._with(lambda x: x.to(device, non_blocking=True))
+
+    def pin_memory(self) -> TextBatch:
+        """The same batch where a GPU copies it from while the host goes on; a DataLoader looks for this method."""
+        return self._with(Tensor.pin_memory)
+
+    def _with(self, change: Callable[[Tensor], Tensor]) -> TextBatch:
+        pixels = None if self.pixels_V3SS is None else change(self.pixels_V3SS)
+        return TextBatch(self.keys, change(self.tokens_BN), change(self.mask_BN), change(self.labels_BN), pixels)
 
     @property
     def num_targets(self) -> Tensor:
@@ -123,6 +129,12 @@ class Samples(Dataset[tuple[str, Encoded, Tensor]]):
             max_length=self._recipe.data.max_length,
             key=c.key,
         )
+        expected = 0 if c.image is None else tower.num_tokens
+        if (found := encoded.ids.count(self._vlm.model.config.image_token_id)) != expected:
+            raise DataError(
+                f"conversation {c.key} has {found} tokens of its image, expected {expected}: it is cut after "
+                f"{self._recipe.data.max_length}; put {IMAGE} at its beginning, or set a larger data.max_length"
+            )
         if c.image is None:
             return c.key, encoded, torch.empty(0, 3, tower.image_size, tower.image_size)
         return c.key, encoded, self._vlm.pixels(open_image(c.image(), c.key))

@@ -34,7 +34,11 @@ class Conversation:
 
 def read_conversations(sources: Mapping[str, VlmSource]) -> list[Conversation]:
     """All conversations of all sources, in the order of their files. Raises DataError naming source and record."""
-    return [c for name, source in sources.items() for c in _read(name, source)]
+    found = {name: list(_read(name, source)) for name, source in sources.items()}
+    for name, conversations in found.items():
+        if not conversations:
+            raise DataError(f"data.sources.{name}.path={sources[name].path} holds no conversation; leave the source out")
+    return [c for conversations in found.values() for c in conversations]
 
 
 def _read(name: str, source: VlmSource) -> Iterator[Conversation]:
@@ -48,17 +52,21 @@ def _read(name: str, source: VlmSource) -> Iterator[Conversation]:
 def _from_json(name: str, path: Path, images: Path) -> Iterator[Conversation]:
     try:
         text = path.read_text()
-        records = [json.loads(line) for line in text.splitlines() if line] if path.suffix == ".jsonl" else json.loads(text)
+        lines = text.split("\n")  # splitlines would also split where a text has a separator of Unicode's
+        records = [json.loads(line) for line in lines if line.strip()] if path.suffix == ".jsonl" else json.loads(text)
     except (OSError, ValueError) as error:
         raise DataError(f"data.sources.{name}.path={path} cannot be read: {error}") from error
     for i, record in enumerate(records):
-        key = f"{name}/{record.get('id', i)}"
+        key = f"{name}/{record.get('id', i)}" if isinstance(record, dict) else f"{name}/{i}"
+        turns = _turns(record, key)
+        if not isinstance(record.get("image") or "", str):
+            raise DataError(f"conversation {key} has the image {record['image']!r}; expected the name of one file")
         image = images / record["image"] if record.get("image") else None
         if i == 0 and image is not None and not image.is_file():  # once, before the work; later ones are told by name
             raise DataError(
                 f"{image} of conversation {key} does not exist; set data.sources.{name}.images to the folder of the images"
             )
-        yield Conversation(key, _turns(record, key), None if image is None else image.read_bytes)
+        yield Conversation(key, turns, None if image is None else image.read_bytes)
 
 
 def _from_shards(name: str, path: str) -> Iterator[Conversation]:

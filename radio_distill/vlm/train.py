@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..config.vlm_recipe import FromParts, VlmRecipe
 from ..errors import TrainingError
@@ -58,7 +59,9 @@ class VlmTask(nn.Module):
         """A language model that is frozen stays in evaluation mode, as the student does."""
         super().train(mode)
         if self.recipe.trains == "projector":
-            self.model.model.language_model.eval()
+            for module in self.model.model.language_model.modules():
+                # a layer computes its activations again only in training mode; what is in it stays in evaluation mode
+                module.training = mode and self.recipe.grad_checkpointing and isinstance(module, GradientCheckpointingLayer)
         return self
 
     def forward(self, batch: TextBatch, targets: Tensor) -> Losses:
@@ -70,6 +73,8 @@ class VlmTask(nn.Module):
             )
         logits, labels = out.logits[:, :-1].flatten(0, 1).float(), batch.labels_BN[:, 1:].flatten()
         total = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum") / targets
+        if not total.requires_grad:  # conversations without images, and the projector alone learns
+            total = total + 0 * sum(p.sum() for p in self.model.model.multi_modal_projector.parameters())
         with torch.no_grad():
             right = (logits.argmax(1) == labels).sum() / targets  # a label that is ignored is no word
         return Losses(total, {"loss": total.detach(), "accuracy/tokens": right})

@@ -7,16 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.data._utils.pin_memory import pin_memory
 
 from radio_distill.config.load import load_any, load_vlm_recipe
 from radio_distill.config.vlm_recipe import Lora, VlmRecipe, VlmSource
 from radio_distill.errors import DataError, RecipeError
 from radio_distill.train.distributed import World
-from radio_distill.vlm.batches import Samples, TextStreams, list_batches
-from radio_distill.vlm.conversations import read_conversations
+from radio_distill.vlm.batches import Samples, TextStreams, collate, list_batches
+from radio_distill.vlm.conversations import Conversation, read_conversations
 from radio_distill.vlm.lora import LoraLinear, add_lora, merge_lora
 from radio_distill.vlm.model import Vlm
-from radio_distill.vlm.prompt import IGNORE, Turn, encode
+from radio_distill.vlm.prompt import IGNORE, Encoded, Turn, encode
 
 TURNS = (Turn("user", "is there a tree?"), Turn("assistant", "yes"), Turn("user", "how many?"), Turn("assistant", "two"))
 
@@ -92,6 +93,9 @@ def test_json_and_shards_give_the_same_conversations(tmp_path: Path) -> None:
             json.dumps([{"id": 3, "conversations": [{"from": "gpt", "value": ""}]}]),
             "a/3 has turns of assistant; expected human and gpt",
         ),
+        ("[]", r"data.sources.a.path=.*a.json holds no conversation; leave the source out"),
+        (json.dumps({"data": [record()]}), r"conversation a/0 is not as LLaVA's: TypeError"),
+        (json.dumps([record(image=["b.jpg"])]), r"conversation a/7 has the image \['b.jpg'\]; expected the name of one file"),
         (json.dumps([record(image="b.jpg")]), "b.jpg of conversation a/7 does not exist; set data.sources.a.images"),
     ],
 )
@@ -99,6 +103,33 @@ def test_records_that_are_not_llavas_are_named(tmp_path: Path, content: str, mes
     (tmp_path / "a.json").write_text(content)
     with pytest.raises(DataError, match=message):
         read_conversations({"a": VlmSource(path=str(tmp_path / "a.json"), images=str(tmp_path))})
+
+
+def test_a_line_of_jsonl_may_hold_any_separator_of_unicode(tmp_path: Path) -> None:
+    lines = [json.dumps(record(f"what?{mark}"), ensure_ascii=False) for mark in ("\u2028", "\u0085")]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines) + "\n\n")
+    assert len(read_conversations({"a": VlmSource(path=str(tmp_path / "a.jsonl"))})) == 2
+
+
+def test_a_conversation_that_is_cut_within_its_image_is_named(vlm: Vlm) -> None:
+    turns = (Turn("user", "is there a tree? " * 3 + "<image>"), Turn("assistant", "yes"))
+    samples = Samples(recipe("data.max_length=20"), vlm, [Conversation("mix/1", turns, lambda: b"")])
+    message = r"conversation mix/1 has 2 tokens of its image, expected 16: it is cut after 20; put <image> at its beginning"
+    with pytest.raises(DataError, match=message):
+        samples[0]
+
+
+def test_a_loader_pins_the_batches_that_a_gpu_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    pinned: list[torch.Tensor] = []
+
+    def pin(x: torch.Tensor, *_: object) -> torch.Tensor:
+        pinned.append(x)
+        return x
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    batch = collate([("a", Encoded([1, 2], [IGNORE, 2]), torch.zeros(1, 3, 4, 4))], pad=0)
+    pin_memory(batch)
+    assert {id(x) for x in pinned} == {id(x) for x in (batch.tokens_BN, batch.mask_BN, batch.labels_BN, batch.pixels_V3SS)}
 
 
 def test_every_epoch_is_a_permutation_whatever_the_ranks_and_goes_on_at_any_step() -> None:
@@ -149,6 +180,7 @@ def test_lora_starts_as_nothing_and_is_merged_under_the_old_names() -> None:
         ("start.source=''", r"'start.source' is empty; name a folder: start.source=FOLDER"),
         ("start={kind: parts}", r"'start.student' is empty; name a folder: start.student=FOLDER"),
         ("data.sources=null", "'data.sources' is empty; say where the conversations are"),
+        ("[start={kind: parts}, start.tiles=0, trains=projector]", r"'start.tiles' is 0: without images nothing"),
         ("[lora={}, trains=projector]", "'lora' has no effect with 'trains' projector"),
     ],
 )

@@ -1,5 +1,6 @@
 """Both stages as a user runs them: what learns, what does not, an exact resume, two ranks, and that the picture is looked at."""
 
+import io
 import json
 import shutil
 from pathlib import Path
@@ -7,14 +8,20 @@ from pathlib import Path
 import pytest
 import torch
 from launch import launch
+from PIL import Image
 
 from radio_distill import load_student
 from radio_distill.config.load import load_recipe, load_vlm_recipe
+from radio_distill.config.vlm_recipe import FromParts
 from radio_distill.eval.vlm_toy import score_toy
 from radio_distill.student.checkpoints import save_student
 from radio_distill.student.start import start_weights
 from radio_distill.student.student import build_student
-from radio_distill.vlm.model import Vlm, load_vlm, vlm_folder
+from radio_distill.vlm.batches import Samples, TextBatch, collate
+from radio_distill.vlm.conversations import Conversation
+from radio_distill.vlm.model import Vlm, build_vlm, load_vlm, vlm_folder
+from radio_distill.vlm.prompt import Turn
+from radio_distill.vlm.train import VlmTask
 
 TINY = ["samples=4", "micro_batch=2", "optim.warmup=1", "log.every=1", "checkpoint.every=3"]
 
@@ -91,6 +98,40 @@ def test_two_ranks_learn_what_one_learns_and_lora_leaves_a_plain_model(runs: Pat
     two, one = load_vlm(tmp_path / "ranks"), load_vlm(tmp_path / "alone")
     for (name, a), b in zip(one.model.state_dict().items(), two.model.state_dict().values(), strict=True):
         torch.testing.assert_close(b, a, atol=2e-3, rtol=1e-2, msg=name)  # AdamW magnifies the order of sums at small gradients
+
+
+def task_and_batch(parts: FromParts, with_image: bool, *overrides: str) -> tuple[VlmTask, TextBatch]:
+    recipe = load_vlm_recipe("toy/vlm_projector", list(overrides))
+    vlm = build_vlm(parts)
+    turns = (Turn("user", "is there a tree?"), Turn("assistant", "yes"))
+    image = io.BytesIO()
+    Image.new("RGB", (32, 32)).save(image, "png")
+    samples = Samples(recipe, vlm, [Conversation("a", turns, image.getvalue if with_image else None)])
+    return VlmTask(recipe, vlm), collate([samples[0]], pad=samples.pad)
+
+
+def test_conversations_without_images_leave_a_projector_that_learns_alone_as_it_is(parts: FromParts) -> None:
+    task, batch = task_and_batch(parts, False, "template=chat")
+    assert batch.pixels_V3SS is None
+    learning = [p for p in task.parameters() if p.requires_grad]
+    assert learning
+    assert not any(grad.any() for grad in torch.autograd.grad(task(batch, batch.num_targets).total, learning))
+
+
+def test_activations_of_a_frozen_language_model_are_computed_again_if_asked_for(parts: FromParts) -> None:
+    passes, grads = {}, {}
+    for again in (False, True):
+        torch.manual_seed(0)
+        task, batch = task_and_batch(parts, True, f"grad_checkpointing={again}")
+        seen: list[object] = []
+        layer = task.train().model.model.language_model.layers[0]
+        layer.self_attn.register_forward_hook(lambda *_, seen=seen: seen.append(1))
+        learning = [p for p in task.parameters() if p.requires_grad]
+        found = torch.autograd.grad(task(batch, batch.num_targets).total, learning)
+        passes[again], grads[again] = len(seen), torch.cat([grad.flatten() for grad in found])
+        assert not layer.self_attn.training
+    assert passes == {False: 1, True: 2}
+    torch.testing.assert_close(grads[True], grads[False])
 
 
 def toy_trunk(folder: Path) -> Path:
