@@ -85,9 +85,11 @@ def test_denoising_keeps_positives_near_and_negatives_further_off() -> None:
     noise = Denoising.draw(objects, 5, 300)
     assert noise is not None
     assert (noise.most, noise.groups) == (3, 100)
-    boxes = to_corners(noise.boxes_BQ4[2].view(100, 2, 3, 4))
+    assert noise.boxes_BQ4.min() >= 0
+    drawn = noise.boxes_BQ4[2].view(100, 2, 3, 4)
+    boxes = to_corners(drawn)
     away = (boxes - to_corners(objects[2].boxes_N4)).abs() / (objects[2].boxes_N4[:, 2:].repeat(1, 2) / 2)
-    inside = (boxes > 0) & (boxes < 1)  # the others were clipped
+    inside = (boxes > 0) & (boxes < 1) & (drawn[..., 2:] > 0).all(-1, keepdim=True)  # the others were clipped
     assert (away[:, 0] <= 1 + 1e-4).all()
     assert (away[:, 1][inside[:, 1]] >= 1 - 1e-4).all()
     same = (noise.labels_BQ[2].view(100, 2, 3) == objects[2].labels_N).float().mean()
@@ -202,6 +204,19 @@ def test_an_oracle_has_ap_100(context: Context, monkeypatch: pytest.MonkeyPatch)
 def test_the_task_runs_end_to_end(context: Context) -> None:
     scores = {s.metric: s.value for s in small().run(open_model("teacher:toy_clip"), context)}
     assert 0 <= scores["AP"] <= 100
+
+
+def test_boxes_end_where_the_image_does(context: Context) -> None:
+    class Everything(torch.nn.Module):
+        def detect(self, features: torch.Tensor, *, limit: int) -> list[Detections]:
+            square = torch.tensor([[-0.1, -0.1, 1.1, 1.1]])
+            return [Detections(torch.ones(1), torch.zeros(1, dtype=torch.long), square) for _ in features]
+
+    task = small()
+    found = task.detections(Everything(), open_model("teacher:toy_clip"), task.datasets(context)[0], context)  # type: ignore[arg-type]
+    for sample, detections in found:
+        height, width = sample.image_3HW.shape[1:]
+        assert detections.corners_N4.tolist() == [[0, 0, width, height]]
 
 
 def test_whole_images_fill_the_square_with_their_longest_side() -> None:

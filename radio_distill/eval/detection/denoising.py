@@ -79,4 +79,5 @@ def _shaken(boxes: Tensor) -> Tensor:
     amount = torch.rand_like(boxes)
     amount[:, :, 1] += 1
     sign = torch.randint(0, 2, boxes.shape, device=boxes.device) * 2 - 1
-    return from_corners((corners + sign * amount * half * BOX_NOISE).clamp(0, 1))
+    shaken = from_corners((corners + sign * amount * half * BOX_NOISE).clamp(0, 1))
+    return shaken.clamp(min=0)  # corners of negatives may have changed places

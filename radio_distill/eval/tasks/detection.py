@@ -141,14 +141,17 @@ class Detection(Task):
     def detections(
         self, detector: Detector, opened: Opened, test: Dataset[InstanceSample], context: Context
     ) -> Iterator[tuple[InstanceSample, Detections]]:
-        """This rank's samples and what is found in them, in pixels of the image."""
+        """This rank's samples and what is found in them, in pixels of the image; boxes end where the image does."""
         whole = Whole(self._square(opened, context))
         waiting: list[InstanceSample] = []
 
         def scored() -> Iterator[tuple[InstanceSample, Detections]]:
             features = frozen_map(opened.model, torch.stack([whole(s) for s in waiting]), context)
             for sample, found in zip(waiting, detector.detect(features, limit=TOP)):
-                yield sample, found._replace(corners_N4=found.corners_N4 * whole.side / whole.factor(sample))
+                height, width = sample.image_3HW.shape[1:]
+                corners = (found.corners_N4 * whole.side / whole.factor(sample)).clamp(min=0)
+                ends = torch.tensor([width, height, width, height], device=corners.device)
+                yield sample, found._replace(corners_N4=torch.minimum(corners, ends))
 
         for _, sample in each_item(test, context):
             waiting.append(sample)
