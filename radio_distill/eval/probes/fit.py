@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 import torch
@@ -31,7 +32,7 @@ def fit(
 
     batches: this rank's own. loss: of this rank's batch, a mean. factor: of the learning rates, by step. max_norm: gradients
     are clipped to this norm. Ranks average their gradients, so that equal shares give what one rank with all of them gives.
-    Raises TrainingError at a loss that is not finite, on all ranks.
+    Raises TrainingError on all ranks when a loss is not finite; looks after every tenth of the steps.
     """
     ranks = dist.get_world_size() if dist.is_initialized() else 1
     if ranks > 1:
@@ -39,7 +40,8 @@ def fit(
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     probe.train()
-    last: list[Tensor] = []
+    tenth, mean = max(1, steps // 10), 0.0
+    last: deque[Tensor] = deque(maxlen=tenth)
     for step in range(steps):
         value = loss(probe, next(batches))
         optimizer.zero_grad(set_to_none=True)
@@ -52,18 +54,24 @@ def fit(
             nn.utils.clip_grad_norm_(parameters, max_norm)
         optimizer.step()
         schedule.step()
-        if step >= steps - max(1, steps // 10):
-            last.append(value.detach())
+        last.append(value.detach())
+        if (step + 1) % tenth == 0 or step + 1 == steps:
+            mean = _finite_mean(last, ranks, step + 1)
     probe.eval()
     if ranks > 1:
         for buffer in probe.buffers():  # gloo has no SyncBatchNorm; whoever scores has the same probe
             if buffer.is_floating_point():
                 dist.all_reduce(buffer.div_(ranks))
-    mean = torch.stack(last).mean()
+    return mean
+
+
+def _finite_mean(losses: Iterable[Tensor], ranks: int, step: int) -> float:
+    """The mean loss of some steps up to `step`, over all ranks."""
+    mean = torch.stack([*losses]).mean()
     if ranks > 1:
         dist.all_reduce(mean.div_(ranks))
     if not math.isfinite(mean.item()):
         raise TrainingError(
-            f"the probe's loss is {mean.item()} after {steps} steps; lower its learning rate, or look for features that are not finite"
+            f"the probe's loss is {mean.item()} after {step} steps; lower its learning rate, or look for features that are not finite"
         )
-    return float(mean)
+    return mean.item()
