@@ -7,21 +7,9 @@ import torch
 from torch.nn import functional as F
 from torchmetrics.functional.classification import multiclass_accuracy, multiclass_jaccard_index
 
-from radio_distill.eval.metrics import (
-    correspondence,
-    depth,
-    instances,
-    keypoints,
-    knn,
-    mlore,
-    normals,
-    retrieval,
-    vlm,
-    zero_shot,
-)
+from radio_distill.eval.metrics import correspondence, depth, instances, keypoints, knn, mlore, normals, retrieval, zero_shot
 from radio_distill.eval.metrics.means import Means
 from radio_distill.eval.metrics.segmentation import Confusion, labels_from_raw
-from radio_distill.eval.metrics.vlm_mmmu import mmmu_score
 
 
 def seeded(*shape):
@@ -218,41 +206,3 @@ def test_classes_weigh_alike_in_pck():
     meter.update("dog", torch.tensor([0.5]))
     meter.update("cow", torch.ones(0))
     assert meter.compute() == {"pck@0.1": 50.0, "pck@0.1_cat": 100.0, "pck@0.1_dog": 0.0}
-
-
-@pytest.mark.parametrize(
-    ("prediction", "score"), [("B", 1), ("b", 1), ("B. the lamp", 1), (" B.", 1), ("the answer is B.", 0), ("A", 0)]
-)
-def test_an_option_is_read_from_the_start(prediction, score):
-    assert vlm.option_match(prediction, "B") == score
-
-
-@pytest.mark.parametrize(
-    ("prediction", "score"),
-    [
-        ("B", 1),
-        ("(A) or rather (B)", 1),
-        ("The answer is B.", 1),
-        ("A.", 0),
-        ("What one sees there is a red lamp", 1),  # a sentence that has an option's text
-        ("red lamp", 0.25),  # too short for that: a guess among four
-        ("", 0.25),
-    ],
-)
-def test_a_choice_of_mmmu_is_read_from_free_text(prediction, score):
-    assert mmmu_score(prediction, ["B"], options=["a cup", "red lamp", "dog", "17"]) == score
-
-
-@pytest.mark.parametrize(
-    ("prediction", "answers", "score"),
-    [
-        ("So x = 1,200.004", ["1200"], 1),
-        ("The result is 12.5 ohm", ["12.50"], 1),
-        ("The result is 12.6 ohm", ["12.5"], 0),
-        ("It is the left ventricle.", ["Left ventricle", "LV"], 1),
-        ("abc", ["b"], 0),  # a single letter must stand alone
-        ("therefore b ", ["b"], 1),
-    ],
-)
-def test_an_open_answer_of_mmmu_is_read_from_free_text(prediction, answers, score):
-    assert mmmu_score(prediction, answers) == score

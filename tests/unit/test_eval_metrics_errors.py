@@ -6,19 +6,7 @@ import pytest
 import torch
 
 from radio_distill.errors import DataError, RadioDistillError
-from radio_distill.eval.metrics import (
-    correspondence,
-    depth,
-    instances,
-    keypoints,
-    knn,
-    mlore,
-    normals,
-    retrieval,
-    vlm,
-    vlm_yes_no,
-    zero_shot,
-)
+from radio_distill.eval.metrics import correspondence, depth, instances, keypoints, knn, mlore, normals, retrieval, zero_shot
 from radio_distill.eval.metrics.boxes import box_ap
 from radio_distill.eval.metrics.means import Means
 from radio_distill.eval.metrics.segmentation import Confusion
@@ -81,9 +69,6 @@ def test_unknown_label_ids_are_named():
         lambda: depth.DepthMeter().compute(),
         lambda: knn.knn_scores(torch.ones(0, 3), torch.ones(0).long(), torch.ones(1, 3), classes=2),
         lambda: retrieval.recalls(torch.ones(2, 3), torch.ones(0, 3), torch.ones(0).long()),
-        lambda: vlm_yes_no.pope_scores([], []),
-        lambda: vlm_yes_no.mme_scores([]),
-        lambda: vlm.anls("a", []),
         lambda: box_ap({**BOXES, "annotations": []}, []),
     ],
 )
@@ -124,11 +109,6 @@ def test_a_pair_without_a_common_keypoint_has_no_error():
 def test_masks_and_areas_must_be_as_many():
     with pytest.raises(DataError, match="3 masks were scored for 2 annotated areas"):
         instances.instance_scores(torch.ones(3), torch.ones(2))
-
-
-def test_half_an_image_of_mme_is_an_error():
-    with pytest.raises(DataError, match="MME: image 7 of color has 1 answers; expected 2"):
-        vlm_yes_no.mme_scores([vlm_yes_no.MmeAnswer("7", "color", 1.0)])
 
 
 def test_boxes_of_unknown_images_and_categories_are_errors():

@@ -5,7 +5,7 @@ Shapes: B images, C channels, H W cells.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -24,53 +24,54 @@ from .segmentation import Segmentation
 
 __all__ = ["FeatureSweep", "KnnSweep", "SegmentationSweep"]
 
-Sides = tuple[int, ...]
-
 PART = 16
 """Maps in memory at a time."""
 
 
-class KnnSweep(Knn):
+class Sweep(Task):
+    """What sweeps share."""
+
+    sides: tuple[int, ...] = Field(min_length=1)
+    """Sides in pixels; a model takes the nearest that it can."""
+
+    def size(self, context: Context) -> int:
+        return self.sides[-1]
+
+    def measured(self, at: Callable[[int], Task], opened: Opened, context: Context) -> Iterator[Score]:
+        """The headline of a task at every side."""
+        free = replace(context, resolution=None, pictures=None)
+        for side, own in distinct(opened, self.sides):
+            yield from (Score(s.metric, s.value, headline=False, side=own) for s in at(side).run(opened, free) if s.headline)
+
+
+class KnnSweep(Sweep, Knn):
     """kNN, query and database at every side."""
 
     kind: Literal["knn_sweep"]  # type: ignore[assignment]
-    sides: Sides = Field(min_length=1)
-    """Sides in pixels; a model takes the nearest that it can."""
-
-    def size(self, context: Context) -> int:
-        return self.sides[-1]
 
     def passes(self, context: Context) -> float:
-        return super().passes(context) * _in_passes(self.sides)
+        return Knn.passes(self, context) * _in_passes(self.sides)
 
     def run(self, opened: Opened, context: Context) -> Iterable[Score]:
-        free = replace(context, resolution=None, pictures=None)
-        for side, own in distinct(opened, self.sides):
-            task = Knn(**{**_fields(self, Knn), "kind": "knn", "resolution": side})
-            yield from (Score("top1", s.value, headline=False, side=own) for s in task.run(opened, free))
+        fields = {**_fields(self, Knn), "kind": "knn"}
+        found = self.measured(lambda side: Knn(**{**fields, "resolution": side}), opened, context)
+        return (score._replace(metric="top1") for score in found)
 
 
-class SegmentationSweep(Segmentation):
+class SegmentationSweep(Sweep, Segmentation):
     """Linear segmentation, trained and tested at every side."""
 
     kind: Literal["segmentation_sweep"]  # type: ignore[assignment]
-    sides: Sides = Field(min_length=1)
-    """Sides in pixels; a model takes the nearest that it can."""
-
-    def size(self, context: Context) -> int:
-        return self.sides[-1]
 
     def passes(self, context: Context) -> float:
-        return super().passes(context) * _in_passes(self.sides)
+        return Segmentation.passes(self, context) * _in_passes(self.sides)
 
     def run(self, opened: Opened, context: Context) -> Iterable[Score]:
-        free = replace(context, resolution=None, pictures=None)
-        for side, own in distinct(opened, self.sides):
-            task = Segmentation(**{**_fields(self, Segmentation), "kind": "segmentation", "short_side": side})
-            yield from (Score(s.metric, s.value, headline=False, side=own) for s in task.run(opened, free) if s.headline)
+        fields = {**_fields(self, Segmentation), "kind": "segmentation"}
+        return self.measured(lambda side: Segmentation(**{**fields, "short_side": side}), opened, context)
 
 
-class FeatureSweep(Task):
+class FeatureSweep(Sweep):
     """Squared distance of an image's map from its map at a resolution of reference, over the variance of the latter.
 
     The map of reference is resized to the other's grid. 0: the same features; 1: as far as the mean feature; 2 and above: as
@@ -78,15 +79,10 @@ class FeatureSweep(Task):
     """
 
     kind: Literal["feature_sweep"]
-    sides: Sides = Field(min_length=1)
-    """Sides in pixels; a model takes the nearest that it can."""
     reference: int = Field(gt=0)
     """Side in pixels that the others are compared with."""
     images: int = Field(default=256, gt=1)
     """Images of the data set that are used, spread evenly over it."""
-
-    def size(self, context: Context) -> int:
-        return self.sides[-1]
 
     def datasets(self, context: Context) -> Sequence[Dataset[Any]]:
         whole = open_dataset(self.dataset, "val", context.root, kind="labelled")
