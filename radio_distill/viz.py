@@ -55,18 +55,19 @@ def _labels(names: list[str], height: int) -> list[Tensor]:
     import numpy as np
     from PIL import Image, ImageDraw, ImageFont
 
-    font, texts = ImageFont.load_default(LETTER_PX), [fill(name, LINE, break_long_words=False) for name in names]
+    letter = max(LETTER_PX, height // LETTERS)
+    font, texts = ImageFont.load_default(letter), [fill(name, LINE, break_long_words=False) for name in names]
     measure = ImageDraw.Draw(Image.new("L", (1, 1)))
-    width = int(max(measure.multiline_textbbox((0, 0), text, font=font)[2] for text in texts)) + LETTER_PX
+    width = int(max(measure.multiline_textbbox((0, 0), text, font=font)[2] for text in texts)) + letter
     pictures = []
     for text in texts:
         picture = Image.new("L", (width, height), 255)
-        ImageDraw.Draw(picture).multiline_text((LETTER_PX // 2, height // 2), text, fill=0, font=font, anchor="lm")
+        ImageDraw.Draw(picture).multiline_text((letter // 2, height // 2), text, fill=0, font=font, anchor="lm")
         pictures.append(torch.from_numpy(np.asarray(picture).copy()).float().expand(3, -1, -1) / 255)
     return pictures
 
 
-LETTER_PX, LINE = 14, 12  # height of a letter; letters in a line
+LETTER_PX, LETTERS, LINE = 14, 9, 12  # least height of a letter; letters over a cell's height; letters in a line
 
 
 def resize(features_BCHW: Tensor, size: tuple[int, ...]) -> Tensor:

@@ -59,12 +59,12 @@ def line_chart(
     if baseline is not None:
         _, py = place(low_x, baseline)
         body.append(f'<line class="base" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{py:.1f}" y2="{py:.1f}"/>')
-    for stroke, line in zip(_strokes(len(series)), series.values()):
+    for colour, stroke, line in zip(_colours(len(series)), _strokes(len(series)), series.values()):
         placed = [place(*p) for p in line if math.isfinite(p[1])]
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in placed)
         body.append(f'<polyline fill="none" {stroke} stroke-width="2" points="{path}"/>')
         if len(line) <= FEW:
-            body += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.5" {stroke}/>' for x, y in placed]
+            body += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"/>' for x, y in placed]
     body.append(f'<text class="tick" x="{WIDTH - RIGHT}" y="{HEIGHT - 8}" text-anchor="end">{high_x:g} {escape(axis)}</text>')
     last, end = -math.inf, WIDTH - RIGHT - 2 * TICK
     for x in sorted({x for x in xs if len(set(xs)) <= FEW} | {low_x}):

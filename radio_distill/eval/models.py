@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import RadioDistillError
+from ..paths import shipped
 from ..types import VisionModel
 
 if TYPE_CHECKING:
@@ -92,7 +93,7 @@ def _parse(name: str) -> tuple[str, str, dict[str, str]]:
         is_function = re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", body) and form not in BUILDERS
         form, rest = ("function" if is_function and not Path(body).exists() else ""), body
     if form == "" and not Path(rest).expanduser().exists():
-        raise RadioDistillError(f"model {name!r} is not known; expected {FORMS}")
+        raise RadioDistillError(f"model {name!r} is not known{_as_teacher(rest)}; expected {FORMS}")
     options = dict(item.partition("=")[::2] for item in query.split("&")) if query else {}
     known = OPTIONS.get(form, ())
     for key in options:
@@ -100,6 +101,11 @@ def _parse(name: str) -> tuple[str, str, dict[str, str]]:
             expected = f"expected {', '.join(known)}" if known else "this form has none"
             raise RadioDistillError(f"model {name!r}: unknown option {key!r}; {expected}")
     return form, rest, options
+
+
+def _as_teacher(name: str) -> str:
+    """A hint for who wrote the name of a card alone."""
+    return f", did you mean 'teacher:{name}'?" if name.partition("+")[0] in shipped("teachers") else ""
 
 
 def _open(name: str, form: str, rest: str, options: dict[str, str], device: str) -> Opened:

@@ -36,11 +36,11 @@ body{font:16px/1.5 system-ui,sans-serif;color:var(--ink);background:var(--back);
 h1{font-size:1.5rem}h2{font-size:1.15rem;margin-top:2.2rem;border-bottom:1px solid var(--line)}
 p,figcaption{color:var(--soft)}.wide{overflow-x:auto}table{border-collapse:collapse;min-width:100%}
 td,th{padding:.35rem .6rem;text-align:right;border-bottom:1px solid var(--line);white-space:nowrap}
-td:first-child,th:first-child{text-align:left;position:sticky;left:0;background:var(--back);white-space:normal;min-width:7rem;max-width:14rem;overflow-wrap:anywhere}
+td:first-child,th:first-child{text-align:left;position:sticky;left:0;background:var(--back);white-space:normal;min-width:9rem;max-width:16rem;overflow-wrap:anywhere}
 tr.own td,tr.own td:first-child{background:var(--band);font-weight:600}
 svg{width:100%;height:auto;max-width:42rem;display:block}.grid{stroke:var(--line)}.base{stroke:var(--soft);stroke-dasharray:5 4}.mark{stroke:var(--soft);stroke-dasharray:2 3}.whisker{stroke:var(--ink)}
-.tick{font-size:11px;fill:var(--soft)}@media(max-width:40rem){.tick{font-size:13px}}figure{margin:1.2rem 0}img{width:100%;image-rendering:pixelated}
-.legend span{margin-right:1rem;overflow-wrap:anywhere}.legend .key{display:inline;width:1.4rem;height:.5rem;margin-right:.35rem}
+.tick{font-size:11px;fill:var(--soft)}@media(max-width:40rem){.tick{font-size:13px}table{font-size:.85rem}.wide img{min-width:36rem}}figure{margin:1.2rem 0}img{width:100%;image-rendering:pixelated}
+.legend span{display:inline-block;margin-right:1rem;overflow-wrap:anywhere}.legend .key{display:inline;width:1.4rem;height:.5rem;margin-right:.35rem}
 h1,h2,h3,p,summary,figcaption{overflow-wrap:anywhere}summary{cursor:pointer}
 """
 
@@ -255,7 +255,8 @@ def _pictures(runs: list[Run] | list[UpsamplerRun], shown: str) -> str:
 
 
 def _image(path: Path) -> str:
-    return f'<img alt="{escape(path.stem)}" src="data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}">'
+    data = base64.b64encode(path.read_bytes()).decode()
+    return f'<div class="wide"><img alt="{escape(path.stem)}" src="data:image/png;base64,{data}"></div>'
 
 
 def _recipes(runs: list[Run | UpsamplerRun | VlmRun]) -> str:

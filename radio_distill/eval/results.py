@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 from ..errors import DataError
 from ..types import Result
 
-__all__ = ["append", "read", "table"]
+__all__ = ["append", "by_row", "read", "table"]
 
 
 def append(path: Path, results: Sequence[Result]) -> None:
@@ -38,8 +38,22 @@ def read(path: Path) -> list[Result]:
     return results
 
 
+def by_row(results: Sequence[Result], name: Callable[[Result], str]) -> dict[tuple[str, str], list[Result]]:
+    """Results by name and resolution: one row for each name (`64, 512`), or several where it has a number at several resolutions."""
+    named: dict[str, list[Result]] = {}
+    for r in results:
+        named.setdefault(name(r), []).append(r)
+    rows: dict[tuple[str, str], list[Result]] = {}
+    for label, own in named.items():
+        sides = ", ".join(dict.fromkeys(str(r.resolution) for r in own))
+        split = len({(r.task, r.metric, r.resolution) for r in own}) > len({(r.task, r.metric) for r in own})
+        for r in own:
+            rows.setdefault((label, str(r.resolution) if split else sides), []).append(r)
+    return rows
+
+
 def table(results: Sequence[Result]) -> str:
-    """Models and resolutions as rows, headline results (or all, where there are none) as columns, in the order they came.
+    """Models as rows (see `by_row`), headline results (or all, where there are none) as columns, in the order they came.
 
     '-' where a model has no such result.
     """
@@ -47,9 +61,10 @@ def table(results: Sequence[Result]) -> str:
         return "no results"
     results = [r for r in results if r.headline] or results
     columns = list(dict.fromkeys(f"{r.task} {r.metric}" for r in results))
-    rows: dict[str, dict[str, str]] = {}
-    for r in results:
-        rows.setdefault(f"{r.model} @{r.resolution}", {})[f"{r.task} {r.metric}"] = f"{r.value:.2f}"
+    rows = {
+        f"{name} @{sides}": {f"{r.task} {r.metric}": f"{r.value:.2f}" if abs(r.value) >= 1 else f"{r.value:.3g}" for r in row}
+        for (name, sides), row in by_row(results, lambda r: r.model).items()
+    }
     width = max(map(len, rows), default=5)
     widths = [max(len(c), 8) for c in columns]
     lines = ["model".ljust(width) + "".join(f"  {c:>{w}}" for c, w in zip(columns, widths))]

@@ -10,6 +10,7 @@ from .chart import Series
 from .gain_rows import task_name
 from .model_cost import COST, HEAD, NOTE, cost_rows
 from .published import students
+from .results import by_row
 from .suites import PAPER
 
 __all__ = ["Section", "pipes", "sections", "to_markdown"]
@@ -73,10 +74,7 @@ def pipes(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 def _section(suite: str, results: Sequence[Result]) -> Section:
     tabled = [r for r in results if r.headline]
     columns = list(dict.fromkeys(task_name(r) for r in tabled))
-    rows: dict[tuple[str, str], dict[str, str]] = {}
-    for r in tabled:
-        preset = "" if r.preset in ("", PAPER) else f" ({r.preset})"
-        rows.setdefault((f"{r.model}{preset}", str(r.resolution)), {})[task_name(r)] = _number(r)
+    rows = {row: {task_name(r): _number(r) for r in of_row} for row, of_row in by_row(tabled, _label).items()}
     ordered = sorted(rows, key=lambda row: row[0].startswith(OTHERS))  # students first, else as they came
     lines = [(name, side, *(rows[name, side].get(c, "-") for c in columns)) for name, side in ordered]
     own = [not name.startswith(OTHERS) for name, _ in ordered]
@@ -89,6 +87,10 @@ def _section(suite: str, results: Sequence[Result]) -> Section:
         own=(*own, *(False for _ in published)),
         curves=tuple(_curves([r for r in results if not r.headline])),
     )
+
+
+def _label(r: Result) -> str:
+    return r.model if r.preset in ("", PAPER) else f"{r.model} ({r.preset})"
 
 
 def _published(columns: Sequence[str]) -> list[tuple[str, ...]]:

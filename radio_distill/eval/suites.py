@@ -111,6 +111,13 @@ def load_suite(name: str, preset: str = PAPER, overrides: Sequence[str] = ()) ->
     card = read(SuiteCard, cards[name], shipped=cards, error=CardError, check=_check)
     if preset not in card.presets:
         raise CardError(f"suite {name} has no preset {preset!r}{did_you_mean(preset, card.presets)}")
+    for override in overrides:
+        task, dot, _ = override.partition("=")[0].partition(".")
+        if not dot or task not in card.tasks:
+            raise CardError(
+                f"{override!r}: suite {name} has no task {task!r}{did_you_mean(task, card.tasks)}; settings are given as "
+                "TASK.FIELD=value"
+            )
     changes = [f"{t}.{key}={json.dumps(v)}" for t, fields in card.presets[preset].items() for key, v in fields.items()]
     layers = [f"tasks.{change}" for change in (*changes, *overrides)]
     changed = read(SuiteCard, cards[name], layers, shipped=cards, error=CardError)

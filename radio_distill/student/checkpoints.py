@@ -77,9 +77,11 @@ def load_reference(path: Path, adaptor_names: Sequence[str] | None = None, *, em
 def student_from_hf(folder: Path, adaptor_names: Sequence[str] | None = None) -> Student:
     """Load a Hugging Face folder (config.json, model*.safetensors) of the reference's class or of transformers' `radio`."""
     files = sorted(folder.glob("model*.safetensors"))
-    if not files or not (folder / "config.json").is_file():
+    there = {"config.json": (folder / "config.json").is_file(), "model.safetensors": bool(files)}
+    if not all(there.values()):
+        missing = " and ".join(name for name, found in there.items() if not found)
         raise CheckpointError(
-            f"{folder} has no config.json and model.safetensors; expected a Hugging Face folder of a RADIO model"
+            f"{folder} has no {missing}; expected a Hugging Face folder of a RADIO model, with {' and '.join(there)}"
         )
     state = {key: value for file in files for key, value in _load_file(file).items()}
     return student_from_hf_state(json.loads((folder / "config.json").read_text()), state, adaptor_names)

@@ -176,6 +176,8 @@ def artifact_folder(path: Path, kind: str = "student") -> Path:
         return path
     checkpoint = path if (path / "meta.json").is_file() else latest(path)
     if checkpoint is None:
+        if (path / f"{kind}.json").is_file():
+            raise CheckpointError(f"{path} has {kind}.json and no weights, {kind}.safetensors; copy the whole folder")
         raise CheckpointError(
             f"{path} holds no checkpoint; expected a run folder (checkpoints/step-*), one of its checkpoints, or an export"
         )

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from conftest import REPO
 
 from radio_distill import viz
 from radio_distill.eval.report import write_report
-from radio_distill.eval.results import append
+from radio_distill.eval.results import append, table
 from radio_distill.eval.suite_tables import sections, to_markdown
 from radio_distill.types import Result
 
@@ -83,3 +84,14 @@ def test_stages_of_a_vlm_have_their_losses_and_the_share_of_right_tokens(tmp_pat
     assert "<td>vlm_sft</td><td>all</td><td>32</td><td>0</td><td>-</td>" in page  # it has not begun
     assert page.count('role="img"') == 1
     assert "Loss on the answers" in page
+
+
+def test_tasks_at_resolutions_of_their_own_share_a_row_unless_one_has_several() -> None:
+    several = [result("depth", "score", 80.0, resolution=64), result("spair", "pck", 30.0, resolution=192)]
+    (section,) = sections([replace(r, preset="fast") for r in several])
+    assert section.rows == (("runs/stage3@500 (fast)", "64, 192", "80.00", "30.00"),)
+    assert "runs/stage3@500 @64, 192" in table(several)
+    again = table([*several, result("depth", "score", 0.0123, resolution=128)])
+    assert [line.split()[1:] for line in again.splitlines()[1:]] == [
+        ["@64", "80.00", "-"], ["@192", "-", "30.00"], ["@128", "0.0123", "-"],
+    ]  # fmt: skip

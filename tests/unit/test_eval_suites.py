@@ -73,6 +73,9 @@ def test_unknown_suites_presets_tasks_and_fields_are_named() -> None:
         load_suite("classification", "smok")
     with pytest.raises(CardError, match=r"override tasks.imagenet1k_knn.kk=3: unknown key .*did you mean"):
         load_suite("classification", "paper", ["imagenet1k_knn.kk=3"])
+    for wrong in ("imagenet1k_kn.k=3", "imagenet1k_kn=3"):
+        with pytest.raises(CardError, match=r"no task 'imagenet1k_kn', did you mean 'imagenet1k_knn'\?; .*TASK.FIELD=value"):
+            load_suite("classification", "paper", [wrong])
     with pytest.raises(CardError, match="has no task 'imagenet1k_kn', did you mean 'imagenet1k_knn'"):
         load_suite("classification").only(["imagenet1k_kn"])
 
