@@ -40,8 +40,8 @@ PART_OF = {
 """Parts of PASCAL-Part -> the six that are scored, an index into PART_NAMES (V, MLoRE)."""
 PERSON = 15
 
-# The normals were distilled from a network of indoor scenes; they count only on the 170 of PascalContext's 459 classes whose
-# name is also one of NYUDv2's 894, and on `tvmonitor`, which is a television there; `unknown` does not count (V, MLoRE).
+# The normals were distilled from a network of indoor scenes; they count only on 170 of PascalContext's 459 classes: those whose
+# name is also one of NYUDv2's 894 (but not `unknown`), and `tvmonitor`, which is called otherwise there (V, MLoRE).
 WITH_NORMALS = (
     3, 4, 6, 9, 10, 11, 13, 15, 17, 18, 22, 23, 29, 30, 33, 34, 36, 37, 38, 39, 41, 43, 46, 49, 50, 51, 53, 55, 56, 59, 61, 62,
     65, 66, 68, 69, 72, 73, 78, 83, 84, 85, 87, 88, 95, 96, 101, 104, 105, 107, 111, 113, 115, 122, 124, 135, 141, 142, 143,
