@@ -161,9 +161,12 @@ def _clear(a: PlacedObject, b: PlacedObject) -> bool:
 
 
 def _draw_cameras(rng: Generator) -> tuple[Camera, Camera]:
-    """Two views of one target; the second one has walked around it by 12 to 32 degrees."""
+    """Two views of one target; the second one has walked around it by 30 to 75 degrees.
+
+    Far enough that a place on the screen says little about the same place in the other view.
+    """
     target = (float(rng.uniform(-0.5, 0.5)), float(rng.uniform(-0.2, 0.3)), float(rng.uniform(0.5, 0.85)))
-    turn = rng.choice((-1, 1)) * rng.uniform(12, 32)
+    turn = rng.choice((-1, 1)) * rng.uniform(30, 75)
     cameras = []
     for azimuth in (0.0, turn):
         distance, height = rng.uniform(4.4, 6.0), rng.uniform(1.2, 2.8)

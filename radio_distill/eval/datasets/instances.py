@@ -19,8 +19,7 @@ from ...data.toyworld import CLASSES, ToySample
 from ...errors import DataError, RadioDistillError
 from .base import Dataset, missing
 from .pixels import read_rgb
-from .toy import toy_image
-from .toy_kept import KeptToyDataset
+from .toy import ToyDataset, toy_image
 
 __all__ = ["CocoInstances", "InstanceSample", "ToyInstances", "decode_mask"]
 
@@ -139,7 +138,7 @@ class CocoInstances(Dataset[InstanceSample]):
         )
 
 
-class ToyInstances(KeptToyDataset[InstanceSample]):
+class ToyInstances(ToyDataset[InstanceSample]):
     """The objects of generated scenes, as far as they are seen."""
 
     classes = CLASSES

@@ -18,8 +18,7 @@ from ..metrics.checks import known_labels
 from ..metrics.segmentation import IGNORE, labels_from_raw
 from .base import Dataset, missing
 from .pixels import read_labels, read_rgb
-from .toy import toy_image
-from .toy_kept import KeptToyDataset
+from .toy import ToyDataset, toy_image
 
 __all__ = ["Ade20k", "SegmentationSample", "ToySegmentation", "Voc2012"]
 
@@ -117,7 +116,7 @@ class Voc2012(Dataset[SegmentationSample]):
         return SegmentationSample(image, _checked(read_labels(path, image), len(self.classes), path))
 
 
-class ToySegmentation(KeptToyDataset[SegmentationSample]):
+class ToySegmentation(ToyDataset[SegmentationSample]):
     """Generated scenes; the classes are the objects, the grounds and the background."""
 
     classes = SEGMENT_NAMES

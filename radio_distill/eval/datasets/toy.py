@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -40,8 +41,8 @@ class ToyDataset(Dataset[S]):
         return [f"{self.seed}/{i}@{SIDE}" for i in range(self.count)]
 
     def render(self, index: int, *, view: int = 0) -> ToySample:
-        """A scene with all that is known about it."""
-        return render(self.seed, index, size=SIDE, view=view)
+        """A scene with all that is known about it; drawn once a process, since probes and rows of a table see the same ones."""
+        return _rendered(self.seed, index, view)
 
     def __getitem__(self, index: int) -> S:
         return self.sample(self.render(index))
@@ -62,6 +63,11 @@ class ToyLabelled(ToyDataset[LabelledImage], Labelled):
     @property
     def labels(self) -> list[int]:
         return [sample_scene(self.seed, i).label for i in range(self.count)]
+
+
+@lru_cache(maxsize=640)
+def _rendered(seed: int, index: int, view: int) -> ToySample:
+    return render(seed, index, size=SIDE, view=view)
 
 
 def toy_image(scene: ToySample) -> Tensor:

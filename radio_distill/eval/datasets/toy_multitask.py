@@ -7,13 +7,12 @@ import torch
 from ...data.toyworld import PART_NAMES, SEGMENT_NAMES, ToySample
 from .borders import borders
 from .multitask import Multitask, MultitaskSample, plane, vectors
-from .toy import toy_image
-from .toy_kept import KeptToyDataset
+from .toy import ToyDataset, toy_image
 
 __all__ = ["ToyMultitask"]
 
 
-class ToyMultitask(KeptToyDataset[MultitaskSample], Multitask):
+class ToyMultitask(ToyDataset[MultitaskSample], Multitask):
     """Normals are the camera's (x right); the sky has neither normals nor a depth. Edges are the borders of objects."""
 
     classes = SEGMENT_NAMES
