@@ -12,7 +12,7 @@ from typing import Any
 from ..config.recipe import Job, Recipe
 from ..errors import RadioDistillError
 
-__all__ = ["Sinks", "console_line", "read_metrics", "drop_metrics_after"]
+__all__ = ["Sinks", "console_line", "hours_left", "read_metrics", "drop_metrics_after"]
 
 log = logging.getLogger(__name__)
 
@@ -67,12 +67,17 @@ def console_line(step: int, recipe: Recipe, metrics: dict[str, float]) -> str:
         for teacher in part.teachers:
             fidelity.setdefault(teacher, []).append(f"{metrics[f'fidelity/{partition}/{teacher}']:.2f}")
     heads = " ".join(f"{teacher} {'/'.join(values)}" for teacher, values in fidelity.items())
-    left = metrics.get("time/left_h", 0.0)
     return (
         f"step {step:>6}/{recipe.optim.steps}  loss {metrics['loss']:.4f}  fidelity {heads}  grad {metrics['grad_norm']:.2f}  lr {metrics['lr']:.1e}  "
         f"{metrics['images_per_s']:.0f} img/s  data {100 * metrics['time/data']:.0f}%  teachers {100 * metrics['time/teachers']:.0f}%  "
-        f"eta {int(left)}h{round(left % 1 * 60):02d}"
+        f"eta {hours_left(metrics)}"
     )
+
+
+def hours_left(metrics: dict[str, float]) -> str:
+    """How long a run of these metrics goes on, such as 1h05."""
+    hours, minutes = divmod(int(60 * metrics["time/left_h"]), 60)
+    return f"{hours}h{minutes:02d}"
 
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:

@@ -11,11 +11,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
-from ..config.recipe import Recipe
+from ..config.recipe import Job, Recipe
 from ..errors import RadioDistillError, TrainingError
 from ..student.spectral import power_iterate
 from ..teachers.service import check_finite, name_non_finite
@@ -29,9 +30,11 @@ from .trainer import Trainer
 from .training import Training
 from .watchdog import watch
 
-__all__ = ["train"]
+__all__ = ["fit", "mean_step", "train", "train_one"]
 
 log = logging.getLogger(__name__)
+
+J = TypeVar("J", bound=Job)
 
 
 def train(recipe: Recipe) -> int:
@@ -43,6 +46,20 @@ def train(recipe: Recipe) -> int:
             return fit(build(recipe, world, runs), distil_step)
 
     return run_ranks(recipe, stage)
+
+
+def train_one(
+    recipe: J,
+    build: Callable[[J, distributed.World, RunFolder], Training],
+    one_step: Callable[[Any, int, list[Any]], None],
+) -> int:
+    """The same for a recipe of one run folder; `build` resumes what it finds there."""
+
+    def work(world: distributed.World) -> int:
+        with open_run(recipe, world) as run:
+            return fit(build(recipe, world, run), one_step)
+
+    return run_ranks(recipe, work)
 
 
 def build(recipe: Recipe, world: distributed.World, runs: list[RunFolder]) -> Trainer:
@@ -136,6 +153,29 @@ def train_step(t: Trainer, step: int, batches: list[Batch]) -> None:
         raise stop_all(t, step, batches)
     for member in t.members:
         member.task.update_adaloss()
+
+
+def mean_step(t: Training, step: int, batches: list[Any], count: Tensor) -> None:
+    """One optimizer step of a task whose loss is a mean over things of which this rank's micro-batches have `count`.
+
+    The task is called with a micro-batch and the count of all ranks. Raises TrainingError on every rank when anything is not
+    finite.
+    """
+    torch.manual_seed(hash((t.job.seed, step, t.world.rank)) % 2**63)
+    t.engine.set_step(step)
+    agree.sum_ranks(count)
+    bad = torch.zeros((), dtype=torch.bool, device=t.world.device)
+    for batch in batches:
+        losses = t.engine(batch, count.clamp_min(1))
+        bad |= ~torch.isfinite(losses.total.detach())
+        t.engine.backward(losses.total)
+        t.meter.add(losses.parts)
+    if not t.update(bad):
+        keys = agree.gather([key for batch in batches for key in batch.keys[:4]])
+        raise TrainingError(
+            f"non-finite loss or gradient of {t.job.name} at step {step}; nothing was updated, the last checkpoint stands. "
+            f"Look at these samples, lower optim.lr, or set engine.precision=fp32: {keys}"
+        )
 
 
 def stop_all(t: Trainer, step: int, batches: list[Batch]) -> RadioDistillError:

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from ..errors import CheckpointError
-from ..log.sinks import read_metrics
+from ..log.sinks import hours_left, read_metrics
 from .lock import Owner, is_held
 
 __all__ = ["Status", "main", "read_status", "render", "start_status", "write_status"]
@@ -89,8 +89,7 @@ def render(run: Path, status: Status) -> str:
     if rows:
         lines.append(f"  last log   {_ago(status.updated_at)}: {_losses(rows[-1])}")
     if rows and status.state == "running":
-        hours = rows[-1]["time/left_h"]
-        lines.append(f"  rate       {rows[-1]['images_per_s']:.4g} images/s, {int(hours)}h{int(hours % 1 * 60):02d} left")
+        lines.append(f"  rate       {rows[-1]['images_per_s']:.4g} images/s, {hours_left(rows[-1])} left")
     saved = f"step {status.saved:,}, {_ago(status.saved_at)}" if status.saved else "nothing yet"
     lines.append(f"  last save  {saved}")
     lines.append(f"  job        {status.owner}; {status.ranks} rank{'s' if status.ranks > 1 else ''}")

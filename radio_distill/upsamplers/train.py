@@ -23,17 +23,16 @@ from ..config.load import load_card
 from ..config.upsampler_recipe import VIEWS, UpsamplerRecipe
 from ..data.jitter import draw_matrices, warp_views
 from ..data.views import ViewSpec
-from ..errors import RecipeError, TrainingError
+from ..errors import RecipeError
+from ..log.sinks import hours_left
 from ..paths import expand
 from ..seeded import uniform
 from ..student.spectral import apply_spectral, power_iterate
 from ..teachers.base import Teacher, chunked, load_teacher
-from ..train import agree, checkpoint, distributed
-from ..train.loop import fit
+from ..train import checkpoint, distributed
+from ..train.loop import mean_step, train_one
 from ..train.partition import assign
 from ..train.run import RunFolder
-from ..train.serve import run_ranks
-from ..train.setup import open_run
 from ..train.snapshot import resume
 from ..train.statistics import StatisticsWindow
 from ..train.streams import Streams, forwards
@@ -140,11 +139,10 @@ class UpsamplerTraining(Training):
         return self.recipe.images
 
     def console_line(self, metrics: dict[str, float]) -> str:
-        left = metrics["time/left_h"]
         return (
             f"{self.recipe.teacher}  step {self.step:>6}/{self.recipe.optim.steps}  loss {metrics['loss']:.4f}  "
             f"fidelity {metrics['fidelity/views']:.3f}  grad {metrics['grad_norm']:.2f}  lr {metrics['lr']:.1e}  "
-            f"{metrics['images_per_s']:.1f} img/s  data {100 * metrics['time/data']:.0f}%  eta {int(left)}h{round(left % 1 * 60):02d}"
+            f"{metrics['images_per_s']:.1f} img/s  data {100 * metrics['time/data']:.0f}%  eta {hours_left(metrics)}"
         )
 
     def saved(self) -> SavedUpsampler:
@@ -170,12 +168,6 @@ class UpsamplerTraining(Training):
         if self.ema is not None:
             self.ema.load_state_dict(load_file(folder / "shared.safetensors", device=str(self.world.device)))
         self.task.sharpener.balancer = load_balancers(folder / "balancers")["teacher"].to(self.world.device)
-
-    def rank_tensors(self) -> dict[str, Tensor]:
-        return {}  # statistics are complete before the first step
-
-    def load_rank_tensors(self, states: list[dict[str, Tensor]]) -> None:
-        pass
 
     @torch.no_grad()
     def draw(self, batch: Batch) -> None:
@@ -207,11 +199,7 @@ class Parts:
 def train_upsampler(recipe: UpsamplerRecipe) -> int:
     """Train or resume the upsampler a recipe describes; returns 0 when it is finished, 75 when it was asked to stop and has saved."""
 
-    def work(world: distributed.World) -> int:
-        with open_run(recipe, world) as run:
-            return fit(build(recipe, world, run), one_step)
-
-    return run_ranks(recipe, work)
+    return train_one(recipe, build, one_step)
 
 
 def build(recipe: UpsamplerRecipe, world: distributed.World, run: RunFolder) -> UpsamplerTraining:
@@ -252,22 +240,7 @@ def statistics(recipe: UpsamplerRecipe, world: distributed.World, parts: Parts) 
 
 
 def one_step(t: UpsamplerTraining, step: int, batches: list[Batch]) -> None:
-    """One optimizer step over all micro-batches; raises TrainingError on every rank when anything is not finite."""
-    torch.manual_seed(hash((t.recipe.seed, step, t.world.rank)) % 2**63)
-    t.engine.set_step(step)
+    """One optimizer step over all micro-batches."""
     if t.recipe.spectral:
         power_iterate(t.task)
-    bad = torch.zeros((), dtype=torch.bool, device=t.world.device)
-    cells = torch.stack([t.task.valid_cells(batch) for batch in batches]).sum()
-    agree.sum_ranks(cells)
-    for batch in batches:
-        losses = t.engine(batch, cells)
-        bad |= ~torch.isfinite(losses.total.detach())
-        t.engine.backward(losses.total)
-        t.meter.add(losses.parts)
-    if not t.update(bad):
-        keys = agree.gather([key for batch in batches for key in batch.keys[:4]])
-        raise TrainingError(
-            f"non-finite loss or gradient of the upsampler of {t.recipe.teacher!r} at step {step}; nothing was updated, the "
-            f"last checkpoint stands. Look at these samples, lower optim.lr, or set engine.precision=fp32: {keys}"
-        )
+    mean_step(t, step, batches, torch.stack([t.task.valid_cells(batch) for batch in batches]).sum())

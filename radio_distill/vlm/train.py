@@ -17,13 +17,11 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..config.vlm_recipe import FromParts, VlmRecipe
-from ..errors import TrainingError
-from ..train import agree, checkpoint, distributed
-from ..train.loop import fit
+from ..log.sinks import hours_left
+from ..train import checkpoint, distributed
+from ..train.loop import mean_step, train_one
 from ..train.optim import parameter_groups
 from ..train.run import RunFolder
-from ..train.serve import run_ranks
-from ..train.setup import open_run
 from ..train.snapshot import resume
 from ..train.training import Training
 from ..types import Batch, Losses
@@ -96,12 +94,11 @@ class VlmTraining(Training):
         return self.recipe.samples
 
     def console_line(self, metrics: dict[str, float]) -> str:
-        left = metrics["time/left_h"]
         return (
             f"step {self.step:>6}/{self.recipe.optim.steps}  loss {metrics['loss']:.4f}  "
             f"tokens right {100 * metrics['accuracy/tokens']:.1f}%  grad {metrics['grad_norm']:.2f}  lr {metrics['lr']:.1e}  "
             f"{metrics['images_per_s']:.1f} conversations/s  data {100 * metrics['time/data']:.0f}%  "
-            f"eta {int(left)}h{round(left % 1 * 60):02d}"
+            f"eta {hours_left(metrics)}"
         )
 
     def save_shared(self, folder: Path) -> None:
@@ -110,24 +107,13 @@ class VlmTraining(Training):
     def load_shared(self, folder: Path) -> None:
         pass  # the engine's state is all there is
 
-    def rank_tensors(self) -> dict[str, Tensor]:
-        return {}
-
-    def load_rank_tensors(self, states: list[dict[str, Tensor]]) -> None:
-        pass
-
     def draw(self, batch: Batch) -> None:
         pass  # log.pictures is 0
 
 
 def train_vlm(recipe: VlmRecipe) -> int:
     """Train or resume the stage a recipe describes; returns 0 when it is finished, 75 when it was asked to stop and has saved."""
-
-    def work(world: distributed.World) -> int:
-        with open_run(recipe, world) as run:
-            return fit(build(recipe, world, run), one_step)
-
-    return run_ranks(recipe, work)
+    return train_one(recipe, build, one_step)
 
 
 def build(recipe: VlmRecipe, world: distributed.World, run: RunFolder) -> VlmTraining:
@@ -164,20 +150,5 @@ def _parts(model: Any) -> dict[str, nn.Module]:
 
 
 def one_step(t: VlmTraining, step: int, batches: list[Any]) -> None:
-    """One optimizer step over all micro-batches (`TextBatch`); raises TrainingError on every rank when anything is not finite."""
-    torch.manual_seed(hash((t.recipe.seed, step, t.world.rank)) % 2**63)
-    t.engine.set_step(step)
-    targets = torch.stack([batch.num_targets for batch in batches]).sum()
-    agree.sum_ranks(targets)
-    bad = torch.zeros((), dtype=torch.bool, device=t.world.device)
-    for batch in batches:
-        losses = t.engine(batch, targets.clamp_min(1))
-        bad |= ~torch.isfinite(losses.total.detach())
-        t.engine.backward(losses.total)
-        t.meter.add(losses.parts)
-    if not t.update(bad):
-        keys = agree.gather([key for batch in batches for key in batch.keys[:4]])
-        raise TrainingError(
-            f"non-finite loss or gradient at step {step}; nothing was updated, the last checkpoint stands. Look at these "
-            f"conversations, lower optim.lr, or set engine.precision=fp32: {keys}"
-        )
+    """One optimizer step over all micro-batches (`TextBatch`)."""
+    mean_step(t, step, batches, torch.stack([batch.num_targets for batch in batches]).sum())

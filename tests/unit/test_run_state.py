@@ -55,6 +55,7 @@ def test_the_console_line_shows_fidelity_per_teacher_in_the_order_of_the_partiti
     }
     metrics |= {f"fidelity/{p}/{t}": 1.0 for p in ("high", "low") for t in recipe.teachers}
     metrics |= {"fidelity/high/toy_clip": 1.8, "fidelity/low/toy_clip": 2.5}
+    assert console_line(20, recipe, metrics | {"time/left_h": 1.9999}).endswith("eta 1h59")
     line = console_line(20, recipe, metrics)
     assert "step     20/60  loss 0.5000  fidelity toy_clip 2.50/1.80 toy_siglip 1.00/1.00" in line
     assert line.endswith("data 50%  teachers 50%  eta 7h12")
