@@ -168,6 +168,12 @@ def test_stretch_is_what_padding_that_stays_in_does(context: Context) -> None:
     assert edges[True] == pytest.approx(16 * 41 / 48, abs=1.5)
 
 
+def test_a_model_of_one_size_is_trained_on_images_that_fill_its_crops(context: Context) -> None:
+    heads = [task(short_side=side, steps=2).fit_head(opened(Fixed()), Made(4), context) for side in (16, 48)]
+    small, own = (torch.cat([p.flatten() for p in head.parameters()]) for head in heads)
+    torch.testing.assert_close(small, own)
+
+
 def test_colours_that_are_classes_are_learned_and_pictures_are_kept(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Segmentation, "datasets", lambda self, context: [Made(4), Made(6)])
     scores = {s.metric: s.value for s in task(steps=25).run(opened(Pixels()), context)}

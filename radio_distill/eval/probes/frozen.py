@@ -13,7 +13,7 @@ from ...types import VisionModel
 from ..encode import precision
 from ..task import Context
 
-__all__ = ["frozen_map", "pad_to_model", "padded_size"]
+__all__ = ["frozen_map", "only_size", "pad_to_model", "padded_size"]
 
 SEARCH = 64
 """Multiples of the patch that are tried: attention windows up to this many patches."""
@@ -29,7 +29,7 @@ def frozen_map(model: VisionModel, images_B3HW: Tensor, context: Context) -> Ten
 
 def padded_size(model: VisionModel, height: int, width: int) -> tuple[int, int]:
     """The smallest size not below (height, width) that the model takes; of a model of one size, that size."""
-    if only := _only_size(model):
+    if only := only_size(model):
         return only
     patch = model.patch_size
     high, wide = -(-height // patch) * patch, -(-width // patch) * patch
@@ -45,13 +45,13 @@ def pad_to_model(model: VisionModel, image_3HW: Tensor) -> Tensor:
     """Pad a uint8 image with black at the right and bottom to what the model takes; resize it for a model of one size."""
     height, width = image_3HW.shape[-2:]
     size = padded_size(model, height, width)
-    if _only_size(model):
+    if only_size(model):
         resized = F.interpolate(image_3HW[None].float(), size=size, mode="bilinear", antialias=True)
         return resized[0].round().clamp(0, 255).byte()
     return F.pad(image_3HW, (0, size[1] - width, 0, size[0] - height))
 
 
-def _only_size(model: VisionModel) -> tuple[int, int] | None:
+def only_size(model: VisionModel) -> tuple[int, int] | None:
     """The size of a model that takes no other."""
     size = model.nearest_size(1, 1)
     return size if size == model.nearest_size(4096, 4096) else None

@@ -21,7 +21,7 @@ from ..models import Opened
 from ..probes.augment import SegmentationAugment, resize_rgb
 from ..probes.batches import each_item, training_batches
 from ..probes.fit import fit
-from ..probes.frozen import frozen_map, pad_to_model, padded_size
+from ..probes.frozen import frozen_map, only_size, pad_to_model, padded_size
 from ..probes.linear_segmentation import resize_logits, segmentation_head, segmentation_loss
 from ..probes.pictures import Pictures
 from ..task import Context, Score, Task
@@ -84,7 +84,7 @@ class Segmentation(Task):
 
     def fit_head(self, opened: Opened, train: Dataset[SegmentationSample], context: Context) -> nn.Module:
         """Train the head on augmented crops."""
-        side = self.size(context)
+        side = self._side(opened, context)
         crop = max(padded_size(opened.model, side, side))
         augment = SegmentationAugment(crop, side, self.scales, self.max_share)
         torch.manual_seed(context.seed)
@@ -112,6 +112,11 @@ class Segmentation(Task):
         crops.close()
         return head
 
+    def _side(self, opened: Opened, context: Context) -> int:
+        """The short side that images have for a model; a model of one size would see smaller images in a corner of its crops."""
+        only = only_size(opened.model)
+        return min(only) if only else self.size(context)
+
     @torch.no_grad()
     def predictions(
         self, head: nn.Module, opened: Opened, test: Dataset[SegmentationSample], context: Context
@@ -119,7 +124,7 @@ class Segmentation(Task):
         """This rank's samples and the class of every pixel (H, W) at the size of the labels."""
         for _, sample in each_item(test, context):
             height, width = sample.labels_HW.shape
-            factor = self.size(context) / min(height, width)
+            factor = self._side(opened, context) / min(height, width)
             image = resize_rgb(sample.image_3HW, (round(height * factor), round(width * factor)))
             seen = pad_to_model(opened.model, image)
             logits = resize_logits(head(frozen_map(opened.model, seen[None], context)), seen.shape[-2:])
