@@ -92,6 +92,8 @@ def _run_card(arguments: argparse.Namespace) -> int:
     suite = load_suite(arguments.suite, preset, arguments.overrides).only(arguments.task or [])
     if arguments.data is None and any(task.reads_data for task in suite.tasks.values()):
         raise RadioDistillError("--data is missing; expected the folder that holds the data sets, or toy for generated scenes")
+    if arguments.data not in (None, "toy") and not Path(arguments.data).is_dir():
+        raise RadioDistillError(f"--data {arguments.data} is no folder; expected the one that holds the data sets, or toy")
     several = _of_several(os.environ)
     context = _context(arguments, several)
     try:
@@ -194,6 +196,11 @@ def _fidelity(arguments: argparse.Namespace) -> tuple[list[Result], str]:
     from .held_out import TOY, HeldOut
 
     protocol = FidelityProtocol() if arguments.limit is None else FidelityProtocol(images=arguments.limit)
+    for name in arguments.model:
+        if not Path(name).exists():
+            raise RadioDistillError(
+                f"model {name!r}: fidelity is measured of upsamplers; expected the folder of one's run or export"
+            )
     data = HeldOut(arguments.data or TOY, protocol.images)
     models = {name: load_upsampler(name) for name in dict.fromkeys(arguments.model)}
     measured = measure(models, data, protocol, device="cuda" if torch.cuda.is_available() else "cpu")

@@ -98,7 +98,9 @@ def _measure(suite: Suite, name: str, task: Task, opened: Opened, context: Conte
     if before:
         log.info("%s of %s is in %s", name, opened.label, out)
         return before
-    log.info("%s of %s", name, opened.label)
+    side = task.size(context)
+    own = Resize("exact", side).fit(opened.model).square[0] if side else side
+    log.info("%s of %s%s", name, opened.label, f", which takes {own} px and not {side}" if own != side else "")
     results = [_result(known, score, items=len(scored), side=task.size(context)) for score in task.run(opened, context)]
     if context.ranks.rank == 0:
         append(out, results)

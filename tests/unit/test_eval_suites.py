@@ -7,7 +7,7 @@ from typing import Any, Literal
 import pytest
 import torch
 
-from radio_distill.errors import CardError, DataError
+from radio_distill.errors import CardError, DataError, RadioDistillError
 from radio_distill.eval.__main__ import main
 from radio_distill.eval.datasets.base import Dataset, missing, open_dataset
 from radio_distill.eval.features import FeatureCache
@@ -158,3 +158,12 @@ def test_ranks_are_started_once_wherever_the_flag_stands(
     with pytest.raises(SystemExit):
         main(["--suite", "toy", "--model", "teacher:toy_clip"])
     assert "suite toy runs in one process; leave out --ranks, torchrun or srun" in capsys.readouterr().err
+
+
+def test_a_data_folder_and_an_upsampler_that_are_not_there_are_told(tmp_path: Path) -> None:
+    with pytest.raises(
+        RadioDistillError, match=r"--data .*nowhere is no folder; expected the one that holds the data sets, or toy"
+    ):
+        main(["--suite", "dense", "--model", "teacher:toy_dino", "--data", str(tmp_path / "nowhere")])
+    with pytest.raises(RadioDistillError, match="model 'teacher:toy_dino': fidelity is measured of upsamplers"):
+        main(["--suite", "fidelity", "--model", "teacher:toy_dino"])
