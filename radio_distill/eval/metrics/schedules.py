@@ -26,4 +26,4 @@ def mmseg_factor(step: int, *, warmup: int = 1500, total: int = 80_000, start: f
     """
     if step < warmup:
         return start + (1 - start) * min(1.0, step / max(1, warmup - 1))
-    return max(0.0, 1 - (step - warmup) / (total - warmup - 1))
+    return max(0.0, 1 - (step - warmup) / max(1, total - warmup - 1))
