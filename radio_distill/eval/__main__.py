@@ -106,8 +106,9 @@ def _run_card(arguments: argparse.Namespace) -> int:
         if suite.preset == CUSTOM:
             _say("preset custom: these numbers cannot stand beside published ones", context)
         _say(table(outcome.results), context)
-        for failure in outcome.failures:
+        for failure in outcome.failures if context.ranks.rank == 0 else ():
             print(f"error: {failure}", file=sys.stderr)
+        context.ranks.barrier()  # a rank that ends with a failure ends the others
         return 1 if outcome.failures else 0
     finally:
         if several:

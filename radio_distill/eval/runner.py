@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,9 @@ __all__ = ["Outcome", "check", "preset_of", "run_suite"]
 
 log = logging.getLogger(__name__)
 
+PATIENCE = timedelta(seconds=60)
+"""How long after one rank all others may come to fail at the same task."""
+
 
 @dataclass
 class Outcome:
@@ -40,8 +44,8 @@ def run_suite(suite: Suite, models: Sequence[str], context: Context, out: Path) 
     """Measure models (strings of `models.py`) on the tasks of a suite; results are appended to `out` task by task.
 
     A result that is there already, of the same model, data, settings and seed, is not measured again. Raises DataError listing
-    all that is missing before anything is computed. A task that fails for one model does not stop the others; on several
-    ranks it does, since the others may be waiting for this one. What an image costs at the sizes of the tasks is written
+    all that is missing before anything is computed. A task that fails for one model does not stop the others, unless
+    it fails on some ranks alone: those that it does not fail on wait for the others. What an image costs at the sizes of the tasks is written
     down, too, but is not in the outcome.
     """
     from .models import open_models
@@ -54,9 +58,10 @@ def run_suite(suite: Suite, models: Sequence[str], context: Context, out: Path) 
                 outcome.results += _measure(suite, name, task, opened, context, out)
                 _measure_cost(task, opened, context, out)
             except RadioDistillError as error:
-                if context.ranks.world > 1:
+                if not _fails_everywhere(f"{name} of {opened.id}", context):
                     raise
-                log.error("%s of %s: %s", name, opened.label, error)
+                if context.ranks.rank == 0:
+                    log.error("%s of %s: %s", name, opened.label, error)
                 outcome.failures.append(f"{name} of {opened.label}: {error}")
     return outcome
 
@@ -105,6 +110,19 @@ def _measure(suite: Suite, name: str, task: Task, opened: Opened, context: Conte
     if context.ranks.rank == 0:
         append(out, results)
     return results
+
+
+def _fails_everywhere(what: str, context: Context) -> bool:
+    """Whether all ranks fail at it, as where a model lacks what a task asks for. No collective: others may be in the midst of one."""
+    if context.ranks.world == 1:
+        return True
+    store = dist.PrefixStore(f"failed {what}", dist.distributed_c10d._get_default_store())
+    store.set(str(context.ranks.rank), "")
+    try:
+        store.wait([str(rank) for rank in range(context.ranks.world)], PATIENCE)
+    except RuntimeError:  # time is up
+        return False
+    return True
 
 
 def _before(out: Path, known: Mapping[str, Any], context: Context) -> list[Result]:

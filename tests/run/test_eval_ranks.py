@@ -1,17 +1,29 @@
 """An evaluation on two ranks: the numbers of one rank, every line once, nobody left waiting."""
 
 import os
+from collections.abc import Iterable, Sequence
+from datetime import timedelta
 from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 import torch
 import torch.distributed as dist
+import torch.multiprocessing
 from launch import launch
 from torch import nn
 
+from radio_distill.errors import DataError
+from radio_distill.eval import runner
 from radio_distill.eval.__main__ import main
+from radio_distill.eval.datasets.base import Dataset, open_dataset
+from radio_distill.eval.features import FeatureCache, Ranks
+from radio_distill.eval.models import Opened
 from radio_distill.eval.probes.fit import fit
 from radio_distill.eval.results import read
+from radio_distill.eval.runner import run_suite
+from radio_distill.eval.suites import Suite
+from radio_distill.eval.task import Context, Score, Task
 
 
 def transfer(rank: int, folder: str) -> None:
@@ -31,6 +43,53 @@ def test_two_ranks_measure_what_one_does(tmp_path: Path, monkeypatch: pytest.Mon
     knn, linear = zip(*([r.value for r in lines[ranks]] for ranks in ("one", "two")))
     assert knn[0] == knn[1]
     assert linear[0] == pytest.approx(linear[1], abs=6.26)  # BatchNorm sees half of a batch: one image of 16
+
+
+class Fails(Task):
+    """A task that fails on some ranks; on the others it waits for all."""
+
+    kind: Literal["fails"] = "fails"
+    dataset: str = "any"
+    on: tuple[int, ...] = ()
+
+    def datasets(self, context: Context) -> Sequence[Dataset[Any]]:
+        return [open_dataset("any", "val", "toy", kind="labelled").limited(4)]
+
+    def passes(self, context: Context) -> float:
+        return 1.0
+
+    def run(self, opened: Opened, context: Context) -> Iterable[Score]:
+        if context.ranks.rank in self.on:
+            raise DataError("nothing to measure")
+        context.ranks.barrier()
+        yield Score("miou", 12.5)
+
+
+def evaluate(rank: int, folder: str, fails_on: tuple[int, ...]) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    ranks = Ranks(rank, 2, dist.barrier)
+    context = Context(root="toy", device=torch.device("cpu"), cache=FeatureCache(Path(folder)), ranks=ranks)
+    made = Suite("made", "Made", "smoke", {"a": Fails(on=fails_on), "b": Fails()})
+    outcome = run_suite(made, ["teacher:toy_dino"], context, Path(folder) / "results.jsonl")
+    assert outcome.failures == ["a of teacher:toy_dino: nothing to measure"]
+    assert [r.task for r in outcome.results] == ["b"]
+    context.ranks.barrier()
+    dist.destroy_process_group()
+
+
+def forked(*arguments: Any) -> None:
+    torch.multiprocessing.start_processes(evaluate, args=arguments, nprocs=2, start_method="fork")
+
+
+def test_a_task_that_fails_on_all_ranks_does_not_stop_the_others(tmp_path: Path) -> None:
+    forked(str(tmp_path), (0, 1))
+    assert [r.task for r in read(tmp_path / "results.jsonl")] == ["b"]
+
+
+def test_a_task_that_fails_on_one_rank_ends_them_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "PATIENCE", timedelta(seconds=1))
+    with pytest.raises(torch.multiprocessing.ProcessRaisedException, match="DataError: nothing to measure"):
+        forked(str(tmp_path), (1,))
 
 
 def train(rank: int) -> None:
