@@ -45,7 +45,8 @@ def sections(results: Sequence[Result]) -> list[Section]:
     """Everything that results say, by suite. The last result of the same thing counts."""
     suites = dict.fromkeys(r.suite for r in results if r.task != COST)
     found = [_section(suite, [r for r in results if r.suite == suite]) for suite in suites]
-    costs = sorted(cost_rows(results), key=lambda row: row[0].startswith(OTHERS))
+    models = list(dict.fromkeys(r.model for r in results))
+    costs = sorted(cost_rows(results), key=lambda row: (row[0].startswith(OTHERS), models.index(row[0]), int(row[1])))
     own = tuple(not row[0].startswith(OTHERS) for row in costs)
     return [*found, Section("cost of an image", (NOTE,), HEAD, tuple(costs), own, ())] if costs else found
 

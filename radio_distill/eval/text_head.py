@@ -57,5 +57,5 @@ def speaking(opened: Opened, adaptors: Mapping[str, str]) -> tuple[Opened, Teach
         return opened, card_of
     raise DataError(
         f"{opened.label} has no text tower; zero-shot tasks take students with an adaptor of {' or '.join(dict.fromkeys(adaptors.values()))}, "
-        "and teachers whose card has `text:`"
+        "and teachers whose card has `text:`, without an upsampler"
     )
