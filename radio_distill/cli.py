@@ -204,17 +204,24 @@ def _list(arguments: argparse.Namespace) -> int:
 
 
 def _plan(arguments: argparse.Namespace) -> int:
-    from .config.load import load_any
+    from .config.load import kind_of, load_any, load_vlm_recipe
     from .config.upsampler_recipe import UpsamplerRecipe
+    from .config.vlm_recipe import VlmRecipe
     from .train.budget import to_json
     from .train.plan import plan
-    from .train.plan_text import render, render_upsampler
+    from .train.plan_text import render, render_upsampler, render_vlm
     from .train.plan_upsampler import plan_upsampler
     from .train.scale import Cluster
 
-    recipe = load_any(arguments.recipe, arguments.overrides)
     nodes, gpus = arguments.nodes, arguments.gpus or (8 if arguments.nodes else 1)
     settings = {"world_size": gpus * (nodes or 1), "gpu": arguments.gpu, "utilisation": arguments.utilisation}
+    if kind_of(arguments.recipe) is VlmRecipe:
+        from .vlm.plan import plan_vlm
+
+        of_vlm = plan_vlm(load_vlm_recipe(arguments.recipe, arguments.overrides), **settings)
+        print(to_json(of_vlm) if arguments.json else render_vlm(of_vlm))
+        return _doctor(arguments) if arguments.check else 0
+    recipe = load_any(arguments.recipe, arguments.overrides)
     if isinstance(recipe, UpsamplerRecipe):
         of_upsampler = plan_upsampler(recipe, **settings)
         print(to_json(of_upsampler) if arguments.json else render_upsampler(of_upsampler))

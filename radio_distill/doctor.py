@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .config.cards import TeacherCard
-from .config.load import cards_of, list_recipes, load_any, load_card, load_upsampler_recipe
-from .config.recipe import Debias, ImageJob, Recipe, Trained
+from .config.load import cards_of, kind_of, list_recipes, load_any, load_card, load_upsampler_recipe, load_vlm_recipe
+from .config.recipe import Debias, ImageJob, Job, Recipe, Trained
 from .config.upsampler_recipe import AnyRecipe, UpsamplerRecipe
+from .config.vlm_recipe import VlmRecipe
 from .errors import CheckpointError, RadioDistillError
 from .listing import cached_weights, how_to_get, hub_id, local_weights, make_table, wide_console
 from .paths import cache_dir, data_path, expand
@@ -40,7 +41,12 @@ class Finding(NamedTuple):
 def main(recipe: str | None, overrides: Sequence[str] = ()) -> int:
     """Print the findings; 1 when something is missing that the recipe needs, else 0."""
     findings = list(examine_machine())
-    if recipe is not None:
+    if recipe is not None and kind_of(recipe) is VlmRecipe:
+        from .vlm.needs import examine_vlm
+
+        of_vlm = load_vlm_recipe(recipe, overrides)
+        findings += [*examine_vlm(of_vlm), *_packages(of_vlm)]
+    elif recipe is not None:
         findings += examine_recipe(load_any(recipe, overrides))
     return _show(findings)
 
@@ -175,7 +181,7 @@ def _images(recipe: ImageJob) -> Iterator[Finding]:
         yield Finding(f"images {name}", text, missing=empty)
 
 
-def _packages(recipe: AnyRecipe) -> Iterator[Finding]:
+def _packages(recipe: Job) -> Iterator[Finding]:
     wanted = {
         "flash_attn": (
             "flash",

@@ -1,4 +1,4 @@
-"""What every plan says, of a stage or of an upsampler: time, memory and disk of a training on a number of GPUs.
+"""What every plan says, of a stage, an upsampler or a VLM: time, memory and disk of a training on a number of GPUs.
 
 Times assume that a share (`utilisation`) of a GPU's reachable dense bf16 rate is used; 0.45 is cautious.
 """
@@ -12,7 +12,8 @@ from typing import Any
 
 from ..config.cards import TeacherCard
 from ..config.recipe import Recipe
-from ..config.upsampler_recipe import AnyRecipe
+from ..config.upsampler_recipe import AnyRecipe, UpsamplerRecipe
+from ..config.vlm_recipe import VlmRecipe
 from ..errors import RecipeError
 from .memory import teacher_parameters
 from .run import run_path
@@ -32,6 +33,9 @@ GPUS = {
     "b200": (1800e12, 180),
 }
 """Reachable dense bf16 FLOP/s (0.8 of the data sheet; 790 was measured on an H200) and memory in GB."""
+
+COMMANDS = {Recipe: ("train", "images"), UpsamplerRecipe: ("upsampler", "images"), VlmRecipe: ("vlm train", "conversations")}
+"""What trains a recipe, and on what."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +102,7 @@ def machine(gpu: str, world_size: int, utilisation: float) -> Machine:
 
 
 def budget(
-    recipe: AnyRecipe,
+    recipe: AnyRecipe | VlmRecipe,
     machine: Machine,
     *,
     images: int,
@@ -132,15 +136,15 @@ def budget(
     return vars(common)
 
 
-def _notes(recipe: AnyRecipe, machine: Machine, memory_gib: float, advice: str) -> Iterator[str]:
+def _notes(recipe: AnyRecipe | VlmRecipe, machine: Machine, memory_gib: float, advice: str) -> Iterator[str]:
     optim = recipe.optim
     if memory_gib > machine.gpu_gib:
         yield f"about {memory_gib:.0f} GiB are needed and the GPU has {machine.gpu_gib:.0f}; {advice}"
     if optim.warmup >= optim.steps:
         yield f"the learning rate never reaches its peak: optim.warmup {optim.warmup} >= optim.steps {optim.steps}"
     if not recipe.data.sources:
-        command = "train" if isinstance(recipe, Recipe) else "upsampler"
-        yield f"no images yet: {command} needs data.sources.NAME.path=..."
+        command, what = COMMANDS[type(recipe)]
+        yield f"no {what} yet: {command} needs data.sources.NAME.path=..."
 
 
 def fit_micro_batch(wanted: int | None, per_rank: int, key: str) -> int:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from .budget import Budget, TeacherPlan
 from .plan import PartitionPlan, Plan
 from .plan_upsampler import UpsamplerPlan
 from .scale import ScalePlan
 
-__all__ = ["render", "render_upsampler"]
+if TYPE_CHECKING:
+    from ..vlm.plan import VlmPlan
+
+__all__ = ["render", "render_upsampler", "render_vlm"]
 
 
 def render(plan: Plan) -> str:
@@ -21,6 +25,12 @@ def render(plan: Plan) -> str:
 def render_upsampler(plan: UpsamplerPlan) -> str:
     """The same of an upsampler's plan."""
     parts = [[*_title(plan), _maps(plan)], _teachers([plan.teacher]), _upsampler_flops(plan), _upsampler_totals(plan)]
+    return "\n".join([line for part in parts for line in (*part, "")][:-1] + list(_notes(plan)))
+
+
+def render_vlm(plan: VlmPlan) -> str:
+    """The same of a VLM's plan."""
+    parts = [list(_title(plan)), _vlm_parts(plan), _vlm_totals(plan)]
     return "\n".join([line for part in parts for line in (*part, "")][:-1] + list(_notes(plan)))
 
 
@@ -128,11 +138,35 @@ def _upsampler_totals(plan: UpsamplerPlan) -> Iterator[str]:
         ("images", f"{plan.images} a step, {plan.images_per_rank} a rank, {plan.micro_batch} a forward"),
         ("teacher images", f"{plan.encoder_images:,} a step ({per_image} an image), {plan.statistics_images:,} for statistics"),
         ("time", f"{plan.step_seconds:.3g} s a step, {plan.images_per_second:,.0f} images/s, {_duration(plan.hours)}"),
+        *_account(plan),
+    ])  # fmt: skip
+
+
+def _vlm_parts(plan: VlmPlan) -> Iterator[str]:
+    rows: list[tuple[str, ...]] = [("", "parameters", "TFLOP a conversation")]
+    rows += [
+        (name, _millions(n), f"{plan.flop[name] / 1e12:.3g}" if name in plan.flop else "-")
+        for name, n in plan.parameters.items()
+    ]
+    yield from _table(rows)
+    yield f"  {_millions(plan.trained_parameters)} learn; an image is {plan.image_tokens} tokens of at most {plan.tokens:,} of a conversation"
+
+
+def _vlm_totals(plan: VlmPlan) -> Iterator[str]:
+    yield from _table([
+        ("conversations", f"{plan.samples} a step, {plan.samples_per_rank} a rank, {plan.micro_batch} a forward"),
+        ("time", f"at most {plan.step_seconds:.3g} s a step, {_duration(plan.hours)}: all as long as data.max_length"),
+        *_account(plan),
+    ])  # fmt: skip
+
+
+def _account(plan: Budget) -> list[tuple[str, ...]]:
+    return [
         ("GPU-hours", f"{plan.gpu_hours:.2g}" if plan.gpu_hours < 100 else f"{plan.gpu_hours:,.0f}"),
         ("memory", f"about {plan.memory_gib:.0f} of {plan.gpu_gib:.0f} GiB a GPU"),
         ("disk", f"{plan.disk_gib:.1f} GiB for checkpoints"),
         ("run folder", plan.run),
-    ])  # fmt: skip
+    ]
 
 
 def _notes(plan: Budget) -> Iterator[str]:

@@ -11,7 +11,14 @@ from typing import Any
 import torch
 from PIL.Image import Image
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoProcessor, AutoTokenizer, LlavaConfig, LlavaForConditionalGeneration
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoProcessor,
+    AutoTokenizer,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+)
 from transformers.models.llava.image_processing_llava import LlavaImageProcessor
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 from transformers.models.llava.processing_llava import LlavaProcessor
@@ -21,12 +28,13 @@ from ..errors import CheckpointError, RecipeError
 from ..export.load import load_student
 from ..export.plain import choose_adaptors
 from ..paths import expand
+from ..student.arch import StudentArch
 from ..types import CLIP_MEAN
 from .prompt import IMAGE, VICUNA, Turn, render, with_images
 from .tiles import views
 from .tower import StudentTower, StudentTowerConfig
 
-__all__ = ["Vlm", "build_vlm", "load_vlm", "save_vlm", "vlm_folder"]
+__all__ = ["Vlm", "build_vlm", "join_configs", "load_vlm", "save_vlm", "text_config", "tower_config", "vlm_folder"]
 
 log = logging.getLogger(__name__)
 
@@ -89,40 +97,56 @@ def build_vlm(parts: FromParts) -> Vlm:
     Raises CheckpointError when there is no student or no language model, RecipeError when the size does not fit the student.
     """
     student = choose_adaptors(load_student(expand(parts.student)), [])
-    step = student.patch_size * parts.unshuffle
-    if parts.size % step:
-        near = max(step, round(parts.size / step) * step)
-        raise RecipeError(
-            f"start.size is {parts.size}, no multiple of the student's patch {student.patch_size} times start.unshuffle "
-            f"{parts.unshuffle}; nearest is {near}"
-        )
-    tower_config = StudentTowerConfig(
-        student.arch.to_dict(), parts.size, parts.tiles, parts.unshuffle, parts.merge, parts.dtype
-    )
-    if parts.merge is not None and parts.merge > tower_config.grid**2:
-        raise RecipeError(
-            f"start.merge is {parts.merge}, but a picture has {tower_config.grid**2} tokens; expected at most that"
-        )
+    tower = tower_config(parts, student.arch)
     lm, tokenizer = _load_lm(Path(expand(parts.lm)))
-    config = LlavaConfig(
-        vision_config=tower_config,
-        text_config=lm.config,
-        image_token_index=tokenizer.convert_tokens_to_ids(IMAGE),
-        image_seq_length=tower_config.num_tokens,
-        vision_feature_layer=-1,
-        vision_feature_select_strategy="full",  # the tower gives spatial tokens alone
-        tie_word_embeddings=bool(lm.config.tie_word_embeddings),
-    )
+    config = join_configs(tower, lm.config, image_token=tokenizer.convert_tokens_to_ids(IMAGE))
     with torch.device("meta"):  # its parts are there already
         model = LlavaForConditionalGeneration(config)
-    model.model.vision_tower = StudentTower(tower_config)
+    model.model.vision_tower = StudentTower(tower)
     model.model.vision_tower.student.load_state_dict(student.state_dict())
     model.model.vision_tower.to(getattr(torch, parts.dtype))
     model.model.multi_modal_projector = LlavaMultiModalProjector(config)
     model.model.language_model = lm.base_model
     model.lm_head = lm.get_output_embeddings()
     model.generation_config = lm.generation_config
-    return Vlm(model, _processor(tokenizer, tower_config))
+    return Vlm(model, _processor(tokenizer, tower))
+
+
+def tower_config(parts: FromParts, arch: StudentArch) -> StudentTowerConfig:
+    """The tower that the recipe makes of a student. Raises RecipeError when the size does not fit it."""
+    step = arch.trunk.patch_size * parts.unshuffle
+    if parts.size % step:
+        near = max(step, round(parts.size / step) * step)
+        raise RecipeError(
+            f"start.size is {parts.size}, no multiple of the student's patch {arch.trunk.patch_size} times start.unshuffle "
+            f"{parts.unshuffle}; nearest is {near}"
+        )
+    tower = StudentTowerConfig(arch.to_dict(), parts.size, parts.tiles, parts.unshuffle, parts.merge, parts.dtype)
+    if parts.merge is not None and parts.merge > tower.grid**2:
+        raise RecipeError(f"start.merge is {parts.merge}, but a picture has {tower.grid**2} tokens; expected at most that")
+    return tower
+
+
+def join_configs(tower: StudentTowerConfig, text: Any, *, image_token: int) -> LlavaConfig:
+    """The configuration of a tower and a language model together. image_token: its id in the vocabulary."""
+    return LlavaConfig(
+        vision_config=tower,
+        text_config=text,
+        image_token_index=image_token,
+        image_seq_length=tower.num_tokens,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="full",  # the tower gives spatial tokens alone
+        tie_word_embeddings=bool(text.tie_word_embeddings),
+    )
+
+
+def text_config(folder: Path) -> Any:
+    """The configuration of the language model in a folder. Raises CheckpointError."""
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(
+            f"start.lm={folder} holds no config.json; expected the folder of a causal language model as transformers saves it"
+        )
+    return AutoConfig.from_pretrained(folder)
 
 
 def load_vlm(path: str | Path, *, dtype: torch.dtype = torch.float32) -> Vlm:
@@ -161,11 +185,7 @@ def vlm_folder(path: str | Path) -> Path:
 
 def _load_lm(folder: Path) -> tuple[Any, Any]:
     """A language model whose vocabulary holds the image token, and its tokenizer."""
-    if not (folder / "config.json").is_file():
-        raise CheckpointError(
-            f"start.lm={folder} holds no config.json; expected the folder of a causal language model as transformers saves it"
-        )
-    lm = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    lm = AutoModelForCausalLM.from_pretrained(folder, config=text_config(folder), dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE]})
     if tokenizer.pad_token is None:
