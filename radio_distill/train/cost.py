@@ -39,6 +39,7 @@ __all__ = [
     "student_of",
     "teacher_flops",
     "teacher_images",
+    "trained_network",
     "vit_flops",
 ]
 
@@ -204,7 +205,7 @@ def teacher_images(view: TeacherView) -> int:
     """Images that the teacher encodes for one image: the global view and the tiles."""
     spec = view.upsampler
     if isinstance(spec, Trained):
-        return sum(factor**2 for factor in view_factors(_network(spec)))
+        return sum(factor**2 for factor in view_factors(trained_network(spec)))
     return spec.factor**2 + 1 if spec.factor > 1 else 1
 
 
@@ -216,10 +217,10 @@ def upsampler_flops(view: TeacherView, card: TeacherCard, grid: int) -> float:
     if not isinstance(spec, Trained):
         return 0.0
     rotations = 2 * 2 * (grid * spec.factor) ** 2 * width**2
-    return rotations + network_flops(_network(spec), width, grid, card.input.patch)
+    return rotations + network_flops(trained_network(spec), width, grid, card.input.patch)
 
 
-def _network(spec: Trained) -> Network:
+def trained_network(spec: Trained) -> Network:
     """What the weights hold, when they are there; else what a recipe of this kind has by default."""
     folder = Path(expand(spec.weights))
     try:

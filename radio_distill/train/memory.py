@@ -10,11 +10,12 @@ from functools import cache
 
 from ..config.cards import TeacherCard
 from ..config.mosaic import mosaic_of
-from ..config.recipe import Partition, Recipe, TeacherView
+from ..config.recipe import Partition, Recipe, TeacherView, Trained
 from ..student.arch import HeadArch, StudentArch
 from ..teachers.arch import Arch
 from ..teachers.base import load_teacher
-from .cost import teacher_images
+from ..upsamplers.cost import network_parameters
+from .cost import teacher_images, trained_network
 
 __all__ = [
     "StateBytes",
@@ -25,6 +26,7 @@ __all__ = [
     "state_bytes",
     "teacher_parameters",
     "trunk_parameters",
+    "upsampler_parameters",
     "work_bytes",
 ]
 
@@ -37,6 +39,7 @@ class StateBytes:
     """What lies on one GPU during the whole training."""
 
     teachers: int
+    """With the networks of their upsamplers."""
     weights: int
     """fp32 parameters."""
     gradients: int
@@ -72,6 +75,12 @@ def teacher_parameters(card: TeacherCard) -> int:
     return (arch.depth + arch.map_pool) * block + rows * arch.width
 
 
+def upsampler_parameters(view: TeacherView, card: TeacherCard) -> int:
+    """Parameters of the trained network that a view's maps go through; 0 without one."""
+    spec = view.upsampler
+    return network_parameters(trained_network(spec), card.output.features) if isinstance(spec, Trained) else 0
+
+
 def checkpoint_bytes(student: StudentArch) -> int:
     """Bytes of one checkpoint: fp32 weights, two moments, EMA, exported student."""
     return 20 * (trunk_parameters(student) + head_parameters(student))
@@ -82,8 +91,10 @@ def state_bytes(recipe: Recipe, cards: dict[str, TeacherCard], student: StudentA
     parameters = trunk_parameters(student) + head_parameters(student)
     zero = recipe.engine.zero
     per_weight = 2 if recipe.engine.teacher_precision == "bf16" else 4
+    views = [(view, cards[name]) for part in recipe.partitions.values() for name, view in part.teachers.items() if name in cards]
+    frozen = sum(teacher_parameters(card) for card in cards.values()) + sum(upsampler_parameters(*view) for view in views)
     return StateBytes(
-        teachers=per_weight * sum(teacher_parameters(card) for card in cards.values()),
+        teachers=per_weight * frozen,
         weights=4 * parameters // (world_size if zero == 3 else 1),
         gradients=4 * parameters // (world_size if zero >= 2 else 1),
         optimizer=8 * parameters // (world_size if zero >= 1 else 1),

@@ -1,4 +1,4 @@
-"""What an upsampler's network costs: FLOP per image, without its weights. 1 multiply-add = 2 FLOP; see train/cost.py.
+"""What an upsampler's network costs: FLOP per image and parameters, without its weights. 1 multiply-add = 2 FLOP; see train/cost.py.
 
 Products with weights and attention count. Norms, warps, smoothing and resizes are under 1 % of them.
 """
@@ -18,7 +18,7 @@ from .featsharp import FeatSharp, FusionLevel, build_guided, level_factors
 from .fusion import Attention
 from .jbu import prime_factors
 
-__all__ = ["block_flops", "downsampler_flops", "network_flops", "uncertainty_flops"]
+__all__ = ["block_flops", "downsampler_flops", "network_flops", "network_parameters", "uncertainty_flops"]
 
 
 def network_flops(network: Network, width: int, grid: int, patch: int) -> float:
@@ -36,6 +36,18 @@ def network_flops(network: Network, width: int, grid: int, patch: int) -> float:
         total += side**2 * block_flops(level.block, side)
         total += sum(_guided(name, width, factor, side // factor, patch, image) for name in network.inputs)
     return total
+
+
+def network_parameters(network: Network, width: int) -> int:
+    """Parameters of the network on maps of `width` channels."""
+    if network.kind in ("bilinear", "tile", "s2"):
+        return 0
+    with torch.device("meta"):
+        if network.kind == "featsharp":
+            built: nn.Module = FeatSharp(network, width)
+        else:
+            built = build_guided(network.kind, width, network.factor, reference=network.reference)
+    return sum(p.numel() for p in built.parameters())
 
 
 def block_flops(block: nn.Module, side: int) -> float:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from radio_distill.config.load import cards_of, load_card
+from radio_distill.config.load import cards_of, load_card, load_recipe
 from radio_distill.config.recipe import Recipe
 from radio_distill.config.upsampler import Network
 from radio_distill.config.upsampler_recipe import Downsampler
@@ -12,7 +12,7 @@ from radio_distill.student.arch import HeadArch
 from radio_distill.student.student import Student
 from radio_distill.train.cost import count_flops, head_flops, partition_cost, student_of, teacher_flops, trunk_flops, vit_flops
 from radio_distill.train.memory import head_parameters, state_bytes, trunk_parameters
-from radio_distill.upsamplers.cost import downsampler_flops, network_flops, uncertainty_flops
+from radio_distill.upsamplers.cost import downsampler_flops, network_flops, network_parameters, uncertainty_flops
 from radio_distill.upsamplers.featsharp import FeatSharp
 from radio_distill.upsamplers.folder import build_downsampler
 from radio_distill.upsamplers.map_weights import UncertaintyNet
@@ -143,6 +143,15 @@ def test_vit_flops_of_a_gated_mlp_counts_three_matrices() -> None:
 def test_the_four_teachers_take_5_7_gigabytes_in_bf16() -> None:
     four = recipe()
     assert state_bytes(four, cards_of(four), student_of(four), 8).teachers / 1e9 == pytest.approx(5.7, abs=0.05)
+
+
+def test_upsamplers_lie_beside_their_teachers() -> None:
+    plain, sharp = (load_recipe(name) for name in ("stage3", "stage3_featsharp"))
+    before, after = (state_bytes(r, cards_of(r), student_of(r), 8).teachers for r in (plain, sharp))
+    clip, siglip = (network_parameters(Network(kind="featsharp", factor=3), width) for width in (1280, 1152))
+    assert after - before == 2 * (clip + siglip)
+    linear = network_parameters(Network(kind="featsharp", factor=3, mixer="linear"), 1280)
+    assert linear == pytest.approx(2 * 1280 * 1280, rel=5e-3)  # [bilinear, tiles] -> one map; norms are the rest
 
 
 def test_zero_shards_gradients_moments_and_weights_in_this_order() -> None:
