@@ -1,12 +1,15 @@
 """Which targets make the better student: a miniature of FeatSharp's Table 2 on the toy world.
 
-    python bench/targets.py --demo runs/demo --out runs/targets [--seeds 3] [--steps 80] [--only baseline featsharp ...]
+    python bench/targets.py --demo runs/demo --out runs/targets [--seeds 3] [--steps 60] [--only baseline featsharp ...]
+                            [--teachers toy_dino]
 
-Stage 3 from the demo's stage 2 with high-resolution targets of toy_clip and toy_siglip made by bilinear enlargement
-(baseline), Tile, S2, FeatUp and FeatSharp; everything else is equal, seeds draw the images. The upsamplers are the demo's;
-FeatUp's are trained here if they are missing. Then kNN, linear segmentation and the fidelity of every head are measured at
-192 px, and the gain over the baseline is printed: the mean over tasks of the relative difference to the mean of
-the baseline's seeds, in percent, with its standard deviation over seeds.
+Stage 3 from the demo's stage 2 with 3x targets of low-resolution teachers made by bilinear enlargement (baseline), Tile, S2,
+FeatUp and FeatSharp; everything else is equal, seeds draw the images. The teachers are toy_clip and toy_siglip, whose parts of a
+scene mean little, or with `--teachers toy_dino` the one whose parts mean something, kept at 84 px; then `true` is its own map at
+168 px. The demo's FeatSharp networks are used where it has them; others are trained here. Then kNN, linear segmentation and
+the fidelity of every head (of toy_dino: to its map at the student's resolution) are measured at 192 px, and the gain
+over the baseline is printed: the mean over tasks of the relative difference to the mean of the baseline's seeds, in percent,
+with its standard deviation over seeds.
 """
 
 from __future__ import annotations
@@ -18,9 +21,8 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-METHODS = {"baseline": "toy/stage3", "tile": "toy/stage3_tile", "s2": "toy/stage3_s2"}
-METHODS |= {"featup": "toy/stage3_featup", "featsharp": "toy/stage3_featsharp"}
-TEACHERS = ("toy_clip", "toy_siglip")
+METHODS = ("baseline", "tile", "s2", "featup", "featsharp", "true")
+FACTOR = 3
 SIZES = (192,)
 
 
@@ -30,8 +32,9 @@ def main() -> None:
     parser.add_argument("--demo", type=Path, required=True, help="run folder of `make demo`")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=80)
-    parser.add_argument("--only", nargs="+", choices=list(METHODS), default=list(METHODS))
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--teachers", nargs="+", default=["toy_clip", "toy_siglip"])
+    parser.add_argument("--only", nargs="+", choices=METHODS, default=METHODS[:-1])
     options = parser.parse_args()
     from radio_distill.eval.__main__ import append, read
 
@@ -55,28 +58,44 @@ def train(options: argparse.Namespace, method: str, seed: int, run: Path) -> Non
     overrides = [f"data.sources.demo.path={options.demo / 'scenes'}", f"run={run}", f"start.source={options.demo / 'stage2'}"]
     overrides += [f"seed={seed}", f"optim.steps={options.steps}", f"log.every={options.steps}", "log.pictures=0"]
     overrides += [f"checkpoint.every={options.steps}", "engine.precision=bf16", "engine.teacher_precision=bf16"]
-    if method == "featsharp":
-        for teacher in TEACHERS:
-            weights = options.demo / teacher
-            overrides += [f"partitions.{p}.teachers.{teacher}.upsampler.weights={weights}" for p in ("low", "high")]
-    if method == "featup":
-        for teacher in TEACHERS:
-            weights = featup(options, teacher)
-            overrides.append(f"partitions.high.teachers.{teacher}.upsampler.weights={weights}")
+    for teacher in options.teachers:
+        overrides += targets(options, method, teacher)
     if not (run / "checkpoints" / "latest").exists():
-        fit(load_recipe(METHODS[method], overrides))
+        fit(load_recipe("toy/stage3", overrides))
 
 
-def featup(options: argparse.Namespace, teacher: str) -> Path:
-    """The FeatUp of a teacher, trained like the demo's FeatSharp."""
+def targets(options: argparse.Namespace, method: str, teacher: str) -> list[str]:
+    """What makes a teacher's targets."""
+    if method == "true":
+        return []  # toy/stage3 runs toy_dino at 168 px
+    high = f"partitions.high.teachers.{teacher}"
+    size = ["size=84"] if teacher == "toy_dino" else []
+    if method == "baseline":
+        return [f"{high}.{x}" for x in size]
+    made = f"kind: {method}, factor: {FACTOR}"
+    if method == "s2":
+        made += ", beta: 0.5"
+    if method not in ("featup", "featsharp"):
+        return [f"{high}.{x}" for x in (*size, f"upsampler={{{made}}}")]
+    weights = network(options, method, teacher)
+    found = [f"{high}.{x}" for x in (*size, f"upsampler={{{made}, weights: {weights}}}")]
+    if method == "featsharp":  # the same de-bias map in both cells
+        found.append(f"partitions.low.teachers.{teacher}.upsampler={{kind: debias, weights: {weights}}}")
+    return found
+
+
+def network(options: argparse.Namespace, method: str, teacher: str) -> Path:
+    """The upsampler of a teacher: the demo's, or one that is trained like it."""
     from radio_distill.config.load import load_upsampler_recipe
     from radio_distill.upsamplers.train import train_upsampler
 
-    run = options.out / f"featup-{teacher}"
+    if method == "featsharp" and (options.demo / teacher).is_dir():
+        return Path(options.demo / teacher)
+    run = Path(options.out / f"{method}-{teacher}")
     if not (run / "checkpoints" / "latest").exists():
-        overrides = [f"data.sources.demo.path={options.demo / 'scenes'}", f"run={run}"]
+        overrides = [f"data.sources.demo.path={options.demo / 'scenes'}", f"run={run}", f"teacher={teacher}", "size=84"]
         overrides += ["engine.precision=bf16", "engine.teacher_precision=bf16"]
-        train_upsampler(load_upsampler_recipe(f"toy/upsampler/{teacher}_featup", overrides))
+        train_upsampler(load_upsampler_recipe(f"toy/upsampler/toy_clip{'_featup' if method == 'featup' else ''}", overrides))
     return run
 
 
