@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, cast
 from ..errors import RadioDistillError
 from ..types import Result
 from .results import append, read, table
-from .suites import CUSTOM, PAPER, load_suite, suite_names
+from .suites import CUSTOM, PAPER, Suite, load_suite, suite_names
 
 if TYPE_CHECKING:
     from .task import Context
@@ -42,9 +42,11 @@ def main(argv: list[str] | None = None) -> int:
         return _run_function(arguments, parser)
     if arguments.ranks > 1:
         from ..train.launch import launch
+        from .runner import check
 
         if "RANK" in os.environ:
             parser.error(f"--ranks {arguments.ranks} within torchrun, which has started the ranks already; leave --ranks out")
+        check(_asked(arguments), _context(arguments, several=False))  # what is missing is told once
         first, *others = _without_ranks(sys.argv[1:] if argv is None else argv)
         return launch(first, others, arguments.ranks, module="radio_distill.eval")
     return _run_card(arguments)
@@ -88,12 +90,7 @@ def _run_card(arguments: argparse.Namespace) -> int:
     from .estimate import describe
     from .runner import check, run_suite
 
-    preset = arguments.preset or ("smoke" if arguments.data == "toy" else PAPER)
-    suite = load_suite(arguments.suite, preset, arguments.overrides).only(arguments.task or [])
-    if arguments.data is None and any(task.reads_data for task in suite.tasks.values()):
-        raise RadioDistillError("--data is missing; expected the folder that holds the data sets, or toy for generated scenes")
-    if arguments.data not in (None, "toy") and not Path(arguments.data).is_dir():
-        raise RadioDistillError(f"--data {arguments.data} is no folder; expected the one that holds the data sets, or toy")
+    suite = _asked(arguments)
     several = _of_several(os.environ)
     context = _context(arguments, several)
     try:
@@ -117,6 +114,17 @@ def _run_card(arguments: argparse.Namespace) -> int:
             shutdown()
 
 
+def _asked(arguments: argparse.Namespace) -> Suite:
+    """The suite with its preset and tasks. Raises RadioDistillError when `--data` is no folder."""
+    preset = arguments.preset or ("smoke" if arguments.data == "toy" else PAPER)
+    suite = load_suite(arguments.suite, preset, arguments.overrides).only(arguments.task or [])
+    if arguments.data is None and any(task.reads_data for task in suite.tasks.values()):
+        raise RadioDistillError("--data is missing; expected the folder that holds the data sets, or toy for generated scenes")
+    if arguments.data not in (None, "toy") and not Path(arguments.data).is_dir():
+        raise RadioDistillError(f"--data {arguments.data} is no folder; expected the one that holds the data sets, or toy")
+    return suite
+
+
 def _context(arguments: argparse.Namespace, several: bool) -> Context:
     import torch
     import torch.distributed as dist
@@ -135,7 +143,8 @@ def _context(arguments: argparse.Namespace, several: bool) -> Context:
             logging.getLogger().setLevel(logging.WARNING)  # the first rank says what is done
     workers = arguments.workers
     if workers is None:
-        workers = 0 if arguments.data == "toy" else min(8, (os.cpu_count() or 1) // ranks.world)
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", ranks.world))  # ranks of this machine
+        workers = 0 if arguments.data == "toy" else min(8, (os.cpu_count() or 1) // here)
     return Context(
         root=arguments.data or "none", device=device, cache=FeatureCache(cache_dir() / "features"), limit=arguments.limit,
         resolution=arguments.resolution, batch=arguments.batch or 32, workers=workers, seed=arguments.seed or 0, ranks=ranks,

@@ -160,6 +160,12 @@ def test_ranks_are_started_once_wherever_the_flag_stands(
     assert "suite toy runs in one process; leave out --ranks, torchrun or srun" in capsys.readouterr().err
 
 
+def test_sets_that_are_missing_are_told_once_before_ranks_are_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("subprocess.Popen", None)
+    with pytest.raises(DataError, match=r"(?s)ADE20k: .* is missing.*VOC2012: .* is missing"):
+        main(["--ranks", "2", "--suite", "dense", "--model", "teacher:toy_clip", "--data", str(tmp_path)])
+
+
 def test_a_data_folder_and_an_upsampler_that_are_not_there_are_told(tmp_path: Path) -> None:
     with pytest.raises(
         RadioDistillError, match=r"--data .*nowhere is no folder; expected the one that holds the data sets, or toy"
