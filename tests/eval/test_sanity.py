@@ -2,7 +2,7 @@
 
     RADIO_DISTILL_SANITY=1 pytest -s tests/eval
 
-takes half an hour or so, hence only when asked for. Where `runs/demo` holds the demo's student, untrained is the same network with other
+takes a quarter of an hour on two cores (`-n 2`), hence only when asked for. Where `runs/demo` holds the demo's student, untrained is the same network with other
 weights, and the student has a row of its own; else it is a plain ViT.
 
 The best teacher and not all of them: each knows something else. The image-text teachers' maps are worse than untrained ones where
@@ -24,7 +24,7 @@ from radio_distill.eval.suites import load_suite, suite_names
 from radio_distill.eval.task import Context
 from radio_distill.types import Result
 
-pytestmark = pytest.mark.skipif("RADIO_DISTILL_SANITY" not in os.environ, reason="half an hour; set RADIO_DISTILL_SANITY=1")
+pytestmark = pytest.mark.skipif("RADIO_DISTILL_SANITY" not in os.environ, reason="a quarter of an hour; set RADIO_DISTILL_SANITY=1")
 
 STUDENT = REPO / "runs" / "demo" / "stage3"
 UNTRAINED = f"random:{STUDENT}" if STUDENT.is_dir() else "timm:vit_small_patch8_224?weights=random"
