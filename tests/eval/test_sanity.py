@@ -24,7 +24,9 @@ from radio_distill.eval.suites import load_suite, suite_names
 from radio_distill.eval.task import Context
 from radio_distill.types import Result
 
-pytestmark = pytest.mark.skipif("RADIO_DISTILL_SANITY" not in os.environ, reason="a quarter of an hour; set RADIO_DISTILL_SANITY=1")
+pytestmark = pytest.mark.skipif(
+    "RADIO_DISTILL_SANITY" not in os.environ, reason="a quarter of an hour; set RADIO_DISTILL_SANITY=1"
+)
 
 STUDENT = REPO / "runs" / "demo" / "stage3"
 UNTRAINED = f"random:{STUDENT}" if STUDENT.is_dir() else "timm:vit_small_patch8_224?weights=random"
