@@ -87,7 +87,7 @@ def train(options: argparse.Namespace, name: str, factor: int, seed: int, images
 
 def scenes(folder: Path) -> Path:
     """Generated scenes, fine enough for 4x."""
-    from radio_distill.data.toyworld import write_toyworld
+    from radio_distill.toyworld import write_toyworld
 
     if not folder.exists():
         write_toyworld(folder, count=640, size=352, seed=900, shards=8)

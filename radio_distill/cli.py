@@ -256,7 +256,7 @@ def _shards(arguments: argparse.Namespace) -> int:
 
 
 def _toyworld(arguments: argparse.Namespace) -> int:
-    from .data.toyworld import write_toyworld
+    from .toyworld import write_toyworld
 
     write_toyworld(
         arguments.out,

@@ -54,7 +54,7 @@ def main(images: str | None = None, run: str = "runs/demo") -> int:
 
 
 def _scenes(folder: Path) -> Path:
-    from .data.toyworld import write_toyworld
+    from .toyworld import write_toyworld
 
     if not folder.exists():
         _title(f"rendering {SCENES} scenes of {SIZE} px")

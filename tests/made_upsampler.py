@@ -10,8 +10,8 @@ from radio_distill.config.load import load_card
 from radio_distill.config.recipe import PhiS
 from radio_distill.config.upsampler import Network
 from radio_distill.config.upsampler_recipe import Downsampler
-from radio_distill.data.toyworld import render_images
 from radio_distill.teachers.base import load_teacher
+from radio_distill.toyworld import render_images
 from radio_distill.upsamplers.folder import SavedUpsampler, build_downsampler, provenance, save_upsampler
 from radio_distill.upsamplers.sharpener import Sharpener
 

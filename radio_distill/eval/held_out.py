@@ -53,7 +53,7 @@ class HeldOut:
         indices = range(start, min(stop, self.count))
         if self.source != TOY:
             return torch.cat([self._photo(index, side) for index in indices])
-        from ..data.toyworld import render_images
+        from ..toyworld import render_images
 
         scenes = render_images(SCENES_SEED, indices, size=side)
         return torch.from_numpy(scenes).permute(0, 3, 1, 2).float() / 255

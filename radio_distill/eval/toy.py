@@ -63,7 +63,7 @@ def evaluate(model: VisionModel, name: str, protocol: ToyProtocol, *, resolution
 
     resolution: side in pixels at which a student is run; a teacher of a fixed size takes its own.
     """
-    from ..data.toyworld import CLASSES, SEGMENT_NAMES
+    from ..toyworld import CLASSES, SEGMENT_NAMES
 
     train, test = scenes(TRAIN_SEED, protocol.train, protocol.size), scenes(TEST_SEED, protocol.test, protocol.size)
     size = model.nearest_size(*(2 * (resolution or protocol.size,)))
@@ -133,7 +133,7 @@ def fidelity(student: Student, images_N3SS: Tensor, size: tuple[int, int], *, ba
 @cache
 def scenes(seed: int, count: int, size: int) -> Scenes:
     """Render scenes; the same for every model of a process."""
-    from ..data.toyworld import render
+    from ..toyworld import render
 
     samples = [render(seed, index, size=size) for index in range(count)]
     images = torch.stack([torch.from_numpy(s.image_HW3) for s in samples]).permute(0, 3, 1, 2).contiguous()

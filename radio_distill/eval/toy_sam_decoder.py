@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..config.load import load_card
-from ..data.toyworld import render
 from ..teachers.base import load_teacher
+from ..toyworld import render
 from .datasets.instances import ToyInstances
 
 __all__ = ["build", "train"]

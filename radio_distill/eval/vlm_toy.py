@@ -48,7 +48,7 @@ def held_out(kinds: Sequence[str] = QUESTIONS, limit: int | None = None) -> list
     """At most `limit` questions of each kind about scenes that no training has seen, with their images."""
     from PIL import Image
 
-    from ..data.toyworld import render, sample_scene
+    from ..toyworld import render, sample_scene
     from ..vlm.toy import HELD_OUT_SEED, ask
 
     left = dict.fromkeys(kinds, COUNT * 4 if limit is None else limit)

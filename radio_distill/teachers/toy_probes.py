@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..data.toyworld import CLASSES, SEGMENT_NAMES, ToyScenes
+from ..toyworld import CLASSES, SEGMENT_NAMES, ToyScenes
 from ..types import VisionOutput
 from .base import Teacher
 from .toy import TextTower

@@ -30,7 +30,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..config.cards import TeacherCard
 from ..config.load import load_card
-from ..data.toyworld import ToyScenes, render, render_images, sample_scene
+from ..toyworld import ToyScenes, render, render_images, sample_scene
 from .base import Teacher
 from .toy import TextTower, ToyViT, build, split_words
 from .toy_probes import measure

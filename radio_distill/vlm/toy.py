@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..data.toyworld import CLASSES, Scene, render, sample_scene
 from ..errors import DataError
+from ..toyworld import CLASSES, Scene, render, sample_scene
 from .prompt import VICUNA
 
 __all__ = ["HELD_OUT_SEED", "KINDS", "ToyQuestion", "ask", "write_toy", "write_toy_lm"]

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..data.toyworld import render, sample_scene
-from ..data.toyworld.scene import TIMES
+from ..toyworld import render, sample_scene
+from ..toyworld.scene import TIMES
 from .toy import HELD_OUT_SEED, KINDS, SHORT, ToyQuestion, ask
 
 __all__ = ["write_copies"]

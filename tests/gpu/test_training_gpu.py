@@ -26,7 +26,7 @@ SETTINGS = [
 def losses(tmp_path, name, environment, *overrides):
     from PIL import Image
 
-    from radio_distill.data.toyworld import render_images
+    from radio_distill.toyworld import render_images
 
     photos = tmp_path / "photos"
     if not photos.exists():

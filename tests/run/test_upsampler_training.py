@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from radio_distill.config.load import load_upsampler_recipe
-from radio_distill.data.toyworld import render_images
+from radio_distill.toyworld import render_images
 from radio_distill.train.preempt import STOPPED
 from radio_distill.upsamplers.folder import load_upsampler
 

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from radio_distill.data.toyworld import (
+from radio_distill.errors import DataError
+from radio_distill.toyworld import (
     CLASSES,
     KEYPOINT_NAMES,
     PART_NAMES,
@@ -22,7 +23,6 @@ from radio_distill.data.toyworld import (
     sample_scene,
     write_toyworld,
 )
-from radio_distill.errors import DataError
 
 SAMPLES = [render(3, i, size=64) for i in range(6)]
 
@@ -38,7 +38,7 @@ def world_points(sample):
 def test_a_scene_is_the_same_in_every_process_and_batch():
     alone = render(5, 7, size=48)
     assert np.array_equal(alone.image_HW3, render_images(5, [6, 7], size=48)[1])
-    code = "from radio_distill.data.toyworld import render; import sys; s = render(5, 7, 48)\n"
+    code = "from radio_distill.toyworld import render; import sys; s = render(5, 7, 48)\n"
     code += "sys.stdout.buffer.write(s.image_HW3.tobytes() + s.depth_HW.tobytes())"
     other = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout
     assert other == alone.image_HW3.tobytes() + alone.depth_HW.tobytes()

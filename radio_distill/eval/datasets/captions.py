@@ -16,8 +16,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from ...data.toyworld import ToySample, sample_scene
 from ...errors import DataError
+from ...toyworld import ToySample, sample_scene
 from .base import Dataset, Subset, missing
 from .pixels import decode_rgb
 from .toy import ToyDataset, toy_image

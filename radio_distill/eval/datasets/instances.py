@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...data.toyworld import CLASSES, ToySample
 from ...errors import DataError, RadioDistillError
+from ...toyworld import CLASSES, ToySample
 from .base import Dataset, missing
 from .pixels import read_rgb
 from .toy import ToyDataset, toy_image

@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...data.toyworld import SEGMENT_NAMES, ToySample
 from ...errors import DataError
+from ...toyworld import SEGMENT_NAMES, ToySample
 from ..metrics.checks import known_labels
 from ..metrics.segmentation import IGNORE, labels_from_raw
 from .base import Dataset, missing

@@ -9,8 +9,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from ...data.toyworld import CLASSES, ToySample, render, sample_scene
 from ...errors import DataError
+from ...toyworld import CLASSES, ToySample, render, sample_scene
 from .base import Dataset, S
 from .samples import Labelled, LabelledImage
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ...data.toyworld import PART_NAMES, SEGMENT_NAMES, ToySample
+from ...toyworld import PART_NAMES, SEGMENT_NAMES, ToySample
 from .borders import borders
 from .multitask import Multitask, MultitaskSample, plane, vectors
 from .toy import ToyDataset, toy_image

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2.functional import InterpolationMode, resize
 
-from ...data.toyworld import CLASSES, Scene, ToySample, sample_scene
+from ...toyworld import CLASSES, Scene, ToySample, sample_scene
 from .base import Dataset, S
 from .keypoint_pairs import KeypointPair, KeypointPairs, SquareImage
 from .object_views import ObjectView, Photograph, Sized, ViewPair, crop_to_object, relative_pose

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ...errors import DataError
+from ..errors import DataError
 from .render import ToySample, render
 
 __all__ = ["write_toyworld"]
