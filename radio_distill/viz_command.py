@@ -15,9 +15,9 @@ from torch import Tensor
 
 from . import viz
 from .align import resize_map
+from .data.held_out import HeldOut
 from .errors import DataError
 from .eval.fidelity_tables import method
-from .eval.held_out import HeldOut
 from .teachers.base import load_teacher
 from .upsamplers.folder import SavedUpsampler, load_upsampler
 from .upsamplers.upsampled import Upsampled

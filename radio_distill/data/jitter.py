@@ -3,7 +3,7 @@
     seeds -> draw_matrices -> view-to-base matrices -> warp_views -> images of the views
 
 Everything drawn is a function of the sample's seed and the view's number alone, so the rank that sees a sample does not matter.
-It runs on the device of its inputs and never waits for it. Matrices are those of `upsamplers/homography.py`: (x, y) in the
+It runs on the device of its inputs and never waits for it. Matrices are those of `homography.py`: (x, y) in the
 view to (x, y) in the base, both in [-1, 1] from edge to edge.
 
 Shapes: B samples, J views, H W pixels of the base, h w pixels of a view.
@@ -19,8 +19,8 @@ from torch import Tensor
 
 from ..align import resize_map
 from ..config.jitter import Jitter, Outside
+from ..homography import square, square_to_quad, warp
 from ..seeded import uniform
-from ..upsamplers.homography import square, square_to_quad, warp
 
 __all__ = ["draw_matrices", "warp_views"]
 

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from ..errors import RadioDistillError
+from ..results import append, read, table
 from ..types import Result
-from .results import append, read, table
 from .suites import CUSTOM, PAPER, Suite, load_suite, suite_names
 
 if TYPE_CHECKING:
@@ -200,10 +200,10 @@ def _toy(arguments: argparse.Namespace) -> tuple[list[Result], str]:
 def _fidelity(arguments: argparse.Namespace) -> tuple[list[Result], str]:
     import torch
 
+    from ..data.held_out import TOY, HeldOut
     from ..upsamplers.folder import load_upsampler
     from .fidelity import FidelityProtocol, measure, to_results
     from .fidelity_tables import render
-    from .held_out import TOY, HeldOut
 
     protocol = FidelityProtocol() if arguments.limit is None else FidelityProtocol(images=arguments.limit)
     for name in arguments.model:

@@ -23,17 +23,17 @@ from torch import Tensor
 from ..align import resize_map
 from ..config.jitter import Jitter
 from ..config.upsampler import Network
+from ..data.held_out import HeldOut
 from ..data.jitter import draw_matrices, warp_views
+from ..homography import warp
 from ..teachers.base import Teacher, chunked, load_teacher
 from ..types import Result, VisionOutput
 from ..upsamplers.crf import crf
 from ..upsamplers.folder import SavedUpsampler
-from ..upsamplers.homography import warp
 from ..upsamplers.metrics import Fidelity, masked_error, overtiling, total_variation
 from ..upsamplers.mmd import map_mmd
 from ..upsamplers.sharpener import Sharp
 from ..upsamplers.view_masks import covered_masks
-from .held_out import HeldOut
 
 __all__ = ["FidelityProtocol", "Measured", "measure", "to_results"]
 

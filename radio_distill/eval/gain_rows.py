@@ -13,10 +13,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import DataError
+from ..results import read
 from ..types import Result
 from .gain import Row, Score
 from .published import load_tables, students, tasks
-from .results import read
 
 __all__ = ["load_baseline", "load_rows", "rows_of", "task_name"]
 

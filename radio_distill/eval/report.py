@@ -18,12 +18,12 @@ from ..config.upsampler_recipe import UpsamplerRecipe
 from ..config.vlm_recipe import VlmRecipe
 from ..errors import CheckpointError, DataError
 from ..log.sinks import read_metrics
+from ..results import read
 from ..types import Result
 from .chart import Series, line_chart
 from .gain import Gain, gain
 from .gain_rows import load_baseline, rows_of
 from .gain_text import bars, render
-from .results import read
 from .suite_tables import pipes, sections, to_markdown
 from .worst_classes import HEAD, WorstClass, read_worst
 

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 import torch.distributed as dist
 
 from ..errors import DataError, RadioDistillError
+from ..results import append, read
 from ..types import Result
 from .encode import Resize, precision
 from .model_cost import COST, cost_of, device_name
-from .results import append, read
 from .suites import CUSTOM, PAPER, Suite, digest
 from .task import Context, Score, Task
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from ..results import by_row
 from ..types import Result
 from .chart import Series
 from .gain_rows import task_name
 from .model_cost import COST, HEAD, NOTE, cost_rows
 from .published import students
-from .results import by_row
 from .suites import PAPER
 
 __all__ = ["Section", "pipes", "sections", "to_markdown"]

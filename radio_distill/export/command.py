@@ -137,7 +137,7 @@ def _check_options(form: str, dtype: str, measures: bool, text_towers: bool) -> 
 
 def _measured(source: Source, images: str) -> StudentArch:
     """The architecture with the scale of the features on at most NUM_MEASURED squares of the preferred size."""
-    from ..eval.held_out import HeldOut
+    from ..data.held_out import HeldOut
 
     side, data = preferred_size(source.student, source.facts), HeldOut(images, NUM_MEASURED, exact=False)
     batches = (data.images(start, start + 8, side) for start in range(0, data.count, 8))

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .homography import warp
+from ..homography import warp
 
 __all__ = ["MapWeights", "UncertaintyNet", "seam_weights"]
 

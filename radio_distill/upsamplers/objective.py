@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from ..balance import Balancer
 from ..config.objective import Objective
+from ..homography import warp
 from ..losses import fidelity_sums
 from .crf import crf
-from .homography import warp
 from .map_weights import MapWeights, UncertaintyNet, seam_weights
 from .metrics import total_variation
 from .mmd import Bandwidth, Pick, map_mmd

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .homography import covered, warp
+from ..homography import covered, warp
 
 __all__ = ["Masks", "covered_masks", "published_masks"]
 

@@ -14,7 +14,7 @@ import torch
 
 from radio_distill import viz
 from radio_distill.eval.report import write_report
-from radio_distill.eval.results import append
+from radio_distill.results import append
 from radio_distill.types import Result
 
 BROWSER = os.environ.get("RADIO_DISTILL_BROWSER", "")

@@ -18,10 +18,10 @@ import torch
 from conftest import REPO
 
 from radio_distill.eval.features import FeatureCache
-from radio_distill.eval.results import table
 from radio_distill.eval.runner import run_suite
 from radio_distill.eval.suites import load_suite, suite_names
 from radio_distill.eval.task import Context
+from radio_distill.results import table
 from radio_distill.types import Result
 
 pytestmark = pytest.mark.skipif(

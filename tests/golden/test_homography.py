@@ -7,7 +7,7 @@ from conftest import golden_cases
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from radio_distill.upsamplers.homography import sampling_grid, view_to_base
+from radio_distill.homography import sampling_grid, view_to_base
 
 CASES = pytest.mark.parametrize("path", golden_cases("featsharp/homography*.safetensors"), ids=lambda p: p.stem)
 

@@ -20,10 +20,10 @@ from radio_distill.eval.datasets.base import Dataset, open_dataset
 from radio_distill.eval.features import FeatureCache, Ranks
 from radio_distill.eval.models import Opened
 from radio_distill.eval.probes.fit import fit
-from radio_distill.eval.results import read
 from radio_distill.eval.runner import run_suite
 from radio_distill.eval.suites import Suite
 from radio_distill.eval.task import Context, Score, Task
+from radio_distill.results import read
 
 
 def transfer(rank: int, folder: str) -> None:

@@ -10,10 +10,10 @@ from radio_distill.eval.features import FeatureCache
 from radio_distill.eval.model_cost import COST, cost_of
 from radio_distill.eval.models import open_model
 from radio_distill.eval.report import write_report
-from radio_distill.eval.results import append
 from radio_distill.eval.suite_tables import sections, to_markdown
 from radio_distill.eval.task import Context
 from radio_distill.eval.worst_classes import read_worst, save_worst, worst_classes
+from radio_distill.results import append
 from radio_distill.train.cost import vit_flops
 
 

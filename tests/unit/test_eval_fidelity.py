@@ -9,14 +9,14 @@ from made_upsampler import made, make
 
 from radio_distill.align import resize_map
 from radio_distill.config.upsampler import Network
+from radio_distill.data.held_out import HeldOut
 from radio_distill.data.jitter import draw_matrices, warp_views
 from radio_distill.errors import CheckpointError
 from radio_distill.eval.__main__ import main, read
 from radio_distill.eval.fidelity import FIRST_SEED, FidelityProtocol, Measured, measure, to_results
 from radio_distill.eval.fidelity_tables import method, render
-from radio_distill.eval.held_out import HeldOut
+from radio_distill.homography import covered, warp
 from radio_distill.teachers.base import load_teacher
-from radio_distill.upsamplers.homography import covered, warp
 
 PROTOCOL = FidelityProtocol(images=3, batch=2, fine=2, levels=(2,))
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
+from radio_distill.data.held_out import HeldOut
 from radio_distill.errors import DataError
-from radio_distill.eval.held_out import HeldOut
 
 
 def photo(colour, size=(12, 8)):

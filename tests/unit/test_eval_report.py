@@ -12,8 +12,8 @@ from conftest import REPO
 
 from radio_distill import viz
 from radio_distill.eval.report import write_report
-from radio_distill.eval.results import append, table
 from radio_distill.eval.suite_tables import sections, to_markdown
+from radio_distill.results import append, table
 from radio_distill.types import Result
 
 

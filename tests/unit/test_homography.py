@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from radio_distill.upsamplers.homography import covered, quad_to_quad, sampling_grid, square, square_to_quad, view_to_base, warp
+from radio_distill.homography import covered, quad_to_quad, sampling_grid, square, square_to_quad, view_to_base, warp
 
 SQUARE = square("cpu").float()
 TURN = torch.tensor([[[0.9, -0.1, 0.05], [0.08, 0.85, -0.02], [0.03, -0.04, 1.0]]])

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from radio_distill.config.jitter import Jitter
 from radio_distill.data.jitter import draw_matrices, warp_views
-from radio_distill.upsamplers.homography import covered
+from radio_distill.homography import covered
 
 STILL = {"zoom": 1, "shift": 0, "flip": 0, "rotation": 0, "perspective": (0, 0)}
 SEEDS = torch.arange(500) * 7919 + 13

@@ -9,7 +9,7 @@ from radio_distill.balance import identity
 from radio_distill.config.jitter import Jitter
 from radio_distill.config.objective import Objective
 from radio_distill.data.jitter import draw_matrices, warp_views
-from radio_distill.upsamplers.homography import warp
+from radio_distill.homography import warp
 from radio_distill.upsamplers.map_weights import MapWeights, UncertaintyNet, seam_weights
 from radio_distill.upsamplers.metrics import total_variation
 from radio_distill.upsamplers.mmd import map_mmd

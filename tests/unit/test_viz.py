@@ -7,7 +7,7 @@ from PIL import Image
 
 from radio_distill import viz
 from radio_distill.cli import main
-from radio_distill.eval.held_out import HeldOut
+from radio_distill.data.held_out import HeldOut
 from radio_distill.viz_command import draw_upsamplers
 
 

@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from ..errors import DataError
-from ..types import Result
+from .errors import DataError
+from .types import Result
 
 __all__ = ["append", "by_row", "read", "table"]
 

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from ..align import resize_map
 from ..config.recipe import Source
-from ..data.decode import BadImage, Scratch, decode, read_header
-from ..data.reading import ShardError, read_shard
-from ..data.sources import IMAGE_SUFFIXES, list_source
 from ..errors import DataError
+from .decode import BadImage, Scratch, decode, read_header
+from .reading import ShardError, read_shard
+from .sources import IMAGE_SUFFIXES, list_source
 
 __all__ = ["TOY", "HeldOut"]
 
