@@ -21,7 +21,7 @@ from .config.vlm_recipe import VlmRecipe
 from .errors import CheckpointError, RadioDistillError
 from .listing import cached_weights, how_to_get, hub_id, local_weights, make_table, wide_console
 from .paths import cache_dir, data_path, expand
-from .train.run import run_path
+from .runs import run_path
 
 __all__ = ["Finding", "examine_machine", "examine_recipe", "main", "refuse_if_missing"]
 
@@ -90,7 +90,7 @@ def examine_machine() -> Iterator[Finding]:
 
 def examine_recipe(recipe: AnyRecipe) -> Iterator[Finding]:
     """What the recipe asks for: teachers, upsamplers, start, balancers, images, packages, disk."""
-    from .train.checkpoint import latest
+    from .runs import latest
 
     resumed = latest(run_path(recipe))
     cards = cards_of(recipe) if isinstance(recipe, Recipe) else {recipe.teacher: load_card(recipe.teacher)}
@@ -147,7 +147,7 @@ def _start(recipe: Recipe) -> Iterator[Finding]:
         return
     source = Path(expand(start.source))
     if start.kind == "run":
-        from .train.checkpoint import latest
+        from .runs import latest
 
         found, advice = latest(source), f"no checkpoint in {source}; train that stage first"
     elif found := next((path for path in (source, data_path("recipes") / source) if path.exists()), None):

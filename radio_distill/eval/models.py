@@ -216,7 +216,7 @@ BUILDERS: dict[str, Builder] = {
 
 def _artifact(path: Path, name: str) -> tuple[Path, str]:
     """Where a run's student lies, and its label with the step."""
-    from ..train.checkpoint import artifact_folder, read_meta
+    from ..runs import artifact_folder, read_meta
 
     folder = artifact_folder(path)
     if folder == path:

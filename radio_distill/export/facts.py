@@ -110,7 +110,7 @@ def facts_of_export(path: Path) -> Facts:
 
 def facts_of_run(checkpoint: Path) -> Facts:
     """What the run of a checkpoint tells."""
-    from ..train.checkpoint import latest, read_meta
+    from ..runs import latest, read_meta
 
     run, step = checkpoint.parent.parent, read_meta(checkpoint).step
     recipes, start = _recipes(run)

@@ -31,7 +31,7 @@ def load_student(path: str | Path) -> Student:
 
 
 def _from_folder(folder: Path) -> Student:
-    from ..train.checkpoint import artifact_folder
+    from ..runs import artifact_folder
 
     if (folder / "provenance.json").is_file():
         made = json.loads((folder / "provenance.json").read_text())["format"]

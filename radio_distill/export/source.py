@@ -40,7 +40,7 @@ def open_source(path: Path, adaptors: Sequence[str] | None = None) -> Source:
 
 def _checkpoint(path: Path) -> Path | None:
     """The checkpoint of a run that `path` is or is part of, or the run's newest; None when it is something else."""
-    from ..train.checkpoint import latest
+    from ..runs import latest
 
     if not path.is_dir():
         return None

@@ -38,7 +38,7 @@ def to_timm(student: Student) -> dict[str, Tensor]:
 
 def main(run: str, path: str) -> None:
     """Write the trunk of a run's student as fp16."""
-    from ..train.checkpoint import artifact_folder
+    from ..runs import artifact_folder
 
     tensors = to_timm(load_student(artifact_folder(Path(run))))
     save_file({key: x.to(torch.float16).contiguous() for key, x in tensors.items()}, Path(path), {"licence": "Apache-2.0"})

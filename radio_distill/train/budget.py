@@ -15,8 +15,8 @@ from ..config.recipe import Recipe
 from ..config.upsampler_recipe import AnyRecipe, UpsamplerRecipe
 from ..config.vlm_recipe import VlmRecipe
 from ..errors import RecipeError
+from ..runs import run_path
 from .memory import teacher_parameters
-from .run import run_path
 
 __all__ = ["GIB", "GPUS", "RESERVE_GIB", "Budget", "Machine", "TeacherPlan", "budget", "fit_micro_batch", "machine", "to_json"]
 

@@ -17,9 +17,9 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -28,71 +28,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..errors import CheckpointError
+from ..runs import Meta
 from .integrity import record
 
-__all__ = [
-    "Meta",
-    "latest",
-    "latest_of_all",
-    "write",
-    "read_meta",
-    "read_rank",
-    "read_rank_tensors",
-    "artifact_folder",
-    "check_space",
-]
+__all__ = ["write", "read_rank", "read_rank_tensors", "check_space"]
 
 log = logging.getLogger(__name__)
 
 SPACE_MARGIN = 1.2
 """A save needs this many times the size of the last one (or of the estimate) free on the disk."""
-
-
-@dataclass(frozen=True)
-class Meta:
-    """What a checkpoint is, in `meta.json`."""
-
-    step: int
-    world_size: int
-    zero: int
-    recipe: str
-    artifact: str
-    """Folder of the exported weights, inside the checkpoint."""
-
-
-def latest(run: Path) -> Path | None:
-    """The newest complete checkpoint of a run; None when there is none.
-
-    `latest` names it; when that one is damaged or gone the newest other complete one is taken, and the log says so.
-    """
-    folder = run / "checkpoints"
-    pointer = folder / "latest"
-    named = pointer.read_text().strip() if pointer.exists() else ""
-    if named and (folder / named / "meta.json").is_file():
-        return folder / named
-    complete = sorted(p.parent for p in folder.glob("step-*/meta.json"))
-    if named:
-        other = f"using {complete[-1].name}" if complete else "there is no other one"
-        log.warning("checkpoint %s is missing or incomplete; %s", folder / named, other)
-    return complete[-1] if complete else None
-
-
-def latest_of_all(runs: Sequence[Path]) -> list[Path | None]:
-    """The newest complete checkpoint of the first run, and those of the same step of the runs that make its steps with it.
-
-    Raises CheckpointError when one of them has none of that step.
-    """
-    first = latest(runs[0])
-    if first is None:
-        return [None] * len(runs)
-    found = [first, *(run / "checkpoints" / first.name for run in runs[1:])]
-    missing = next((path for path in found if not (path / "meta.json").is_file()), None)
-    if missing is not None:
-        raise CheckpointError(
-            f"{missing} is missing, and the students of a recipe go on together from {first.name}; put it back, or start a run of "
-            "its own for the others: run=ANOTHER_FOLDER start.kind=run"
-        )
-    return list(found)
 
 
 def write(
@@ -141,16 +85,6 @@ def write(
     return final
 
 
-def read_meta(checkpoint: Path) -> Meta:
-    """The checkpoint's meta.json; CheckpointError when it is not one of ours."""
-    try:
-        return Meta(**json.loads((checkpoint / "meta.json").read_text()))
-    except (OSError, ValueError, TypeError) as error:
-        raise CheckpointError(
-            f"{checkpoint} is not a complete checkpoint ({error}); name a run folder or another checkpoint"
-        ) from error
-
-
 def read_rank(checkpoint: Path, rank: int) -> dict[str, Any]:
     """The state that `rank` saved."""
     path = checkpoint / f"rank-{rank}.json"
@@ -165,26 +99,6 @@ def read_rank_tensors(checkpoint: Path, rank: int, *, device: str = "cpu") -> di
     """The tensors that `rank` saved; empty when it had none."""
     path = checkpoint / f"rank-{rank}.safetensors"
     return load_file(path, device=device) if path.is_file() else {}
-
-
-def artifact_folder(path: Path, kind: str = "student") -> Path:
-    """The exported student (or `upsampler`) of a run folder, of one of its checkpoints, or the folder itself.
-
-    Raises CheckpointError when there is none, or one of the other kind.
-    """
-    if (path / f"{kind}.safetensors").is_file():
-        return path
-    checkpoint = path if (path / "meta.json").is_file() else latest(path)
-    if checkpoint is None:
-        if (path / f"{kind}.json").is_file():
-            raise CheckpointError(f"{path} has {kind}.json and no weights, {kind}.safetensors; copy the whole folder")
-        raise CheckpointError(
-            f"{path} holds no checkpoint; expected a run folder (checkpoints/step-*), one of its checkpoints, or an export"
-        )
-    found = read_meta(checkpoint).artifact
-    if found != kind:
-        raise CheckpointError(f"{path} holds no {kind}: it is a run whose checkpoints hold the {found}; name another")
-    return checkpoint / found
 
 
 def check_space(run: Path, estimate_bytes: int) -> None:

@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from types import TracebackType
 
 from ..config.load import dump, load_job, resume_conflicts
 from ..config.recipe import Job
 from ..errors import CheckpointError
-from ..paths import expand
+from ..runs import run_path
 from .integrity import set_damaged_aside
 from .lock import RunLock
 from .status import start_status, write_status
 
-__all__ = ["RunFolder", "run_path"]
-
-
-def run_path(recipe: Job) -> Path:
-    """Where the run of a recipe lies: `run`, or runs/NAME."""
-    return Path(expand(recipe.run or f"runs/{recipe.name}"))
+__all__ = ["RunFolder"]
 
 
 class RunFolder:

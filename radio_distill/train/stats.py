@@ -11,8 +11,8 @@ from pathlib import Path
 from ..balance import Balancer, save_balancers
 from ..config.load import load_recipe
 from ..errors import RecipeError
+from ..runs import run_path
 from . import agree, distributed
-from .run import run_path
 from .serve import run_ranks
 from .setup import build_parts, gather_balancers
 

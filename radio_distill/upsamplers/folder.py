@@ -101,7 +101,7 @@ def load_upsampler(path: str | Path) -> SavedUpsampler:
 
     Raises CheckpointError when there is none, or when tensors are missing (such as the buffers of PHI-S).
     """
-    from ..train.checkpoint import artifact_folder
+    from ..runs import artifact_folder
 
     folder = artifact_folder(Path(expand(str(path))), "upsampler")
     facts = _facts(folder)
@@ -123,7 +123,7 @@ def load_upsampler(path: str | Path) -> SavedUpsampler:
 
 def read_network(path: Path) -> Network:
     """The network of an upsampler, without its weights. Raises CheckpointError when there is none."""
-    from ..train.checkpoint import artifact_folder
+    from ..runs import artifact_folder
 
     return Network(**_facts(artifact_folder(path, "upsampler"))["network"])
 

@@ -177,7 +177,7 @@ def save_vlm(vlm: Vlm, folder: Path, *, state: Mapping[str, Tensor] | None = Non
 
 def vlm_folder(path: str | Path) -> Path:
     """The folder of the VLM that a run's newest checkpoint holds, or the folder itself. Raises CheckpointError."""
-    from ..train.checkpoint import artifact_folder
+    from ..runs import artifact_folder
 
     folder = Path(expand(str(path)))
     return folder if (folder / "config.json").is_file() else artifact_folder(folder, "vlm")

@@ -10,8 +10,7 @@ from ..doctor import Finding
 from ..errors import RadioDistillError
 from ..export.load import load_student
 from ..paths import expand
-from ..train.checkpoint import latest
-from ..train.run import run_path
+from ..runs import latest, run_path
 from .conversations import read_conversations
 from .model import vlm_folder
 from .tiles import open_image

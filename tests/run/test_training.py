@@ -18,8 +18,8 @@ from radio_distill.balance import load_balancers
 from radio_distill.config.load import load_card, load_recipe
 from radio_distill.errors import CheckpointError
 from radio_distill.paths import shipped
+from radio_distill.runs import latest
 from radio_distill.toyworld import render_images
-from radio_distill.train.checkpoint import latest
 from radio_distill.train.preempt import STOPPED
 from radio_distill.train.run import RunFolder
 

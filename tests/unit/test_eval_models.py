@@ -13,12 +13,12 @@ from radio_distill.config.load import load_card
 from radio_distill.config.recipe import Student as Spec
 from radio_distill.errors import CheckpointError, RadioDistillError, TeacherError
 from radio_distill.eval.models import load_model, open_model, open_models
+from radio_distill.runs import Meta
 from radio_distill.student.arch import AdaptorSlot
 from radio_distill.student.checkpoints import save_student
 from radio_distill.student.keys import to_reference
 from radio_distill.student.student import build_student
 from radio_distill.teachers.base import load_teacher
-from radio_distill.train.checkpoint import Meta
 from radio_distill.types import VisionModel, VisionOutput
 
 TINY = {"embed_dim": 32, "depth": 2, "num_heads": 2, "patch_size": 4}

@@ -6,7 +6,7 @@ import pytest
 
 from radio_distill.config.load import load_recipe, load_upsampler_recipe, load_vlm_recipe
 from radio_distill.errors import CheckpointError, RecipeError
-from radio_distill.train.checkpoint import latest_of_all
+from radio_distill.runs import latest_of_all
 
 B = "students.b={model: vit_base_patch16_224, start: {kind: run, source: runs/other/students/b}}"
 

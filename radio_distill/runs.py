@@ -1,0 +1,102 @@
+"""Run folders as anyone may read them: where a recipe's run lies, which checkpoint is its newest, what that holds.
+
+Writing them is the business of `train/`; this file needs no DeepSpeed and no PyTorch.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from .config.recipe import Job
+from .errors import CheckpointError
+from .paths import expand
+
+__all__ = ["Meta", "artifact_folder", "latest", "latest_of_all", "read_meta", "run_path"]
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Meta:
+    """What a checkpoint is, in `meta.json`."""
+
+    step: int
+    world_size: int
+    zero: int
+    recipe: str
+    artifact: str
+    """Folder of the exported weights, inside the checkpoint."""
+
+
+def latest(run: Path) -> Path | None:
+    """The newest complete checkpoint of a run; None when there is none.
+
+    `latest` names it; when that one is damaged or gone the newest other complete one is taken, and the log says so.
+    """
+    folder = run / "checkpoints"
+    pointer = folder / "latest"
+    named = pointer.read_text().strip() if pointer.exists() else ""
+    if named and (folder / named / "meta.json").is_file():
+        return folder / named
+    complete = sorted(p.parent for p in folder.glob("step-*/meta.json"))
+    if named:
+        other = f"using {complete[-1].name}" if complete else "there is no other one"
+        log.warning("checkpoint %s is missing or incomplete; %s", folder / named, other)
+    return complete[-1] if complete else None
+
+
+def latest_of_all(runs: Sequence[Path]) -> list[Path | None]:
+    """The newest complete checkpoint of the first run, and those of the same step of the runs that make its steps with it.
+
+    Raises CheckpointError when one of them has none of that step.
+    """
+    first = latest(runs[0])
+    if first is None:
+        return [None] * len(runs)
+    found = [first, *(run / "checkpoints" / first.name for run in runs[1:])]
+    missing = next((path for path in found if not (path / "meta.json").is_file()), None)
+    if missing is not None:
+        raise CheckpointError(
+            f"{missing} is missing, and the students of a recipe go on together from {first.name}; put it back, or start a run of "
+            "its own for the others: run=ANOTHER_FOLDER start.kind=run"
+        )
+    return list(found)
+
+
+def read_meta(checkpoint: Path) -> Meta:
+    """The checkpoint's meta.json; CheckpointError when it is not one of ours."""
+    try:
+        return Meta(**json.loads((checkpoint / "meta.json").read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(
+            f"{checkpoint} is not a complete checkpoint ({error}); name a run folder or another checkpoint"
+        ) from error
+
+
+def artifact_folder(path: Path, kind: str = "student") -> Path:
+    """The exported student (or `upsampler`) of a run folder, of one of its checkpoints, or the folder itself.
+
+    Raises CheckpointError when there is none, or one of the other kind.
+    """
+    if (path / f"{kind}.safetensors").is_file():
+        return path
+    checkpoint = path if (path / "meta.json").is_file() else latest(path)
+    if checkpoint is None:
+        if (path / f"{kind}.json").is_file():
+            raise CheckpointError(f"{path} has {kind}.json and no weights, {kind}.safetensors; copy the whole folder")
+        raise CheckpointError(
+            f"{path} holds no checkpoint; expected a run folder (checkpoints/step-*), one of its checkpoints, or an export"
+        )
+    found = read_meta(checkpoint).artifact
+    if found != kind:
+        raise CheckpointError(f"{path} holds no {kind}: it is a run whose checkpoints hold the {found}; name another")
+    return checkpoint / found
+
+
+def run_path(recipe: Job) -> Path:
+    """Where the run of a recipe lies: `run`, or runs/NAME."""
+    return Path(expand(recipe.run or f"runs/{recipe.name}"))
