@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from .errors import RadioDistillError, RecipeError
+from .errors import RecipeError, run_and_report
 
-__all__ = ["main", "run_and_report"]
+__all__ = ["main"]
 
 TABLES = ("teachers", "recipes", "upsamplers", "vlms", "students")
 
@@ -31,23 +30,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments.overrides = rest
     logging.basicConfig(level=logging.DEBUG if arguments.verbose else logging.INFO, format="%(message)s", stream=sys.stderr)
     return run_and_report(lambda: HANDLERS[arguments.command](arguments), verbose=arguments.verbose)
-
-
-def run_and_report(command: Callable[[], int], *, verbose: bool = False) -> int:
-    """Call `command`; an error that the user can mend is printed without a traceback (`verbose`: with) and gives 2."""
-    try:
-        return command()
-    except RadioDistillError as error:
-        if verbose:
-            logging.getLogger(__name__).exception("traceback of the error below")
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr, flush=True)
-        return 130
-    except BrokenPipeError:  # the reader of our output (`| head`) went away
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
 
 
 def _parser() -> argparse.ArgumentParser:

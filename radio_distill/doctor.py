@@ -11,7 +11,6 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
 
 from .config.cards import TeacherCard
 from .config.load import cards_of, kind_of, list_recipes, load_any, load_card, load_upsampler_recipe, load_vlm_recipe
@@ -22,27 +21,19 @@ from .errors import CheckpointError, RadioDistillError
 from .listing import cached_weights, how_to_get, hub_id, local_weights, make_table, wide_console
 from .paths import cache_dir, data_path, expand
 from .runs import run_path
+from .types import Finding
 
-__all__ = ["Finding", "examine_machine", "examine_recipe", "main", "refuse_if_missing"]
+__all__ = ["examine_machine", "examine_recipe", "main", "refuse_if_missing"]
 
 PACKAGES = ("torch", "torchvision", "deepspeed", "timm", "open_clip_torch", "transformers", "webdataset", "pydantic")
 VARIABLES = ("HF_HOME", "HF_HUB_OFFLINE", "WANDB_MODE", "CUDA_VISIBLE_DEVICES", "DS_ACCELERATOR", "OMP_NUM_THREADS")
-
-
-class Finding(NamedTuple):
-    """One line of the report."""
-
-    what: str
-    text: str
-    missing: bool = False
-    """True when the recipe cannot run without it; `text` then says what to do."""
 
 
 def main(recipe: str | None, overrides: Sequence[str] = ()) -> int:
     """Print the findings; 1 when something is missing that the recipe needs, else 0."""
     findings = list(examine_machine())
     if recipe is not None and kind_of(recipe) is VlmRecipe:
-        from .vlm.needs import examine_vlm
+        from .doctor_vlm import examine_vlm
 
         of_vlm = load_vlm_recipe(recipe, overrides)
         findings += [*examine_vlm(of_vlm), *_packages(of_vlm)]

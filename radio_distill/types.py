@@ -11,7 +11,19 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 if TYPE_CHECKING:
     from torch import Tensor, device
 
-__all__ = ["CLIP_MEAN", "CLIP_STD", "VisionOutput", "VisionModel", "View", "Batch", "Target", "Targets", "Losses", "Result"]
+__all__ = [
+    "CLIP_MEAN",
+    "CLIP_STD",
+    "VisionOutput",
+    "VisionModel",
+    "View",
+    "Batch",
+    "Target",
+    "Targets",
+    "Losses",
+    "Result",
+    "Finding",
+]
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -138,3 +150,12 @@ class Result:
     """The model with a digest of its weights."""
     precision: str = ""
     """What forward passes computed in: fp32 or bf16."""
+
+
+class Finding(NamedTuple):
+    """One line of what `radio-distill doctor` reports."""
+
+    what: str
+    text: str
+    missing: bool = False
+    """True when the recipe cannot run without it; `text` then says what to do."""

@@ -241,6 +241,6 @@ FUNCTIONS: dict[str, tuple[Function, tuple[str, ...]]] = {
 
 
 if __name__ == "__main__":
-    from ..cli import run_and_report
+    from ..errors import run_and_report
 
     sys.exit(run_and_report(main))

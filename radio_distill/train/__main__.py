@@ -24,7 +24,7 @@ def main(argv: list[str]) -> int:
 
 def run_rank(train: Callable[[], int]) -> int:
     """Run a training in this process; only rank 0 logs more than warnings."""
-    from ..cli import run_and_report
+    from ..errors import run_and_report
 
     is_main = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
     logging.basicConfig(level=logging.INFO if is_main else logging.WARNING, format="%(message)s", stream=sys.stderr)

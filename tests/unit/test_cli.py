@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from radio_distill import cli
-from radio_distill.cli import HANDLERS, main, run_and_report
-from radio_distill.errors import DataError
+from radio_distill.cli import HANDLERS, main
+from radio_distill.errors import DataError, run_and_report
 
 
 def test_help_imports_neither_torch_nor_pydantic():

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..config.vlm_recipe import FromParts, VlmRecipe
-from ..doctor import Finding
-from ..errors import RadioDistillError
-from ..export.load import load_student
-from ..paths import expand
-from ..runs import latest, run_path
-from .conversations import read_conversations
-from .model import vlm_folder
-from .tiles import open_image
+from .config.vlm_recipe import FromParts, VlmRecipe
+from .errors import RadioDistillError
+from .export.load import load_student
+from .paths import expand
+from .runs import latest, run_path
+from .types import Finding
+from .vlm.conversations import read_conversations
+from .vlm.model import vlm_folder
+from .vlm.tiles import open_image
 
 __all__ = ["examine_vlm"]
 
