@@ -3,6 +3,8 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from .version import __version__
+
 if TYPE_CHECKING:
     from .config.load import load_card
     from .export.load import load_student
@@ -11,8 +13,6 @@ if TYPE_CHECKING:
     from .upsamplers.upsampled import Upsampled
 
 __all__ = ["Upsampled", "__version__", "load_card", "load_student", "load_teacher", "load_upsampler"]
-
-__version__ = "0.1.0"
 
 LIBRARY = {
     "Upsampled": "upsamplers.upsampled",

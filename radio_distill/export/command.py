@@ -176,7 +176,7 @@ def _fill(
 
 def _provenance(source: Source, form: str, dtype: str) -> dict[str, Any]:
     """Where the weights come from, without anybody's paths."""
-    from .. import __version__
+    from ..version import __version__
 
     return {
         "format": form,

@@ -179,6 +179,6 @@ def _fill(module: nn.Module, tensors: dict[str, Tensor], folder: Path) -> None:
 
 def provenance(*, recipe: str, step: int, images: int) -> dict[str, Any]:
     """Where weights come from."""
-    from .. import __version__
+    from ..version import __version__
 
     return {"recipe": recipe, "step": step, "images": images, "radio_distill": __version__, "torch": torch.__version__}
