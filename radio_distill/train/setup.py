@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from ..balance import Balancer, load_balancers
+from ..balance.window import StatisticsWindow
 from ..config.cards import TeacherCard
 from ..config.load import cards_of
 from ..config.mosaic import images_per_mosaic
@@ -32,7 +33,6 @@ from .distributed import World
 from .partition import Assignment, assign
 from .remote import RemoteTeachers
 from .run import RunFolder
-from .statistics import StatisticsWindow
 from .streams import Streams
 from .watchdog import watch
 
@@ -65,7 +65,7 @@ def build_parts(recipe: Recipe, world: World, *, weights: Weights = "pretrained"
     sizes = {name: (card.input.size, card.input.patch) for name, card in encoder.cards.items()}
     specs = {name: view_specs(recipe, partition, sizes, patch) for name, partition in recipe.partitions.items()}
     service = TeacherService(recipe, encoder, student_patch=patch)
-    window = StatisticsWindow(recipe.balance, encoder.cards, world)
+    window = StatisticsWindow(recipe.balance, encoder.cards, world.device)
     return Parts(service, window, assignment, Streams(recipe, assignment, world.rank, specs))
 
 

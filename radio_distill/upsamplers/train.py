@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from .. import viz
 from ..align import resize_map
 from ..balance import Balancer, load_balancers, save_balancers
+from ..balance.window import StatisticsWindow
 from ..config.load import load_card
 from ..config.upsampler_recipe import VIEWS, UpsamplerRecipe
 from ..data.jitter import draw_matrices, warp_views
@@ -34,7 +35,6 @@ from ..train.loop import mean_step, train_one
 from ..train.partition import assign
 from ..train.run import RunFolder
 from ..train.snapshot import resume
-from ..train.statistics import StatisticsWindow
 from ..train.streams import Streams, forwards
 from ..train.training import Training
 from ..train.watchdog import watch
@@ -224,7 +224,7 @@ def statistics(recipe: UpsamplerRecipe, world: distributed.World, parts: Parts) 
     name, card = "teacher", parts.teacher.card
     if recipe.balance.path:
         return load_balancers(Path(expand(recipe.balance.path)), {card.name: card.output.features})[card.name]
-    window = StatisticsWindow(recipe.balance, {name: parts.teacher.card}, world)
+    window = StatisticsWindow(recipe.balance, {name: parts.teacher.card}, world.device)
     encode = chunked(parts.teacher, recipe.chunk)
     parts.streams.open({})
     for step in range(recipe.balance.window):

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
-from ..balance import Balancer, Dispersion, Moments, fit_on_first_rank
 from ..config.cards import TeacherCard
 from ..config.recipe import Balance
 from ..types import VisionOutput
-from .distributed import World
+from . import Balancer, Dispersion, Moments, fit_on_first_rank
 
 __all__ = ["StatisticsWindow"]
 
@@ -22,10 +22,10 @@ __all__ = ["StatisticsWindow"]
 class StatisticsWindow:
     """Moments of features and angular dispersion of summaries, by teacher."""
 
-    def __init__(self, spec: Balance, cards: dict[str, TeacherCard], world: World) -> None:
+    def __init__(self, spec: Balance, cards: dict[str, TeacherCard], device: torch.device) -> None:
         self.spec = spec
         self._outputs = {name: card.output for name, card in cards.items()}
-        self._device = world.device
+        self._device = device
         self.clear()
 
     def clear(self) -> None:
