@@ -7,7 +7,7 @@ from .version import __version__
 
 if TYPE_CHECKING:
     from .config.load import load_card
-    from .export.load import load_student
+    from .student.load import load_student
     from .teachers.base import load_teacher
     from .upsamplers.folder import load_upsampler
     from .upsamplers.upsampled import Upsampled

@@ -140,7 +140,7 @@ def _steps(run: Path) -> int:
 
 def _evaluate(folder: Path) -> None:
     """Score teachers and students, two at a time."""
-    from .eval.__main__ import append, read, table
+    from .results import append, read, table
 
     path, last = folder / "results.jsonl", folder / "stage3"
     rows = [(f"random:{last}", "untrained student", 96)]

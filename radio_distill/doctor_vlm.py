@@ -7,9 +7,9 @@ from pathlib import Path
 
 from .config.vlm_recipe import FromParts, VlmRecipe
 from .errors import RadioDistillError
-from .export.load import load_student
 from .paths import expand
 from .runs import latest, run_path
+from .student.load import load_student
 from .types import Finding
 from .vlm.conversations import read_conversations
 from .vlm.model import vlm_folder

@@ -182,7 +182,7 @@ def _shown(source: str) -> str:
 
 def _results(run: Path, step: int, is_newest: bool) -> tuple[Result, ...]:
     """The results of this run in its own results.jsonl and in that of the folder of runs, the last of each kind."""
-    from ..eval.__main__ import read
+    from ..results import read
 
     last: dict[tuple[str, str, str, int], Result] = {}
     for folder in (run.parent, run):

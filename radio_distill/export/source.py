@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import CheckpointError
+from ..student.load import load_student
+from ..student.plain import choose_adaptors, fold_layer_scale
 from ..student.student import Student
 from .facts import Facts, facts_of_export, facts_of_run
-from .load import load_student
-from .plain import choose_adaptors, fold_layer_scale
 
 __all__ = ["Source", "open_source"]
 

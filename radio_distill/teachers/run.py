@@ -27,7 +27,7 @@ def build(card: TeacherCard, weights: Weights) -> nn.Module:
 
     Raises TeacherError when the source is no folder with a student.
     """
-    from ..export.load import load_student
+    from ..student.load import load_student
     from ..student.student import Student
 
     read_params(card, FamilyParams)

@@ -25,10 +25,10 @@ from transformers.models.llava.processing_llava import LlavaProcessor
 
 from ..config.vlm_recipe import FromParts
 from ..errors import CheckpointError, RecipeError
-from ..export.load import load_student
-from ..export.plain import choose_adaptors
 from ..paths import expand
 from ..student.arch import StudentArch
+from ..student.load import load_student
+from ..student.plain import choose_adaptors
 from ..types import CLIP_MEAN
 from .prompt import IMAGE, VICUNA, Turn, render, with_images
 from .tiles import views

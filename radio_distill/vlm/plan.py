@@ -15,10 +15,10 @@ from transformers import AutoConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from ..config.vlm_recipe import FromParts, VlmRecipe
 from ..errors import RecipeError
-from ..export.load import load_student
-from ..export.plain import choose_adaptors
 from ..paths import expand
 from ..student.arch import StudentArch
+from ..student.load import load_student
+from ..student.plain import choose_adaptors
 from ..train.budget import GIB, RESERVE_GIB, Budget, budget, fit_micro_batch, machine
 from ..train.cost import trunk_flops
 from .lora import add_lora

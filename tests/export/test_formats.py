@@ -11,10 +11,10 @@ import radio_distill
 from radio_distill.errors import CheckpointError
 from radio_distill.export.command import export
 from radio_distill.export.layout import model_name, reference_args
-from radio_distill.export.plain import fold_layer_scale
 from radio_distill.student.arch import TrunkArch
 from radio_distill.student.checkpoints import load_reference
 from radio_distill.student.names import SIZES as NAMES
+from radio_distill.student.plain import fold_layer_scale
 from radio_distill.student.student import Student
 
 

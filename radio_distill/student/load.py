@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 
 from ..errors import CheckpointError
-from ..student.checkpoints import load_reference, open_student
-from ..student.student import Student
+from .checkpoints import load_reference, open_student
+from .student import Student
 
 __all__ = ["load_student"]
 

@@ -11,8 +11,8 @@ from dataclasses import replace
 from torch import Tensor
 
 from ..errors import CheckpointError
-from ..student.reference import student_from_arch
-from ..student.student import Student
+from .reference import student_from_arch
+from .student import Student
 
 __all__ = ["choose_adaptors", "fold_layer_scale"]
 
