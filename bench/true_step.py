@@ -20,8 +20,8 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 from radio_distill.config.load import load_recipe
+from radio_distill.plan.cost import partition_cost
 from radio_distill.train import distributed
-from radio_distill.train.cost import partition_cost
 from radio_distill.train.loop import prepare, train_step
 from radio_distill.train.run import RunFolder
 from radio_distill.train.setup import build_parts, build_start

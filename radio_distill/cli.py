@@ -189,16 +189,16 @@ def _plan(arguments: argparse.Namespace) -> int:
     from .config.load import kind_of, load_any, load_vlm_recipe
     from .config.upsampler_recipe import UpsamplerRecipe
     from .config.vlm_recipe import VlmRecipe
-    from .train.budget import to_json
-    from .train.plan import plan
-    from .train.plan_text import render, render_upsampler, render_vlm
-    from .train.plan_upsampler import plan_upsampler
-    from .train.scale import Cluster
+    from .plan.budget import to_json
+    from .plan.scale import Cluster
+    from .plan.stage import plan
+    from .plan.text import render, render_upsampler, render_vlm
+    from .plan.upsampler import plan_upsampler
 
     nodes, gpus = arguments.nodes, arguments.gpus or (8 if arguments.nodes else 1)
     settings = {"world_size": gpus * (nodes or 1), "gpu": arguments.gpu, "utilisation": arguments.utilisation}
     if kind_of(arguments.recipe) is VlmRecipe:
-        from .vlm.plan import plan_vlm
+        from .plan.vlm import plan_vlm
 
         of_vlm = plan_vlm(load_vlm_recipe(arguments.recipe, arguments.overrides), **settings)
         print(to_json(of_vlm) if arguments.json else render_vlm(of_vlm))

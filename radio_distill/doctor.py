@@ -190,9 +190,9 @@ def _packages(recipe: Job) -> Iterator[Finding]:
 
 
 def _disk(recipe: AnyRecipe) -> Finding:
-    from .train.cost import student_of
-    from .train.memory import checkpoint_bytes
-    from .train.plan_upsampler import plan_upsampler
+    from .plan.memory import checkpoint_bytes
+    from .plan.upsampler import plan_upsampler
+    from .student.names import student_of
 
     folder = run_path(recipe)
     free = _free_gib(folder)

@@ -14,7 +14,7 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from ..train.cost import count_flops
+from ..plan.cost import count_flops
 from ..types import Result
 from .encode import Resize, precision
 from .models import Opened

@@ -1,4 +1,4 @@
-"""The few numbers of a transformer from which its FLOPs, parameters and activations follow (`train/cost.py`)."""
+"""The few numbers of a transformer from which its FLOPs, parameters and activations follow (`plan/cost.py`)."""
 
 from __future__ import annotations
 

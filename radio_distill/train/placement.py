@@ -9,11 +9,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..config.recipe import Dedicated, Recipe
+from ..config.recipe import Dedicated
 from ..errors import RecipeError
-from .cost import partition_cost
 
-__all__ = ["Place", "place_of", "share_teachers", "student_ranks", "teacher_costs"]
+__all__ = ["Place", "place_of", "share_teachers", "student_ranks"]
 
 
 @dataclass(frozen=True)
@@ -63,15 +62,6 @@ def student_ranks(placement: object, world_size: int) -> int:
         return world_size
     place = place_of(placement, 0, world_size)
     return place.blocks * place.students
-
-
-def teacher_costs(recipe: Recipe) -> dict[str, float]:
-    """FLOP of one step by teacher, over all images."""
-    costs = dict.fromkeys(recipe.teachers, 0.0)
-    for name, partition in recipe.partitions.items():
-        for teacher, flop in partition_cost(recipe, name).teachers.items():
-            costs[teacher] += flop * partition.images
-    return costs
 
 
 def share_teachers(costs: dict[str, float], ranks: int) -> list[tuple[str, ...]]:

@@ -15,10 +15,11 @@ from torch import Tensor
 
 from ..config.load import cards_of
 from ..config.recipe import Recipe
+from ..plan.cost import teacher_costs
 from ..types import Batch, View, VisionOutput
 from . import preempt
 from .bridge import Bridge, Message, Sent
-from .placement import share_teachers, teacher_costs
+from .placement import share_teachers
 
 __all__ = ["RemoteTeachers", "pack_request", "pack_reply", "unpack_request"]
 

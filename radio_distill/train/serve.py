@@ -12,10 +12,11 @@ from typing import Any
 import torch
 
 from ..config.recipe import Dedicated, Job, Recipe
+from ..plan.cost import teacher_costs
 from ..teachers.bank import TeacherBank, Timers
 from . import distributed, preempt
 from .bridge import Bridge, Message, Sent
-from .placement import share_teachers, teacher_costs
+from .placement import share_teachers
 from .remote import pack_reply, unpack_request
 from .setup import build_teachers
 from .watchdog import rest, watch, watched

@@ -20,15 +20,15 @@ from ..config.mosaic import images_per_mosaic
 from ..config.recipe import Job, Recipe, Start
 from ..errors import RecipeError
 from ..paths import expand
+from ..plan.cost import partition_cost
 from ..student.adaptors import fold_affine
-from ..student.names import student_arch
+from ..student.names import slots_of, student_arch
 from ..student.start import parametrise, start_weights
 from ..student.student import Student, build_student
 from ..teachers.bank import TeacherBank
 from ..teachers.base import Teacher, Weights, load_teacher
 from ..teachers.service import Encoder, TeacherService, name_non_finite, view_specs
 from . import agree, checkpoint
-from .cost import partition_cost, slots_of
 from .distributed import World
 from .partition import Assignment, assign
 from .remote import RemoteTeachers

@@ -1,4 +1,4 @@
-"""What an upsampler's network costs: FLOP per image and parameters, without its weights. 1 multiply-add = 2 FLOP; see train/cost.py.
+"""What an upsampler's network costs: FLOP per image and parameters, without its weights. 1 multiply-add = 2 FLOP; see plan/cost.py.
 
 Products with weights and attention count. Norms, warps, smoothing and resizes are under 1 % of them.
 """

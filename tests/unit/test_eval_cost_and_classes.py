@@ -13,8 +13,8 @@ from radio_distill.eval.report import write_report
 from radio_distill.eval.suite_tables import sections, to_markdown
 from radio_distill.eval.task import Context
 from radio_distill.eval.worst_classes import read_worst, save_worst, worst_classes
+from radio_distill.plan.cost import vit_flops
 from radio_distill.results import append
-from radio_distill.train.cost import vit_flops
 
 
 @pytest.fixture

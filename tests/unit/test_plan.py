@@ -7,10 +7,10 @@ import pytest
 from radio_distill.config.load import list_recipes, load_recipe
 from radio_distill.config.recipe import Recipe
 from radio_distill.errors import RecipeError
-from radio_distill.train.budget import GPUS, to_json
-from radio_distill.train.plan import plan
-from radio_distill.train.plan_text import render
-from radio_distill.train.scale import Cluster
+from radio_distill.plan.budget import GPUS, to_json
+from radio_distill.plan.scale import Cluster
+from radio_distill.plan.stage import plan
+from radio_distill.plan.text import render
 
 TOY = "toy/stage3"
 

@@ -10,9 +10,9 @@ from radio_distill.cli import main
 from radio_distill.config.load import list_recipes, load_upsampler_recipe
 from radio_distill.config.upsampler_recipe import UpsamplerRecipe
 from radio_distill.errors import RecipeError
-from radio_distill.train.budget import GPUS, to_json
-from radio_distill.train.plan_text import render_upsampler
-from radio_distill.train.plan_upsampler import plan_upsampler
+from radio_distill.plan.budget import GPUS, to_json
+from radio_distill.plan.text import render_upsampler
+from radio_distill.plan.upsampler import plan_upsampler
 from radio_distill.upsamplers.sharpener import Sharpener
 
 DFN = "upsampler/dfn_clip_3x"

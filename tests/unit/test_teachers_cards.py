@@ -8,10 +8,10 @@ import torch
 
 from radio_distill.config.cards import TeacherCard
 from radio_distill.config.load import load_card
+from radio_distill.plan.cost import count_flops, teacher_flops
+from radio_distill.plan.memory import teacher_parameters
 from radio_distill.teachers.base import FAMILIES, Teacher, load_teacher
 from radio_distill.teachers.sam import RelPosAttention
-from radio_distill.train.cost import count_flops, teacher_flops
-from radio_distill.train.memory import teacher_parameters
 from radio_distill.types import VisionOutput
 
 CARDS = [p.stem for p in sorted((Path(__file__).parents[2] / "teachers").glob("*.yaml")) if not p.stem.startswith("toy_")]

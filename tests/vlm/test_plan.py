@@ -8,9 +8,9 @@ import torch
 from radio_distill.cli import main
 from radio_distill.config.load import load_vlm_recipe
 from radio_distill.errors import RecipeError
-from radio_distill.train.cost import count_flops
+from radio_distill.plan.cost import count_flops
+from radio_distill.plan.vlm import plan_vlm
 from radio_distill.vlm.model import Vlm, save_vlm
-from radio_distill.vlm.plan import plan_vlm
 
 
 @pytest.fixture

@@ -6,12 +6,12 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from .budget import Budget, TeacherPlan
-from .plan import PartitionPlan, Plan
-from .plan_upsampler import UpsamplerPlan
 from .scale import ScalePlan
+from .stage import PartitionPlan, Plan
+from .upsampler import UpsamplerPlan
 
 if TYPE_CHECKING:
-    from ..vlm.plan import VlmPlan
+    from .vlm import VlmPlan
 
 __all__ = ["render", "render_upsampler", "render_vlm"]
 

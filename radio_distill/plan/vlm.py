@@ -1,6 +1,6 @@
 """`radio-distill plan` of a VLM's recipe: what its training costs. Shapes come from the folders of its parts.
 
-Arithmetic as in train/plan.py. Conversations are taken as `data.max_length` tokens long, so that time and memory are upper bounds.
+Arithmetic as in plan/stage.py. Conversations are taken as `data.max_length` tokens long, so that time and memory are upper bounds.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from ..paths import expand
 from ..student.arch import StudentArch
 from ..student.load import load_student
 from ..student.plain import choose_adaptors
-from ..train.budget import GIB, RESERVE_GIB, Budget, budget, fit_micro_batch, machine
-from ..train.cost import trunk_flops
-from .lora import add_lora
-from .model import join_configs, text_config, tower_config, vlm_folder
-from .tower import StudentTowerConfig
+from ..vlm.lora import add_lora
+from ..vlm.model import join_configs, text_config, tower_config, vlm_folder
+from ..vlm.tower import StudentTowerConfig
+from .budget import GIB, RESERVE_GIB, Budget, budget, fit_micro_batch, machine
+from .cost import trunk_flops
 
 __all__ = ["VlmPlan", "plan_vlm"]
 

@@ -22,8 +22,8 @@ from ..config.recipe import Debias, Recipe, TeacherView, Trained
 from ..config.upsampler import Network
 from ..errors import CheckpointError
 from ..paths import expand
-from ..student.arch import AdaptorSlot, HeadArch, StudentArch, TrunkArch
-from ..student.names import student_arch
+from ..student.arch import HeadArch, TrunkArch
+from ..student.names import student_of
 from ..teachers.arch import Arch
 from ..teachers.base import load_teacher
 from ..upsamplers.cost import network_flops
@@ -35,12 +35,11 @@ __all__ = [
     "count_flops",
     "head_flops",
     "partition_cost",
-    "slots_of",
-    "student_of",
     "teacher_flops",
     "teacher_images",
     "trained_network",
     "vit_flops",
+    "teacher_costs",
 ]
 
 
@@ -113,17 +112,6 @@ def partition_cost(recipe: Recipe, partition: str) -> PartitionCost:
         ema_forward=student if recipe.loss.mesa.weight > 0 else 0.0,
         passes=4 if recipe.student.grad_checkpointing else 3,
     )
-
-
-def student_of(recipe: Recipe) -> StudentArch:
-    """The architecture of the student that the recipe trains."""
-    return student_arch(recipe.student, slots_of(recipe))
-
-
-def slots_of(recipe: Recipe) -> list[AdaptorSlot]:
-    """One adaptor per teacher, in the recipe's order."""
-    outputs = {name: card.output for name, card in cards_of(recipe).items()}
-    return [AdaptorSlot(name, out.summary, out.features, use_summary=out.summary is not None) for name, out in outputs.items()]
 
 
 def trunk_flops(trunk: TrunkArch, grid: int) -> float:
@@ -227,3 +215,12 @@ def trained_network(spec: Trained) -> Network:
         return read_network(folder)
     except CheckpointError:
         return Network(kind=spec.kind, factor=spec.factor)
+
+
+def teacher_costs(recipe: Recipe) -> dict[str, float]:
+    """FLOP of one step by teacher, over all images."""
+    costs = dict.fromkeys(recipe.teachers, 0.0)
+    for name, partition in recipe.partitions.items():
+        for teacher, flop in partition_cost(recipe, name).teachers.items():
+            costs[teacher] += flop * partition.images
+    return costs

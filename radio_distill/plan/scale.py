@@ -11,10 +11,10 @@ from typing import Protocol
 
 from ..config.cards import TeacherCard
 from ..config.recipe import Dedicated, Recipe
+from ..student.names import student_of
+from ..train.placement import student_ranks
 from .budget import Machine
-from .cost import student_of
 from .memory import head_parameters, trunk_parameters
-from .placement import student_ranks
 
 __all__ = ["Cluster", "ScalePlan", "raw_bytes", "scale"]
 

@@ -14,6 +14,7 @@ from torch import nn
 from ..balance import identity
 from ..config.load import load_card
 from ..config.upsampler_recipe import VIEWS, UpsamplerRecipe
+from ..train.partition import assign
 from ..upsamplers.cost import downsampler_flops, network_flops, uncertainty_flops
 from ..upsamplers.folder import build_downsampler
 from ..upsamplers.map_weights import UncertaintyNet
@@ -21,7 +22,6 @@ from ..upsamplers.sharpener import Sharpener, view_factors
 from .budget import GIB, RESERVE_GIB, Budget, TeacherPlan, budget, fit_micro_batch, machine
 from .cost import teacher_flops
 from .memory import forward_bytes, teacher_parameters
-from .partition import assign
 
 __all__ = ["UpsamplerPlan", "plan_upsampler"]
 

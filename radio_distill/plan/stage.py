@@ -10,11 +10,12 @@ from ..config.load import cards_of
 from ..config.mosaic import images_per_mosaic
 from ..config.recipe import Dedicated, Recipe
 from ..errors import RecipeError
+from ..student.names import student_of
+from ..train.partition import Assignment, assign
+from ..train.placement import share_teachers, student_ranks
 from .budget import GIB, RESERVE_GIB, Budget, Machine, TeacherPlan, budget, fit_micro_batch, machine
-from .cost import PartitionCost, partition_cost, student_of
+from .cost import PartitionCost, partition_cost, teacher_costs
 from .memory import checkpoint_bytes, head_parameters, partition_bytes, state_bytes, trunk_parameters, work_bytes
-from .partition import Assignment, assign
-from .placement import share_teachers, student_ranks, teacher_costs
 from .scale import Cluster, ScalePlan, raw_bytes, scale
 
 __all__ = ["PartitionPlan", "Plan", "StudentPlan", "plan"]
