@@ -53,7 +53,7 @@ def main() -> None:
 def train(options: argparse.Namespace, method: str, seed: int, run: Path) -> None:
     """One student, unless it is there."""
     from radio_distill.config.load import load_recipe
-    from radio_distill.train.loop import train as fit
+    from radio_distill.distill.loop import train as fit
 
     overrides = [f"data.sources.demo.path={options.demo / 'scenes'}", f"run={run}", f"start.source={options.demo / 'stage2'}"]
     overrides += [f"seed={seed}", f"optim.steps={options.steps}", f"log.every={options.steps}", "log.pictures=0"]

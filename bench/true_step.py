@@ -20,12 +20,12 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 from radio_distill.config.load import load_recipe
+from radio_distill.distill.build import build_parts, build_start
+from radio_distill.distill.loop import prepare, train_step
+from radio_distill.distill.trainer import Trainer
 from radio_distill.plan.cost import partition_cost
 from radio_distill.train import distributed
-from radio_distill.train.loop import prepare, train_step
 from radio_distill.train.run import RunFolder
-from radio_distill.train.setup import build_parts, build_start
-from radio_distill.train.trainer import Trainer
 
 
 def main() -> None:

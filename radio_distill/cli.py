@@ -253,7 +253,7 @@ def _toyworld(arguments: argparse.Namespace) -> int:
 
 
 def _stats(arguments: argparse.Namespace) -> int:
-    from .train.stats import main as stats
+    from .distill.gather import main as stats
 
     return stats([arguments.recipe, *arguments.overrides])
 

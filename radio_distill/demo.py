@@ -72,7 +72,7 @@ def _statistics(folder: Path, source: Path) -> None:
     if (folder / "statistics" / "balancers").exists():
         return
     _title("statistics of the four teachers (PHI-S)")
-    from .train.stats import main as stats
+    from .distill.gather import main as stats
 
     code = stats(["toy/stage1", f"data.sources.demo.path={source}", f"run={folder / 'statistics'}", *_fast()])
     if code:
@@ -132,10 +132,10 @@ def _fast() -> list[str]:
 
 def _steps(run: Path) -> int:
     """How far a run has come."""
-    from .train import checkpoint
+    from .runs import latest, read_meta
 
-    found = checkpoint.latest(run)
-    return checkpoint.read_meta(found).step if found is not None else 0
+    found = latest(run)
+    return read_meta(found).step if found is not None else 0
 
 
 def _evaluate(folder: Path) -> None:

@@ -90,7 +90,7 @@ class Train:
             from .upsamplers.train import train_upsampler
 
             return train_upsampler(recipe)
-        from .train.loop import train
+        from .distill.loop import train
 
         return train(recipe)
 

@@ -15,7 +15,7 @@ def main(argv: list[str]) -> int:
 
     def train() -> int:
         from ..config.load import load_recipe
-        from .loop import train as fit
+        from ..distill.loop import train as fit
 
         return fit(load_recipe(argv[0], argv[1:]))
 

@@ -9,6 +9,8 @@ from ..config.load import dump, load_job, resume_conflicts
 from ..config.recipe import Job
 from ..errors import CheckpointError
 from ..runs import run_path
+from . import agree
+from .distributed import World
 from .integrity import set_damaged_aside
 from .lock import RunLock
 from .status import start_status, write_status
@@ -72,3 +74,10 @@ class RunFolder:
         temporary = path.with_suffix(".tmp")
         temporary.write_text(dump(recipe))
         os.replace(temporary, path)
+
+
+def open_run(recipe: Job, world: World) -> RunFolder:
+    """Create or check the run folder on rank 0; an error there is raised everywhere."""
+    opened: list[RunFolder] = []
+    agree.on_main(lambda: opened.append(RunFolder(recipe, is_main=True, ranks=world.size)))
+    return opened[0] if world.is_main else RunFolder(recipe, is_main=False)

@@ -15,19 +15,14 @@ from typing import Any
 
 import torch
 
-from ..balance import Balancer
 from ..data.loader import merge_positions
 from ..log.sinks import drop_metrics_after
-from ..student.adaptors import fold_affine
-from ..student.checkpoints import save_student
-from ..student.spectral import fold_state, spectral_eps
-from ..student.student import Student
+from ..runs import Meta, read_meta
 from . import agree, checkpoint
-from .ema import Ema
 from .engine import to_universal
 from .training import Training
 
-__all__ = ["save", "save_late", "resume", "export_student"]
+__all__ = ["save", "save_late", "resume"]
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +41,7 @@ def save(t: Training) -> None:
     agree.on_main(lambda: _check(t))
     path = checkpoint.write(
         t.run.path,
-        checkpoint.Meta(t.step, t.world.size, t.job.engine.zero, t.job.name, t.artifact),
+        Meta(t.step, t.world.size, t.job.engine.zero, t.job.name, t.artifact),
         rank=t.world.rank,
         barrier=agree.barrier,
         save_engine=lambda folder: t.engine.save(folder, TAG),
@@ -66,22 +61,9 @@ def _check(t: Training) -> None:
     checkpoint.check_space(t.run.path, _estimate_bytes(t))
 
 
-def export_student(student: Student, ema: Ema | None, balancers: dict[str, Balancer], folder: Path) -> None:
-    """Write the student (EMA weights where there are) with the balancers' inverse folded into its heads, fp32 on the CPU.
-
-    Its adaptors then predict the teachers' own features: no consumer needs to know about PHI-S.
-    """
-    state = student.state_dict() if ema is None else ema.state_dict()
-    plain = Student(student.arch)
-    plain.load_state_dict({name: x.cpu() for name, x in fold_state(state, eps=spectral_eps(student)).items()})
-    for name, balancer in balancers.items():
-        fold_affine(plain.adaptor(name), *balancer.inverse_affine())
-    save_student(plain, folder)
-
-
 def resume(t: Training, path: Path) -> dict[str, Any]:
     """Put everything back as the checkpoint has it; returns where the streams stood. Called by all ranks."""
-    meta = checkpoint.read_meta(path)
+    meta = read_meta(path)
     same = meta.world_size == t.world.size
     if t.world.is_main:
         log.info(
@@ -98,7 +80,7 @@ def resume(t: Training, path: Path) -> dict[str, Any]:
     return _load_ranks(t, path, meta, same)
 
 
-def _load_engine(t: Training, path: Path, meta: checkpoint.Meta, same: bool) -> None:
+def _load_engine(t: Training, path: Path, meta: Meta, same: bool) -> None:
     if same or meta.zero not in (1, 2):
         t.engine.load(path / "engine", TAG)
         return
@@ -108,7 +90,7 @@ def _load_engine(t: Training, path: Path, meta: checkpoint.Meta, same: bool) -> 
     agree.on_main(lambda: shutil.rmtree(path / "engine" / f"{TAG}_universal"))
 
 
-def _load_ranks(t: Training, path: Path, meta: checkpoint.Meta, same: bool) -> dict[str, Any]:
+def _load_ranks(t: Training, path: Path, meta: Meta, same: bool) -> dict[str, Any]:
     """Data positions, log sums and statistics; at another world size the first are merged and the last go to rank 0."""
     states = [checkpoint.read_rank(path, rank) for rank in range(meta.world_size)]
     if same:

@@ -27,10 +27,11 @@ from ..data.views import ViewSpec
 from ..errors import RecipeError
 from ..log.sinks import hours_left
 from ..paths import expand
+from ..runs import latest
 from ..seeded import uniform
 from ..student.spectral import apply_spectral, power_iterate
 from ..teachers.base import Teacher, chunked, load_teacher
-from ..train import checkpoint, distributed
+from ..train import distributed
 from ..train.loop import mean_step, train_one
 from ..train.partition import assign
 from ..train.run import RunFolder
@@ -205,7 +206,7 @@ def train_upsampler(recipe: UpsamplerRecipe) -> int:
 def build(recipe: UpsamplerRecipe, world: distributed.World, run: RunFolder) -> UpsamplerTraining:
     """Everything the loop needs, resumed where the run folder says so."""
     parts = Parts(recipe, world)
-    found = checkpoint.latest(run.path)
+    found = latest(run.path)
     balancer = load_balancers(found / "balancers")["teacher"] if found else statistics(recipe, world, parts)
     torch.manual_seed(recipe.seed)
     channels, side = parts.teacher.card.output.features, recipe.size // parts.teacher.patch_size

@@ -18,7 +18,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..config.vlm_recipe import FromParts, VlmRecipe
 from ..log.sinks import hours_left
-from ..train import checkpoint, distributed
+from ..runs import latest
+from ..train import distributed
 from ..train.loop import mean_step, train_one
 from ..train.optim import parameter_groups
 from ..train.run import RunFolder
@@ -125,7 +126,7 @@ def build(recipe: VlmRecipe, world: distributed.World, run: RunFolder) -> VlmTra
     training = VlmTraining(recipe, world, run, TextStreams(recipe, vlm, conversations, world), vlm)
     if world.is_main:
         log.info("%s", describe(training, len(conversations)))
-    found = checkpoint.latest(run.path)
+    found = latest(run.path)
     if found is not None:
         resume(training, found)
     training.streams.open({"step": training.step})

@@ -18,13 +18,13 @@ from PIL import Image
 from torch.multiprocessing.spawn import ProcessExitedException
 
 from radio_distill.config.load import load_recipe
+from radio_distill.distill.bank import TeacherBank
+from radio_distill.distill.loop import train
 from radio_distill.errors import RadioDistillError
 from radio_distill.runs import artifact_folder
 from radio_distill.student.checkpoints import load_student
-from radio_distill.teachers.bank import TeacherBank
 from radio_distill.toyworld import render_images
 from radio_distill.train import preempt
-from radio_distill.train.loop import train
 from radio_distill.train.status import read_status
 
 pytestmark = pytest.mark.timeout(900)  # a test may make 14 trainings; seconds each, minutes on a busy machine

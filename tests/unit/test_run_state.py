@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from radio_distill import viz
+from radio_distill import runs, viz
 from radio_distill.config.load import dump, load_recipe
 from radio_distill.errors import CheckpointError, RecipeError
 from radio_distill.eval.__main__ import append
@@ -70,7 +70,7 @@ def test_nothing_half_written_carries_a_final_name(tmp_path):
     def fail(folder):
         raise OSError("disk full")
 
-    meta = checkpoint.Meta(step=5, world_size=1, zero=1, recipe="r", artifact="student")
+    meta = runs.Meta(step=5, world_size=1, zero=1, recipe="r", artifact="student")
     arguments = {
         "rank": 0,
         "barrier": lambda: None,
@@ -83,9 +83,9 @@ def test_nothing_half_written_carries_a_final_name(tmp_path):
         CheckpointError, match=r"rank 0 could not write .*step-00000005 \(disk full; .*the checkpoint before it stands"
     ):
         checkpoint.write(tmp_path, meta, save_engine=fail, **arguments)
-    assert checkpoint.latest(tmp_path) is None
+    assert runs.latest(tmp_path) is None
     checkpoint.write(tmp_path, meta, save_engine=lambda f: f.mkdir(), **arguments)
-    assert checkpoint.latest(tmp_path) == tmp_path / "checkpoints" / "step-00000005"
+    assert runs.latest(tmp_path) == tmp_path / "checkpoints" / "step-00000005"
     assert not list((tmp_path / "checkpoints").glob(".tmp*"))
 
 
@@ -107,7 +107,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_taken(tmp_path,
         (folder / "state.pt").write_text("state")
 
     for step in (2, 4):
-        meta = checkpoint.Meta(step=step, world_size=1, zero=1, recipe="r", artifact="student")
+        meta = runs.Meta(step=step, world_size=1, zero=1, recipe="r", artifact="student")
         checkpoint.write(
             tmp_path, meta, rank=0, barrier=lambda: None, save_engine=save_engine, save_shared=lambda f: None,
             rank_state={}, rank_tensors={}, keep_last=2,
@@ -118,14 +118,14 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_taken(tmp_path,
     set_damaged_aside(tmp_path)
     assert f"step-00000004 is damaged: engine/state.pt {told}" in caplog.text
     assert (tmp_path / "checkpoints" / "damaged-step-00000004").is_dir()
-    assert checkpoint.latest(tmp_path) == tmp_path / "checkpoints" / "step-00000002"
+    assert runs.latest(tmp_path) == tmp_path / "checkpoints" / "step-00000002"
 
 
 def test_a_folder_that_is_no_checkpoint_is_named(tmp_path):
     with pytest.raises(CheckpointError, match="holds no checkpoint; expected a run folder"):
-        checkpoint.artifact_folder(tmp_path)
+        runs.artifact_folder(tmp_path)
     with pytest.raises(CheckpointError, match="is not a complete checkpoint"):
-        checkpoint.read_meta(tmp_path)
+        runs.read_meta(tmp_path)
 
 
 def test_a_micro_batch_that_does_not_divide_names_one_that_does():

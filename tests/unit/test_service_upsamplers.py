@@ -8,11 +8,11 @@ from made_upsampler import make
 from radio_distill.align import resize_map
 from radio_distill.balance import identity
 from radio_distill.config.load import cards_of, load_recipe
+from radio_distill.distill.bank import TeacherBank
+from radio_distill.distill.targets import TeacherService, view_specs
 from radio_distill.doctor import examine_recipe
 from radio_distill.errors import CheckpointError, TeacherError
-from radio_distill.teachers.bank import TeacherBank
 from radio_distill.teachers.base import load_teacher
-from radio_distill.teachers.service import TeacherService, view_specs
 from radio_distill.types import Batch, View
 from radio_distill.upsamplers.folder import load_upsampler
 

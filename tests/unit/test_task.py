@@ -6,15 +6,15 @@ import torch
 from radio_distill.balance import identity
 from radio_distill.config.load import cards_of, load_card, load_recipe
 from radio_distill.config.mosaic import mosaic_of
+from radio_distill.distill.bank import TeacherBank
+from radio_distill.distill.targets import TeacherService, name_non_finite, view_specs
+from radio_distill.distill.task import DistillTask
 from radio_distill.errors import RecipeError
 from radio_distill.student.names import slots_of
 from radio_distill.student.start import parametrise
 from radio_distill.student.student import build_student
-from radio_distill.teachers.bank import TeacherBank
 from radio_distill.teachers.base import load_teacher
-from radio_distill.teachers.service import TeacherService, name_non_finite, view_specs
 from radio_distill.train.ema import Ema
-from radio_distill.train.task import DistillTask
 from radio_distill.types import Batch, View, VisionOutput
 
 TINY = [

@@ -2,66 +2,35 @@
 
 from __future__ import annotations
 
-import contextlib
 import queue
 from collections import deque
-from collections.abc import Callable
 from threading import Event, Thread
 from typing import Any
 
 import torch
 
-from ..config.recipe import Dedicated, Job, Recipe
+from ..config.recipe import Recipe
 from ..plan.cost import teacher_costs
-from ..teachers.bank import TeacherBank, Timers
-from . import distributed, preempt
-from .bridge import Bridge, Message, Sent
-from .placement import share_teachers
+from ..train import preempt
+from ..train.bridge import Bridge, Sent
+from ..train.placement import share_teachers
+from ..train.ranks import GOODBYE
+from ..train.watchdog import rest, watch
+from .bank import TeacherBank, Timers
+from .build import build_teachers
 from .remote import pack_reply, unpack_request
-from .setup import build_teachers
-from .watchdog import rest, watch, watched
 
-__all__ = ["run_ranks", "serve"]
+__all__ = ["serve"]
 
-GOODBYE = "goodbye"
-"""Key of a student's last message; its value is the exit code of the job."""
 LAST_WORDS_S = 5.0
 """How long a goodbye that has arrived may take to be read."""
 
 
-def run_ranks(recipe: Job, work: Callable[[distributed.World], int]) -> int:
-    """Join the job and do this rank's part of it, `work` where ranks train and `serve` where they teach; returns the exit code.
-
-    The watchdog runs from the first moment: joining, loading, statistics and steps each have `engine.watchdog_minutes`.
-    """
-    placement = recipe.engine.placement
-    with watched(recipe.engine.watchdog_minutes):
-        world = distributed.init(placement=placement if isinstance(placement, Dedicated) else None)
-        code = 0
-        try:
-            code = serve(recipe, world.bridge) if world.bridge is not None and world.bridge.place.teaches else work(world)
-            return code
-        finally:
-            if world.bridge is not None:
-                _leave(world.bridge, code)
-            distributed.shutdown()
-
-
-def _leave(bridge: Bridge, code: int) -> None:
-    """Students say goodbye, also with an error on its way out: their teachers then end without one of their own."""
-    if not bridge.place.teaches:
-        for peer in bridge.teachers:
-            with contextlib.suppress(RuntimeError):  # a teacher that is gone
-                bridge.send(peer, Message({GOODBYE: code}, [])).done()
-    bridge.abort()
-
-
-def serve(recipe: Job, bridge: Bridge) -> int:
+def serve(recipe: Recipe, bridge: Bridge) -> int:
     """Encode batches in the order in which they come in, whichever student they are from; returns the students' exit code.
 
     Raises TrainingError when a student goes away without a word.
     """
-    assert isinstance(recipe, Recipe), "recipes without a stage's teachers refuse engine.placement"
     names = share_teachers(teacher_costs(recipe), len(bridge.teachers))[bridge.place.position - bridge.place.students]
     bank = TeacherBank(recipe, build_teachers(recipe, bridge.device, names))
     clients, codes = {peer: _Client(bridge.device) for peer in bridge.students}, [0]

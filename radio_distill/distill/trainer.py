@@ -9,21 +9,24 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .. import viz
-from ..balance import load_balancers, save_balancers
+from ..balance import Balancer, load_balancers, save_balancers
 from ..config.recipe import Recipe
 from ..log.sinks import console_line
+from ..student.adaptors import fold_affine
+from ..student.checkpoints import save_student
+from ..student.spectral import fold_state, spectral_eps
 from ..student.student import Student
+from ..train import agree
+from ..train.distributed import World
+from ..train.ema import Ema
+from ..train.run import RunFolder
+from ..train.streams import forwards
+from ..train.training import Training
 from ..types import Batch
-from . import agree
-from .distributed import World
-from .run import RunFolder
-from .setup import Parts
-from .snapshot import export_student
-from .streams import forwards
+from .build import Parts
 from .task import Counts, DistillTask
-from .training import Training
 
-__all__ = ["Trainer"]
+__all__ = ["Trainer", "export_student"]
 
 
 class Trainer(Training):
@@ -136,3 +139,16 @@ class Trainer(Training):
 
 def _group(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
     return {key.removeprefix(f"{name}."): x for key, x in tensors.items() if key.startswith(f"{name}.")}
+
+
+def export_student(student: Student, ema: Ema | None, balancers: dict[str, Balancer], folder: Path) -> None:
+    """Write the student (EMA weights where there are) with the balancers' inverse folded into its heads, fp32 on the CPU.
+
+    Its adaptors then predict the teachers' own features: no consumer needs to know about PHI-S.
+    """
+    state = student.state_dict() if ema is None else ema.state_dict()
+    plain = Student(student.arch)
+    plain.load_state_dict({name: x.cpu() for name, x in fold_state(state, eps=spectral_eps(student)).items()})
+    for name, balancer in balancers.items():
+        fold_affine(plain.adaptor(name), *balancer.inverse_affine())
+    save_student(plain, folder)

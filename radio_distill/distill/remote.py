@@ -16,10 +16,10 @@ from torch import Tensor
 from ..config.load import cards_of
 from ..config.recipe import Recipe
 from ..plan.cost import teacher_costs
+from ..train import preempt
+from ..train.bridge import Bridge, Message, Sent
+from ..train.placement import share_teachers
 from ..types import Batch, View, VisionOutput
-from . import preempt
-from .bridge import Bridge, Message, Sent
-from .placement import share_teachers
 
 __all__ = ["RemoteTeachers", "pack_request", "pack_reply", "unpack_request"]
 

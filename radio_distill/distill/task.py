@@ -21,9 +21,9 @@ from ..errors import RecipeError
 from ..losses import AdaLoss, drop_coefficients, feature_terms, fidelity_sums, mesa_terms, summary_terms
 from ..student.damp import set_damp_step
 from ..student.student import Student, StudentTokens
+from ..train import agree
+from ..train.ema import Ema
 from ..types import Batch, Losses, Target, Targets
-from . import agree
-from .ema import Ema
 
 __all__ = ["DistillTask", "Counts"]
 

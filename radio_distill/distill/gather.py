@@ -6,15 +6,17 @@ The recipe's own images, crops and teachers over `balance.window` steps; under t
 from __future__ import annotations
 
 import logging
+from functools import partial
 from pathlib import Path
 
 from ..balance import Balancer, save_balancers
 from ..config.load import load_recipe
 from ..errors import RecipeError
 from ..runs import run_path
-from . import agree, distributed
-from .serve import run_ranks
-from .setup import build_parts, gather_balancers
+from ..train import agree, distributed
+from ..train.ranks import run_ranks
+from .build import build_parts, gather_balancers
+from .serve import serve
 
 __all__ = ["main"]
 
@@ -35,7 +37,7 @@ def main(argv: list[str]) -> int:
         agree.on_main(lambda: _write(out, balancers))
         return 0
 
-    return run_ranks(recipe, gather)
+    return run_ranks(recipe, gather, partial(serve, recipe))
 
 
 def _write(out: Path, balancers: dict[str, Balancer]) -> None:

@@ -15,9 +15,9 @@ from torch import Tensor
 from ..config.mosaic import mosaic_of
 from ..config.recipe import Recipe, TeacherView
 from ..data.views import mosaic, unmosaic
+from ..teachers.base import Teacher, chunked
 from ..types import Batch, VisionOutput
 from ..upsamplers.base import build_upsampler
-from .base import Teacher, chunked
 
 __all__ = ["TeacherBank", "Timers"]
 

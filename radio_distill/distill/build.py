@@ -17,24 +17,23 @@ from ..balance.window import StatisticsWindow
 from ..config.cards import TeacherCard
 from ..config.load import cards_of
 from ..config.mosaic import images_per_mosaic
-from ..config.recipe import Job, Recipe, Start
+from ..config.recipe import Recipe, Start
 from ..errors import RecipeError
 from ..paths import expand
 from ..plan.cost import partition_cost
+from ..runs import artifact_folder
 from ..student.adaptors import fold_affine
 from ..student.names import slots_of, student_arch
 from ..student.start import parametrise, start_weights
 from ..student.student import Student, build_student
-from ..teachers.bank import TeacherBank
 from ..teachers.base import Teacher, Weights, load_teacher
-from ..teachers.service import Encoder, TeacherService, name_non_finite, view_specs
-from . import agree, checkpoint
-from .distributed import World
-from .partition import Assignment, assign
+from ..train.distributed import World
+from ..train.partition import Assignment, assign
+from ..train.streams import Streams
+from ..train.watchdog import watch
+from .bank import TeacherBank
 from .remote import RemoteTeachers
-from .run import RunFolder
-from .streams import Streams
-from .watchdog import watch
+from .targets import Encoder, TeacherService, name_non_finite, view_specs
 
 __all__ = ["Parts", "build_parts", "build_start", "build_teachers", "assignment_of"]
 
@@ -148,16 +147,9 @@ def assignment_of(recipe: Recipe, cards: dict[str, TeacherCard], world_size: int
     return assign(images=images, costs=costs, world_size=world_size, multiple=multiple)
 
 
-def open_run(recipe: Job, world: World) -> RunFolder:
-    """Create or check the run folder on rank 0; an error there is raised everywhere."""
-    opened: list[RunFolder] = []
-    agree.on_main(lambda: opened.append(RunFolder(recipe, is_main=True, ranks=world.size)))
-    return opened[0] if world.is_main else RunFolder(recipe, is_main=False)
-
-
 def _resolved(start: Start) -> Start:
     """The same start, with a run folder replaced by the student in its newest checkpoint."""
     if start.kind != "run":
         return start
-    folder = checkpoint.artifact_folder(Path(expand(start.source)))
+    folder = artifact_folder(Path(expand(start.source)))
     return start.model_copy(update={"source": str(folder)})

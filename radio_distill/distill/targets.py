@@ -42,7 +42,7 @@ def view_specs(recipe: Recipe, partition: Partition, sizes: dict[str, tuple[int,
 
 
 class Encoder(Protocol):
-    """Where the frozen teachers of a recipe run: in this process (bank.py) or on ranks of their own (train/remote.py)."""
+    """Where the frozen teachers of a recipe run: in this process (bank.py) or on ranks of their own (distill/remote.py)."""
 
     cards: dict[str, TeacherCard]
     """Of every teacher of the recipe."""
