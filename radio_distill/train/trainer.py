@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from .. import viz
@@ -13,6 +13,7 @@ from ..balance import load_balancers, save_balancers
 from ..config.recipe import Recipe
 from ..log.sinks import console_line
 from ..student.student import Student
+from ..tensors import save_tensors
 from ..types import Batch
 from . import agree
 from .distributed import World
@@ -75,7 +76,7 @@ class Trainer(Training):
             "adaloss": self.task.adaloss.state_dict() if self.task.adaloss else {},
         }
         tensors = {f"{group}.{name}": x for group, items in groups.items() for name, x in items.items()}
-        save_file({name: x.detach().cpu().contiguous() for name, x in tensors.items()}, folder / "shared.safetensors")
+        save_tensors(folder / "shared.safetensors", tensors)
         export_student(self.task.student, self.ema, self.service.balancers, folder / self.artifact)
 
     def load_shared(self, folder: Path) -> None:

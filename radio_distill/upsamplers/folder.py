@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..balance import Balancer, identity
@@ -28,6 +28,7 @@ from ..config.upsampler_recipe import Downsampler
 from ..errors import CheckpointError, TeacherError
 from ..paths import expand
 from ..student.spectral import fold_state
+from ..tensors import save_tensors
 from .downsample import AttentionDownsampler, SimpleDownsampler
 from .sharpener import Sharpener
 
@@ -79,7 +80,7 @@ def save_upsampler(saved: SavedUpsampler, folder: Path, *, state: Mapping[str, T
         state = {f"{prefix}.{key}": x for prefix, module in modules.items() for key, x in module.state_dict().items()}
     tensors = {key.removeprefix("sharpener."): x for key, x in fold_state(state).items()}
     tensors |= {f"balancer.{name}": x for name, x in saved.sharpener.balancer.tensors().items()}
-    plain = {name: x.detach().float().cpu().contiguous().clone() for name, x in tensors.items()}
+    plain = {name: x.float().cpu().clone() for name, x in tensors.items()}
     facts = {
         "format": 1,
         "network": saved.network.model_dump(mode="json"),
@@ -90,7 +91,7 @@ def save_upsampler(saved: SavedUpsampler, folder: Path, *, state: Mapping[str, T
         "provenance": saved.provenance,
     }
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(plain, folder / f"{WEIGHTS}.part")
+    save_tensors(folder / f"{WEIGHTS}.part", plain)
     (folder / f"{FACTS}.part").write_text(json.dumps(facts, indent=1) + "\n")
     for name in (WEIGHTS, FACTS):
         os.replace(folder / f"{name}.part", folder / name)

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..balance import Balancer
+from ..tensors import all_reduce
 from ..types import VisionOutput
 from .tiling import cut, stitch
 
@@ -48,8 +49,7 @@ class Fidelity:
 
     def reduce(self, group: dist.ProcessGroup | None = None) -> None:
         """Add up all ranks' sums; all must call it."""
-        if dist.is_initialized():
-            dist.all_reduce(self._sums, group=group)
+        all_reduce(self._sums, group=group)
 
     @property
     def error(self) -> Tensor:

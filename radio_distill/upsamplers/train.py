@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from .. import viz
@@ -29,6 +29,7 @@ from ..paths import expand
 from ..seeded import uniform
 from ..student.spectral import apply_spectral, power_iterate
 from ..teachers.base import Teacher, chunked, load_teacher
+from ..tensors import save_tensors
 from ..train import checkpoint, distributed
 from ..train.loop import mean_step, train_one
 from ..train.partition import assign
@@ -156,7 +157,7 @@ class UpsamplerTraining(Training):
     def save_shared(self, folder: Path) -> None:
         save_balancers(folder / "balancers", {"teacher": self.task.sharpener.balancer})
         average = self.ema.state_dict() if self.ema is not None else {}
-        save_file({key: x.detach().cpu().contiguous() for key, x in average.items()}, folder / "shared.safetensors")
+        save_tensors(folder / "shared.safetensors", average)
         state = average or self.task.state_dict()
         names = {"sharpener.": "sharpener.", "loss.downsampler.": "downsampler."}
         plain = {
