@@ -29,10 +29,10 @@ from ..errors import CheckpointError, TeacherError
 from ..paths import expand
 from ..student.spectral import fold_state
 from ..tensors import save_tensors
-from .downsample import AttentionDownsampler, SimpleDownsampler
+from .form import form_of
 from .sharpener import Sharpener
 
-__all__ = ["SavedUpsampler", "build_downsampler", "check_teacher", "load_upsampler", "read_network", "save_upsampler"]
+__all__ = ["SavedUpsampler", "check_teacher", "load_upsampler", "read_network", "save_upsampler"]
 
 WEIGHTS = "upsampler.safetensors"
 FACTS = "upsampler.json"
@@ -61,13 +61,6 @@ class SavedUpsampler:
     def grid(self) -> int:
         """Side of the teacher's own map."""
         return self.size // self.card.input.patch
-
-
-def build_downsampler(spec: Downsampler, channels: int, *, reference: bool) -> nn.Module:
-    """The learned reduction that an upsampler is trained against."""
-    if spec.kind == "simple":
-        return SimpleDownsampler(spec.kernel, reference=reference)
-    return AttentionDownsampler(channels, spec.kernel, reference=reference)
 
 
 def save_upsampler(saved: SavedUpsampler, folder: Path, *, state: Mapping[str, Tensor] | None = None) -> None:
@@ -114,7 +107,7 @@ def load_upsampler(path: str | Path) -> SavedUpsampler:
     reduction, grid = Downsampler(**facts["downsampler"]), facts["size"] // card.input.patch
     channels = card.output.features
     sharpener = Sharpener(network, channels, (grid, grid), _balancer(folder, facts, tensors, channels))
-    downsampler = build_downsampler(reduction, channels, reference=network.reference)
+    downsampler = form_of(network.reference).downsampler(reduction, channels)
     _fill(sharpener, {k: x for k, x in tensors.items() if not k.startswith(("balancer.", "downsampler."))}, folder)
     _fill(downsampler, {k.removeprefix("downsampler."): x for k, x in tensors.items() if k.startswith("downsampler.")}, folder)
     for module in (sharpener, downsampler):

@@ -41,7 +41,8 @@ from ..train.training import Training
 from ..train.watchdog import watch
 from ..types import Batch, Losses
 from .downsample import KEEP
-from .folder import SavedUpsampler, build_downsampler, provenance, save_upsampler
+from .folder import SavedUpsampler, provenance, save_upsampler
+from .form import form_of
 from .objective import Base, ViewLoss, Views
 from .sharpener import Sharpener
 from .view_masks import covered_masks
@@ -211,8 +212,10 @@ def build(recipe: UpsamplerRecipe, world: distributed.World, run: RunFolder) -> 
     torch.manual_seed(recipe.seed)
     channels, side = parts.teacher.card.output.features, recipe.size // parts.teacher.patch_size
     sharpener = Sharpener(recipe.network, channels, (side, side), balancer)
-    downsampler = build_downsampler(recipe.downsampler, channels, reference=recipe.network.reference)
-    task = UpsamplerTask(recipe, parts.teacher, sharpener, ViewLoss(channels, downsampler, recipe.loss)).to(world.device)
+    downsampler = form_of(recipe.network.reference).downsampler(recipe.downsampler, channels)
+    task = UpsamplerTask(
+        recipe, parts.teacher, sharpener, form_of(recipe.loss.reference).loss(channels, downsampler, recipe.loss)
+    ).to(world.device)
     if recipe.spectral:
         apply_spectral(task, init="one")
     training = UpsamplerTraining(recipe, world, run, parts, task)
