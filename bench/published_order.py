@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from radio_distill.upsamplers.jbu import JBULevel, prime_factors
+from radio_distill.upsamplers.jbu import prime_factors
+from radio_distill.upsamplers.published import PublishedLevel
 
 __all__ = ["PublishedOrder"]
 
@@ -33,7 +34,7 @@ class PublishedOrder(nn.Module):
         self.padded = 1 << (self.head - 1).bit_length()
         hidden = 8 * math.ceil(4 * width * 2 // 3 / 8)
         self.factors = prime_factors(factor)
-        self.levels = nn.ModuleList(JBULevel(reference=True) for _ in self.factors)
+        self.levels = nn.ModuleList(PublishedLevel() for _ in self.factors)
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.qkv = nn.Linear(width, 3 * self.heads * self.padded, bias=False)
         self.proj = nn.Linear(width, width)

@@ -2,8 +2,8 @@
 
 One convention: a matrix takes (x, y, 1) in the view to (x, y, w) in the base, both in [-1, 1], where -1 and 1 are the outer
 *edges* of the image, and cell i of n stands for its centre (2 i + 1) / n - 1 (half-pixel, `align_corners=False`). So one
-matrix serves every resolution. With `reference=True` the sampling is the published one: the same matrices, but the first and
-last cell's centres are taken to lie at -1 and 1 (`align_corners=True`), which scales shifts by (n - 1) / n.
+matrix serves every resolution. With `align_corners=True`, as published, the first and last cell's centres are taken to lie at
+-1 and 1 of the same matrices, which scales shifts by (n - 1) / n.
 
 Shapes: B batch, C channels, H W the base's map, h w the view's map.
 """
@@ -62,9 +62,9 @@ def view_to_base(
     return quad_to_quad(_from_pixels(view_quads_B42, view_size), _from_pixels(base_quads_B42, base_size))
 
 
-def sampling_grid(matrix_B33: Tensor, size: tuple[int, int], *, reference: bool = False) -> Tensor:
+def sampling_grid(matrix_B33: Tensor, size: tuple[int, int], *, align_corners: bool = False) -> Tensor:
     """Where in the base the cells of a view of `size` = (h, w) lie: (B, h, w, 2) of (x, y), float32, for `grid_sample`."""
-    ys_h, xs_w = (_centres(n, matrix_B33.device, reference) for n in size)
+    ys_h, xs_w = (_centres(n, matrix_B33.device, align_corners) for n in size)
     return _project(matrix_B33, ys_h, xs_w).float()
 
 
@@ -75,16 +75,16 @@ def warp(
     *,
     mode: Literal["bilinear", "nearest"] = "bilinear",
     padding: Literal["reflection", "zeros"] = "reflection",
-    reference: bool = False,
+    align_corners: bool = False,
 ) -> Tensor:
     """Show a map of the base from a view: (B, C, h, w) with `size` = (h, w), float32; gradients pass to the map.
 
     It samples and does not average: to go to a coarser grid, warp at the finer one first and reduce then.
     """
-    grid_BHW2 = sampling_grid(matrix_B33, size, reference=reference)
+    grid_BHW2 = sampling_grid(matrix_B33, size, align_corners=align_corners)
     with torch.autocast(base_BCHW.device.type, enabled=False):
         base = base_BCHW.float()
-        return F.grid_sample(base, grid_BHW2, mode=mode, padding_mode=padding, align_corners=reference)
+        return F.grid_sample(base, grid_BHW2, mode=mode, padding_mode=padding, align_corners=align_corners)
 
 
 def covered(matrix_B33: Tensor, size: tuple[int, int]) -> Tensor:
@@ -109,8 +109,8 @@ def _project(matrix_B33: Tensor, ys_h: Tensor, xs_w: Tensor) -> Tensor:
     return moved_Bhw3[..., :2] / moved_Bhw3[..., 2:]
 
 
-def _centres(n: int, device: torch.device, reference: bool) -> Tensor:
-    if reference:  # torch gives -1 for the only point of one, and so does the published grid
+def _centres(n: int, device: torch.device, align_corners: bool) -> Tensor:
+    if align_corners:  # torch gives -1 for the only point of one, and so does the published grid
         return torch.linspace(-1, 1, n, dtype=torch.float64, device=device)
     return (2 * torch.arange(n, dtype=torch.float64, device=device) + 1) / n - 1
 

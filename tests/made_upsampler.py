@@ -12,7 +12,8 @@ from radio_distill.config.upsampler import Network
 from radio_distill.config.upsampler_recipe import Downsampler
 from radio_distill.teachers.base import load_teacher
 from radio_distill.toyworld import render_images
-from radio_distill.upsamplers.folder import SavedUpsampler, build_downsampler, provenance, save_upsampler
+from radio_distill.upsamplers.folder import SavedUpsampler, provenance, save_upsampler
+from radio_distill.upsamplers.form import form_of
 from radio_distill.upsamplers.sharpener import Sharpener
 
 
@@ -33,7 +34,7 @@ def made(teacher: str = "toy_clip", *, steps: int = 100, seed: int = 0, **networ
     for name, parameter in sharpener.named_parameters():
         if "bias_buffer" in name or "gamma" in name:
             torch.nn.init.normal_(parameter, std=0.1)
-    downsampler = build_downsampler(Downsampler(kernel=3), card.output.features, reference=spec.reference)
+    downsampler = form_of(spec.reference).downsampler(Downsampler(kernel=3), card.output.features)
     facts = provenance(recipe="made", step=steps, images=steps)
     for module in (sharpener, downsampler):
         module.eval().requires_grad_(False)

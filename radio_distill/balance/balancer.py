@@ -20,10 +20,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import CheckpointError
+from ..tensors import broadcast, row_major, save_tensors
 
 __all__ = ["Balancer", "identity", "load_balancers", "save_balancers"]
 
@@ -49,6 +49,11 @@ class Balancer:
     """Angular dispersion of the teacher's summaries in rad^2 (C-RADIOv4); 1 when it was not measured."""
     facts: dict[str, str] = field(default_factory=dict)
     """Where it comes from (teacher, count of vectors, ...): written beside the tensors."""
+
+    def __post_init__(self) -> None:
+        # row-major: products with a transposed matrix differ in their last bits, and a reload or another rank has none
+        for name, x in self.tensors().items():
+            object.__setattr__(self, name, row_major(x))
 
     @property
     def channels(self) -> int:
@@ -100,9 +105,8 @@ class Balancer:
     def broadcast(self, group: dist.ProcessGroup | None = None) -> Balancer:
         """The balancer of the group's first rank; all ranks must call it, with tensors of equal shapes."""
         received = self._map(Tensor.clone)
-        if dist.is_initialized():
-            for x in received.tensors().values():
-                dist.broadcast(x, group=group, group_src=0)
+        for x in received.tensors().values():
+            broadcast(x, group)
         return received
 
     def tensors(self) -> dict[str, Tensor]:
@@ -126,8 +130,7 @@ def save_balancers(folder: Path, balancers: dict[str, Balancer]) -> None:
     for name, balancer in balancers.items():
         path = folder / f"{name}.safetensors"
         part = path.with_suffix(".part")
-        tensors = {key: x.contiguous() for key, x in balancer.to("cpu").tensors().items()}
-        save_file(tensors, part, metadata={"kind": balancer.kind, "facts": json.dumps(balancer.facts)})
+        save_tensors(part, balancer.tensors(), {"kind": balancer.kind, "facts": json.dumps(balancer.facts)})
         part.replace(path)
 
 

@@ -15,6 +15,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..tensors import all_reduce
+
 __all__ = ["Dispersion", "angle"]
 
 
@@ -50,8 +52,7 @@ class Dispersion:
         1 (a plain squared angle) until a batch has been measured to a direction, that is at the first call.
         """
         total = torch.cat([self._direction_C, self._squares[None], self._count[None]])
-        if dist.is_initialized():
-            dist.all_reduce(total, group=group)
+        all_reduce(total, group=group)
         self._reference_C = F.normalize(total[:-2], dim=0)
         squares, count = total[-2], total[-1]
         return torch.where(count > 0, squares / count.clamp(min=1), 1).float()

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..errors import CheckpointError
+from ..tensors import all_reduce, broadcast
 
 __all__ = ["Moments"]
 
@@ -98,10 +99,10 @@ class Moments:
         if not dist.is_initialized():
             return self._around(self._shift_C)
         shift_C = self._shift_C.clone()
-        dist.broadcast(shift_C, group=group, group_src=0)
+        broadcast(shift_C, group)
         total = self._around(shift_C)
         for part in (total._count, total._sum_C, total._product_CC):
-            dist.all_reduce(part, group=group)
+            all_reduce(part, group=group)
         total._started = True
         return total
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from .. import viz
@@ -16,6 +16,7 @@ from ..student.adaptors import fold_affine
 from ..student.checkpoints import save_student
 from ..student.spectral import fold_state, spectral_eps
 from ..student.student import Student
+from ..tensors import save_tensors
 from ..train import agree
 from ..train.distributed import World
 from ..train.ema import Ema
@@ -78,7 +79,7 @@ class Trainer(Training):
             "adaloss": self.task.adaloss.state_dict() if self.task.adaloss else {},
         }
         tensors = {f"{group}.{name}": x for group, items in groups.items() for name, x in items.items()}
-        save_file({name: x.detach().cpu().contiguous() for name, x in tensors.items()}, folder / "shared.safetensors")
+        save_tensors(folder / "shared.safetensors", tensors)
         export_student(self.task.student, self.ema, self.service.balancers, folder / self.artifact)
 
     def load_shared(self, folder: Path) -> None:

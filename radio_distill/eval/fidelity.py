@@ -220,7 +220,7 @@ class _Scores:
             self._own.update(pred, target, mask)
             self._plain.update(pred - bias, target - bias, mask)
             raw = sharpener.denormalize(pred), sharpener.denormalize(target)
-            errors += masked_error(*raw, mask, reference=True) / count
+            errors += masked_error(*raw, mask, least=0.5) / count
         balancer = sharpener.balancer
         variance = balancer.inverse_weight.square().sum() / balancer.channels  # balanced channels have variance 1
         self._add("fidelity_published", variance / errors, len(high))
@@ -233,7 +233,7 @@ class _Scores:
             "tv": total_variation(high),
             "crf": crf(high, guidance, seeds_B),
             "mmd": map_mmd(low, high, seeds_B=seeds_B),
-            "mmd_published": map_mmd(low, high, pick="farthest", kind="reference", seeds_B=seeds_B),
+            "mmd_published": map_mmd(low, high, pick="farthest", kind="median_with_zeros", seeds_B=seeds_B),
         }
         for name, value in values.items():
             self._add(name, value, len(high))

@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import CheckpointError
 from ..paths import PACKAGE
 from ..student.arch import StudentArch
 from ..student.student import Student
+from ..tensors import save_tensors
 from .checks import reads_natively
 from .facts import Facts
 from .layout import adaptor_configs, mlp_ratio, reference_args
@@ -37,7 +37,7 @@ REFERENCE_VERSION = "c-radio_v4-h"
 def write_hf(student: Student, facts: Facts, folder: Path, *, dtype: torch.dtype) -> None:
     """Write config.json, model.safetensors, the modelling file and preprocessor_config.json; the weights are read back."""
     tensors = {PREFIX + key: _cast(key, x, dtype) for key, x in student.state_dict().items()}
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    save_tensors(folder / "model.safetensors", tensors, {"format": "pt"})
     _read_back(folder / "model.safetensors", tensors)
     size = preferred_size(student, facts)
     _write_json(

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ..student.student import Student
 from ..student.timm_layout import to_timm
+from ..tensors import save_tensors
 from .layout import mlp_ratio
 
 __all__ = ["timm_config", "timm_state", "write_timm"]
@@ -25,8 +25,8 @@ ARCHITECTURE = "naflexvit_large_patch16_radio_v3"
 
 def write_timm(student: Student, folder: Path, *, size: int, dtype: torch.dtype) -> None:
     """Write config.json and model.safetensors as timm's hub folders have them."""
-    tensors = {key: x.to(dtype).contiguous() for key, x in timm_state(student).items()}
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    tensors = {key: x.to(dtype) for key, x in timm_state(student).items()}
+    save_tensors(folder / "model.safetensors", tensors, {"format": "pt"})
     (folder / "config.json").write_text(json.dumps(timm_config(student, size), indent=1) + "\n")
 
 

@@ -6,6 +6,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..tensors import all_reduce
+
 __all__ = ["Meter"]
 
 
@@ -33,7 +35,7 @@ class Meter:
         zero = torch.zeros((), dtype=torch.float64, device=self._device)
         values = torch.stack([self._sums.get(name, zero) for name in names]) if names else torch.zeros(0)
         if dist.is_initialized() and names:
-            dist.all_reduce(values)
+            all_reduce(values)
         metrics = dict(zip(names, (values / max(1, self.steps)).tolist()))
         self._sums, self.steps = {}, 0
         return with_fidelity(metrics)

@@ -16,7 +16,7 @@ from ..config.load import load_card
 from ..config.upsampler_recipe import VIEWS, UpsamplerRecipe
 from ..train.partition import assign
 from ..upsamplers.cost import downsampler_flops, network_flops, uncertainty_flops
-from ..upsamplers.folder import build_downsampler
+from ..upsamplers.form import form_of
 from ..upsamplers.map_weights import UncertaintyNet
 from ..upsamplers.sharpener import Sharpener, view_factors
 from .budget import GIB, RESERVE_GIB, Budget, TeacherPlan, budget, fit_micro_batch, machine
@@ -117,7 +117,7 @@ def _modules(recipe: UpsamplerRecipe, width: int, grid: int) -> tuple[int, int, 
     with torch.device("meta"):
         parts: list[nn.Module | None] = [
             Sharpener(recipe.network, width, (grid, grid), identity(width)),
-            build_downsampler(recipe.downsampler, width, reference=recipe.network.reference),
+            form_of(recipe.network.reference).downsampler(recipe.downsampler, width),
             UncertaintyNet(width) if recipe.loss.uncertainty else None,
         ]
     sharpener, downsampler, uncertainty = (sum(p.numel() for p in part.parameters()) if part else 0 for part in parts)

@@ -15,10 +15,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from ..errors import CheckpointError
+from ..tensors import save_tensors
 from .arch import StudentArch
 from .reference import student_from_arch, student_from_hf_state, student_from_reference
 from .spectral import fold_state, spectral_eps
@@ -39,7 +40,7 @@ def save_student(student: Student, folder: Path, *, state: Mapping[str, Tensor] 
     folder.mkdir(parents=True, exist_ok=True)
     plain = fold_state(student.state_dict() if state is None else state, eps=spectral_eps(student))
     tensors = {key: _plain(value) for key, value in plain.items()}
-    _write(folder / WEIGHTS, lambda path: save_file(tensors, path))
+    _write(folder / WEIGHTS, lambda path: save_tensors(path, tensors))
     text = json.dumps(student.arch.to_dict(), indent=1) + "\n"
     _write(folder / ARCHITECTURE, lambda path: path.write_text(text))
 

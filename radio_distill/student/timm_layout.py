@@ -11,9 +11,9 @@ import sys
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
+from ..tensors import save_tensors
 from .checkpoints import load_student
 from .student import Student
 
@@ -41,7 +41,7 @@ def main(run: str, path: str) -> None:
     from ..runs import artifact_folder
 
     tensors = to_timm(load_student(artifact_folder(Path(run))))
-    save_file({key: x.to(torch.float16).contiguous() for key, x in tensors.items()}, Path(path), {"licence": "Apache-2.0"})
+    save_tensors(Path(path), {key: x.to(torch.float16) for key, x in tensors.items()}, {"licence": "Apache-2.0"})
 
 
 if __name__ == "__main__":

@@ -24,12 +24,12 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..config.cards import TeacherCard
 from ..config.load import load_card
+from ..tensors import save_tensors
 from ..toyworld import ToyScenes, render, render_images, sample_scene
 from .base import Teacher
 from .toy import TextTower, ToyViT, build, split_words
@@ -295,7 +295,7 @@ def save(path: Path, net: ToyViT, text: TextTower | None, numbers: dict[str, flo
     if text is not None:
         state |= {f"text.{k}": v for k, v in text.state_dict().items()}
         metadata["vocabulary"] = " ".join(text.vocabulary)
-    save_file({k: v.detach().half().contiguous() for k, v in state.items()}, path, metadata)
+    save_tensors(path, {k: v.half() for k, v in state.items()}, metadata)
 
 
 def main() -> None:

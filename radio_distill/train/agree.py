@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..errors import RadioDistillError
+from ..tensors import all_reduce
 
 __all__ = ["any_rank", "any_ranks", "sum_ranks", "gather", "on_main", "barrier"]
 
@@ -19,23 +20,20 @@ T = TypeVar("T")
 def any_rank(flag: Tensor | bool, device: torch.device) -> bool:
     """True on every rank when `flag` is true on one; waits for the device."""
     value = torch.as_tensor(flag, device=device).to(torch.int32)
-    if dist.is_initialized():
-        dist.all_reduce(value, op=dist.ReduceOp.MAX)
+    all_reduce(value, dist.ReduceOp.MAX)
     return bool(value)
 
 
 def any_ranks(flags: Sequence[bool], device: torch.device) -> list[bool]:
     """For each of this rank's flags, whether it is true on any rank; one small all-reduce for all of them."""
     values = torch.tensor(list(flags), dtype=torch.int32, device=device)
-    if dist.is_initialized():
-        dist.all_reduce(values, op=dist.ReduceOp.MAX)
+    all_reduce(values, dist.ReduceOp.MAX)
     return [bool(value) for value in values.tolist()]
 
 
 def sum_ranks(values: Tensor) -> None:
     """Replace `values` by their sum over ranks."""
-    if dist.is_initialized():
-        dist.all_reduce(values)
+    all_reduce(values)
 
 
 def gather(value: T) -> list[T]:

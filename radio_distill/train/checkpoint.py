@@ -24,11 +24,12 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from ..errors import CheckpointError
 from ..runs import Meta
+from ..tensors import save_tensors
 from .integrity import record
 
 __all__ = ["write", "read_rank", "read_rank_tensors", "check_space"]
@@ -67,7 +68,7 @@ def write(
         save_engine(temporary / "engine")
         (temporary / f"rank-{rank}.json").write_text(json.dumps(rank_state))
         if rank_tensors:
-            save_file(rank_tensors, temporary / f"rank-{rank}.safetensors")
+            save_tensors(temporary / f"rank-{rank}.safetensors", rank_tensors)
         if rank == 0:
             save_shared(temporary)
     barrier()

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..config.recipe import Dedicated
 from ..errors import TrainingError
+from ..tensors import all_reduce
 from .bridge import Bridge
 from .placement import place_of
 
@@ -95,8 +96,7 @@ def finite_everywhere(*tensors: Tensor) -> Tensor:
     One all-reduce of one number; reading the answer on the host is the caller's decision.
     """
     finite = torch.stack([torch.isfinite(x.detach()).all() for x in tensors]).all().float()
-    if dist.is_initialized():
-        dist.all_reduce(finite, dist.ReduceOp.MIN)
+    all_reduce(finite, dist.ReduceOp.MIN)
     return finite.bool()
 
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from ..config.recipe import Job, Optim
 from ..errors import CheckpointError, RecipeError
+from ..tensors import all_reduce
 from .distributed import World
 from .engine_config import deepspeed_config
 from .optim import AdamW, Lamb, make_optimizer, schedule, set_step
@@ -120,7 +121,7 @@ class Engine:
             assert self._micro_step == self.micro_steps, "the gradient is complete after the last micro-batch only"
             square = torch.stack(torch._foreach_norm(self._gradients())).square().sum()
             if self.zero > 0:
-                dist.all_reduce(square)
+                all_reduce(square)
             self._norm = square.sqrt()
         return self._norm
 

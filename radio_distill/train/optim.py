@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from ..config.recipe import Optim
 from ..errors import RecipeError
+from ..tensors import all_reduce
 
 __all__ = ["AdamW", "Lamb", "NAdam", "make_optimizer", "parameter_groups", "schedule", "set_step"]
 
@@ -232,7 +233,7 @@ class Lamb(AdamW):
         if cut is not None:
             total = squares.new_zeros(2, cut.num_params)
             total[:, cut.owners] = squares
-            dist.all_reduce(total, group=cut.ranks)
+            all_reduce(total, group=cut.ranks)
             squares = total[:, cut.owners]
         weight, update = squares.sqrt()
         ratio = torch.where((weight > 0) & (update > 0), weight / update, 1.0)

@@ -2,7 +2,7 @@
 
 Shapes: B batch, C channels, h w the coarse grid, H W the fine grid, K = 49 taps (row-major), D width of a key.
 
-The joint bilateral upsampler (`jbu.py`) and FeatUp's (`featup.py`) both compute, for every fine pixel p,
+The joint bilateral upsampler (`jbu.py`) computes, for every fine pixel p,
 
     out(p) = sum_d kernel(p, d) * resized(reflect(p + d))
 
@@ -31,16 +31,15 @@ CHUNK_BYTES = 1 << 20
 """Coarse windows copied at a time on a CPU: they stay in its cache. Other devices take 256 times as many, for few launches."""
 
 
-def filter_resized(source_BChw: Tensor, kernel_BHWK: Tensor, *, mode: str = "bilinear") -> Tensor:
+def filter_resized(source_BChw: Tensor, kernel_BHWK: Tensor) -> Tensor:
     """Resize the source to the kernel's grid and filter it: (B, C, h, w), (B, H, W, 49) -> (B, C, H, W), channels last.
 
-    Each fine side must be a multiple of the coarse one. `mode` is 'bilinear' or 'bicubic', as F.interpolate with
-    align_corners=False. Weights are folded in the kernel's dtype; products run in the source's dtype (under autocast, in
+    Each fine side must be a multiple of the coarse one; it is resized bilinearly (half-pixel). Weights are folded in the kernel's dtype; products run in the source's dtype (under autocast, in
     autocast's) and accumulate in float32. Differentiable in both arguments.
     """
     (batch, height, width, _), (h, w) = kernel_BHWK.shape, source_BChw.shape[-2:]
-    rows = fold_table(h, height, mode, kernel_BHWK.device, kernel_BHWK.dtype)
-    columns = fold_table(w, width, mode, kernel_BHWK.device, kernel_BHWK.dtype)
+    rows = fold_table(h, height, kernel_BHWK.device, kernel_BHWK.dtype)
+    columns = fold_table(w, width, kernel_BHWK.device, kernel_BHWK.dtype)
     device = source_BChw.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else source_BChw.dtype
     with torch.autocast(device, enabled=False):
@@ -78,15 +77,14 @@ class FoldTable(NamedTuple):
 
 
 @lru_cache(maxsize=64)
-def fold_table(n: int, fine: int, mode: str, device: torch.device, dtype: torch.dtype) -> FoldTable:
+def fold_table(n: int, fine: int, device: torch.device, dtype: torch.dtype) -> FoldTable:
     """The table of one axis of n coarse cells and `fine` pixels; kept per device, since a step asks for the same few."""
     factor = fine // n
-    # cells reached from RADIUS pixels outside a block: half-pixel centres, one neighbour more on each side for cubic taps
-    halo = math.ceil((RADIUS - 0.5) / factor + 0.5) + (mode == "bicubic")
+    halo = math.ceil((RADIUS - 0.5) / factor + 0.5)  # cells reached from RADIUS pixels outside a block: half-pixel centres
     axis = cut_axis(fine, factor, halo)
     with torch.inference_mode(False), torch.no_grad():  # a cached inference tensor could not be saved for backward later
         identity = torch.eye(n, dtype=torch.float64).view(1, n, n, 1)
-        resize = F.interpolate(identity, size=(fine, 1), mode=mode, align_corners=False)[0, :, :, 0].T
+        resize = F.interpolate(identity, size=(fine, 1), mode="bilinear", align_corners=False)[0, :, :, 0].T
         resize = F.pad(resize, (halo, axis.blocks * axis.cells + halo - n))
         pixel = torch.arange(axis.blocks * axis.pixels).clamp(max=fine - 1)[:, None] + torch.arange(-RADIUS, RADIUS + 1)
         reflected = (fine - 1) - ((fine - 1) - pixel.abs()).abs()

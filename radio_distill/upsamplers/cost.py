@@ -15,6 +15,7 @@ from torch import nn
 from ..config.upsampler import Network
 from ..config.upsampler_recipe import Downsampler
 from .featsharp import FeatSharp, FusionLevel, build_guided, level_factors
+from .form import OURS, form_of
 from .fusion import Attention
 from .jbu import prime_factors
 
@@ -46,7 +47,7 @@ def network_parameters(network: Network, width: int) -> int:
         if network.kind == "featsharp":
             built: nn.Module = FeatSharp(network, width)
         else:
-            built = build_guided(network.kind, width, network.factor, reference=network.reference)
+            built = build_guided(network.kind, width, network.factor, form_of(network.reference))
     return sum(p.numel() for p in built.parameters())
 
 
@@ -86,6 +87,6 @@ def _guided(name: str, width: int, factor: int, grid: int, patch: int, image: in
 
     fine = (factor * grid, factor * grid)
     with torch.no_grad(), FakeTensorMode(), FlopCounterMode(display=False) as counter:
-        network = build_guided(name, width, factor, reference=False)
+        network = build_guided(name, width, factor, OURS)
         network(torch.empty(1, width, grid, grid), torch.empty(1, 3, image, image), fine)
     return float(counter.get_total_flops())

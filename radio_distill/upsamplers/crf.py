@@ -1,6 +1,6 @@
 """Conditional-random-field loss: features of places that are close and of similar colour should be alike.
 
-FeatUp, section 3.3, and FeatSharp, section 3.3. Pairs of a sample of positions; their features' distance is weighed with
+FeatUp, section 3.3, and FeatSharp, appendix B.2. Pairs of a sample of positions; their features' distance is weighed with
 K = (w1 exp(-|dp|^2 / (2 alpha) - |dI|^2 / (2 beta)) + w2 exp(-|dp|^2 / (2 gamma)) - shift) / (w1 + w2),
 p = (y / H, x / W), I the whitened image.
 
@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..seeded import uniform
+from .chunks import in_chunks
+from .metrics import mean_over
 from .mmd import square_distances
 
 __all__ = ["CrfKernel", "crf"]
@@ -39,6 +41,8 @@ class CrfKernel(NamedTuple):
 
 
 FEATSHARP = CrfKernel()
+CHUNK = 2**26
+"""Differences of channels that `smooth_l1` holds at a time: 256 MiB in float32."""
 
 
 def crf(
@@ -51,13 +55,13 @@ def crf(
     kernel: CrfKernel = FEATSHARP,
     num: int = 1000,
     distance: Literal["mse", "smooth_l1"] = "mse",
-    reference: bool = False,
+    least: float = 0.0,
 ) -> Tensor:
     """Mean over pairs of positions of affinity times feature distance (mean over channels), a scalar.
 
     At most `num` positions per sample take part, drawn by its seed among the valid ones (all when there are fewer). `scale`
-    weighs every position, a pair by the geometric mean. `smooth_l1` holds B N^2 C numbers, `mse` only B N^2. The mean is over
-    the valid pairs; with `reference`, as published, over at least half of all pairs.
+    weighs every position, a pair by the geometric mean. The mean is over the valid pairs, but at least this share (`least`) of
+    all pairs. `smooth_l1` costs C times what `mse` does.
     """
     with torch.autocast(features_BCHW.device.type, enabled=False):
         valid_B1HW = torch.ones_like(features_BCHW[:, :1]) if valid_B1HW is None else valid_B1HW
@@ -68,8 +72,7 @@ def crf(
         if scale_B1HW is not None:
             scale = _at(scale_B1HW.float(), index_BN)
             weights_BNN = weights_BNN * (scale @ scale.mT).clamp(min=1e-8).sqrt()
-        total = (weights_BNN * _distances(features, distance)).sum()
-        return total / pairs_BNN.sum().clamp(min=pairs_BNN.numel() / 2 if reference else 1)
+        return mean_over(weights_BNN * _distances(features, distance), pairs_BNN, least)
 
 
 def _draw(valid_BP: Tensor, seeds_B: Tensor, num: int) -> Tensor:
@@ -97,5 +100,10 @@ def _affinity(places_BN2: Tensor, colours_BN3: Tensor, k: CrfKernel) -> Tensor:
 def _distances(features_BNC: Tensor, distance: str) -> Tensor:
     if distance == "mse":
         return square_distances(features_BNC, features_BNC) / features_BNC.shape[2]
-    one, other = torch.broadcast_tensors(features_BNC[:, :, None], features_BNC[:, None])
-    return F.smooth_l1_loss(one, other, reduction="none").mean(3)
+    batch, count, channels = features_BNC.shape
+
+    def rows(part: slice) -> Tensor:
+        one, other = torch.broadcast_tensors(features_BNC[:, part, None], features_BNC[:, None])
+        return F.smooth_l1_loss(one, other, reduction="none").mean(3)
+
+    return in_chunks(rows, count, CHUNK // (batch * count * channels))

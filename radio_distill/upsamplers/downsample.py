@@ -2,9 +2,8 @@
 
 Shapes: B batch, C channels, H W the fine grid, h w the coarse grid, K = kernel * kernel taps (row-major).
 
-A downsampler looks at a window of fine pixels for every coarse cell. The published ones start the window of cell i at pixel
-stride * i - kernel // 2, which is (stride - 1) / 2 pixels off the cell's centre, and read zeros outside the map. Ours are
-centred for every stride and repeat the border.
+A downsampler looks at a window of fine pixels for every coarse cell, centred for every stride; beyond the map its border is
+repeated.
 
 Centring: cell i covers pixels stride * i ... stride * i + stride - 1, so its centre is a pixel for an odd stride and falls
 between two for an even one. There the taps stay one pixel apart and are all shifted by half a pixel. This needs no second
@@ -18,10 +17,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["KEEP", "AttentionDownsampler", "FeatUpDownsampler", "SimpleDownsampler"]
+__all__ = [
+    "BLUR_SIGMA",
+    "KEEP",
+    "AttentionDownsampler",
+    "SimpleDownsampler",
+    "filter_channels",
+    "gaussian",
+    "whole_stride",
+]
 
 KEEP = 0.8
-"""Probability that a logit (FeatUp: a position's logits) counts in training."""
+"""Probability that a logit counts in training."""
 BLUR_SIGMA = 8**-0.25
 """Pixels; FeatSharp's weights are exp(-sqrt(2) x^2)."""
 
@@ -30,26 +37,17 @@ class AttentionDownsampler(nn.Module):
     """FeatSharp's: smooth, then average a window with weights that a convolution predicts from its content.
 
     Untrained it is close to the mean over each cell: the weights are learned relative to `cell_logits`. A constant map stays
-    what it is, also at borders. `reference`: the published window, zero borders, starting values and dropout in evaluation.
+    what it is, also at borders.
     """
 
-    blur_kernel: Tensor
-    """Only with `reference`: (1, 1, 5, 5)."""
-
-    def __init__(self, channels: int, kernel: int = 7, *, reference: bool = False) -> None:
+    def __init__(self, channels: int, kernel: int = 7) -> None:
         super().__init__()
         check_kernel(kernel)
         taps = kernel * kernel
-        self.kernel, self.reference = kernel, reference
+        self.kernel = kernel
         self.attn_kernel = nn.Parameter(torch.zeros(taps, channels, kernel, kernel))
         self.kernel_bias = nn.Parameter(torch.zeros(taps))
         self.logit_bias = nn.Parameter(torch.zeros(1, taps, 1, 1))
-        if reference:
-            nn.init.normal_(self.attn_kernel, 1, 0.01)
-            nn.init.normal_(self.kernel_bias, 0, 0.01)
-            nn.init.normal_(self.logit_bias, 0, 0.1)
-            blur = gaussian(5, BLUR_SIGMA, like=self.logit_bias)
-            self.register_buffer("blur_kernel", torch.outer(blur, blur).detach()[None, None])
 
     def forward(self, high_BCHW: Tensor, size: tuple[int, int], keep_mask: Tensor | None = None) -> Tensor:
         """(B, C, H, W) -> (B, C, *size); H and W are multiples of the size.
@@ -57,90 +55,52 @@ class AttentionDownsampler(nn.Module):
         `keep_mask` (B, K, *size), 0 or 1, says which predicted logits count; without one it is drawn in training.
         """
         stride = whole_stride(high_BCHW, size)
-        if self.reference:
-            margin = self.kernel // 2
-            smooth = F.pad(filter_channels(F.pad(high_BCHW, (2, 2, 2, 2)), self.blur_kernel[0, 0]), (margin,) * 4)
-        else:
-            # 4 taps where the centre lies between pixels; the next pair would have 0.0002 of the weight
-            blurs = [gaussian(5 if step % 2 else 4, BLUR_SIGMA, like=high_BCHW) for step in stride]
-            smooth = centred(high_BCHW, self.kernel, stride, blurs)
+        smooth = self.smooth(high_BCHW, stride)
         logits = F.conv2d(smooth, self.attn_kernel, self.kernel_bias, stride=stride)
-        if keep_mask is None and (self.training or self.reference):
+        if keep_mask is None and self.drops:
             keep_mask = torch.empty_like(logits).bernoulli_(KEEP)
         if keep_mask is not None:
             logits = logits * keep_mask
-        logits = logits + self.logit_bias
-        if not self.reference:
-            logits = logits + cell_logits(self.kernel, stride, like=logits).view(1, -1, 1, 1)
+        logits = self.favoured(logits + self.logit_bias, stride)
         return weigh(smooth, logits.flatten(2).softmax(1), self.kernel, stride, size)
+
+    @property
+    def drops(self) -> bool:
+        """Whether logits are dropped at random where no mask says which."""
+        return self.training
+
+    def smooth(self, high_BCHW: Tensor, stride: tuple[int, int]) -> Tensor:
+        """The blurred map, bordered so that windows of `kernel` pixels, taken every `stride`, are one per cell."""
+        # 4 taps where the centre lies between pixels; the next pair would have 0.0002 of the weight
+        blurs = [gaussian(5 if step % 2 else 4, BLUR_SIGMA, like=high_BCHW) for step in stride]
+        return centred(high_BCHW, self.kernel, stride, blurs)
+
+    def favoured(self, logits_BKhw: Tensor, stride: tuple[int, int]) -> Tensor:
+        """The logits with a start in favour of the cell's own pixels."""
+        return logits_BKhw + cell_logits(self.kernel, stride, like=logits_BKhw).view(1, -1, 1, 1)
 
 
 class SimpleDownsampler(nn.Module):
     """One learned positive kernel, the same for all channels and positions.
 
     Untrained it is close to the mean over each cell. At even strides the pixels are averaged in pairs first, so that the
-    effective kernel has kernel + 1 taps around the cell's centre. `reference`: the published window and zero borders.
+    effective kernel has kernel + 1 taps around the cell's centre.
     """
 
-    def __init__(self, kernel: int = 7, *, reference: bool = False) -> None:
+    def __init__(self, kernel: int = 7) -> None:
         super().__init__()
         check_kernel(kernel)
-        self.kernel, self.reference = kernel, reference
+        self.kernel = kernel
         self.kernel_params = nn.Parameter(torch.ones(kernel, kernel))
 
     def forward(self, high_BCHW: Tensor, size: tuple[int, int], keep_mask: Tensor | None = None) -> Tensor:
         """(B, C, H, W) -> (B, C, *size); H and W are multiples of the size. There are no logits that a mask could drop."""
         stride = whole_stride(high_BCHW, size)
+        blurs = [high_BCHW.new_ones(1) if step % 2 else high_BCHW.new_full((2,), 0.5) for step in stride]
+        padded = centred(high_BCHW, self.kernel, stride, blurs)
         weights = F.softplus(self.kernel_params)
-        if self.reference:
-            padded = F.pad(high_BCHW, (self.kernel // 2,) * 4)
-        else:
-            blurs = [high_BCHW.new_ones(1) if step % 2 else high_BCHW.new_full((2,), 0.5) for step in stride]
-            padded = centred(high_BCHW, self.kernel, stride, blurs)
-            weights = weights * cell_logits(self.kernel, stride, like=weights).exp().view_as(weights)
+        weights = weights * cell_logits(self.kernel, stride, like=weights).exp().view_as(weights)
         return filter_channels(padded, weights / weights.sum(), stride)
-
-
-class FeatUpDownsampler(nn.Module):
-    """FeatUp's: a linear layer scores every pixel, a learned kernel scales the scores, their softmax weighs a window.
-
-    The first window starts at the first pixel and the last ends within the last stride; nothing is padded. `reference`:
-    positions are dropped in evaluation too, as published.
-    """
-
-    def __init__(self, channels: int, kernel: int, *, reference: bool = False) -> None:
-        super().__init__()
-        self.kernel, self.reference = kernel, reference
-        self.attention_net = nn.Sequential(nn.Dropout(0.2), nn.Linear(channels, 1))
-        self.w = nn.Parameter(torch.ones(kernel, kernel))
-        self.b = nn.Parameter(torch.zeros(kernel, kernel))
-
-    def forward(self, high_BCHW: Tensor, size: tuple[int, int], keep_mask: Tensor | None = None) -> Tensor:
-        """(B, C, H, W) -> (B, C, *size). `keep_mask` (B, *size, 1), 0 or 1: the positions whose scores count."""
-        stride = self.stride(high_BCHW, size)
-        blur = gaussian(5, 1.0, like=high_BCHW)
-        smooth = filter_channels(F.pad(high_BCHW, (2, 2, 2, 2), mode="reflect"), torch.outer(blur, blur))
-        scores = self.attention_net(smooth.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-        scores = F.unfold(scores, self.kernel, stride=stride)
-        if keep_mask is None and (self.training or self.reference):
-            keep_mask = scores.new_empty(len(scores), *size, 1).bernoulli_(KEEP)
-        if keep_mask is not None:
-            scores = scores * keep_mask.flatten(1)[:, None]
-        logits = scores * self.w.flatten()[:, None] + self.b.flatten()[:, None]
-        return weigh(smooth, logits.softmax(1), self.kernel, stride, size)
-
-    def stride(self, high_BCHW: Tensor, size: tuple[int, int]) -> tuple[int, int]:
-        """(side - kernel) // (cells - 1); raises ValueError where that does not give the wanted number of cells."""
-        strides = []
-        for side, cells in zip(high_BCHW.shape[-2:], size):
-            stride = max(1, (side - self.kernel) // max(1, cells - 1))
-            if side < self.kernel or (side - self.kernel) // stride + 1 != cells:
-                raise ValueError(
-                    f"windows of {self.kernel} on {side} pixels cannot be laid out as {cells} cells; "
-                    f"resize the map to {cells * self.kernel} pixels, one kernel for each cell"
-                )
-            strides.append(stride)
-        return strides[0], strides[1]
 
 
 def centred(high_BCHW: Tensor, kernel: int, stride: tuple[int, int], blurs: list[Tensor]) -> Tensor:

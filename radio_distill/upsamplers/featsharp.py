@@ -9,13 +9,12 @@ Shapes: B batch, C channels of the teacher, h w source grid, H W = factor * (h, 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..align import resize_map
 from ..config.upsampler import Network, check_network
 from ..errors import RecipeError
-from .fusion import build_mixer
+from .form import Form, form_of
 from .jbu import JBU, prime_factors
 
 __all__ = ["FeatSharp", "FusionLevel", "build_guided", "level_factors"]
@@ -52,23 +51,23 @@ class FusionLevel(nn.Module):
 
     def __init__(self, spec: Network, channels: int, factor: int) -> None:
         super().__init__()
-        self.inputs, self.factor, self.reference = spec.inputs, factor, spec.reference
+        self.inputs, self.factor, self.form = spec.inputs, factor, form_of(spec.reference)
         for name in spec.inputs:
             if name in LEARNED:
-                self.add_module(name, build_guided(name, channels, factor, reference=spec.reference))
+                self.add_module(name, build_guided(name, channels, factor, self.form))
         if "tiles" in spec.inputs:
             self.tile_pos = nn.Parameter(torch.zeros(1, channels, factor, factor))
         if "rgb" in spec.inputs:
             self.rgb_proj = nn.Conv2d(3, RGB_CHANNELS, 1)
         widths = [RGB_CHANNELS if name == "rgb" else channels for name in spec.inputs]
-        self.block = build_mixer(spec, channels, sum(widths))
+        self.block = self.form.mixer(spec, channels, sum(widths))
 
     def forward(self, source_BChw: Tensor, tiles_BCHW: Tensor | None, image_B3HW: Tensor) -> Tensor:
         """(B, C, factor * h, factor * w), channels last in memory; tiles are as large as the result."""
         h, w = source_BChw.shape[2:]
         size = (self.factor * h, self.factor * w)
         source_BChw = source_BChw.contiguous(memory_format=torch.channels_last)
-        guide_B3HW = resize_image(image_B3HW, size, aliased=self.reference) if {"jbu", "rgb"} & {*self.inputs} else image_B3HW
+        guide_B3HW = self.form.resize(image_B3HW, size) if {"jbu", "rgb"} & {*self.inputs} else image_B3HW
 
         def bring(name: str) -> Tensor:
             match name:
@@ -97,7 +96,7 @@ def level_factors(spec: Network) -> list[int]:
     return (prime_factors(spec.factor) if spec.progressive else []) or [spec.factor]
 
 
-def build_guided(kind: str, channels: int, factor: int, *, reference: bool) -> nn.Module:
+def build_guided(kind: str, channels: int, factor: int, form: Form) -> nn.Module:
     """The guided upsampler of a kind: `forward(source_BChw, guidance_B3HW, size)`."""
     from .jafar import Jafar
     from .naf import Naf
@@ -106,9 +105,9 @@ def build_guided(kind: str, channels: int, factor: int, *, reference: bool) -> n
 
     match kind:
         case "jbu" | "featup":
-            return JBU(factor, reference=reference)
+            return JBU(factor, form.jbu_level)
         case "jafar":
-            return Jafar(channels, reference=reference)
+            return Jafar(channels, form.resize)
         case "sapa":
             return Sapa(channels, factor)
         case "resfu":
@@ -116,10 +115,3 @@ def build_guided(kind: str, channels: int, factor: int, *, reference: bool) -> n
         case "naf":
             return Naf(channels)
     raise ValueError(f"unknown guided upsampler {kind!r}; expected jbu, featup, jafar, sapa, resfu or naf")
-
-
-def resize_image(image_B3HW: Tensor, size: tuple[int, int], *, aliased: bool) -> Tensor:
-    """Bilinear; antialiased where it reduces, unless `aliased` (published: every n-th pixel's neighbours alone count)."""
-    if aliased:
-        return F.interpolate(image_B3HW, size, mode="bilinear", align_corners=False)
-    return resize_map(image_B3HW, size)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..balance import Balancer, identity
@@ -28,10 +28,11 @@ from ..config.upsampler_recipe import Downsampler
 from ..errors import CheckpointError, TeacherError
 from ..paths import expand
 from ..student.spectral import fold_state
-from .downsample import AttentionDownsampler, SimpleDownsampler
+from ..tensors import save_tensors
+from .form import form_of
 from .sharpener import Sharpener
 
-__all__ = ["SavedUpsampler", "build_downsampler", "check_teacher", "load_upsampler", "read_network", "save_upsampler"]
+__all__ = ["SavedUpsampler", "check_teacher", "load_upsampler", "read_network", "save_upsampler"]
 
 WEIGHTS = "upsampler.safetensors"
 FACTS = "upsampler.json"
@@ -62,13 +63,6 @@ class SavedUpsampler:
         return self.size // self.card.input.patch
 
 
-def build_downsampler(spec: Downsampler, channels: int, *, reference: bool) -> nn.Module:
-    """The learned reduction that an upsampler is trained against."""
-    if spec.kind == "simple":
-        return SimpleDownsampler(spec.kernel, reference=reference)
-    return AttentionDownsampler(channels, spec.kernel, reference=reference)
-
-
 def save_upsampler(saved: SavedUpsampler, folder: Path, *, state: Mapping[str, Tensor] | None = None) -> None:
     """Write plain fp32 weights and the facts into `folder`; each file appears complete or not at all.
 
@@ -79,7 +73,7 @@ def save_upsampler(saved: SavedUpsampler, folder: Path, *, state: Mapping[str, T
         state = {f"{prefix}.{key}": x for prefix, module in modules.items() for key, x in module.state_dict().items()}
     tensors = {key.removeprefix("sharpener."): x for key, x in fold_state(state).items()}
     tensors |= {f"balancer.{name}": x for name, x in saved.sharpener.balancer.tensors().items()}
-    plain = {name: x.detach().float().cpu().contiguous().clone() for name, x in tensors.items()}
+    plain = {name: x.float().cpu().clone() for name, x in tensors.items()}
     facts = {
         "format": 1,
         "network": saved.network.model_dump(mode="json"),
@@ -90,7 +84,7 @@ def save_upsampler(saved: SavedUpsampler, folder: Path, *, state: Mapping[str, T
         "provenance": saved.provenance,
     }
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(plain, folder / f"{WEIGHTS}.part")
+    save_tensors(folder / f"{WEIGHTS}.part", plain)
     (folder / f"{FACTS}.part").write_text(json.dumps(facts, indent=1) + "\n")
     for name in (WEIGHTS, FACTS):
         os.replace(folder / f"{name}.part", folder / name)
@@ -113,7 +107,7 @@ def load_upsampler(path: str | Path) -> SavedUpsampler:
     reduction, grid = Downsampler(**facts["downsampler"]), facts["size"] // card.input.patch
     channels = card.output.features
     sharpener = Sharpener(network, channels, (grid, grid), _balancer(folder, facts, tensors, channels))
-    downsampler = build_downsampler(reduction, channels, reference=network.reference)
+    downsampler = form_of(network.reference).downsampler(reduction, channels)
     _fill(sharpener, {k: x for k, x in tensors.items() if not k.startswith(("balancer.", "downsampler."))}, folder)
     _fill(downsampler, {k.removeprefix("downsampler."): x for k, x in tensors.items() if k.startswith("downsampler.")}, folder)
     for module in (sharpener, downsampler):

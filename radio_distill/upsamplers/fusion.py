@@ -20,11 +20,23 @@ from ..config.upsampler import Network
 from .local_attention import local_attention
 from .rotary import Rotary
 
-__all__ = ["FusionBlock", "LinearMixer", "ReducedBlock", "build_mixer", "head_width"]
+__all__ = [
+    "HEADS",
+    "Attention",
+    "FusionBlock",
+    "LinearMixer",
+    "ReducedBlock",
+    "SwiGLU",
+    "build_mixer",
+    "check_heads",
+    "head_width",
+    "hidden_width",
+]
 
 HEAD_WIDTH = 128
 """What fast attention kernels like, and a divisor of 2C for all large teachers."""
-REFERENCE_HEADS = 16
+HEADS = 16
+"""The width of all inputs is a multiple of this: so many heads has the published block."""
 GAIN = 1e-6
 """Initial layer scale, as published: the output starts as the first input. From 1e-6 to 1e-1 toy blocks learned equally well
 in 250 steps of NAdam, and faster in the first hundred the smaller it was: the gains grow by the learning rate a step."""
@@ -34,57 +46,55 @@ def build_mixer(network: Network, channels: int, inputs: int) -> nn.Module:
     """The mixer a network asks for: (B, H, W, inputs) -> (B, H, W, channels)."""
     match network.mixer:
         case "block":
-            return FusionBlock(network, channels, inputs)
+            parts = Attention(network, inputs, head_width(inputs)), _mlp(network, channels, inputs)
+            return FusionBlock(network, inputs, *parts, LinearMixer(channels, inputs))
         case "linear":
             return LinearMixer(channels, inputs)
         case "mlp":
-            # published: 4C here, although the full block takes 4G
-            inner: nn.Module = SwiGLU(inputs, _hidden(network, channels), channels)
+            inner: nn.Module = _mlp(network, channels, inputs)
         case "attention":
-            inner = Attention(network, inputs)
-    return ReducedBlock(network, channels, inputs, inner)
+            inner = Attention(network, inputs, head_width(inputs))
+    return ReducedBlock(network, inputs, inner, LinearMixer(channels, inputs), LayerScale(channels, GAIN))
 
 
 class FusionBlock(nn.Module):
     """x + attention, then skip(x) + MLP of that.
 
-    The skip is one matrix that starts as the projection onto the first input. Published, it stays that projection (after
-    attention): with the matrix, toy networks had learned in 100 steps what the block alone had not (docs/upsamplers.md).
+    Our skip is one matrix that starts as the projection onto the first input, which the published one stays: with the matrix,
+    toy networks had learned in 100 steps what the block alone had not (docs/upsamplers.md).
     """
 
-    def __init__(self, network: Network, channels: int, inputs: int) -> None:
+    def __init__(self, network: Network, inputs: int, attn: Attention, mlp: SwiGLU, skip: nn.Module) -> None:
         super().__init__()
-        self.channels = channels
         self.norm1 = _norm(network, inputs)
-        self.attn = Attention(network, inputs)
+        self.attn = attn
         self.ls1 = LayerScale(inputs, GAIN)
         self.norm2 = _norm(network, inputs)
-        self.mlp = SwiGLU(inputs, _hidden(network, inputs if network.reference else channels), channels)
-        self.ls2 = LayerScale(channels, GAIN)
-        self.skip = None if network.reference else LinearMixer(channels, inputs)
+        self.mlp = mlp
+        self.ls2 = LayerScale(mlp.w3.out_features, GAIN)
+        self.skip = skip
 
     def forward(self, x_BHWG: Tensor) -> Tensor:
         """(B, H, W, C)."""
         mixed = x_BHWG + self.ls1(self.attn(self.norm1(x_BHWG)))
-        base = mixed[..., : self.channels] if self.skip is None else self.skip(mixed)
-        return base + self.ls2(self.mlp(self.norm2(mixed)))
+        out: Tensor = self.skip(mixed) + self.ls2(self.mlp(self.norm2(mixed)))
+        return out
 
 
 class ReducedBlock(nn.Module):
-    """skip(x) + inner(x), `inner` being attention or MLP alone. Published: the first C channels of x + inner(x), no layer scale."""
+    """skip(x) + ls(inner(x)), `inner` being attention or MLP alone; the first channels of what it gives."""
 
-    def __init__(self, network: Network, channels: int, inputs: int, inner: nn.Module) -> None:
+    def __init__(self, network: Network, inputs: int, inner: nn.Module, skip: nn.Module, ls: nn.Module) -> None:
         super().__init__()
-        self.channels = channels
         self.norm = _norm(network, inputs)
         self.inner = inner
-        self.ls = nn.Identity() if network.reference else LayerScale(channels, GAIN)
-        self.skip = None if network.reference else LinearMixer(channels, inputs)
+        self.ls = ls
+        self.skip = skip
 
     def forward(self, x_BHWG: Tensor) -> Tensor:
         """(B, H, W, C)."""
-        base = x_BHWG[..., : self.channels] if self.skip is None else self.skip(x_BHWG)
-        return base + self.ls(self.inner(self.norm(x_BHWG))[..., : self.channels])
+        base: Tensor = self.skip(x_BHWG)
+        return base + self.ls(self.inner(self.norm(x_BHWG))[..., : base.shape[-1]])
 
 
 class LinearMixer(nn.Linear):
@@ -98,19 +108,15 @@ class LinearMixer(nn.Linear):
 
 
 class Attention(nn.Module):
-    """Multi-head attention in a window; names qkv, proj, xpos."""
+    """Multi-head attention in a window, with heads of `head` channels; names qkv, proj, xpos.
 
-    def __init__(self, network: Network, width: int) -> None:
+    padded: channels of a head in the projections, where they are more than `head`; values use the first `head` of them.
+    """
+
+    def __init__(self, network: Network, width: int, head: int, *, padded: int | None = None) -> None:
         super().__init__()
-        if width % REFERENCE_HEADS:
-            raise ValueError(
-                f"the inputs of the fusion have {width} channels together, expected a multiple of {REFERENCE_HEADS} for the "
-                "heads; use mixer 'mlp' or 'linear'"
-            )
-        self.head = width // REFERENCE_HEADS if network.reference else head_width(width)
-        self.heads = width // self.head
-        # published: q and k use all the padded channels, v only its first `head`
-        padded = 1 << (self.head - 1).bit_length() if network.reference else self.head
+        self.head, self.heads = head, width // head
+        padded = padded or head
         self.window = network.window
         self.slopes = slopes(self.heads) if network.position == "alibi" else None
         self.xpos = None
@@ -159,9 +165,19 @@ class LayerScale(nn.Module):
 
 def head_width(width: int) -> int:
     """Channels of a head: 128 where it divides `width` into at least two heads (alibi needs one for rows and one for columns),
-    else the multiple of 8 that does so and is nearest to 128 in ratio. `width` is a multiple of 16."""
+    else the multiple of 8 that does so and is nearest to 128 in ratio."""
+    check_heads(width)
     candidates = [d for d in range(8, width // 2 + 1, 8) if width % d == 0]
     return min(candidates, key=lambda d: (abs(math.log(d / HEAD_WIDTH)), d))
+
+
+def check_heads(width: int) -> None:
+    """Raise ValueError where the channels of all inputs cannot be shared among heads."""
+    if width % HEADS:
+        raise ValueError(
+            f"the inputs of the fusion have {width} channels together, expected a multiple of {HEADS} for the heads; "
+            "use mixer 'mlp' or 'linear'"
+        )
 
 
 def slopes(heads: int) -> tuple[float, ...]:
@@ -171,7 +187,11 @@ def slopes(heads: int) -> tuple[float, ...]:
     return tuple(2.0 ** -(1 + ratio * (head // 2)) for head in range(heads))
 
 
-def _hidden(network: Network, base: int) -> int:
+def _mlp(network: Network, channels: int, inputs: int) -> SwiGLU:
+    return SwiGLU(inputs, hidden_width(network, channels), channels)
+
+
+def hidden_width(network: Network, base: int) -> int:
     """Hidden width of the gated MLP: two thirds of `hidden` times the base, up to a multiple of 8."""
     return 8 * math.ceil(int(network.hidden * base * 2 / 3) / 8)
 

@@ -5,23 +5,25 @@ Shapes: B batch, C channels, D width, H W.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..align import resize_map
 
-__all__ = ["GROUPS", "Residual", "at_most_twice", "encoder"]
+__all__ = ["GROUPS", "Residual", "Resize", "at_most_twice", "encoder"]
+
+Resize = Callable[[Tensor, tuple[int, int]], Tensor]
 
 GROUPS = 8
 
 
-def at_most_twice(guidance_B3HW: Tensor, size: tuple[int, int], *, antialias: bool = True) -> Tensor:
+def at_most_twice(guidance_B3HW: Tensor, size: tuple[int, int], resize: Resize = resize_map) -> Tensor:
     """The image, reduced to twice the output's `size` along each axis where it is larger: finer detail costs and is averaged away."""
     height, width = guidance_B3HW.shape[2:]
     cap = min(height, 2 * size[0]), min(width, 2 * size[1])
-    if antialias or cap == (height, width):
-        return resize_map(guidance_B3HW, cap).to(guidance_B3HW.dtype)
-    return F.interpolate(guidance_B3HW, cap, mode="bilinear")
+    return resize(guidance_B3HW, cap).to(guidance_B3HW.dtype)
 
 
 class Residual(nn.Module):

@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..align import resize_map
 from .chunks import in_chunks
-from .image_encoder import GROUPS, at_most_twice, encoder
+from .image_encoder import GROUPS, Resize, at_most_twice, encoder
 
 __all__ = ["Jafar"]
 
@@ -30,31 +31,32 @@ SCORES_PER_CHUNK = 2**25
 class Jafar(nn.Module):
     """Guided upsampler to any size.
 
-    `reference` reproduces the published module: guidance reduced bilinearly without antialiasing, and the value and output
-    projections that its attention holds and never uses.
+    `resize` reduces the guidance. Published weights load: the value and output projections that their attention holds and
+    never uses are left out.
     """
 
-    def __init__(self, channels: int, *, reference: bool = False) -> None:
+    def __init__(self, channels: int, resize: Resize = resize_map) -> None:
         super().__init__()
-        self.reference = reference
-        self.upsampler = _Network(channels, inert=reference)
+        self.resize = resize
+        self.upsampler = _Network(channels)
+        self.register_load_state_dict_pre_hook(_without_inert)
 
     def forward(self, source_BChw: Tensor, guidance_B3HW: Tensor, size: tuple[int, int]) -> Tensor:
         """(B, C, *size) from the source (B, C, h, w) and the whitened image of any size of at least 2 x 2 pixels."""
-        guidance_B3HW = at_most_twice(guidance_B3HW, size, antialias=not self.reference)
+        guidance_B3HW = at_most_twice(guidance_B3HW, size, self.resize)
         out: Tensor = self.upsampler(source_BChw, guidance_B3HW, size)
         return out
 
 
 class _Network(nn.Module):
-    def __init__(self, channels: int, *, inert: bool) -> None:
+    def __init__(self, channels: int) -> None:
         super().__init__()
         self.image_encoder = encoder(3, WIDTH, kernel=3)
         self.query_encoder = encoder(WIDTH, WIDTH)
         self.key_encoder = encoder(WIDTH, WIDTH)
         self.key_features_encoder = encoder(channels, WIDTH)
         self.sft_key = _Modulation()
-        self.cross_decode = _Decoder(channels, inert=inert)
+        self.cross_decode = _Decoder()
         self.rope = _Rope()
 
     def forward(self, source_BChw: Tensor, image_B3HW: Tensor, size: tuple[int, int]) -> Tensor:
@@ -101,10 +103,10 @@ class _Modulation(nn.Module):
 
 
 class _Decoder(nn.Module):
-    def __init__(self, channels: int, *, inert: bool) -> None:
+    def __init__(self) -> None:
         super().__init__()
         self.conv2d = nn.Conv2d(WIDTH, WIDTH, 3, padding=1, bias=False)
-        self.cross_attn = _CrossAttention(channels, inert=inert)
+        self.cross_attn = _CrossAttention()
 
     def forward(self, queries_BDHW: Tensor, keys_BDhw: Tensor, values_BChw: Tensor) -> Tensor:
         queries = self.conv2d(F.group_norm(queries_BDHW, GROUPS))
@@ -113,13 +115,11 @@ class _Decoder(nn.Module):
 
 
 class _CrossAttention(nn.Module):
-    def __init__(self, channels: int, *, inert: bool) -> None:
+    def __init__(self) -> None:
         super().__init__()
         self.norm_q = nn.RMSNorm(WIDTH, EPSILON)
         self.norm_k = nn.RMSNorm(WIDTH, EPSILON)
-        self.attention = _Projections(channels, inert=inert)
-        if inert:
-            self.norm_v = nn.RMSNorm(channels, EPSILON)
+        self.attention = _Projections()
 
     def forward(self, queries_BLD: Tensor, keys_BND: Tensor, values_BNC: Tensor) -> Tensor:
         """(B, L, C), computed over few enough queries at a time that the scores stay within SCORES_PER_CHUNK."""
@@ -132,23 +132,29 @@ class _CrossAttention(nn.Module):
 class _Projections(nn.Module):
     """Queries and keys by head, named as in `nn.MultiheadAttention`."""
 
-    def __init__(self, channels: int, *, inert: bool) -> None:
+    def __init__(self) -> None:
         super().__init__()
         self.q_proj_weight = nn.Parameter(torch.empty(WIDTH, WIDTH))
         self.k_proj_weight = nn.Parameter(torch.empty(WIDTH, WIDTH))
-        self.in_proj_bias = nn.Parameter(torch.zeros((3 if inert else 2) * WIDTH))
+        self.in_proj_bias = nn.Parameter(torch.zeros(2 * WIDTH))
         nn.init.xavier_uniform_(self.q_proj_weight)
         nn.init.xavier_uniform_(self.k_proj_weight)
-        if inert:
-            self.v_proj_weight = nn.Parameter(nn.init.xavier_uniform_(torch.empty(WIDTH, channels)))
-            self.out_proj = nn.Linear(WIDTH, WIDTH)
 
     def forward(self, queries_BLD: Tensor, keys_BND: Tensor) -> tuple[Tensor, Tensor]:
         """Both as (B, heads, count, D / heads), the queries scaled."""
-        bias_q, bias_k = self.in_proj_bias[:WIDTH], self.in_proj_bias[WIDTH : 2 * WIDTH]
+        bias_q, bias_k = self.in_proj_bias.chunk(2)
         queries = F.linear(queries_BLD, self.q_proj_weight, bias_q) * (WIDTH // HEADS) ** -0.5
         keys = F.linear(keys_BND, self.k_proj_weight, bias_k)
         return queries.unflatten(2, (HEADS, -1)).transpose(1, 2), keys.unflatten(2, (HEADS, -1)).transpose(1, 2)
+
+
+def _without_inert(module: nn.Module, state: dict[str, Tensor], prefix: str, *_: object) -> None:
+    attention = f"{prefix}upsampler.cross_decode.cross_attn."
+    for key in ("norm_v.weight", "attention.v_proj_weight", "attention.out_proj.weight", "attention.out_proj.bias"):
+        state.pop(attention + key, None)
+    bias = f"{attention}attention.in_proj_bias"
+    if bias in state:
+        state[bias] = state[bias][: 2 * WIDTH]
 
 
 def _attend(queries: Tensor, keys: Tensor, values_BNC: Tensor) -> Tensor:

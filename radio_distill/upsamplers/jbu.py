@@ -8,6 +8,8 @@ position alone, every output is a convex combination of bilinear values, and a l
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -27,21 +29,13 @@ __all__ = [
 
 
 class JBULevel(nn.Module):
-    """One level (FeatUp, section 3.1, with FeatSharp's plain bilinear source).
+    """One level (FeatUp, section 3.1, with FeatSharp's plain bilinear source)."""
 
-    `reference`: also hold the two gains of the published layer, which cancel in the normalisation, and use its guarded
-    normalisation; it differs only where sigma < 0.25 and nothing near the centre looks like it.
-    """
-
-    def __init__(self, *, reference: bool = False) -> None:
+    def __init__(self) -> None:
         super().__init__()
         self.range_proj = nn.Sequential(nn.Conv2d(3, 32, 1), nn.GELU(), nn.Conv2d(32, 32, 1))
         self.range_temp = nn.Parameter(torch.zeros(1))
         self.sigma_spatial = nn.Parameter(torch.ones(1))
-        self.reference = reference
-        if reference:
-            self.range_alpha = nn.Parameter(torch.zeros(1))
-            self.spatial_alpha = nn.Parameter(torch.zeros(1))
         self.register_load_state_dict_pre_hook(scalars_as_vectors)
 
     def forward(self, source_BChw: Tensor, guidance_B3HW: Tensor) -> Tensor:
@@ -60,20 +54,21 @@ class JBULevel(nn.Module):
             keys = pointwise(second, activation(pointwise(first, guidance)))
             similar = temperature(self.range_temp).to(keys.dtype) * neighbour_dots(keys)
             near = spatial_logits(self.sigma_spatial.to(keys.dtype))
-            if not self.reference:
-                return (similar + near).softmax(-1)  # = softmax(similar) * exp(near), normalised
-            kernel = self.range_alpha.exp() * similar.softmax(-1) * (self.spatial_alpha.exp() * near.exp())
-            return kernel / kernel.sum(-1, keepdim=True).clamp_min(1e-7)
+            return self.normalise(similar, near)
+
+    def normalise(self, similar: Tensor, near: Tensor) -> Tensor:
+        """softmax(similar) * exp(near) over its sum; `similar` (B, H, W, 49), `near` (49)."""
+        return (similar + near).softmax(-1)
 
 
 class JBU(nn.Module):
     """Levels for the prime factors of `factor`, ascending; `factor` 1 gives the source back."""
 
-    def __init__(self, factor: int, *, reference: bool = False) -> None:
+    def __init__(self, factor: int, level: Callable[[], JBULevel] = JBULevel) -> None:
         super().__init__()
         self.factor = factor
         self.factors = prime_factors(factor)
-        self.ups = nn.ModuleList(JBULevel(reference=reference) for _ in self.factors)
+        self.ups = nn.ModuleList(level() for _ in self.factors)
 
     def forward(self, source_BChw: Tensor, guidance_B3HW: Tensor, size: tuple[int, int]) -> Tensor:
         """(B, C, h, w) and a whitened image of any size -> (B, C, *size), size = (factor * h, factor * w).

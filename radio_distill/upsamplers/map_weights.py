@@ -50,14 +50,8 @@ class MapWeights(NamedTuple):
         """The weight of every position of the map itself."""
         return self.seam_B1HW * self.certainty_B1HW
 
-    def in_view(self, matrix_B33: Tensor, size: tuple[int, int], *, reference: bool) -> Tensor:
-        """The weight of every cell of a view of `size` = (h, w): (B, 1, h, w), the mean of the positions that lie in it.
-
-        `reference`: one sample of each factor per cell.
-        """
-        if reference:
-            seam = warp(self.seam_B1HW, matrix_B33, size, padding="zeros", reference=True)
-            return seam * warp(self.certainty_B1HW, matrix_B33, size, reference=True)
+    def in_view(self, matrix_B33: Tensor, size: tuple[int, int]) -> Tensor:
+        """The weight of every cell of a view of `size` = (h, w): (B, 1, h, w), the mean of the positions that lie in it."""
         fine = warp(self.on_map_B1HW, matrix_B33, (self.seam_B1HW.shape[2], self.seam_B1HW.shape[3]))
         return F.adaptive_avg_pool2d(fine, size)
 

@@ -1,7 +1,7 @@
 """How good an upsampler is, measured on a fixed set of held-out images: fidelity, total variation, over-tiling, divergence.
 
-MMD is in `mmd.py`, CRF in `crf.py`. `reference=True` gives the published code's numbers where they differ from the paper's
-definitions: there every mean over valid positions is over at least half of all positions.
+MMD is in `mmd.py`, CRF in `crf.py`. Means are over the valid positions; `least`, 0 to 1, counts at least this share of all
+positions (published: 0.5).
 
 Shapes: B batch, C channels, H W grid.
 """
@@ -16,10 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..balance import Balancer
+from ..tensors import all_reduce
 from ..types import VisionOutput
 from .tiling import cut, stitch
 
-__all__ = ["Fidelity", "gauss_kl", "masked_error", "overtiling", "total_variation"]
+__all__ = ["Fidelity", "masked_error", "mean_over", "overtiling", "total_variation"]
 
 
 class Fidelity:
@@ -48,8 +49,7 @@ class Fidelity:
 
     def reduce(self, group: dist.ProcessGroup | None = None) -> None:
         """Add up all ranks' sums; all must call it."""
-        if dist.is_initialized():
-            dist.all_reduce(self._sums, group=group)
+        all_reduce(self._sums, group=group)
 
     @property
     def error(self) -> Tensor:
@@ -73,18 +73,18 @@ class Fidelity:
         return self._sums[2] * self.balancer.channels
 
 
-def masked_error(pred_BCHW: Tensor, target_BCHW: Tensor, valid_B1HW: Tensor, *, reference: bool = False) -> Tensor:
+def masked_error(pred_BCHW: Tensor, target_BCHW: Tensor, valid_B1HW: Tensor, *, least: float = 0.0) -> Tensor:
     """Mean squared error over valid positions and all channels.
 
     The published fidelity of one step is the teacher's mean channel variance (1 / alpha^2 of PHI-S) over this in raw units
-    with `reference=True`.
+    with `least=0.5`.
     """
     error_BHW = (pred_BCHW.float() - target_BCHW.float()).square().mean(1)
-    return mean_over(error_BHW * valid_B1HW[:, 0], valid_B1HW, reference=reference)
+    return mean_over(error_BHW * valid_B1HW[:, 0], valid_B1HW, least)
 
 
 def total_variation(
-    map_BCHW: Tensor, valid_B1HW: Tensor | None = None, scale_B1HW: Tensor | None = None, *, reference: bool = False
+    map_BCHW: Tensor, valid_B1HW: Tensor | None = None, scale_B1HW: Tensor | None = None, *, least: float = 0.0
 ) -> Tensor:
     """Mean smooth-L1 difference (beta 1) of vertical neighbours plus that of horizontal ones, a scalar.
 
@@ -99,13 +99,13 @@ def total_variation(
             steps = F.smooth_l1_loss(_without_first(x, axis), _without_last(x, axis), reduction="none").mean(1, keepdim=True)
             if scale_B1HW is not None:
                 steps = steps * _product_of_neighbours(scale_B1HW.float(), axis).sqrt()
-            total = total + mean_over(steps * pairs, pairs, reference=reference)
+            total = total + mean_over(steps * pairs, pairs, least)
         return total
 
 
-def mean_over(values: Tensor, valid: Tensor, *, reference: bool) -> Tensor:
-    """The sum of `values`, which are 0 where not valid, over the number of valid ones."""
-    return values.sum() / valid.float().sum().clamp(min=valid.numel() / 2 if reference else 1)
+def mean_over(values: Tensor, valid: Tensor, least: float = 0.0) -> Tensor:
+    """The sum of `values`, which are 0 where not valid, over the number of valid ones, but at least this share of all (and 1)."""
+    return values.sum() / valid.float().sum().clamp(min=max(1, valid.numel() * least))
 
 
 @torch.no_grad()
@@ -116,52 +116,19 @@ def overtiling(
     level: int,
     *,
     balancer: Balancer | None = None,
-    reference: bool = False,
+    antialias: bool = True,
 ) -> Tensor:
     """Mean squared difference of stitched level x level tiles and the whole image encoded at once (paper, Figure 15): a scalar.
 
     Both see the image at `level` times `size`, the teacher's (height, width) in pixels; `encode` must take larger ones. 0 at
-    level 1. In raw units, or with a balancer in balanced ones. `reference`: resized without antialiasing.
+    level 1. In raw units, or with a balancer in balanced ones.
     """
     large = (size[0] * level, size[1] * level)
-    image = F.interpolate(images_B3HW, large, mode="bilinear", antialias=not reference, align_corners=False)
+    image = F.interpolate(images_B3HW, large, mode="bilinear", antialias=antialias, align_corners=False)
     whole, tiled = encode(image).features_BCHW, stitch(encode(cut(image, level)).features_BCHW, level)
     if balancer is not None:
         whole, tiled = balancer.forward(whole), balancer.forward(tiled)
     return (whole.float() - tiled.float()).square().mean()
-
-
-@torch.no_grad()
-def gauss_kl(x: Tensor, y: Tensor) -> Tensor:
-    """KL(N(x) || N(y)) of Gaussians fitted to two sets of vectors (N, C), or to all positions of maps: a float64 scalar.
-
-    Where a determinant vanishes (usual for many channels) both sets are projected onto the upper half of x's principal axes
-    until none does. Waits for the device.
-    """
-    x_NC, y_NC = (_flat(v).double() for v in (x, y))
-    while True:
-        cov_x, cov_y = _covariance(x_NC), _covariance(y_NC)
-        spread_x, axes_x = torch.linalg.eigh(cov_x)
-        spread_x, spread_y = spread_x.clamp(min=JITTER), torch.linalg.eigvalsh(cov_y).clamp(min=JITTER)
-        channels = len(cov_x)
-        if min(spread_x.prod(), spread_y.prod()) > JITTER or channels == 1:
-            break
-        upper = axes_x[:, channels // 2 :]
-        x_NC, y_NC = x_NC @ upper, y_NC @ upper
-    apart = y_NC.mean(0) - x_NC.mean(0)
-    both = torch.linalg.solve(cov_y, torch.cat([cov_x, apart[:, None]], dim=1))
-    return 0.5 * (both[:, :-1].trace() + apart @ both[:, -1] - channels + spread_y.log().sum() - spread_x.log().sum())
-
-
-JITTER = 1e-5  # added to every variance, and the smallest determinant that counts; the published values
-
-
-def _covariance(x_NC: Tensor) -> Tensor:
-    return x_NC.mT.cov() + JITTER * torch.eye(x_NC.shape[1], dtype=x_NC.dtype, device=x_NC.device)
-
-
-def _flat(x: Tensor) -> Tensor:
-    return x if x.ndim == 2 else x.movedim(1, -1).flatten(0, -2)
 
 
 def _without_first(x: Tensor, axis: int) -> Tensor:

@@ -1,6 +1,6 @@
 """Maximum mean discrepancy: do high-resolution vectors come from the distribution of the low-resolution ones?
 
-Gaussian kernel exp(-gamma d^2); FeatSharp, section 3.3. The paper compares all vectors of both maps; its code compares every
+Gaussian kernel exp(-gamma d^2); FeatSharp, appendix B.2. The paper compares all vectors of both maps; its code compares every
 low-resolution vector with the one of its u x u descendants that lies *farthest* from it.
 
 Shapes: B batch, C channels, h w low grid, H W high grid, N M vectors.
@@ -18,7 +18,7 @@ from ..seeded import uniform
 __all__ = ["Bandwidth", "Pick", "bandwidth", "map_mmd", "mmd", "pick_descendants", "square_distances"]
 
 Pick = Literal["all", "nearest", "farthest"]
-Bandwidth = Literal["median", "reference", "paper"]
+Bandwidth = Literal["median", "median_with_zeros"]
 
 
 def map_mmd(
@@ -58,16 +58,16 @@ def mmd(x_NC: Tensor, y_MC: Tensor, gamma: Tensor | float) -> Tensor:
 def bandwidth(x_NC: Tensor, kind: Bandwidth = "median") -> Tensor:
     """Gamma for the low-resolution set, a scalar.
 
-    `median`: 1 / (2 m^2), m the median distance of pairs. `reference`: the same with every vector's distance to itself counted
-    among the pairs, as the published code does. `paper`: m^2, as printed, with which every kernel value vanishes.
+    `median`: 1 / (2 m^2), m the median distance of pairs. `median_with_zeros`: the same with every vector's distance to itself
+    counted among the pairs, as the published code does. (The paper prints m^2, with which every kernel value vanishes.)
     """
     count = len(x_NC)
     squares_NN = square_distances(x_NC, x_NC)
     # the lower median of what is left when the diagonal, the `count` smallest values, is put behind everything
-    diagonal = torch.zeros_like(squares_NN) if kind == "reference" else torch.diag(squares_NN.new_full((count,), torch.inf))
-    rank = (count * count - 1) // 2 if kind == "reference" else (count * (count - 1) - 1) // 2
-    square = (squares_NN + diagonal).flatten().kthvalue(rank + 1).values
-    return square if kind == "paper" else 1 / (2 * square)
+    zeros = kind == "median_with_zeros"
+    diagonal = torch.zeros_like(squares_NN) if zeros else torch.diag(squares_NN.new_full((count,), torch.inf))
+    rank = (count * count - 1) // 2 if zeros else (count * (count - 1) - 1) // 2
+    return 1 / (2 * (squares_NN + diagonal).flatten().kthvalue(rank + 1).values)
 
 
 def pick_descendants(low_BChw: Tensor, high_BCHW: Tensor, pick: Literal["nearest", "farthest"]) -> Tensor:

@@ -11,9 +11,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..align import resize_map
 from ..balance import Balancer
 from ..config.objective import Objective
 from ..homography import warp
@@ -21,10 +21,10 @@ from ..losses import fidelity_sums
 from .crf import crf
 from .map_weights import MapWeights, UncertaintyNet, seam_weights
 from .metrics import total_variation
-from .mmd import Bandwidth, Pick, map_mmd
+from .mmd import map_mmd
 from .view_masks import Masks
 
-__all__ = ["Base", "StepLoss", "Views", "ViewLoss"]
+__all__ = ["Base", "StepLoss", "Views", "ViewLoss", "size_of"]
 
 Sums = tuple[Tensor, Tensor, Tensor]
 Terms = dict[str, tuple[float, Tensor]]
@@ -71,6 +71,9 @@ class StepLoss(NamedTuple):
 class ViewLoss(nn.Module):
     """What is trained beside the upsampler (downsampler and uncertainty), and the loss of a step."""
 
+    least = 0.0
+    """Means over the map are over at least this share of all positions."""
+
     def __init__(self, channels: int, downsampler: nn.Module, options: Objective) -> None:
         """`downsampler(high_BCHW, size, keep_mask)` reduces maps of `channels` channels."""
         super().__init__()
@@ -84,16 +87,17 @@ class ViewLoss(nn.Module):
         """Compare the upsampled map of the base images with the teacher's features of their views.
 
         For a part of a step: `cells`, the valid cells of all views of the whole step, and `share`, the part's share of its
-        images, make the sum over parts the loss of the step. (`reference` counts every part by itself, as published.)
+        images, make the sum over parts the loss of the step.
         """
         base = base._replace(low_BChw=base.low_BChw.float(), high_BCHW=base.high_BCHW.float())
         high = base.high_BCHW
-        log_variance = high.new_zeros(len(high), 1, *_size(high)) if self.uncertainty is None else self.uncertainty(high)
-        seam = seam_weights(_size(high), _size(base.low_BChw), self.options.seam, high.device)
+        size = size_of(high)
+        log_variance = high.new_zeros(len(high), 1, *size) if self.uncertainty is None else self.uncertainty(high)
+        seam = seam_weights(size, size_of(base.low_BChw), self.options.seam, high.device)
         weights = MapWeights(seam.expand_as(log_variance), torch.exp(-log_variance))
 
         loss, parts, sums = self._disagreement(high, views, weights, balancer, cells)
-        if cells is None or self.options.reference:
+        if cells is None:
             loss, parts = loss * share, {name: value * share for name, value in parts.items()}
         terms = self._terms_of_the_map(base, views, weights)
         if self.uncertainty is not None:
@@ -106,15 +110,16 @@ class ViewLoss(nn.Module):
         self, high_BCHW: Tensor, views: Views, weights: MapWeights, balancer: Balancer, cells: Tensor | None
     ) -> tuple[Tensor, dict[str, Tensor], Sums]:
         """The weighted squared error of all views, the same without weights, and the sums of fidelity."""
-        size, reference = _size(views.features_JBChw[0]), self.options.reference
+        size = size_of(views.features_JBChw[0])
         loss = error = raw = high_BCHW.new_zeros(())
         sums = high_BCHW.new_zeros(3)
-        for j, over in enumerate(_denominators(views.masks.views_JB1hw, cells, reference)):
+        for j, over in enumerate(self.counted(views.masks.views_JB1hw, cells)):
             matrix, target, mask = views.matrices_JB33[j], views.features_JBChw[j].float(), views.masks.views_JB1hw[j]
-            seen = warp(high_BCHW, matrix, _size(high_BCHW), reference=reference)
-            pred = self.downsampler(seen, size, None if views.keep_JBKhw is None else views.keep_JBKhw[j]).float()
+            pred = self.downsampler(
+                self.seen(high_BCHW, matrix), size, None if views.keep_JBKhw is None else views.keep_JBKhw[j]
+            ).float()
             square_B1hw = _masked((pred - target).square().mean(1, keepdim=True), mask)
-            loss = loss + (square_B1hw * weights.in_view(matrix, size, reference=reference)).sum() / over
+            loss = loss + (square_B1hw * self.in_view(weights, matrix, size)).sum() / over
             error = error + square_B1hw.detach().sum() / over
             of_view = torch.stack(fidelity_sums(pred, target, balancer, mask))
             raw = raw + of_view[0] / balancer.channels / over
@@ -123,42 +128,51 @@ class ViewLoss(nn.Module):
 
     def _terms_of_the_map(self, base: Base, views: Views, weights: MapWeights) -> Terms:
         """The terms that look at the map of the base alone, as far as they have a weight: name -> (weight, value)."""
-        options, reference, high = self.options, self.options.reference, base.high_BCHW
+        options, high = self.options, base.high_BCHW
         terms: Terms = {}
         if options.tv:
-            value = total_variation(high, views.masks.base_B1HW, weights.on_map_B1HW, reference=reference)
+            value = total_variation(high, views.masks.base_B1HW, weights.on_map_B1HW, least=self.least)
             terms["tv"] = options.tv, value
         if options.crf:
-            guide = F.interpolate(base.image_B3HW, _size(high), mode="bilinear", antialias=not reference)
-            if reference:  # published: the seams as the first view sees them, laid over the map of the base
-                seam = warp(weights.seam_B1HW, views.matrices_JB33[0], _size(high), padding="zeros", reference=True)
-                weights = weights._replace(seam_B1HW=seam)
-            mask, scale = views.masks.crf_B1HW, weights.on_map_B1HW
-            value = crf(high, guide, base.seeds_B, valid_B1HW=mask, scale_B1HW=scale, reference=reference)
-            terms["crf"] = options.crf, value
+            terms["crf"] = options.crf, self.crf_term(base, views, weights)
         if options.mmd:
-            pick: Pick = "farthest" if reference else options.mmd_pick
-            kind: Bandwidth = "reference" if reference else "median"
-            terms["mmd"] = options.mmd, map_mmd(base.low_BChw, high, pick=pick, kind=kind, seeds_B=base.seeds_B)
+            terms["mmd"] = options.mmd, self.mmd_term(base)
         return terms
 
+    def counted(self, masks_JB1hw: Tensor, cells: Tensor | None) -> Tensor:
+        """What the sum of each view is divided by, (J,): the valid cells of all of them (or of the whole step, `cells`), so that
+        every cell counts the same."""
+        counts_J = masks_JB1hw.flatten(1).sum(1).float()
+        total = counts_J.sum() if cells is None else cells
+        return total.clamp(min=1).expand(len(counts_J))
 
-def _denominators(masks_JB1hw: Tensor, cells: Tensor | None, reference: bool) -> Tensor:
-    """What the sum of each view is divided by, (J,): the valid cells of all of them (or of the whole step, `cells`), so that
-    every cell counts the same.
+    def seen(self, high_BCHW: Tensor, matrix_B33: Tensor) -> Tensor:
+        """The fine map of the base as a view shows it, as fine."""
+        return warp(high_BCHW, matrix_B33, size_of(high_BCHW))
 
-    `reference`: the view's own, but at least half of its cells, times the number of views.
-    """
-    counts_J = masks_JB1hw.flatten(1).sum(1).float()
-    if reference:
-        return len(counts_J) * counts_J.clamp(min=masks_JB1hw[0].numel() / 2)
-    total = counts_J.sum() if cells is None else cells
-    return total.clamp(min=1).expand(len(counts_J))
+    def in_view(self, weights: MapWeights, matrix_B33: Tensor, size: tuple[int, int]) -> Tensor:
+        """The weight of every cell of a view: (B, 1, h, w)."""
+        return weights.in_view(matrix_B33, size)
+
+    def guide(self, base: Base) -> Tensor:
+        """The images at the size of the fine map, whose colours CRF looks at."""
+        return resize_map(base.image_B3HW, size_of(base.high_BCHW))
+
+    def crf_term(self, base: Base, views: Views, weights: MapWeights) -> Tensor:
+        """The CRF of the fine map, a scalar."""
+        high = base.high_BCHW
+        mask, scale = views.masks.crf_B1HW, weights.on_map_B1HW
+        return crf(high, self.guide(base), base.seeds_B, valid_B1HW=mask, scale_B1HW=scale, least=self.least)
+
+    def mmd_term(self, base: Base) -> Tensor:
+        """The MMD between the coarse map and the fine one, a scalar."""
+        return map_mmd(base.low_BChw, base.high_BCHW, pick=self.options.mmd_pick, seeds_B=base.seeds_B)
 
 
 def _masked(x: Tensor, mask: Tensor | None) -> Tensor:
     return x if mask is None else torch.where(mask, x, 0)
 
 
-def _size(map_BCHW: Tensor) -> tuple[int, int]:
+def size_of(map_BCHW: Tensor) -> tuple[int, int]:
+    """(height, width)."""
     return map_BCHW.shape[-2], map_BCHW.shape[-1]

@@ -22,7 +22,8 @@ from ..balance import Balancer
 from ..config.upsampler import Network, check_network
 from ..errors import RecipeError, TeacherError
 from ..types import VisionOutput
-from .featsharp import FeatSharp, build_guided, level_factors, resize_image
+from .featsharp import FeatSharp, build_guided, level_factors
+from .form import form_of
 from .tiling import cut, stitch
 
 __all__ = ["BiasMap", "Sharp", "Sharpener", "view_factors"]
@@ -56,20 +57,20 @@ class Sharpener(nn.Module):
                 f"the balancer is for {balancer.channels} channels, but the upsampler for {channels}; "
                 "use statistics of the teacher it upsamples"
             )
-        self.spec, self.channels, self.balancer = spec, channels, balancer
+        self.spec, self.channels, self.balancer, self.form = spec, channels, balancer, form_of(spec.reference)
         self.view_factors = view_factors(spec)
         self.bias_buffer = BiasMap(channels, grid) if spec.debias else None
         self.network: nn.Module | None = None
         if spec.kind == "featsharp":
             self.network = FeatSharp(spec, channels)
         elif spec.kind not in ("bilinear", "tile", "s2"):
-            self.network = build_guided(spec.kind, channels, spec.factor, reference=spec.reference)
+            self.network = build_guided(spec.kind, channels, spec.factor, self.form)
 
     def forward(self, encode: Encode, pixels_B3HW: Tensor, size: tuple[int, int]) -> Sharp:
         """Sharpen the teacher's map of whitened images; the global view and all tiles go through one call of `encode`.
 
         size: (height, width) of the teacher's input. Pixels are `factor` times that; networks that see no tiles also take
-        the size itself. `reference` squashes any image. Raises TeacherError for another size or number of channels.
+        the size itself. The published form squashes any image. Raises TeacherError for another size or number of channels.
         """
         self._check_image(pixels_B3HW, size)
         batch, maps = len(pixels_B3HW), []
@@ -107,8 +108,7 @@ class Sharpener(nn.Module):
 
     def _views(self, pixels_B3HW: Tensor, size: tuple[int, int]) -> list[Tensor]:
         """For each view factor c the image at c times the teacher's size, cut in c x c tiles."""
-        aliased = self.spec.reference
-        return [cut(resize_image(pixels_B3HW, (c * size[0], c * size[1]), aliased=aliased), c) for c in self.view_factors]
+        return [cut(self.form.resize(pixels_B3HW, (c * size[0], c * size[1])), c) for c in self.view_factors]
 
     def _sharpen(self, maps: list[Tensor], pixels_B3HW: Tensor) -> Tensor:
         low, factor = maps[0], self.spec.factor
@@ -129,7 +129,7 @@ class Sharpener(nn.Module):
         return high
 
     def _check_image(self, pixels_B3HW: Tensor, size: tuple[int, int]) -> None:
-        if self.spec.reference:
+        if self.form.squash:
             return
         found, factor = tuple(pixels_B3HW.shape[2:]), self.spec.factor
         sharp = (factor * size[0], factor * size[1])

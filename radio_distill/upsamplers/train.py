@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from .. import viz
@@ -31,6 +31,7 @@ from ..runs import latest
 from ..seeded import uniform
 from ..student.spectral import apply_spectral, power_iterate
 from ..teachers.base import Teacher, chunked, load_teacher
+from ..tensors import save_tensors
 from ..train import distributed
 from ..train.loop import mean_step, train_one
 from ..train.partition import assign
@@ -41,7 +42,8 @@ from ..train.training import Training
 from ..train.watchdog import watch
 from ..types import Batch, Losses
 from .downsample import KEEP
-from .folder import SavedUpsampler, build_downsampler, provenance, save_upsampler
+from .folder import SavedUpsampler, provenance, save_upsampler
+from .form import form_of
 from .objective import Base, ViewLoss, Views
 from .sharpener import Sharpener
 from .view_masks import covered_masks
@@ -157,7 +159,7 @@ class UpsamplerTraining(Training):
     def save_shared(self, folder: Path) -> None:
         save_balancers(folder / "balancers", {"teacher": self.task.sharpener.balancer})
         average = self.ema.state_dict() if self.ema is not None else {}
-        save_file({key: x.detach().cpu().contiguous() for key, x in average.items()}, folder / "shared.safetensors")
+        save_tensors(folder / "shared.safetensors", average)
         state = average or self.task.state_dict()
         names = {"sharpener.": "sharpener.", "loss.downsampler.": "downsampler."}
         plain = {
@@ -211,8 +213,10 @@ def build(recipe: UpsamplerRecipe, world: distributed.World, run: RunFolder) -> 
     torch.manual_seed(recipe.seed)
     channels, side = parts.teacher.card.output.features, recipe.size // parts.teacher.patch_size
     sharpener = Sharpener(recipe.network, channels, (side, side), balancer)
-    downsampler = build_downsampler(recipe.downsampler, channels, reference=recipe.network.reference)
-    task = UpsamplerTask(recipe, parts.teacher, sharpener, ViewLoss(channels, downsampler, recipe.loss)).to(world.device)
+    downsampler = form_of(recipe.network.reference).downsampler(recipe.downsampler, channels)
+    task = UpsamplerTask(
+        recipe, parts.teacher, sharpener, form_of(recipe.loss.reference).loss(channels, downsampler, recipe.loss)
+    ).to(world.device)
     if recipe.spectral:
         apply_spectral(task, init="one")
     training = UpsamplerTraining(recipe, world, run, parts, task)

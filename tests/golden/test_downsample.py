@@ -11,17 +11,16 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from radio_distill.upsamplers.downsample import AttentionDownsampler, FeatUpDownsampler, SimpleDownsampler
+from radio_distill.upsamplers.published import PublishedAttention, PublishedSimple
 
 ATTENTION = golden_cases("featsharp/attention_downsampler*.safetensors")
 SIMPLE = golden_cases("featsharp/simple_downsampler*.safetensors")
-FEATUP = golden_cases("featsharp/featup_attention_downsampler*.safetensors")
 
 
 @pytest.mark.parametrize("path", ATTENTION, ids=lambda p: p.stem)
 def test_attention_downsampler_matches(path: Path) -> None:
     g, sizes = load_file(path), config(path)
-    net = loaded(AttentionDownsampler(sizes["dim"], sizes["kernel_size"], reference=True), g)
+    net = loaded(PublishedAttention(sizes["dim"], sizes["kernel_size"]), g)
     cases = sorted({match[1] for key in g if (match := re.match(r"in\.(.*)\.hr_feats", key))})
     for case in cases:
         high, keep = g[f"in.{case}.hr_feats"], g[f"in.{case}.keep_mask"]
@@ -34,17 +33,8 @@ def test_attention_downsampler_matches(path: Path) -> None:
 @pytest.mark.parametrize("path", SIMPLE, ids=lambda p: p.stem)
 def test_simple_downsampler_matches(path: Path) -> None:
     g = load_file(path)
-    net = loaded(SimpleDownsampler(config(path)["kernel_size"], reference=True), g)
+    net = loaded(PublishedSimple(config(path)["kernel_size"]), g)
     assert error(net(g["in.hr_feats"], tuple(g["out.result"].shape[-2:])), g["out.result"]) < 2e-5
-
-
-@pytest.mark.parametrize("path", FEATUP, ids=lambda p: p.stem)
-def test_featup_downsampler_matches(path: Path) -> None:
-    g, sizes = load_file(path), config(path)
-    net = loaded(FeatUpDownsampler(sizes["dim"], sizes["kernel_size"]), g).eval()
-    size = tuple(g["out.all_kept"].shape[-2:])
-    assert error(net(g["in.hr_feats"], size, g["in.keep_mask"]), g["out.with_keep_mask"]) < 2e-5
-    assert error(net(g["in.hr_feats"], size), g["out.all_kept"]) < 2e-5
 
 
 def loaded(module: nn.Module, tensors: dict[str, Tensor]) -> nn.Module:

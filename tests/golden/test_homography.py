@@ -16,7 +16,7 @@ CASES = pytest.mark.parametrize("path", golden_cases("featsharp/homography*.safe
 def test_sampling_grids_are_the_published_ones(path):
     g = load_file(path)
     for key in (k for k in g if k.startswith("grid.") and k != "grid.homography"):
-        got = sampling_grid(g["grid.homography"], tuple(g[key].shape[1:3]), reference=True)
+        got = sampling_grid(g["grid.homography"], tuple(g[key].shape[1:3]), align_corners=True)
         assert (got - g[key]).abs().max() < 2e-5, key
 
 

@@ -9,6 +9,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from radio_distill.upsamplers.jafar import Jafar
+from radio_distill.upsamplers.published import resize_aliased
 from tests.conftest import golden_cases
 
 
@@ -24,7 +25,7 @@ CASES = [path for path in golden_cases("featsharp/attention_level_*.safetensors"
 @pytest.mark.parametrize("path", CASES, ids=lambda p: p.stem)
 def test_jafar_is_the_reference(path: Path) -> None:
     case, config = tensors(path)
-    model = Jafar(config["feat_dim"], reference=True)
+    model = Jafar(config["feat_dim"], resize_aliased)
     prefix = "sd.jafar."
     state = {key.removeprefix(prefix): x.float() for key, x in case.items() if key.startswith(prefix)}
     model.load_state_dict(state, strict=True)

@@ -1,4 +1,4 @@
-"""The joint bilateral upsampler and FeatUp's against tensors of the reference computation (skipped where they are missing)."""
+"""The joint bilateral upsampler against tensors of the reference computation (skipped where they are missing)."""
 
 import json
 from pathlib import Path
@@ -9,19 +9,17 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from radio_distill.upsamplers.featup import FeatUpLevel, FeatUpStack
 from radio_distill.upsamplers.jbu import JBU, JBULevel
+from radio_distill.upsamplers.published import PublishedLevel
 
 LEVELS = golden_cases("featsharp/jbu_level_*.safetensors")
 STACKS = golden_cases("featsharp/jbu_stack_*.safetensors")
-FEATUP = golden_cases("featsharp/featup_jbu_level_*.safetensors")
-FEATUP_STACKS = golden_cases("featsharp/featup_jbu_stack_*.safetensors")
 
 
 @pytest.mark.parametrize("path", LEVELS, ids=lambda p: p.stem)
 def test_a_level_and_its_kernels_match(path: Path) -> None:
     g = load_file(path)
-    level = loaded(JBULevel(reference=True), g)
+    level = loaded(PublishedLevel(), g)
     assert error(level(g["in.source"], g["in.guidance"]), g["out.result"]) < 2e-5
     if "out.combined_kernel" in g:
         assert error(level.kernel(g["in.guidance"]).permute(0, 3, 1, 2), g["out.combined_kernel"]) < 2e-5
@@ -37,7 +35,7 @@ def test_a_level_matches_without_its_inert_gains(path: Path) -> None:
 @pytest.mark.parametrize("path", LEVELS, ids=lambda p: p.stem)
 def test_gradients_match(path: Path) -> None:
     g = load_file(path)
-    level = loaded(JBULevel(reference=True), g)
+    level = loaded(PublishedLevel(), g)
     source, guidance = g["in.source"].requires_grad_(), g["in.guidance"].requires_grad_()
     (level(source, guidance) * g["grad.cotangent"]).sum().backward()
     got = {"source": source.grad, "guidance": guidance.grad}
@@ -49,7 +47,7 @@ def test_gradients_match(path: Path) -> None:
 @pytest.mark.parametrize("path", STACKS, ids=lambda p: p.stem)
 def test_a_stack_matches_level_by_level(path: Path) -> None:
     g = load_file(path)
-    stack = loaded(JBU(config(path)["upsample_factor"], reference=True), g)
+    stack = loaded(JBU(config(path)["upsample_factor"], PublishedLevel), g)
     assert stack.factors == config(path)["factors"]
     levels: list[Tensor] = []
     for level in stack.ups:
@@ -58,20 +56,6 @@ def test_a_stack_matches_level_by_level(path: Path) -> None:
     assert error(result, g["out.result"]) < 2e-5
     for i, level in enumerate(levels):
         assert error(level, g[f"out.level_{i}"]) < 2e-5
-
-
-@pytest.mark.parametrize("path", FEATUP, ids=lambda p: p.stem)
-def test_featup_level_matches(path: Path) -> None:
-    g = load_file(path)
-    level = loaded(FeatUpLevel(), g).eval()
-    assert error(level(g["in.source"], g["in.guidance"]), g["out.result"]) < 2e-5
-
-
-@pytest.mark.parametrize("path", FEATUP_STACKS, ids=lambda p: p.stem)
-def test_featup_stack_matches(path: Path) -> None:
-    g = load_file(path)
-    stack = loaded(FeatUpStack(channels=g["in.source"].shape[1]), g).eval()
-    assert error(stack(g["in.source"], g["in.guidance"], tuple(g["out.result"].shape[-2:])), g["out.result"]) < 2e-5
 
 
 def loaded(module: nn.Module, tensors: dict[str, Tensor]) -> nn.Module:

@@ -1,6 +1,7 @@
 """Streaming statistics: against torch.cov in float64, whatever the order, the masks and the split over ranks."""
 
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -11,7 +12,16 @@ from hypothesis import strategies as st
 
 from radio_distill.balance import Dispersion, Moments
 from radio_distill.balance.dispersion import angle
+from radio_distill.config.recipe import BalanceKind
 from radio_distill.errors import CheckpointError
+from radio_distill.tensors import all_reduce, broadcast
+
+METHODS = {
+    kind: method(kind=kind)
+    for method in get_args(get_args(BalanceKind)[0])
+    for kind in get_args(method.model_fields["kind"].annotation)
+}
+"""Every method a recipe may name."""
 
 
 def sam_like(rows: int, channels: int, seed: int = 0) -> torch.Tensor:
@@ -185,7 +195,7 @@ def _rank(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     from radio_distill.balance import fit_on_first_rank
-    from radio_distill.config.recipe import PhiS, ZCAWhiten
+    from radio_distill.config.recipe import PhiS
     from radio_distill.errors import RecipeError
 
     x = sam_like(400, 8)
@@ -194,15 +204,19 @@ def _rank(rank: int, folder: str) -> None:
         moments.update(part)
         dispersion.update(part)
         total, spread = moments.all_reduce(), dispersion.all_reduce()
-    balancer = fit_on_first_rank(ZCAWhiten(kind="zca"), total, "toy")
+    balancers = {kind: fit_on_first_rank(method, total, "toy") for kind, method in METHODS.items()}
+    transposed = torch.arange(6.0).view(2, 3).T if rank == 0 else torch.zeros(3, 2)
+    broadcast(transposed)
+    summed = torch.arange(6.0).view(2, 3).T if rank == 0 else torch.zeros(3, 2)
+    all_reduce(summed)
     try:
         fit_on_first_rank(PhiS(), _three(), "three")
         refused = ""
     except RecipeError as reason:
         refused = str(reason)
-    torch.save(
-        {"total": total.state_dict(), "spread": spread, "weight": balancer.weight, "refused": refused}, f"{folder}/{rank}.pt"
-    )
+    tensors = {f"{kind}.{name}": x for kind, balancer in balancers.items() for name, x in balancer.tensors().items()}
+    told = {"transposed": transposed, "summed": summed, "spread": spread, "refused": refused}
+    torch.save({"total": total.state_dict(), "balancers": tensors, **told}, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -217,7 +231,13 @@ def test_two_ranks_agree_and_equal_one(tmp_path: Path) -> None:
     mp.start_processes(_rank, args=(str(tmp_path),), nprocs=2, start_method="fork")
     first, second = (torch.load(tmp_path / f"{r}.pt", weights_only=True) for r in range(2))
     assert all(torch.equal(first["total"][key], second["total"][key]) for key in first["total"])
-    assert torch.equal(first["weight"], second["weight"])
+    assert len(first["balancers"]) == 5 * len(METHODS)
+    for name, x in first["balancers"].items():  # every tensor of every method, bit for bit, in the same layout
+        assert torch.equal(x, second["balancers"][name]), name
+        assert x.stride() == second["balancers"][name].stride(), name
+    for sent in ("transposed", "summed"):
+        assert torch.equal(first[sent], torch.arange(6.0).view(2, 3).T)
+        assert torch.equal(first[sent], second[sent])
     assert torch.equal(first["spread"], second["spread"])
     assert "no Hadamard matrix for 3 channels" in first["refused"]
     assert first["refused"] == second["refused"]

@@ -217,9 +217,14 @@ def test_naf_tells_which_channels_it_takes() -> None:
         Naf(6)
 
 
-def test_only_the_reference_jafar_holds_weights_that_are_never_used() -> None:
-    source, image = torch.randn(1, 8, 3, 4), torch.randn(1, 3, 20, 20)
-    for reference in (False, True):
-        model = Jafar(8, reference=reference)
-        model(source, image, (6, 8)).sum().backward()
-        assert any(x.grad is None for x in model.parameters()) == reference
+def test_published_weights_of_jafar_load_without_those_that_are_never_used() -> None:
+    model, attention = Jafar(8), "upsampler.cross_decode.cross_attn."
+    own = {name: torch.randn_like(x) for name, x in model.state_dict().items()}
+    inert = {"norm_v.weight": (8,), "attention.v_proj_weight": (128, 8), "attention.out_proj.weight": (128, 128)}
+    published = own | {
+        attention + name: torch.randn(shape) for name, shape in {**inert, "attention.out_proj.bias": (128,)}.items()
+    }
+    bias = f"{attention}attention.in_proj_bias"
+    published[bias] = torch.cat([own[bias], torch.randn(128)])
+    nn.ModuleDict({"jafar": model}).load_state_dict({f"jafar.{name}": x for name, x in published.items()})
+    torch.testing.assert_close(dict(model.state_dict()), own, rtol=0, atol=0)

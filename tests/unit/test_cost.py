@@ -15,7 +15,7 @@ from radio_distill.student.names import student_of
 from radio_distill.student.student import Student
 from radio_distill.upsamplers.cost import downsampler_flops, network_flops, network_parameters, uncertainty_flops
 from radio_distill.upsamplers.featsharp import FeatSharp
-from radio_distill.upsamplers.folder import build_downsampler
+from radio_distill.upsamplers.form import PUBLISHED
 from radio_distill.upsamplers.map_weights import UncertaintyNet
 
 GFLOP = 1e9
@@ -209,7 +209,7 @@ def test_light_upsamplers_cost_next_to_nothing_beside_a_block(kind: str) -> None
 @pytest.mark.parametrize("kind", ["attention", "simple"])
 def test_downsampler_formulas_agree_with_the_modules(kind: str) -> None:
     spec = Downsampler(kind=kind, kernel=7)
-    module = build_downsampler(spec, 32, reference=True)
+    module = PUBLISHED.downsampler(spec, 32)
     counted = count_flops(lambda: module(torch.zeros(1, 32, 36, 36), (12, 12)))
     assert downsampler_flops(spec, 32, 36, 12) == pytest.approx(counted, rel=0.03)
 

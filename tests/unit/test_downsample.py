@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from radio_distill.upsamplers.downsample import AttentionDownsampler, FeatUpDownsampler, SimpleDownsampler
+from radio_distill.upsamplers.downsample import AttentionDownsampler, SimpleDownsampler
+from radio_distill.upsamplers.published import PublishedAttention, PublishedSimple
 
 STRIDES = [(1, 1), (2, 2), (3, 3), (4, 4), (2, 3), (5, 4), (16, 13)]
 
@@ -92,7 +93,7 @@ def test_untrained_is_close_to_the_mean_over_each_cell(net: nn.Module, stride: i
 
 
 def test_the_published_window_is_off_centre_and_dilutes_borders() -> None:
-    net = SimpleDownsampler(7, reference=True)
+    net = PublishedSimple(7)
     ramp = torch.arange(44.0).expand(1, 1, 44, 44)
     assert torch.allclose(net(ramp, (11, 11))[..., 2:-2, 2:-2], 4 * torch.arange(11.0)[2:-2], atol=1e-4)  # centres: + 1.5
     assert net(torch.ones(1, 1, 44, 44), (11, 11))[0, 0, 0, 0] < 0.4
@@ -107,11 +108,9 @@ def test_logits_are_dropped_in_training_only_and_by_explicit_masks() -> None:
     assert not torch.allclose(full, net(high, (4, 4)))
 
 
-def test_the_published_downsamplers_drop_in_evaluation_too() -> None:
-    high = torch.randn(1, 2, 9, 9)
-    for net in (AttentionDownsampler(2, 3, reference=True), FeatUpDownsampler(2, 3, reference=True)):
-        net.eval()
-        assert not torch.equal(net(high, (3, 3)), net(high, (3, 3)))
+def test_the_published_downsampler_drops_in_evaluation_too() -> None:
+    net, high = PublishedAttention(2, 3).eval(), torch.randn(1, 2, 9, 9)
+    assert not torch.equal(net(high, (3, 3)), net(high, (3, 3)))
 
 
 def test_a_fifth_of_the_logits_is_dropped_and_the_rest_not_rescaled() -> None:
@@ -123,9 +122,7 @@ def test_a_fifth_of_the_logits_is_dropped_and_the_rest_not_rescaled() -> None:
     torch.testing.assert_close(drawn, net.eval()(high, (4, 4), keep))
 
 
-@pytest.mark.parametrize(
-    "net", [AttentionDownsampler(3), SimpleDownsampler(), FeatUpDownsampler(3, 4)], ids=["attention", "simple", "featup"]
-)
+@pytest.mark.parametrize("net", [AttentionDownsampler(3), SimpleDownsampler()], ids=["attention", "simple"])
 def test_gradients_reach_everything_under_autocast(net: nn.Module) -> None:
     high = torch.randn(2, 3, 12, 16, requires_grad=True)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -134,28 +131,11 @@ def test_gradients_reach_everything_under_autocast(net: nn.Module) -> None:
     assert all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters())
 
 
-def test_featup_windows_tile_a_map_of_whole_kernels() -> None:
-    net = FeatUpDownsampler(2, 4).eval()
-    nn.init.zeros_(net.attention_net[1].weight)
-    high = torch.randn(1, 2, 12, 8)
-    blurred = F.conv2d(F.pad(high, (2,) * 4, mode="reflect"), gauss().expand(2, 1, 5, 5), groups=2)
-    torch.testing.assert_close(net(high, (3, 2)), F.avg_pool2d(blurred, 4))
-
-
-def gauss() -> Tensor:
-    density = torch.exp(-torch.arange(-2.0, 3).square() / 2)
-    return torch.outer(density, density) / density.sum() ** 2
-
-
 @pytest.mark.parametrize(
     ("call", "message"),
     [
         (lambda x: AttentionDownsampler(2)(x, (5, 4)), "a 12x12 map is not a whole multiple of 5x4 cells; resize it to 10x12"),
         (lambda x: AttentionDownsampler(2, 8), "downsampler kernel 8 has no middle tap; use an odd number such as 9"),
-        (
-            lambda x: FeatUpDownsampler(2, 5)(x, (5, 5)),
-            "windows of 5 on 12 pixels cannot be laid out as 5 cells; resize the map to 25",
-        ),
     ],
 )
 def test_bad_input_is_named(call, message: str) -> None:

@@ -5,15 +5,16 @@ import torch
 import torch.nn.functional as F
 
 from radio_distill.config.upsampler import Network
-from radio_distill.upsamplers.fusion import FusionBlock, build_mixer, head_width, slopes
+from radio_distill.upsamplers.fusion import build_mixer, head_width, slopes
+from radio_distill.upsamplers.published import published_mixer
 from radio_distill.upsamplers.rotary import Rotary
 
 C, G = 16, 48
 
 
-def mixer(**keys):
+def mixer(build=build_mixer, **keys):
     torch.manual_seed(0)
-    return build_mixer(Network(**keys), C, G)
+    return build(Network(**keys), C, G)
 
 
 @pytest.mark.parametrize("kind", ["block", "mlp", "attention", "linear"])
@@ -61,15 +62,14 @@ def test_sixteen_heads_have_the_published_slopes():
 @pytest.mark.parametrize(("channels", "default", "reference"), [(1280, 3416, 6832), (1024, 2736, 5464)])
 def test_the_mlp_is_as_wide_as_intended_and_as_published(channels, default, reference):
     with torch.device("meta"):
-        ours = FusionBlock(Network(), channels, 2 * channels)
-        theirs = FusionBlock(Network(reference=True), channels, 2 * channels)
+        ours, theirs = (build(Network(), channels, 2 * channels) for build in (build_mixer, published_mixer))
     assert ours.mlp.w12.out_features == 2 * default
     assert theirs.mlp.w12.out_features == 2 * reference
 
 
 def test_the_published_block_has_the_published_number_of_parameters():
     with torch.device("meta"):
-        block = FusionBlock(Network(reference=True), 1280, 2560)
+        block = published_mixer(Network(), 1280, 2560)
     assert sum(p.numel() for p in block.parameters()) == pytest.approx(81.8e6, rel=1e-3)
 
 
@@ -87,9 +87,9 @@ def test_rotary_scores_depend_on_distances_alone(decay):
 
 
 @pytest.mark.parametrize("position", ["alibi", "rope", "xpos", "none"])
-@pytest.mark.parametrize("reference", [False, True])
-def test_bfloat16_autocast_stays_near_float32(position, reference):
-    block = mixer(position=position, reference=reference).requires_grad_(False)
+@pytest.mark.parametrize("build", [build_mixer, published_mixer])
+def test_bfloat16_autocast_stays_near_float32(position, build):
+    block = mixer(build, position=position).requires_grad_(False)
     for scale in (block.ls1, block.ls2):
         scale.gamma.fill_(0.7)
     x = torch.randn(1, 9, 7, G)
@@ -100,8 +100,8 @@ def test_bfloat16_autocast_stays_near_float32(position, reference):
 
 def test_every_parameter_gets_a_gradient():
     for kind in ("block", "mlp", "attention", "linear"):
-        for reference in {False, kind != "linear"}:
-            module = mixer(mixer=kind, reference=reference)
+        for build in (build_mixer,) if kind == "linear" else (build_mixer, published_mixer):
+            module = mixer(build, mixer=kind)
             module(torch.randn(1, 5, 5, G)).square().sum().backward()
             assert all(p.grad is not None for p in module.parameters()), kind
 
@@ -109,4 +109,6 @@ def test_every_parameter_gets_a_gradient():
 def test_a_width_that_heads_cannot_share_is_told():
     with pytest.raises(ValueError, match=r"have 36 channels together, expected a multiple of 16.*use mixer 'mlp' or 'linear'"):
         build_mixer(Network(), 18, 36)
+    with pytest.raises(ValueError, match="have 36 channels together"):
+        published_mixer(Network(), 18, 36)
     build_mixer(Network(mixer="mlp"), 18, 36)

@@ -71,7 +71,7 @@ def test_the_published_convention_scales_a_shift_by_the_number_of_cells():
     shift[0, 0, 2] = 0.5  # a quarter of the image to the right: 2 of 8 cells, 1.75 as published
     ramp = torch.arange(8.0).expand(1, 1, 8, 8)
     assert torch.allclose(warp(ramp, shift, (8, 8))[0, 0, 0, :6], torch.arange(6.0) + 2, atol=1e-5)
-    assert torch.allclose(warp(ramp, shift, (8, 8), reference=True)[0, 0, 0, :6], torch.arange(6.0) + 1.75, atol=1e-5)
+    assert torch.allclose(warp(ramp, shift, (8, 8), align_corners=True)[0, 0, 0, :6], torch.arange(6.0) + 1.75, atol=1e-5)
 
 
 def test_cells_that_reach_out_of_the_base_are_not_covered():

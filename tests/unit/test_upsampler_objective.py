@@ -92,7 +92,7 @@ def test_uncertainty_learns_where_the_map_cannot_be_right():
     """At the optimum e^-U e = 1/2 in every place: U grows with the error (derivative of e^-U e + U / 2)."""
     base, views = _problem(views=1, zoom=1, shift=0, flip=0, rotation=0, perspective=(0, 0))
     weights = MapWeights(torch.ones(2, 1, *HIGH), torch.full((2, 1, *HIGH), 0.25))
-    assert torch.allclose(weights.in_view(views.matrices_JB33[0], GRID, reference=False), torch.tensor(0.25))
+    assert torch.allclose(weights.in_view(views.matrices_JB33[0], GRID), torch.tensor(0.25))
     loss = ViewLoss(CHANNELS, Pool(), PLAIN.model_copy(update={"uncertainty": True}))
     constant = torch.nn.Parameter(torch.zeros(()))
     loss.uncertainty = Constant(constant)
@@ -174,7 +174,7 @@ def test_seams_are_seen_in_a_view_where_they_lie_in_the_base():
     seam = seam_weights((8, 8), (4, 4), 5, "cpu").expand(1, -1, -1, -1)
     shift = torch.eye(3)[None].clone()
     shift[0, 0, 2] = 0.5  # two of eight columns to the right
-    seen = MapWeights(seam, torch.ones_like(seam)).in_view(shift, (8, 8), reference=False)
+    seen = MapWeights(seam, torch.ones_like(seam)).in_view(shift, (8, 8))
     assert torch.allclose(seen[..., :6], seam[..., 2:], atol=1e-5)
 
 

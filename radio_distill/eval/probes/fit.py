@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ...errors import TrainingError
+from ...tensors import all_reduce
 
 __all__ = ["fit"]
 
@@ -49,7 +50,7 @@ def fit(
         if ranks > 1:
             for p in parameters:
                 p.grad = torch.zeros_like(p) if p.grad is None else p.grad  # other ranks' shares may have had a use for it
-                dist.all_reduce(p.grad.div_(ranks))
+                all_reduce(p.grad.div_(ranks))
         if max_norm is not None:
             nn.utils.clip_grad_norm_(parameters, max_norm)
         optimizer.step()
@@ -61,7 +62,7 @@ def fit(
     if ranks > 1:
         for buffer in probe.buffers():  # gloo has no SyncBatchNorm; whoever scores has the same probe
             if buffer.is_floating_point():
-                dist.all_reduce(buffer.div_(ranks))
+                all_reduce(buffer.div_(ranks))
     return mean
 
 
@@ -69,7 +70,7 @@ def _finite_mean(losses: Iterable[Tensor], ranks: int, step: int) -> float:
     """The mean loss of some steps up to `step`, over all ranks."""
     mean = torch.stack([*losses]).mean()
     if ranks > 1:
-        dist.all_reduce(mean.div_(ranks))
+        all_reduce(mean.div_(ranks))
     if not math.isfinite(mean.item()):
         raise TrainingError(
             f"the probe's loss is {mean.item()} after {step} steps; lower its learning rate, or look for features that are not finite"

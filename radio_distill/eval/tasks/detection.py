@@ -13,6 +13,7 @@ import torch.distributed as dist
 from pydantic import Field
 from torch import Tensor, nn
 
+from ...tensors import all_reduce
 from ..datasets.base import Dataset, Subset, open_dataset
 from ..datasets.instances import InstanceSample
 from ..detection.data import Jitter, Whole
@@ -129,7 +130,7 @@ class Detection(Task):
         features, truth = batch
         objects = torch.tensor(float(sum(len(t.labels_N) for t in truth)), device=features.device)
         if dist.is_initialized():
-            dist.all_reduce(objects.div_(dist.get_world_size()))
+            all_reduce(objects.div_(dist.get_world_size()))
         return detection_loss(
             detector(features, truth, denoise=self.denoise),
             truth,

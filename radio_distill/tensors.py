@@ -1,0 +1,62 @@
+"""Tensors on their way out of this process, to other ranks or into a file: the one place that lays out their memory.
+
+A collective sends memory and not elements: of a transposed matrix or a channels-last weight the other ranks would get the
+elements in another order. And a product of the same numbers in another layout may differ in its last bits, so that what was
+read back from a file would not be quite what was saved. What is sent or saved is therefore row-major.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .errors import CheckpointError
+
+__all__ = ["all_reduce", "broadcast", "non_finite", "row_major", "save_tensors"]
+
+
+def row_major(x: Tensor) -> Tensor:
+    """The same elements, without a gradient, in row-major order; `x` itself where it is already."""
+    return x.detach().contiguous()
+
+
+def broadcast(x: Tensor, group: dist.ProcessGroup | None = None) -> None:
+    """Replace `x` by that of the group's first rank. A collective; nothing happens in a job of one process without a group."""
+    _in_place(x, lambda packed: dist.broadcast(packed, group=group, group_src=0))
+
+
+def all_reduce(x: Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM, group: dist.ProcessGroup | None = None) -> None:
+    """Replace `x` by its sum (or what `op` says) over the ranks of the group. A collective, as `broadcast`."""
+    _in_place(x, lambda packed: dist.all_reduce(packed, op, group=group))
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file. Raises CheckpointError, and writes nothing, when a number of it is NaN or infinite."""
+    bad = non_finite(tensors)
+    if bad is not None:
+        raise CheckpointError(f"{path} was not written: {bad} holds numbers that are not finite; look for where they come from")
+    save_file({name: row_major(x).cpu() for name, x in tensors.items()}, path, metadata)
+
+
+def non_finite(tensors: Mapping[str, Tensor]) -> str | None:
+    """The name of the first tensor that holds a NaN or an infinity; None when all are finite. Waits for the device."""
+    named = [(name, x.detach()) for name, x in tensors.items() if x.is_floating_point() and x.numel()]
+    if not named:
+        return None
+    finite = torch.stack([x.isfinite().all().to(named[0][1].device) for _, x in named]).tolist()
+    return next((name for (name, _), good in zip(named, finite) if not good), None)
+
+
+def _in_place(x: Tensor, communicate: Callable[[Tensor], object]) -> None:
+    if not dist.is_initialized():
+        return
+    packed = row_major(x)
+    communicate(packed)
+    if packed.data_ptr() != x.data_ptr():
+        with torch.no_grad():
+            x.copy_(packed)

@@ -1,0 +1,66 @@
+"""Tensors on their way out: one place lays out their memory, and nothing that is not finite is written."""
+
+import ast
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from radio_distill.errors import CheckpointError
+from radio_distill.paths import PACKAGE
+from radio_distill.tensors import non_finite, row_major, save_tensors
+
+SENDS_OR_SAVES = {"broadcast", "all_reduce", "reduce", "gather", "all_gather", "scatter", "save_file"}
+ELSEWHERE = {
+    "tensors.py": "the one place",
+    "teachers/text_tower.py": "is copied into exports and needs no radio_distill; row-major itself",
+}
+
+
+def test_tensors_are_sent_and_saved_in_one_place_only() -> None:
+    """Every call of a collective of torch.distributed, and of safetensors' save_file, in the package."""
+    found = set()
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.Call):
+                continue
+            of_dist = (
+                isinstance(node.func, ast.Attribute) and isinstance(node.func.value, ast.Name) and node.func.value.id == "dist"
+            )
+            name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+            if name in SENDS_OR_SAVES and (of_dist or name == "save_file"):
+                found.add(path.relative_to(PACKAGE).as_posix())
+    assert found == set(ELSEWHERE)
+
+
+@pytest.mark.parametrize(
+    "x",
+    [
+        torch.arange(12.0).view(3, 4).T,
+        torch.randn(2, 3, 4, 5).contiguous(memory_format=torch.channels_last),
+        torch.ones(1).expand(4),
+    ],
+    ids=["transposed", "channels_last", "expanded"],
+)
+def test_what_is_saved_is_row_major_and_the_same(x: torch.Tensor, tmp_path: Path) -> None:
+    save_tensors(tmp_path / "x.safetensors", {"x": x.clone().requires_grad_()}, {"kind": "test"})
+    loaded = load_file(tmp_path / "x.safetensors")["x"]
+    assert torch.equal(loaded, x)
+    assert loaded.stride() == row_major(x).stride()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_what_is_not_finite_is_named_and_not_written(bad: float, tmp_path: Path) -> None:
+    tensors = {
+        "count": torch.tensor(3),
+        "empty": torch.zeros(0),
+        "good": torch.ones(2),
+        "head.weight": torch.tensor([1.0, bad]),
+    }
+    with pytest.raises(
+        CheckpointError, match=r"x\.safetensors was not written: head\.weight holds numbers that are not finite"
+    ):
+        save_tensors(tmp_path / "x.safetensors", tensors)
+    assert not list(tmp_path.iterdir())
+    assert non_finite({"count": torch.tensor(3)}) is None
