@@ -91,7 +91,9 @@ def state_bytes(recipe: Recipe, cards: dict[str, TeacherCard], student: StudentA
     parameters = trunk_parameters(student) + head_parameters(student)
     zero = recipe.engine.zero
     per_weight = 2 if recipe.engine.teacher_precision == "bf16" else 4
-    views = [(view, cards[name]) for part in recipe.partitions.values() for name, view in part.teachers.items() if name in cards]
+    views = [
+        (view, cards[name]) for part in recipe.partitions.values() for name, view in part.teachers.items() if name in cards
+    ]
     frozen = sum(teacher_parameters(card) for card in cards.values()) + sum(upsampler_parameters(*view) for view in views)
     return StateBytes(
         teachers=per_weight * frozen,
