@@ -170,7 +170,7 @@ def hsv_to_rgb(pixels_HW3: Pixels) -> Pixels:
 
 def _check_size(height: int, width: int, max_pixels: int) -> None:
     if height * width > max_pixels:
-        raise BadImage("too large", f"{width} x {height} pixels, the limit is {max_pixels} (in training data.max_pixels)")
+        raise BadImage("too large", f"{width} x {height} pixels, the limit is {max_pixels} (training: data.max_pixels)")
 
 
 def _jpeg_header(data: bytes) -> Header | None:
