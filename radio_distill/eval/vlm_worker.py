@@ -9,6 +9,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from ..data.decode import as_rgb
 from ..vlm.model import Vlm, load_vlm
 from ..vlm.prompt import IMAGE
 
@@ -89,7 +90,7 @@ def _parts(messages: Sequence[Any]) -> Iterator[tuple[str, Any]]:
     for message in messages:
         for part in message["content"]:
             if part["type"] == "image":
-                yield f"{IMAGE}\n", part["url"].convert("RGB")
+                yield f"{IMAGE}\n", as_rgb(part["url"])
             elif part["type"] == "text":
                 yield part["text"].replace(IMAGE, ""), None
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import io
+from PIL import Image
 
-from PIL import Image, ImageOps
-
+from ..data.decode import BadImage, as_rgb, read_pixels
 from ..errors import DataError
 from ..types import CLIP_MEAN
 
@@ -19,7 +18,7 @@ def views(image: Image.Image, tiles: int) -> list[Image.Image]:
     """
     if tiles == 0:
         return []
-    whole = _square(image.convert("RGB"), tiles)
+    whole = _square(as_rgb(image), tiles)
     if tiles == 1:
         return [whole]
     side = whole.width // tiles
@@ -30,8 +29,8 @@ def views(image: Image.Image, tiles: int) -> list[Image.Image]:
 def open_image(data: bytes, key: str) -> Image.Image:
     """Decode upright RGB. Raises DataError naming the conversation."""
     try:
-        return ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
-    except (OSError, ValueError, SyntaxError) as error:
+        return Image.fromarray(read_pixels(data))
+    except BadImage as error:
         raise DataError(f"the image of conversation {key} cannot be read ({error}); mend it or leave the record out") from error
 
 

@@ -89,7 +89,7 @@ def test_what_can_be_decoded_is_and_the_rest_is_named_once_with_its_reason(
     assert counts["not an image"] == 2 * counts["no image"]
     log = "\n".join(caplog.messages)
     assert "skipped web/a.tar/pixel: too small (1 x 1 pixels, at least 8 wanted)" in log
-    assert "skipped web/a.tar/bomb: too large (300 x 300 pixels, data.max_pixels is 80000)" in log
+    assert "skipped web/a.tar/bomb: too large (300 x 300 pixels, the limit is 80000 (training: data.max_pixels))" in log
     assert "skipped web/a.tar/caption-only: no image (members: txt)" in log
 
 

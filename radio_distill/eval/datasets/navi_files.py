@@ -16,9 +16,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
+from ...data.decode import BadImage, read_pixels, read_stored
 from ...errors import DataError, RadioDistillError
 from .object_views import Photograph
 
@@ -48,8 +49,8 @@ class Camera(NamedTuple):
 def read_photograph(collection: Path, view: str, annotation: dict[str, Any]) -> Photograph:
     """View `view` (its number) of a folder of views. Raises DataError naming the file that is missing, damaged or does not fit."""
     image_path, depth_path = collection / "images" / f"{view}.jpg", collection / "depth" / f"{view}.png"
-    image = np.asarray(_open(image_path).convert("RGB"))
-    disparity = np.asarray(_open(depth_path))
+    image = _read(image_path)
+    disparity = _read(depth_path)
     if disparity.ndim != 2 or disparity.dtype.itemsize < 2:
         raise DataError(
             f"{depth_path} has {disparity.dtype} pixels of shape {disparity.shape}, expected 16-bit gray; copy it again"
@@ -83,36 +84,38 @@ def read_camera(collection: Path, view: str, annotation: dict[str, Any]) -> Came
 
 
 def downsample(path: Path) -> Image.Image:
-    """A photograph (bilinear) or a depth map (nearest) with a short side of 1024 px, its EXIF rotation applied."""
+    """A photograph (bilinear) or a depth map (nearest) with a short side of 1024 px; a photograph's EXIF rotation is applied."""
     try:
-        with Image.open(path) as file:
-            image = ImageOps.exif_transpose(file)
-            factor = SHORT_SIDE / min(image.size)
-            size = (int(image.width * factor), int(image.height * factor))
-            # the reference asks for PIL's filter 2 and calls it bicubic; it is the bilinear one
-            return image.resize(size, Image.Resampling.NEAREST if path.suffix == ".png" else Image.Resampling.BILINEAR)
+        image = Image.fromarray(_decode(path, path.read_bytes()))
+        factor = SHORT_SIDE / min(image.size)
+        size = (int(image.width * factor), int(image.height * factor))
+        # the reference asks for PIL's filter 2 and calls it bicubic; it is the bilinear one
+        return image.resize(size, Image.Resampling.NEAREST if path.suffix == ".png" else Image.Resampling.BILINEAR)
     except FileNotFoundError as error:
         raise DataError(f"{path} is missing; the data set is not complete, unpack it again") from error
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+    except (BadImage, OSError) as error:
         raise DataError(f"{path} is damaged ({error}); unpack it again") from error
 
 
-def _open(path: Path) -> Image.Image:
-    """The copy of a file, from the disk or made now."""
+def _read(path: Path) -> np.ndarray:
+    """The pixels of a file's copy, from the disk or made now."""
     copy = path.with_name(COPY + path.name)
     if copy.is_file():
         try:
-            image = Image.open(copy)
-            image.load()
-            return image
-        except (UnidentifiedImageError, OSError, SyntaxError) as error:
+            return _decode(path, copy.read_bytes())
+        except (BadImage, OSError) as error:
             raise DataError(f"{copy} is damaged ({error}); delete it: it is made anew from {path.name}") from error
     made = downsample(path)
     if path.suffix == ".png":
-        return made
+        return np.asarray(made)
     stored = io.BytesIO()  # a copy on the disk has been through JPEG, too
     made.save(stored, "JPEG")
-    return Image.open(stored)
+    return _decode(path, stored.getvalue())
+
+
+def _decode(path: Path, data: bytes) -> np.ndarray:
+    """A photograph, upright, or the values of a depth map."""
+    return read_stored(data).values if path.suffix == ".png" else read_pixels(data)
 
 
 def _pose(quaternion: list[float], translation_mm: list[float]) -> Tensor:

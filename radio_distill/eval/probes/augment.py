@@ -13,16 +13,14 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 
+from ...data.decode import Pixels, hsv_to_rgb, rgb_to_hsv
 from ..datasets.segmentation import SegmentationSample
 from ..metrics.segmentation import IGNORE
 
 __all__ = ["SegmentationAugment", "photometric", "resize_rgb"]
 
-Pixels = NDArray[np.uint8]
 TRIES = 10
 """Crops that are tried before one with too much of one class is taken."""
 
@@ -106,7 +104,7 @@ def _linear(x_HW3: Pixels, *, factor: float = 1.0, shift: float = 0.0) -> Pixels
 
 def _hsv(x_HW3: Pixels, *, saturation: float = 1.0, turn: float = 0.0) -> Pixels:
     """Scale the saturation; turn the hue by a part of the full circle."""
-    hsv = np.asarray(Image.fromarray(np.ascontiguousarray(x_HW3)).convert("HSV")).astype(np.float32)
+    hsv = rgb_to_hsv(x_HW3).astype(np.float32)
     hsv[..., 0] = np.mod(hsv[..., 0] + 256 * turn, 256)
     hsv[..., 1] = np.clip(hsv[..., 1] * saturation, 0, 255)
-    return np.asarray(Image.fromarray(hsv.astype(np.uint8), "HSV").convert("RGB"))
+    return hsv_to_rgb(hsv.astype(np.uint8))
