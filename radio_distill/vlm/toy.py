@@ -12,47 +12,20 @@ import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from ..errors import DataError
-from ..toyworld import CLASSES, Scene, render, sample_scene
+from ..toyworld import render, sample_scene
 from .prompt import VICUNA
+from .toy_questions import TRAIN_SEED, ask
 
-__all__ = ["HELD_OUT_SEED", "KINDS", "ToyQuestion", "ask", "write_toy", "write_toy_lm"]
+__all__ = ["write_toy", "write_toy_lm"]
 
 log = logging.getLogger(__name__)
 
-TRAIN_SEED, HELD_OUT_SEED = 81_000, 82_000
-"""Far from the seeds that students and toy teachers are trained and scored with."""
-
-KINDS = {
-    "yes_no": r"is there",
-    "class": r"what is the largest",
-    "colour": r"what color",
-    "count": r"how many",
-    "ground": r"what is on",
-    "time": r"what time",
-    "side": r"is the .* left or right",
-}
-"""Kinds of questions by how they begin."""
 
 SPECIAL = ("<unk>", "<pad>", "<s>", "</s>")
 INSTRUCTION = "describe the image."
-SHORT = "\nAnswer the question using a single word or phrase."
-"""How LLaVA's data and the benchmarks ask for a short answer."""
-
-
-class ToyQuestion(NamedTuple):
-    kind: str
-    """One of KINDS."""
-    question: str
-    answer: str
-
-
-def ask(scene: Scene) -> list[ToyQuestion]:
-    """Everything that is asked about view 0 of a scene, for short answers."""
-    pairs = [("what is the largest object?", CLASSES[scene.label]), *scene.questions()]
-    return [ToyQuestion(next(k for k, start in KINDS.items() if re.match(start, q)), q + SHORT, a) for q, a in pairs]
 
 
 def write_toy(out: str | Path, *, count: int = 1500, size: int = 96, seed: int = TRAIN_SEED) -> None:
@@ -62,7 +35,7 @@ def write_toy(out: str | Path, *, count: int = 1500, size: int = 96, seed: int =
     Both are in LLaVA's format: one caption per image, one conversation per question. `out` appears when it is complete.
     Raises DataError when it exists.
     """
-    from .toy_copies import write_copies
+    from .toy_benchmarks import write_copies
 
     out = Path(out)
     if out.exists():

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from ..toyworld import render, sample_scene
 from ..toyworld.scene import TIMES
-from .toy import HELD_OUT_SEED, KINDS, SHORT, ToyQuestion, ask
+from .toy_questions import HELD_OUT_SEED, KINDS, SHORT, ToyQuestion, ask
 
 __all__ = ["write_copies"]
 
