@@ -1,7 +1,7 @@
 """The toy teachers: tiny ViTs trained on the toy world, so that everything runs without a download.
 
 They differ where the real teachers do: patch size, width, scale of the features, fixed or free input size, a class
-token, attention pooling or no summary at all, a text tower or none. `toy_train.py` makes their weights.
+token, attention pooling or no summary at all, a text tower or none. `tools/train_toy_teachers.py` makes their weights.
 
 Shapes: B batch, C channels, H W patch grid, N tokens, n texts, D width of the text-image embedding.
 """
@@ -280,7 +280,7 @@ def _weights_path(card: TeacherCard) -> Path:
     """The card's source, taken from the folder of the cards unless it is absolute."""
     path = data_path("teachers") / card.source
     if not path.is_file():
-        command = "python -m radio_distill.teachers.toy_train --out teachers/toy"
+        command = "python tools/train_toy_teachers.py --out teachers/toy"
         raise TeacherError(f"{card.name}: no weights at {path}; expected the file that `{command}` writes")
     return path
 

@@ -3,13 +3,13 @@
 import pytest
 import torch
 from safetensors import safe_open
+from toy_probes import classify_zero_shot, encode_all
 
 from radio_distill.config.load import load_card
 from radio_distill.errors import TeacherError
 from radio_distill.paths import data_path
 from radio_distill.teachers.base import load_teacher
 from radio_distill.teachers.toy import load_text_tower
-from radio_distill.teachers.toy_probes import classify_zero_shot, encode_all
 from radio_distill.toyworld import ToyScenes
 
 NAMES = ("toy_clip", "toy_siglip", "toy_dino", "toy_sam")
@@ -71,7 +71,9 @@ def test_random_weights_have_the_true_architecture_and_meta_has_no_memory(name):
 
 def test_missing_weights_name_the_file_and_the_command_that_makes_it():
     card = load_card("toy_clip").model_copy(update={"source": "toy/absent.safetensors"})
-    with pytest.raises(TeacherError, match=r"toy_clip: no weights at .*absent.safetensors; expected .*toy_train --out"):
+    with pytest.raises(
+        TeacherError, match=r"toy_clip: no weights at .*absent.safetensors; expected .*train_toy_teachers.py --out"
+    ):
         load_teacher(card)
 
 

@@ -1,6 +1,6 @@
 """Train the toy teachers on the toy world and write their weights; an hour or so on one CPU core.
 
-    python -m radio_distill.teachers.toy_train --out teachers/toy
+    python tools/train_toy_teachers.py --out teachers/toy
 
 Each objective is the plain form of its namesake: softmax (CLIP) and sigmoid (SigLIP) image-text contrast,
 self-distillation with masked patches and a coding-rate term against collapse (DINO, as in SimDINO), boundaries and
@@ -26,14 +26,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from toy_probes import measure
 
-from ..config.cards import TeacherCard
-from ..config.load import load_card
-from ..tensors import save_tensors
-from ..toyworld import ToyScenes, render, render_images, sample_scene
-from .base import Teacher
-from .toy import TextTower, ToyViT, build, split_words
-from .toy_probes import measure
+from radio_distill.config.cards import TeacherCard
+from radio_distill.config.load import load_card
+from radio_distill.teachers.base import Teacher
+from radio_distill.teachers.toy import TextTower, ToyViT, build, split_words
+from radio_distill.tensors import save_tensors
+from radio_distill.toyworld import ToyScenes, render, render_images, sample_scene
 
 __all__ = ["train"]
 

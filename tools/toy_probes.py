@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..toyworld import CLASSES, SEGMENT_NAMES, ToyScenes
-from ..types import VisionOutput
-from .base import Teacher
-from .toy import TextTower
+from radio_distill.teachers.base import Teacher
+from radio_distill.teachers.toy import TextTower
+from radio_distill.toyworld import CLASSES, SEGMENT_NAMES, ToyScenes
+from radio_distill.types import VisionOutput
 
 __all__ = ["PROMPTS", "classify_zero_shot", "encode_all", "measure"]
 

@@ -1,6 +1,6 @@
 """Train the toy world's SAM decoder on features of `toy_sam`, and write it; some minutes on one CPU core.
 
-    python -m radio_distill.eval.toy_sam_decoder --out teachers/toy/sam_decoder
+    python tools/train_toy_sam_decoder.py --out teachers/toy/sam_decoder
 
 It is transformers' `SamModel` at a small size without image encoder: what SAM-H's decoder is to SAM-H's features. The suite only
 reads it, so that a student's adaptor is scored by how well it stands in for `toy_sam`.
@@ -19,10 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..config.load import load_card
-from ..teachers.base import load_teacher
-from ..toyworld import render
-from .datasets.instances import ToyInstances
+from radio_distill.config.load import load_card
+from radio_distill.eval.datasets.instances import ToyInstances
+from radio_distill.teachers.base import load_teacher
+from radio_distill.toyworld import render
 
 __all__ = ["build", "train"]
 
