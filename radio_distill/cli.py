@@ -19,7 +19,8 @@ TABLES = ("teachers", "recipes", "upsamplers", "vlms", "students")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0, 1 (the answer is no), 2 (wrong input), 130 (interrupted)."""
+    """Run one command; returns the exit code: 0, 1 (the answer is no), 2 (wrong input), 75 (a training was asked to stop and has
+    saved), 130 (interrupted)."""
     parser = _parser()
     arguments, rest = parser.parse_known_args(argv)
     if arguments.command != "eval":  # eval has a command line of its own
@@ -94,10 +95,10 @@ def _add_commands_that_train(commands: Any) -> None:
     demo.add_argument(
         "overrides", nargs="*", metavar="key=value", help="images=FOLDER (yours instead of generated), run=FOLDER"
     )
-    train = _add(commands, "train", "train or resume one stage")
+    train = _add(commands, "train", "train or resume a recipe of any kind: a stage, an upsampler, a stage of a VLM")
     _add_recipe(train)
     train.add_argument("--ranks", type=_positive, default=1, help="processes to start on this machine (1)")
-    upsampler = _add(commands, "upsampler", "train or resume an upsampler of one teacher (FeatSharp and others)")
+    upsampler = _add(commands, "upsampler", "the same as train, of an upsampler's recipe (FeatSharp and others)")
     _add_recipe(upsampler)
     upsampler.add_argument("--ranks", type=_positive, default=1, help="processes to start on this machine (1)")
     vlm = _add(commands, "vlm", "vision-language models with a student as tower: train one, or make a toy one's parts")
@@ -186,36 +187,22 @@ def _list(arguments: argparse.Namespace) -> int:
 
 
 def _plan(arguments: argparse.Namespace) -> int:
-    from .config.load import kind_of, load_any, load_vlm_recipe
-    from .config.upsampler_recipe import UpsamplerRecipe
-    from .config.vlm_recipe import VlmRecipe
+    from .config.load import load
+    from .jobs import KINDS, refuse_if_missing
     from .plan.budget import to_json
     from .plan.scale import Cluster
-    from .plan.stage import plan
-    from .plan.text import render, render_upsampler, render_vlm
-    from .plan.upsampler import plan_upsampler
 
     nodes, gpus = arguments.nodes, arguments.gpus or (8 if arguments.nodes else 1)
-    settings = {"world_size": gpus * (nodes or 1), "gpu": arguments.gpu, "utilisation": arguments.utilisation}
-    if kind_of(arguments.recipe) is VlmRecipe:
-        from .plan.vlm import plan_vlm
-
-        of_vlm = plan_vlm(load_vlm_recipe(arguments.recipe, arguments.overrides), **settings)
-        print(to_json(of_vlm) if arguments.json else render_vlm(of_vlm))
-        return _doctor(arguments) if arguments.check else 0
-    recipe = load_any(arguments.recipe, arguments.overrides)
-    if isinstance(recipe, UpsamplerRecipe):
-        of_upsampler = plan_upsampler(recipe, **settings)
-        print(to_json(of_upsampler) if arguments.json else render_upsampler(of_upsampler))
-    else:
-        cluster = Cluster(nodes, gpus, arguments.network, arguments.disk) if nodes else None
-        of_stage = plan(recipe, **settings, cluster=cluster)
-        print(to_json(of_stage) if arguments.json else render(of_stage))
-    if not arguments.check:
-        return 0
-    from .doctor import refuse_if_missing
-
-    return refuse_if_missing(recipe)
+    recipe = load(arguments.recipe, arguments.overrides)
+    plan, text = KINDS[type(recipe)].plan(
+        recipe,
+        world_size=gpus * (nodes or 1),
+        gpu=arguments.gpu,
+        utilisation=arguments.utilisation,
+        cluster=Cluster(nodes, gpus, arguments.network, arguments.disk) if nodes else None,
+    )
+    print(to_json(plan) if arguments.json else text)
+    return refuse_if_missing(recipe) if arguments.check else 0
 
 
 def _status(arguments: argparse.Namespace) -> int:
@@ -225,9 +212,10 @@ def _status(arguments: argparse.Namespace) -> int:
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
-    from .doctor import main as doctor
+    from .config.load import load
+    from .jobs import examine
 
-    return doctor(arguments.recipe, arguments.overrides)
+    return examine(load(arguments.recipe, arguments.overrides) if arguments.recipe else None)
 
 
 def _shards(arguments: argparse.Namespace) -> int:
@@ -259,47 +247,25 @@ def _stats(arguments: argparse.Namespace) -> int:
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    from .config.load import load_recipe
+    from .config.load import load
 
-    load_recipe(arguments.recipe, arguments.overrides, training=True)  # its errors once, before any process starts
+    load(arguments.recipe, arguments.overrides, training=True)  # its errors once, before any process starts
     if arguments.ranks > 1:
         from .train.launch import launch
 
         return launch(arguments.recipe, arguments.overrides, arguments.ranks)
-    from .train.__main__ import main as train
-
-    return train([arguments.recipe, *arguments.overrides])
-
-
-def _upsampler(arguments: argparse.Namespace) -> int:
-    from .config.load import load_upsampler_recipe
-
-    load_upsampler_recipe(arguments.recipe, arguments.overrides, training=True)
-    if arguments.ranks > 1:
-        from .train.launch import launch
-
-        return launch(arguments.recipe, arguments.overrides, arguments.ranks, module="radio_distill.upsamplers")
-    from .upsamplers.__main__ import main as train
+    from .jobs import main as train
 
     return train([arguments.recipe, *arguments.overrides])
 
 
 def _vlm(arguments: argparse.Namespace) -> int:
-    if arguments.vlm_command == "toy":
-        from .vlm.toy import write_toy
+    if arguments.vlm_command == "train":
+        return _train(arguments)
+    from .vlm.toy import write_toy
 
-        write_toy(arguments.out, count=arguments.count, size=arguments.size)
-        return 0
-    from .config.load import load_vlm_recipe
-
-    load_vlm_recipe(arguments.recipe, arguments.overrides, training=True)
-    if arguments.ranks > 1:
-        from .train.launch import launch
-
-        return launch(arguments.recipe, arguments.overrides, arguments.ranks, module="radio_distill.vlm")
-    from .vlm.__main__ import main as train
-
-    return train([arguments.recipe, *arguments.overrides])
+    write_toy(arguments.out, count=arguments.count, size=arguments.size)
+    return 0
 
 
 def _submit(arguments: argparse.Namespace) -> int:
@@ -356,7 +322,7 @@ HANDLERS: dict[str, Callable[[argparse.Namespace], int]] = {
     "toyworld": _toyworld,
     "stats": _stats,
     "train": _train,
-    "upsampler": _upsampler,
+    "upsampler": _train,
     "vlm": _vlm,
     "submit": _submit,
     "eval": _eval,

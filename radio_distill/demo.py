@@ -115,7 +115,7 @@ def _upsamplers(folder: Path, source: Path) -> None:
     if not left:
         return
     _title(f"upsamplers: 3x FeatSharp for {' and '.join(left)}, side by side")
-    command, data = [sys.executable, "-m", "radio_distill.upsamplers"], f"data.sources.demo.path={source}"
+    command, data = [sys.executable, "-m", "radio_distill.train"], f"data.sources.demo.path={source}"
     jobs = {t: subprocess.Popen([*command, UPSAMPLERS[t], data, f"run={folder / t}", *_fast()]) for t in left}
     for teacher, job in jobs.items():
         if job.wait():

@@ -13,42 +13,23 @@ from itertools import islice
 from pathlib import Path
 
 from .config.cards import TeacherCard
-from .config.load import cards_of, kind_of, list_recipes, load_any, load_card, load_upsampler_recipe, load_vlm_recipe
+from .config.checks import NO_IMAGES
+from .config.load import cards_of, list_recipes, load_card, load_upsampler_recipe
 from .config.recipe import Debias, ImageJob, Job, Recipe, Trained
 from .config.upsampler_recipe import AnyRecipe, UpsamplerRecipe
-from .config.vlm_recipe import VlmRecipe
 from .errors import CheckpointError, RadioDistillError
 from .listing import cached_weights, how_to_get, hub_id, local_weights, make_table, wide_console
 from .paths import cache_dir, data_path, expand
 from .runs import run_path
 from .types import Finding
 
-__all__ = ["examine_machine", "examine_recipe", "main", "refuse_if_missing"]
+__all__ = ["examine_machine", "examine_recipe", "examine_packages", "show"]
 
 PACKAGES = ("torch", "torchvision", "deepspeed", "timm", "open_clip_torch", "transformers", "webdataset", "pydantic")
 VARIABLES = ("HF_HOME", "HF_HUB_OFFLINE", "WANDB_MODE", "CUDA_VISIBLE_DEVICES", "DS_ACCELERATOR", "OMP_NUM_THREADS")
 
 
-def main(recipe: str | None, overrides: Sequence[str] = ()) -> int:
-    """Print the findings; 1 when something is missing that the recipe needs, else 0."""
-    findings = list(examine_machine())
-    if recipe is not None and kind_of(recipe) is VlmRecipe:
-        from .doctor_vlm import examine_vlm
-
-        of_vlm = load_vlm_recipe(recipe, overrides)
-        findings += [*examine_vlm(of_vlm), *_packages(of_vlm)]
-    elif recipe is not None:
-        findings += examine_recipe(load_any(recipe, overrides))
-    return _show(findings)
-
-
-def refuse_if_missing(recipe: AnyRecipe) -> int:
-    """Print what the recipe needs and is not here; 1 when there is something, else 0. What a job asks before it starts."""
-    missing = [finding for finding in examine_recipe(recipe) if finding.missing]
-    return _show(missing) if missing else 0
-
-
-def _show(findings: Sequence[Finding]) -> int:
+def show(findings: Sequence[Finding]) -> int:
     """Print a table; 1 when something is missing."""
     table = make_table("", "what state", "detail")
     for finding in findings:
@@ -96,7 +77,7 @@ def examine_recipe(recipe: AnyRecipe) -> Iterator[Finding]:
         text = str(path) if path.is_dir() else f"no folder {path}; make it with `radio-distill stats`"
         yield Finding("balancers", text, missing=not path.is_dir())
     yield from _images(recipe)
-    yield from _packages(recipe)
+    yield from examine_packages(recipe)
     yield _disk(recipe)
 
 
@@ -155,7 +136,7 @@ def _images(recipe: ImageJob) -> Iterator[Finding]:
     from .data.sources import list_source
 
     if not recipe.data.sources:
-        yield Finding("images", "data.sources is empty; name your images: data.sources.train.path=FOLDER", missing=True)
+        yield Finding("images", NO_IMAGES, missing=True)
     for name, source in recipe.data.sources.items():
         try:
             listing = list_source(name, source)
@@ -172,7 +153,7 @@ def _images(recipe: ImageJob) -> Iterator[Finding]:
         yield Finding(f"images {name}", text, missing=empty)
 
 
-def _packages(recipe: Job) -> Iterator[Finding]:
+def examine_packages(recipe: Job) -> Iterator[Finding]:
     wanted = {
         "flash_attn": (
             "flash",

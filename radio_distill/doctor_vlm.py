@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from .config.vlm_recipe import FromParts, VlmRecipe
+from .config.vlm_recipe import NO_CONVERSATIONS, FromParts, VlmRecipe
 from .errors import RadioDistillError
 from .paths import expand
 from .runs import latest, run_path
@@ -32,9 +32,7 @@ def examine_vlm(recipe: VlmRecipe) -> Iterator[Finding]:
     else:
         yield _stage_before(start.source)
     if not recipe.data.sources:
-        yield Finding(
-            "conversations", "data.sources is empty; say where they are: data.sources.mix.path=FILE.json", missing=True
-        )
+        yield Finding("conversations", NO_CONVERSATIONS, missing=True)
     for name, source in recipe.data.sources.items():
         try:
             found = read_conversations({name: source})

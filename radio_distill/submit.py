@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .config.load import load_any
-from .config.upsampler_recipe import UpsamplerRecipe
+from .config.load import load
 from .errors import RadioDistillError, RecipeError
+from .jobs import refuse_if_missing, train
 from .train import preempt
 
 __all__ = ["Evaluate", "Resources", "Train", "submit"]
@@ -61,7 +61,7 @@ class Resources:
 
 @dataclass(frozen=True)
 class Train:
-    """One rank of a training, called by submitit in a task of its own; a stage or an upsampler, as the recipe says."""
+    """One rank of a training, called by submitit in a task of its own; of a recipe of any kind."""
 
     recipe: str
     overrides: tuple[str, ...] = ()
@@ -73,7 +73,7 @@ class Train:
 
         rank = TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True).rank
         logging.basicConfig(level=logging.INFO if rank == 0 else logging.WARNING, format="%(message)s", stream=sys.stderr)
-        code = self._train()
+        code = train(load(self.recipe, self.overrides, training=True))
         if code == preempt.STOPPED and callable(before):
             before(signal.SIGUSR2, None)  # everything is saved: back into the queue
         return code
@@ -83,16 +83,6 @@ class Train:
         from submitit.helpers import DelayedSubmission
 
         return DelayedSubmission(self)
-
-    def _train(self) -> int:
-        recipe = load_any(self.recipe, self.overrides)
-        if isinstance(recipe, UpsamplerRecipe):
-            from .upsamplers.train import train_upsampler
-
-            return train_upsampler(recipe)
-        from .distill.loop import train
-
-        return train(recipe)
 
 
 @dataclass(frozen=True)
@@ -134,12 +124,9 @@ def submit(
         )
     tasks = [Train(_found(recipe), tuple(overrides)) for recipe in recipes]
     suites = [_suite(text) for text in evals]
-    loaded = [load_any(task.recipe, task.overrides) for task in tasks]  # their errors, before anything is in the queue
-    if not dry_run:
-        from .doctor import refuse_if_missing
-
-        if loaded and refuse_if_missing(loaded[0]):
-            return 1
+    loaded = [load(task.recipe, task.overrides) for task in tasks]  # their errors, before anything is in the queue
+    if not dry_run and loaded and refuse_if_missing(loaded[0]):
+        return 1
     after: list[str] = []
     for recipe, task in zip(loaded, tasks):
         after = _queue(recipe.name, resources, [task], after, logs, dry_run)

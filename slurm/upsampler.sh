@@ -23,4 +23,4 @@ for argument; do
     *) settings+=("$argument") ;;
   esac
 done
-launch radio_distill.upsamplers "$recipe" "${settings[@]}"
+launch radio_distill.train "$recipe" "${settings[@]}"

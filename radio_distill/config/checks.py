@@ -28,7 +28,9 @@ from .recipe import (
 from .secrets import holds_secret
 from .upsampler import ENLARGING
 
-__all__ = ["check_recipe", "data_problems", "patch_size", "ranges", "summary_weight"]
+__all__ = ["NO_IMAGES", "check_recipe", "data_problems", "patch_size", "ranges", "summary_weight"]
+
+NO_IMAGES = "'data.sources' is empty; say where the images are: data.sources.train.path=FOLDER"
 
 Found = Iterator[Problem]
 
@@ -242,7 +244,7 @@ def data_problems(data: Data, partitions: dict[str, Partition], *, training: boo
             text = f"'data.sources.{name}.path' holds a password or token, and recipes are copied into run folders and logs; "
             yield Problem(f"{text}export it and write $NAME in its place", ("data", "sources", name, "path"))
     if training and not data.sources:
-        yield Problem("'data.sources' is empty; say where the images are: data.sources.train.path=FOLDER", ("data", "sources"))
+        yield Problem(NO_IMAGES, ("data", "sources"))
     streams = data.streams
     for name, partition in partitions.items():
         if streams is not None and (streams < 1 or partition.images % streams):

@@ -14,7 +14,7 @@ from .document import Problem, to_yaml
 from .recipe import Job, Recipe
 from .secrets import without_secrets
 from .strict import find, keys_of, read
-from .upsampler_recipe import AnyRecipe, UpsamplerRecipe, check_upsampler
+from .upsampler_recipe import UpsamplerRecipe, check_upsampler
 from .vlm_recipe import VlmRecipe, check_vlm
 
 __all__ = [
@@ -23,7 +23,7 @@ __all__ = [
     "kind_of",
     "list_cards",
     "list_recipes",
-    "load_any",
+    "load",
     "load_card",
     "load_job",
     "load_recipe",
@@ -34,12 +34,8 @@ __all__ = [
 
 J = TypeVar("J", bound=Job)
 
-KINDS: dict[type[Job], tuple[str, str]] = {
-    Recipe: ("a stage", "train"),
-    UpsamplerRecipe: ("an upsampler", "upsampler"),
-    VlmRecipe: ("a VLM", "vlm train"),
-}
-"""What a recipe of each kind describes, and the command that trains it."""
+KINDS: dict[type[Job], str] = {Recipe: "a stage", UpsamplerRecipe: "an upsampler", VlmRecipe: "a VLM"}
+"""What a recipe of each kind describes."""
 
 HOW_IT_RUNS = ("engine", "log", "checkpoint")
 """The groups that a resumed run may change; all others say what is learned."""
@@ -63,11 +59,10 @@ def load_vlm_recipe(source: str | Path, overrides: Sequence[str] = (), *, traini
     return _load(VlmRecipe, source, overrides, lambda recipe: check_vlm(recipe, training=training))
 
 
-def load_any(source: str | Path, overrides: Sequence[str] = ()) -> AnyRecipe:
-    """Read the recipe of a stage or of an upsampler, whichever its keys say it is."""
-    if kind_of(source) is UpsamplerRecipe:
-        return load_upsampler_recipe(source, overrides)
-    return load_recipe(source, overrides)
+def load(source: str | Path, overrides: Sequence[str] = (), *, training: bool = False) -> Job:
+    """The same for a recipe of any kind, whichever its keys say it is."""
+    loaders: dict[type[Job], Callable[..., Job]] = {UpsamplerRecipe: load_upsampler_recipe, VlmRecipe: load_vlm_recipe}
+    return loaders.get(kind_of(source), load_recipe)(source, overrides, training=training)
 
 
 def load_job(kind: type[J], source: str | Path) -> J:
@@ -84,9 +79,8 @@ def _load(kind: type[J], source: str | Path, overrides: Sequence[str], check: Ca
     path = _find(source)
     found = _kind(path, otherwise=kind)
     if found is not kind:
-        (is_of, command), (wanted, _) = KINDS[found], KINDS[kind]
         raise RecipeError(
-            f"{source} is the recipe of {is_of}, expected that of {wanted}; it is trained by `radio-distill {command} {source}`"
+            f"{source} is the recipe of {KINDS[found]}, expected that of {KINDS[kind]}; `radio-distill train {source}` trains it"
         )
     try:
         return read(kind, path, overrides, shipped=shipped("recipes"), error=RecipeError, check=check)

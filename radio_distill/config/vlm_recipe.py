@@ -117,6 +117,9 @@ class VlmRecipe(Job):
     """What is written down; may change on resume."""
 
 
+NO_CONVERSATIONS = "'data.sources' is empty; say where the conversations are: data.sources.mix.path=FILE.json"
+
+
 def check_vlm(recipe: VlmRecipe, *, training: bool) -> list[Problem]:
     """Everything in the recipe that does not fit together; empty when it can be run."""
     problems = [*optim_ranges(recipe), *_fitting(recipe)]
@@ -147,5 +150,4 @@ def _missing(recipe: VlmRecipe) -> Iterator[Problem]:
         if not getattr(recipe.start, key):
             yield Problem(f"'start.{key}' is empty; name a folder: start.{key}=FOLDER", ("start", key))
     if not recipe.data.sources:
-        text = "'data.sources' is empty; say where the conversations are: data.sources.mix.path=FILE.json"
-        yield Problem(text, ("data", "sources"))
+        yield Problem(NO_CONVERSATIONS, ("data", "sources"))

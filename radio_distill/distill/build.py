@@ -52,8 +52,6 @@ class Parts:
 
 def build_parts(recipe: Recipe, world: World, *, weights: Weights = "pretrained") -> Parts:
     """Load the teachers and find out who runs what; the streams are not open yet. weights: `random` for benchmarks."""
-    if not recipe.data.sources:
-        raise RecipeError("data.sources is empty; name your images: data.sources.train.path=FOLDER_OR_SHARDS")
     encoder: Encoder
     if world.bridge is not None:
         encoder = RemoteTeachers(recipe, world.bridge)

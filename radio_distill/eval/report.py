@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from html import escape
 from pathlib import Path
 
-from ..config.load import kind_of, load_any, load_job
+from ..config.load import load
 from ..config.recipe import Recipe
 from ..config.upsampler_recipe import UpsamplerRecipe
 from ..config.vlm_recipe import VlmRecipe
@@ -126,13 +126,12 @@ def _runs(folder: Path, *, has_results: bool) -> tuple[list[Run], list[Upsampler
     upsamplers: list[UpsamplerRun] = []
     vlms: list[VlmRun] = []
     for path in folders:
-        if kind_of(path / "recipe.yaml") is VlmRecipe:
-            vlms.append((path, load_job(VlmRecipe, path / "recipe.yaml"), read_metrics(path)))
-            continue
-        recipe = load_any(path / "recipe.yaml")
-        if isinstance(recipe, UpsamplerRecipe):
+        recipe = load(path / "recipe.yaml")
+        if isinstance(recipe, VlmRecipe):
+            vlms.append((path, recipe, read_metrics(path)))
+        elif isinstance(recipe, UpsamplerRecipe):
             upsamplers.append((path, recipe, read_metrics(path)))
-        else:
+        elif isinstance(recipe, Recipe):
             stages.append((path, recipe, read_metrics(path)))
     return stages, upsamplers, vlms
 

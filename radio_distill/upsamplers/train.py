@@ -24,7 +24,6 @@ from ..config.load import load_card
 from ..config.upsampler_recipe import VIEWS, UpsamplerRecipe
 from ..data.jitter import draw_matrices, warp_views
 from ..data.views import ViewSpec
-from ..errors import RecipeError
 from ..log.sinks import hours_left
 from ..paths import expand
 from ..runs import latest
@@ -189,8 +188,6 @@ class Parts:
     """The teacher, this rank's images, and how a step is divided."""
 
     def __init__(self, recipe: UpsamplerRecipe, world: distributed.World) -> None:
-        if not recipe.data.sources:
-            raise RecipeError("data.sources is empty; name your images: data.sources.train.path=FOLDER_OR_SHARDS")
         dtype = torch.bfloat16 if recipe.engine.teacher_precision == "bf16" else torch.float32
         self.teacher = load_teacher(load_card(recipe.teacher)).to(world.device, dtype)
         assignment = assign(images={VIEWS: recipe.images}, costs={VIEWS: 1.0}, world_size=world.size)

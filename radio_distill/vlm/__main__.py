@@ -1,24 +1,8 @@
-"""One rank of a VLM's training: `python -m radio_distill.vlm RECIPE [key=value ...]`, started by Slurm, torchrun or the CLI."""
+"""`python -m radio_distill.vlm RECIPE [key=value ...]`: one rank of a training of any kind (`jobs.main`)."""
 
 import sys
 
-from ..train import preempt
-
-preempt.listen()  # before torch is imported: a signal during the imports would kill the job
-
-
-def main(argv: list[str]) -> int:
-    """Train; returns 0 when the run is finished or was asked to stop and saved."""
-    from ..train.__main__ import run_rank
-
-    def train() -> int:
-        from ..config.load import load_vlm_recipe
-        from .train import train_vlm
-
-        return train_vlm(load_vlm_recipe(argv[0], argv[1:], training=True))
-
-    return run_rank(train)
-
+from ..jobs import main
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

@@ -31,7 +31,7 @@ def test_what_is_missing_is_told_before_anything_is_submitted(capsys, tmp_path):
     assert main(["submit", "toy/stage2", f"start.source={tmp_path}"]) == 1
     shown = " ".join(capsys.readouterr().out.split())
     assert "train that stage first" in shown
-    assert "data.sources is empty" in shown
+    assert "'data.sources' is empty" in shown
 
 
 def test_a_time_that_ends_at_its_own_signal_is_refused(capsys):

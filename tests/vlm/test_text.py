@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils.data._utils.pin_memory import pin_memory
 
-from radio_distill.config.load import load_any, load_vlm_recipe
+from radio_distill.config.load import load_recipe, load_vlm_recipe
 from radio_distill.config.vlm_recipe import Lora, VlmRecipe, VlmSource
 from radio_distill.errors import DataError, RecipeError
 from radio_distill.train.distributed import World
@@ -196,5 +196,5 @@ def test_recipes_are_checked_before_anything_is_loaded(override: str, message: s
 
 
 def test_other_commands_say_which_one_trains_a_vlm() -> None:
-    with pytest.raises(RecipeError, match=r"vlm_sft is the recipe of a VLM, .*`radio-distill vlm train toy/vlm_sft`"):
-        load_any("toy/vlm_sft")
+    with pytest.raises(RecipeError, match=r"vlm_sft is the recipe of a VLM, .*`radio-distill train toy/vlm_sft`"):
+        load_recipe("toy/vlm_sft")
