@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Literal
-
-from pydantic import Field
+from typing import Literal
 
 from .cards import Fields
 from .document import KeyPath, Problem
+from .numbers import Scale, Share, Side
 
 __all__ = ["ENLARGING", "Network", "check_network"]
 
@@ -32,18 +31,18 @@ class Network(Fields):
     """featsharp: the maps that are fused. The first one is the residual path: untrained, the output is that map."""
     mixer: Literal["block", "mlp", "attention", "linear"] = "block"
     """featsharp: `block`: local attention, then MLP. `mlp`, `attention`: one of them. `linear`: one matrix per position."""
-    window: Annotated[int, Field(ge=1)] = 7
+    window: Side = 7
     """featsharp: side of the attention window in output cells, odd; at borders it is clipped."""
     position: Literal["alibi", "rope", "xpos", "none"] = "alibi"
     """featsharp: how attention knows distances. `alibi`: a penalty per head, on rows in even heads and on columns in odd ones."""
     norm: bool = True
     """featsharp: LayerNorm before attention and MLP (FS's shipped configs: no)."""
-    hidden: Annotated[float, Field(gt=0)] = 4.0
+    hidden: Scale = 4.0
     """featsharp: hidden width of the gated MLP is 2/3 of this many times the teacher's channels (`reference`: times the
     channels of all inputs together)."""
     debias: bool = True
     """Learn a map that is added to every encoding, global and tile alike, so that position artefacts cancel (FS section 3.3)."""
-    beta: Annotated[float, Field(ge=0, le=1)] = 0.5
+    beta: Share = 0.5
     """s2: share of the bilinear map; the rest is the stitched tiles (FS section 4)."""
     reference: bool = False
     """Reproduce the published modules number for number: aliased reductions, square images, 16 heads padded to a power of two."""

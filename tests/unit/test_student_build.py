@@ -91,7 +91,6 @@ def test_swiglu_width_follows_dinov2() -> None:
             {"model": "vit_larg_patch16_224"},
             r"unknown student.model 'vit_larg_patch16_224'; did you mean 'vit_large_patch16_224'",
         ),
-        ({"overrides": {"width": 3}}, r"unknown key student.overrides.width; expected one of depth, embed_dim"),
         ({"overrides": {**TINY, "num_heads": 5}}, r"embed_dim 32 is not a multiple of num_heads 5; nearest is 30"),
         ({"model": "dino_v2_l_student"}, r"reads 1 class token and 4 registers .* set student.cls_token_per_teacher=false"),
         ({"heads": Heads(kind="attention"), "overrides": {**TINY, "embed_dim": 24}}, r"embed_dim 24 is not a multiple of 16"),
