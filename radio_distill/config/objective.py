@@ -16,6 +16,9 @@ class Objective(Fields):
     seam: Scale = 2.0
     """Weight of the output rows and columns on both sides of a tile border against all others (FS configuration: 2); 1 where
     there are no tiles."""
+    distance: Literal["mse", "smooth_l1"] = "mse"
+    """How the features of a view are compared, also by CRF. `mse`: squared error. `smooth_l1` (beta 1): what is off by more
+    than 1, one standard deviation of a channel, counts linearly (an option of the FS code)."""
     tv: Weight = 0.0
     """Weight of the total variation."""
     crf: Weight = 0.0

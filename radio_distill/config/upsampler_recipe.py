@@ -7,7 +7,9 @@ measurements it rests on).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Literal
+from typing import Any, Literal
+
+from pydantic import model_validator
 
 from ..errors import CardError
 from .cards import Fields, TeacherCard
@@ -16,8 +18,9 @@ from .document import Problem
 from .jitter import Jitter
 from .numbers import Count, Decay, Positive, Rate, Scale, Side, Weight
 from .objective import Objective
+from .presets import Preset, filled
 from .recipe import Balance, Ema, ImageJob, Optim, Partition, Recipe
-from .upsampler import Network, check_network
+from .upsampler import Network, check_network, sees_tiles
 
 __all__ = ["VIEWS", "AnyRecipe", "Downsampler", "UpsamplerRecipe", "check_upsampler"]
 
@@ -77,6 +80,9 @@ class UpsamplerRecipe(ImageJob):
     """Name or path of the teacher's card."""
     size: Side
     """Side in pixels of the teacher's input; images are `network.factor` times as large."""
+    preset: Preset = "ours"
+    """Values that stand in where the recipe says nothing (config/presets.py, docs/upsamplers.md). `paper`: FeatSharp as its
+    paper describes it. `code`: its public configuration and code, number for number. `ours`: the defaults."""
     network: Network = Network()
     """What is trained."""
     images: Positive = 32
@@ -102,6 +108,11 @@ class UpsamplerRecipe(ImageJob):
     ema: UpsamplerEma = UpsamplerEma()
     """Running average of the weights."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _fill(cls, values: Any) -> Any:
+        return filled(values) if isinstance(values, dict) else values
+
     @property
     def image_size(self) -> int:
         """Side in pixels of the images: what the network makes of one teacher image is `factor` times as fine."""
@@ -124,6 +135,9 @@ def check_upsampler(recipe: UpsamplerRecipe, load_card: Callable[[str], TeacherC
         problems += _size(recipe, load_card(recipe.teacher))
     except CardError as error:
         problems.append(Problem(f"teacher {recipe.teacher!r}: {error}".replace("\n", "\n    "), ("teacher",)))
+    if recipe.loss.seam != 1 and not sees_tiles(recipe.network.kind, recipe.network.inputs):
+        text = f"'loss.seam' is {recipe.loss.seam}, but without tiles there are no seams; remove 'loss.seam'"
+        problems.append(Problem(text, ("loss", "seam")))
     if recipe.downsampler.kernel % 2 == 0:
         near = f"{recipe.downsampler.kernel - 1} or {recipe.downsampler.kernel + 1}"
         problems.append(
