@@ -7,7 +7,7 @@ import torch
 
 from radio_distill.balance import identity
 from radio_distill.config.load import load_upsampler_recipe
-from radio_distill.data.toyworld import write_toyworld
+from radio_distill.toyworld import write_toyworld
 from radio_distill.upsamplers.folder import load_upsampler
 from radio_distill.upsamplers.sharpener import Sharpener
 from radio_distill.upsamplers.train import train_upsampler
