@@ -34,6 +34,9 @@ class Noise(Dataset[Tensor]):
     def keys(self) -> Sequence[str]:
         return ["0"]
 
+    def files(self, index: int) -> Sequence[str]:
+        return ()
+
     def __getitem__(self, index: int) -> Tensor:
         return torch.rand(3, 1, 1)
 
