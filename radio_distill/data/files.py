@@ -143,7 +143,7 @@ def list_folder(folder: str | Path) -> Found:
         if times == _times(times):
             return found
     walk = Walk()
-    found = walk.list(key)
+    found = walk.explore(key)
     times = _times(walk.directories)
     _known.pop(key, None)
     if time.time_ns() - max(times.values(), default=0) > _FRESH_S * 1e9:
@@ -174,7 +174,7 @@ class Walk:
         self.directories: list[str] = []
         self._seen: set[tuple[int, int]] = set()
 
-    def list(self, root: str) -> Found:
+    def explore(self, root: str) -> Found:
         """What lies below `root` and was not found before. Raises DataError naming a directory that cannot be listed."""
         left_out, files, linked = LeftOut(), dict[str, tuple[int, int]](), dict[str, tuple[int, int]]()
         above = self._above(root)

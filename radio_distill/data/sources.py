@@ -122,7 +122,7 @@ def _gather(entries: list[str]) -> tuple[list[str], dict[str, tuple[str, ...]], 
     for entry in entries:
         here = [entry]
         if not is_url(entry) and os.path.isdir(entry):
-            found = walk.list(os.path.abspath(entry))
+            found = walk.explore(os.path.abspath(entry))
             here = [os.path.join(entry, tar) for tar in found.tars]
             images |= {os.path.abspath(entry): found.images} if found.images else {}
             left_out += found.left_out

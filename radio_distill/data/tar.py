@@ -72,7 +72,8 @@ class _Tar(ABC):
     def _header(self, position: int) -> Header | None:
         block = self._at(position, BLOCK)
         if block == ZERO_BLOCK:
-            return self._end(position)
+            self._check_end(position)
+            return None
         if len(block) < BLOCK:
             raise ValueError(self._stopped(position + len(block)))
         if not _is_header(block):
@@ -82,7 +83,7 @@ class _Tar(ABC):
             name = f"{_text(block[345:500])}/{name}"
         return Header(name, _number(block[124:136]), block[156:157])
 
-    def _end(self, position: int) -> None:
+    def _check_end(self, position: int) -> None:
         """Check that nothing follows: readers stop at the first end, and would lose a second tar in silence."""
         if self._at(position + BLOCK, RECORD + BLOCK).strip(b"\0"):
             raise ValueError(f"more data after its end at byte {position} (tars put together with cat?); write them as one tar")

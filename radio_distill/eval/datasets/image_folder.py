@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -41,7 +41,7 @@ class ImageFolder(Labelled):
         self.notes = _notes(found, self._files, found.folders)
         for note in self.notes:
             tell(f"{name}/{split}: {note}", logging.WARNING if found.left_out.has_images else logging.INFO)
-        self._label = {of_class: i for i, of_class in enumerate(self.classes)}
+        self._label: Mapping[str, int] = {of_class: i for i, of_class in enumerate(self.classes)}
 
     def _check(self, train: Path) -> None:
         if not self._files:

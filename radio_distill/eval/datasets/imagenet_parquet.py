@@ -38,7 +38,7 @@ class ParquetPlace(NamedTuple):
 @lru_cache(maxsize=4)
 def places_in_parquet(files: tuple[Path, ...], stamps: tuple[tuple[int, int], ...]) -> tuple[list[ParquetPlace], list[int]]:
     """Where every image lies, and its label; read once a process as long as the files' `stamps` stay. Raises DataError."""
-    places, labels = [], []
+    places, labels = list[ParquetPlace](), list[int]()
     for path in files:
         file = _opened(path)
         label = _labels(file.schema_arrow, path)
