@@ -21,10 +21,10 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-PLAIN = ["loss.seam=1"]  # no tiles, no seams
+MAP = ["network.debias=true"]  # for all alike
 NETWORKS = {
-    "bilinear": ["network.kind=bilinear", *PLAIN],
-    "featup": ["network.kind=featup", *PLAIN],
+    "bilinear": ["network.kind=bilinear"],
+    "featup": ["network.kind=featup", *MAP],
     "tile": ["network.kind=tile"],
     "featsharp": [],
     "featsharp-plain": ["network.debias=false"],
@@ -36,10 +36,10 @@ NETWORKS = {
     "attention": ["network.mixer=attention"],
     "reference": ["network.reference=true", "network.inputs=[jbu,tiles]", "loss.reference=true"],
     "reference-bilinear": ["network.reference=true", "loss.reference=true"],
-    "jafar": ["network.kind=jafar", *PLAIN],
-    "naf": ["network.kind=naf", *PLAIN],
-    "sapa": ["network.kind=sapa", *PLAIN],
-    "resfu": ["network.kind=resfu", *PLAIN],
+    "jafar": ["network.kind=jafar", *MAP],
+    "naf": ["network.kind=naf", *MAP],
+    "sapa": ["network.kind=sapa", *MAP],
+    "resfu": ["network.kind=resfu", *MAP],
 }
 THREE_SEEDS = ("bilinear", "featup", "featsharp")
 

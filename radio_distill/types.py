@@ -134,7 +134,7 @@ class Result:
     model: str
     """Id of the model: run folder and step, or `teacher:NAME`."""
     dataset: str
-    """Name, split and a hash of the list of items."""
+    """Name, split and a digest of the content, the same for all copies."""
     count: int
     """Number of items scored."""
     resolution: int
@@ -150,6 +150,8 @@ class Result:
     """The model with a digest of its weights."""
     precision: str = ""
     """What forward passes computed in: fp32 or bf16."""
+    data_digest: str = ""
+    """Of all data sets of the task (also those trained on), the times of their files included: others are measured again."""
 
 
 class Finding(NamedTuple):

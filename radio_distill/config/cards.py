@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from pydantic import BaseModel, ConfigDict
 
-from pydantic import BaseModel, ConfigDict, Field
+from .numbers import Free, Mean, Positive, Side, Std
 
 __all__ = ["TeacherCard", "TeacherInput", "TeacherOutput", "TextTower"]
 
@@ -16,22 +16,22 @@ class Fields(BaseModel):
 
 
 class TeacherInput(Fields):
-    size: int = Field(gt=0)
+    size: Side
     """Side in pixels the teacher was trained for and is run at by default."""
-    patch: int = Field(gt=0)
+    patch: Side
     """Side of a patch in pixels."""
-    mean: tuple[float, float, float]
+    mean: tuple[Mean, Mean, Mean]
     """Per-channel mean of RGB in [0, 1]."""
-    std: tuple[float, float, float]
+    std: tuple[Std, Std, Std]
     """Per-channel standard deviation of RGB in [0, 1]."""
     resizable: bool = False
     """True when any multiple of `patch` is a good input; False when only `size` is."""
 
 
 class TeacherOutput(Fields):
-    summary: int | None
+    summary: Positive | None
     """Width of the summary vector; null when the teacher has none."""
-    features: int = Field(gt=0)
+    features: Positive
     """Channels of the feature map."""
 
 
@@ -61,7 +61,7 @@ class TeacherCard(Fields):
     output: TeacherOutput
     text: TextTower | None = None
     """The text tower that makes the teacher's adaptor usable for zero-shot; null when there is none."""
-    params: dict[str, Any] = {}
+    params: Free = {}
     """Facts that only this family reads (constructor name, number of prefix tokens, ...)."""
     loader: str | None = None
     """`package.module:function` called with the card, for a family that is not built in."""

@@ -55,7 +55,7 @@ def patch_size(recipe: Recipe) -> int:
 
 
 def _patch(student: Student) -> int:
-    override = student.overrides.get("patch_size")
+    override = student.overrides.patch_size
     in_name = re.search(r"patch(\d+)", student.model)
     return int(override or (in_name.group(1) if in_name else 14))
 
@@ -98,9 +98,6 @@ def _student(recipe: Recipe, student: Student, path: KeyPath) -> Found:
         if all(grid % window for grid in grids.values()):
             sides = ", ".join(f"{grid} of partition {name!r}" for name, grid in grids.items())
             yield Problem(f"a window of {window} tokens divides no grid: sides are {sides}", (*path, "vitdet", "windows"))
-    registers = student.num_registers
-    if registers is not None and registers < 0:
-        yield Problem(f"'{where}.num_registers' is {registers}, expected at least 0, or null", (*path, "num_registers"))
     for name, partition in recipe.partitions.items():
         if partition.size > student.max_size:
             text = f"'partitions.{name}.size' is {partition.size}, more than {where}.max_size {student.max_size}; raise that"
@@ -125,8 +122,6 @@ def _teachers(recipe: Recipe, cards: dict[str, TeacherCard]) -> Found:
             yield Problem(f"teacher {name!r} is in no partition; add it to one, or remove it with teachers.{name}=null", path)
         if name in cards and summary_weight(teacher, cards[name]) == 0 == teacher.feature_weight:
             yield Problem(f"teacher {name!r} has no loss: its weights are 0 or it has no summary; raise one or remove it", path)
-        if teacher.chunk is not None and teacher.chunk < 1:
-            yield Problem(f"'teachers.{name}.chunk' is {teacher.chunk}, expected at least 1, or null", (*path, "chunk"))
 
 
 def _partition(recipe: Recipe, name: str, partition: Partition, cards: dict[str, TeacherCard]) -> Found:
@@ -137,7 +132,7 @@ def _partition(recipe: Recipe, name: str, partition: Partition, cards: dict[str,
             f"'partitions.{name}.size' is {size}, no multiple of the student's patch {patch}; nearest is {fitting}",
             (*path, "size"),
         )
-    if partition.micro_batch is not None and not 1 <= partition.micro_batch <= partition.images:
+    if partition.micro_batch is not None and partition.micro_batch > partition.images:
         expected = f"1 to {partition.images} (its images), or null"
         text = f"'partitions.{name}.micro_batch' is {partition.micro_batch}, expected {expected}"
         yield Problem(text, (*path, "micro_batch"))
@@ -200,9 +195,6 @@ def _loss(recipe: Recipe) -> Found:
         yield Problem("'loss.features': mse, cosine and smooth_l1 are all 0; raise one", ("loss", "features"))
     if recipe.partitions and all(partition.weight == 0 for partition in recipe.partitions.values()):
         yield Problem("every partition has weight 0; raise one", ("partitions",))
-    adaloss = recipe.loss.adaloss
-    if adaloss is not None and not 0 < adaloss < 1:
-        yield Problem(f"'loss.adaloss' is {adaloss}, expected a decay between 0 and 1, or null", ("loss", "adaloss"))
     if recipe.loss.mesa.weight and not recipe.ema.decay:
         yield Problem("'loss.mesa.weight' needs the EMA student; set ema.decay (0.9996)", ("loss", "mesa", "weight"))
     balance = recipe.balance
@@ -218,23 +210,17 @@ def ranges(recipe: ImageJob) -> Found:
     if not 0 < crop.scale[0] <= crop.scale[1] <= 1:
         text = f"'data.crop.scale' is {list(crop.scale)}, expected [low, high] with 0 < low <= high <= 1"
         yield Problem(text, ("data", "crop", "scale"))
-    if not 0 < crop.ratio[0] <= crop.ratio[1]:
+    if crop.ratio[0] > crop.ratio[1]:
         yield Problem(
-            f"'data.crop.ratio' is {list(crop.ratio)}, expected [low, high] with 0 < low <= high", ("data", "crop", "ratio")
+            f"'data.crop.ratio' is {list(crop.ratio)}, expected [low, high] with low <= high", ("data", "crop", "ratio")
         )
 
 
 def optim_ranges(recipe: Job) -> Found:
     """Numbers of any optimizer that are out of range."""
     optim = recipe.optim
-    if not all(0 <= beta < 1 for beta in optim.betas):
-        yield Problem(f"'optim.betas' is {list(optim.betas)}, expected numbers from 0 to below 1", ("optim", "betas"))
-    if optim.eps <= 0:
-        yield Problem(f"'optim.eps' is {optim.eps}, expected more than 0", ("optim", "eps"))
     if optim.min_lr > optim.lr:
         yield Problem(f"'optim.min_lr' is {optim.min_lr}, more than 'optim.lr' {optim.lr}", ("optim", "min_lr"))
-    if optim.clip is not None and optim.clip <= 0:
-        yield Problem(f"'optim.clip' is {optim.clip}, expected more than 0, or null for no clipping", ("optim", "clip"))
 
 
 def data_problems(data: Data, partitions: dict[str, Partition], *, training: bool) -> Found:
@@ -247,6 +233,6 @@ def data_problems(data: Data, partitions: dict[str, Partition], *, training: boo
         yield Problem(NO_IMAGES, ("data", "sources"))
     streams = data.streams
     for name, partition in partitions.items():
-        if streams is not None and (streams < 1 or partition.images % streams):
+        if streams is not None and partition.images % streams:
             text = f"'data.streams' is {streams}, expected a divisor of partitions.{name}.images {partition.images}"
             yield Problem(text, ("data", "streams"))

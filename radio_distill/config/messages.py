@@ -35,6 +35,7 @@ EXPECTED = {
     "greater_than_equal": "at least {ge:g}",
     "less_than": "less than {lt:g}",
     "less_than_equal": "at most {le:g}",
+    "string_pattern_mismatch": "a name for a folder: letters, digits, and . _ + -",
     "too_long": "{max_length} values",
 }
 

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
-
-from pydantic import Field
+from typing import Literal
 
 from .cards import Fields
+from .numbers import Scale, Weight
 
 __all__ = ["Objective"]
-
-Weight = Annotated[float, Field(ge=0)]
 
 
 class Objective(Fields):
     uncertainty: bool = True
     """Learn a log-variance per output position: places whose features cannot be foretold count less (FS configuration: on)."""
-    seam: Annotated[float, Field(gt=0)] = 2.0
+    seam: Scale = 2.0
     """Weight of the output rows and columns on both sides of a tile border against all others (FS configuration: 2); 1 where
     there are no tiles."""
+    distance: Literal["mse", "smooth_l1"] = "mse"
+    """How the features of a view are compared, also by CRF. `mse`: squared error. `smooth_l1` (beta 1): what is off by more
+    than 1, one standard deviation of a channel, counts linearly (an option of the FS code)."""
     tv: Weight = 0.0
     """Weight of the total variation."""
     crf: Weight = 0.0

@@ -7,18 +7,15 @@ docs/recipe.md: PHI = PHI-S paper, FS = FeatSharp paper, V4 = C-RADIOv4 report, 
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from ..types import CLIP_MEAN, CLIP_STD
 from .cards import Fields
+from .numbers import Count, Decay, Free, Mean, Positive, Rate, Scale, Seed, Share, Side, Std, Weight
 
 __all__ = ["Job", "Recipe"]
-
-Positive = Annotated[int, Field(gt=0)]
-Share = Annotated[float, Field(ge=0, le=1)]
-Weight = Annotated[float, Field(ge=0)]
 
 
 class Heads(Fields):
@@ -26,12 +23,12 @@ class Heads(Fields):
     """`mlp`: Linear, `inner` residual blocks, LayerNorm-GELU-Linear; `attention`: two ViT blocks before it (features only)."""
     hidden: Positive = 1520
     """Hidden width (C-RADIO-H)."""
-    inner: Annotated[int, Field(ge=0)] = 0
+    inner: Count = 0
     """Residual blocks between the two Linears (RADIOv2.5: none)."""
 
 
 class ViTDet(Fields):
-    windows: tuple[Positive, ...] = ()
+    windows: tuple[Side, ...] = ()
     """Window sides in tokens; every partition draws one of those that divide its grid. Empty: never windowed."""
     probability: Share = 0.1
     """How often a training batch runs windowed (OURS)."""
@@ -39,26 +36,49 @@ class ViTDet(Fields):
     """Number of evenly spaced blocks that see the whole image."""
 
 
+class Overrides(Fields):
+    """Sizes of a trunk that differ from those its name stands for; null: the name's."""
+
+    embed_dim: Positive | None = None
+    """Width of a token."""
+    depth: Positive | None = None
+    """Blocks."""
+    num_heads: Positive | None = None
+    """Attention heads; they divide the width."""
+    mlp_ratio: Scale | None = None
+    """Hidden width of the MLP over the width."""
+    patch_size: Side | None = None
+    """Side of a patch in pixels."""
+    img_size: Side | None = None
+    """Side in pixels of the images that positions are made for."""
+    init_values: Scale | None = None
+    """Initial LayerScale."""
+    swiglu: bool | None = None
+    """A gated MLP."""
+    mlp_norm: bool | None = None
+    """LayerNorm inside the MLP."""
+
+
 class Student(Fields):
     model: str = "vit_large_patch16_224"
     """Name of the trunk; `radio-distill list students` shows all (S, B, L, H, g, SO400M, ...)."""
-    overrides: dict[str, int | float | bool | None] = {}
-    """Constructor values that differ from the name's: embed_dim, depth, num_heads, mlp_ratio, patch_size."""
-    max_size: Positive = 2048
+    overrides: Overrides = Overrides()
+    """Sizes that differ from the name's."""
+    max_size: Side = 2048
     """Side in pixels of the largest image the position table is made for (CPE)."""
     pos_dropout: Share = 0.1
     """Probability that a training sample gets no position embedding at all."""
     cls_token_per_teacher: bool = True
     """One class token per teacher; false: one for all."""
-    register_multiple: Annotated[int, Field(ge=0)] = 8
+    register_multiple: Count = 8
     """Registers are added until class tokens + registers are a multiple of this; 0: none unless `num_registers`."""
-    num_registers: int | None = None
+    num_registers: Count | None = None
     """Number of registers, when given; replaces `register_multiple`."""
-    mean: tuple[float, float, float] = CLIP_MEAN
+    mean: tuple[Mean, Mean, Mean] = CLIP_MEAN
     """Pixel mean of the input conditioner inside the model."""
-    std: tuple[float, float, float] = CLIP_STD
+    std: tuple[Std, Std, Std] = CLIP_STD
     """Pixel standard deviation of the input conditioner."""
-    layer_scale: float | None = None
+    layer_scale: Scale | None = None
     """Initial LayerScale value; null: none (what every consumer of the export can read)."""
     final_norm: bool = False
     """LayerNorm after the last block (RADIO: no)."""
@@ -137,7 +157,7 @@ Upsampler = Annotated[Bilinear | Tile | S2 | Trained | Debias, Field(discriminat
 
 
 class TeacherView(Fields):
-    size: int | None = None
+    size: Side | None = None
     """Side in pixels the teacher runs at in this partition; null: the card's."""
     mosaic: bool = False
     """Place k x k images of the batch in one teacher image (teachers that only take one large size: SAM)."""
@@ -157,18 +177,18 @@ class Teacher(Fields):
     """Weight of the feature loss."""
     compile: bool = False
     """torch.compile the teacher (static shapes, one graph per partition)."""
-    chunk: int | None = None
+    chunk: Positive | None = None
     """At most this many teacher images in one forward; null: all."""
 
 
 class Partition(Fields):
-    size: Positive
+    size: Side
     """Side in pixels of the student's image."""
     images: Positive
     """Images of this partition in one optimizer step, over all ranks."""
     weight: Weight = 1.0
     """Weight of this partition's mean loss in the total. 1 for all: equal partitions (OURS)."""
-    micro_batch: int | None = None
+    micro_batch: Positive | None = None
     """Images per rank and forward; null: all at once. Smaller values accumulate gradients."""
     teachers: dict[str, TeacherView]
     """The teachers that this partition matches, by their name in `teachers`."""
@@ -210,7 +230,7 @@ BalanceKind = Annotated[
 class Balance(Fields):
     method: BalanceKind = PhiS()
     """How teachers are equalised (PHI-S, section 3)."""
-    window: Annotated[int, Field(ge=0)] = 3000
+    window: Count = 3000
     """Steps at the start of the stage during which the statistics are gathered (PHI Table 10); 0: they are loaded."""
     every: Positive = 100
     """The balancers are recomputed from the sums every this many steps of the window."""
@@ -228,14 +248,14 @@ class FeatureLoss(Fields):
     """Weight of 1 - cosine, per token (AM-RADIO: 0.9)."""
     smooth_l1: Weight = 0.0
     """Weight of smooth-L1 (AM-RADIO: 0.1)."""
-    beta: Annotated[float, Field(gt=0)] = 1.0
+    beta: Scale = 1.0
     """Where smooth-L1 turns from quadratic to linear."""
 
 
 class Mesa(Fields):
     weight: Weight = 0.0
     """Weight of the shift-equivariant MESA term against the EMA student (V4 eq. 2); 0: off."""
-    start: Annotated[int, Field(ge=0)] = 5000
+    start: Count = 5000
     """First step at which it counts (OURS: the end of the frozen-trunk phase)."""
 
 
@@ -244,7 +264,7 @@ class Loss(Fields):
     """The loss on feature maps."""
     summary: Literal["cosine", "angle"] = "cosine"
     """`cosine`: 1 - cosine. `angle`: squared angle over the teacher's angular dispersion (V4 eq. 3-7)."""
-    adaloss: float | None = None
+    adaloss: Annotated[Decay, Field(gt=0)] | None = None
     """Divide every term by its running mean with this decay (AM-RADIO's AdaLoss); null: off."""
     drop_teachers: Share = 0.0
     """Per image keep the teacher with the highest loss and drop each other one with this probability (UNIC)."""
@@ -257,35 +277,35 @@ class Optim(Fields):
     """LAMB (PHI Table 10), exact under ZeRO-1/2 sharding; AdamW as the option without surprises; NAdam for upsamplers (FS)."""
     steps: Positive = 300_000
     """Optimizer steps of this stage."""
-    lr: Annotated[float, Field(gt=0)] = 1e-3
+    lr: Rate = 1e-3
     """Peak learning rate."""
     min_lr: Weight = 0.0
     """Learning rate at the last step of the cosine (OURS)."""
-    warmup: Annotated[int, Field(ge=0)] = 1000
+    warmup: Count = 1000
     """Steps of linear warm-up (OURS)."""
     weight_decay: Weight = 0.02
     """Decoupled weight decay; not on biases, norms, position table and tokens."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
     """Decay rates of the moments (OURS)."""
-    eps: float = 1e-6
+    eps: Scale = 1e-6
     """Added to the root of the second moment (OURS)."""
-    freeze_trunk: Annotated[int, Field(ge=0)] = 5000
+    freeze_trunk: Count = 5000
     """Steps at the start during which only the heads learn (PHI Table 10)."""
-    clip: float | None = None
+    clip: Scale | None = None
     """Largest global gradient norm; null: no clipping (RADIO's configs)."""
 
 
 class Source(Fields):
     path: str | list[str]
     """A folder of images, a folder of shards, a shard, a brace pattern (`a-{000..099}.tar`), or any URL webdataset opens."""
-    weight: Annotated[float, Field(gt=0)] = 1.0
+    weight: Scale = 1.0
     """Share of the samples drawn from this source."""
 
 
 class Crop(Fields):
-    scale: tuple[float, float] = (0.5, 1.0)
+    scale: tuple[Share, Share] = (0.5, 1.0)
     """Range of the crop's share of the image's area (OURS)."""
-    ratio: tuple[float, float] = (0.75, 1.3333)
+    ratio: tuple[Scale, Scale] = (0.75, 1.3333)
     """Range of the crop's aspect ratio, drawn log-uniformly."""
     flip: Share = 0.5
     """Probability of a horizontal flip."""
@@ -294,7 +314,7 @@ class Crop(Fields):
 class Data(Fields):
     sources: dict[str, Source] = {}
     """Where images come from, by name. Must be given (`data.sources.train.path=...`)."""
-    streams: int | None = None
+    streams: Positive | None = None
     """Independent readers over all ranks; divides every partition's `images`, and ranks x workers divide it. The order of
     samples depends on it and not on the number of ranks or workers. null: chosen from batch and shards, and recorded."""
     shuffle: Positive = 512
@@ -303,7 +323,7 @@ class Data(Fields):
     """Random-resized crop, shared by the student and all teachers."""
     shift_std: Weight = 0.0
     """Standard deviation, in patches, of independent whole-patch shifts of the student's and each teacher's crop (V4: 0.5)."""
-    min_side: Positive = 8
+    min_side: Side = 8
     """Images with a shorter side than this many pixels are skipped."""
     max_pixels: Positive = 100_000_000
     """Larger images are skipped (decompression bombs)."""
@@ -312,7 +332,7 @@ class Data(Fields):
 
 
 class Ema(Fields):
-    decay: Share = 0.9996
+    decay: Decay = 0.9996
     """Decay per step of the fp32 average of the weights (V4, issue #181); 0: no EMA."""
 
 
@@ -341,18 +361,18 @@ class Engine(Fields):
     placement: Placement = Colocated()
     """Where teachers run. `colocated`: on every rank. `dedicated`: on ranks of their own, for teachers that do not fit beside
     the student (docs/scale.md); the numbers are the same."""
-    workers: Annotated[int, Field(ge=0)] = 4
+    workers: Count = 4
     """Loader processes per rank and partition; 0: load in the training process."""
-    deepspeed: dict[str, Any] = {}
+    deepspeed: Free = {}
     """Known DeepSpeed keys, merged into the generated config after checking."""
-    watchdog_minutes: Annotated[float, Field(gt=0)] = 30.0
+    watchdog_minutes: Scale = 30.0
     """A rank that is at one step, or at the start before the first, for this long dumps its stacks and stops the job."""
 
 
 class Log(Fields):
     every: Positive = 20
     """Steps between two log lines."""
-    pictures: Annotated[int, Field(ge=0)] = 5000
+    pictures: Count = 5000
     """Steps between PCA pictures of teacher and student maps; 0: none."""
     tensorboard: bool = False
     """Write TensorBoard events into the run folder."""
@@ -363,7 +383,7 @@ class Log(Fields):
 class Checkpoint(Fields):
     every: Positive = 5000
     """Steps between two checkpoints."""
-    minutes: Annotated[float, Field(gt=0)] = 60.0
+    minutes: Scale = 60.0
     """Minutes after which one is written anyway."""
     keep_last: Positive = 2
     """Older ones are deleted."""
@@ -372,13 +392,13 @@ class Checkpoint(Fields):
 class Job(Fields):
     """What every training has: a name, a run folder, an optimizer, and how it runs."""
 
-    name: str
+    name: Annotated[str, Field(pattern=r"^\w[\w .+-]*$")]
     """Name of the recipe; the run folder is `runs/NAME` unless `run` says otherwise."""
     title: str = ""
     """One line: what it reproduces."""
     run: str = ""
     """Run folder; empty: `runs/NAME`."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of everything that is drawn at random."""
     optim: Optim = Optim()
     """Optimizer and schedule."""

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Literal
-
-from pydantic import Field
+from typing import Literal
 
 from .cards import Fields
 from .document import KeyPath, Problem
+from .numbers import Scale, Share, Side
 
-__all__ = ["ENLARGING", "Network", "check_network"]
+__all__ = ["ENLARGING", "FUSION_ONLY", "Network", "check_network", "sees_tiles"]
 
 Input = Literal["jbu", "bilinear", "tiles", "rgb", "jafar", "resfu", "naf"]
 
@@ -18,6 +17,7 @@ ENLARGING = ("featup", "sapa", "resfu", "naf")
 """Kinds that cannot keep the teacher's grid."""
 
 FUSION_ONLY = ("progressive", "inputs", "mixer", "window", "position", "norm", "hidden")
+"""Keys that have no effect with another kind than featsharp."""
 
 
 class Network(Fields):
@@ -32,21 +32,29 @@ class Network(Fields):
     """featsharp: the maps that are fused. The first one is the residual path: untrained, the output is that map."""
     mixer: Literal["block", "mlp", "attention", "linear"] = "block"
     """featsharp: `block`: local attention, then MLP. `mlp`, `attention`: one of them. `linear`: one matrix per position."""
-    window: Annotated[int, Field(ge=1)] = 7
-    """featsharp: side of the attention window in output cells, odd; at borders it is clipped."""
+    window: Side = 7
+    """featsharp: side of the attention window in output cells, odd; at borders it is clipped (FS Figure 13: hardly matters)."""
     position: Literal["alibi", "rope", "xpos", "none"] = "alibi"
     """featsharp: how attention knows distances. `alibi`: a penalty per head, on rows in even heads and on columns in odd ones."""
     norm: bool = True
     """featsharp: LayerNorm before attention and MLP (FS's shipped configs: no)."""
-    hidden: Annotated[float, Field(gt=0)] = 4.0
+    hidden: Scale = 4.0
     """featsharp: hidden width of the gated MLP is 2/3 of this many times the teacher's channels (`reference`: times the
     channels of all inputs together)."""
     debias: bool = True
-    """Learn a map that is added to every encoding, global and tile alike, so that position artefacts cancel (FS section 3.3)."""
-    beta: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """Learn a map that is added to every encoding, global and tile alike, so that position artefacts cancel (FS section 3.4). In a
+    recipe, kinds that guide by the image and see no tiles have none unless it is asked for (CODE)."""
+    beta: Share = 0.5
     """s2: share of the bilinear map; the rest is the stitched tiles (FS section 4)."""
     reference: bool = False
     """Reproduce the published modules number for number: aliased reductions, square images, 16 heads padded to a power of two."""
+
+
+def sees_tiles(kind: object, inputs: object = None) -> bool:
+    """Whether the teacher encodes tiles beside the whole image; `inputs`: of kind featsharp, None: its default."""
+    if kind == "featsharp":
+        return inputs is None or (isinstance(inputs, (list, tuple)) and "tiles" in inputs)
+    return kind in ("tile", "s2")
 
 
 def check_network(network: Network, path: KeyPath = ()) -> list[Problem]:

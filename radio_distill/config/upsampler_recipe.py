@@ -7,18 +7,20 @@ measurements it rests on).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Annotated, Literal
+from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import model_validator
 
 from ..errors import CardError
 from .cards import Fields, TeacherCard
 from .checks import data_problems, ranges
 from .document import Problem
 from .jitter import Jitter
+from .numbers import Count, Decay, Positive, Rate, Scale, Side, Weight
 from .objective import Objective
-from .recipe import Balance, Ema, ImageJob, Optim, Partition, Positive, Recipe, Share, Weight
-from .upsampler import Network, check_network
+from .presets import Preset, filled
+from .recipe import Balance, Ema, ImageJob, Optim, Partition, Recipe
+from .upsampler import Network, check_network, sees_tiles
 
 __all__ = ["VIEWS", "AnyRecipe", "Downsampler", "UpsamplerRecipe", "check_upsampler"]
 
@@ -29,7 +31,7 @@ VIEWS = "views"
 class Downsampler(Fields):
     kind: Literal["attention", "simple"] = "attention"
     """`attention`: FS eq. 2, weights that depend on the content. `simple`: one learned kernel."""
-    kernel: Annotated[int, Field(ge=1)] = 7
+    kernel: Positive = 7
     """Side of its window in fine cells, odd (FS: 7, CODE: 9)."""
 
 
@@ -41,7 +43,7 @@ class Rates(Fields):
 
 
 class UpsamplerBalance(Balance):
-    window: Annotated[int, Field(ge=0)] = 100
+    window: Count = 100
     """Steps whose images the statistics are made of (FS: 96,000 images); 0: they are loaded."""
     ahead: bool = True
     """They are gathered before the first step: the network works in one space from its beginning to its end."""
@@ -52,22 +54,22 @@ class UpsamplerOptim(Optim):
     """NAdam (FS)."""
     steps: Positive = 3000
     """3,000, or 9,000 in the long schedule (FS)."""
-    lr: Annotated[float, Field(gt=0)] = 1e-4
+    lr: Rate = 1e-4
     """Peak learning rate (FS; CODE: 5e-4)."""
-    warmup: Annotated[int, Field(ge=0)] = 100
+    warmup: Count = 100
     """Steps of linear warm-up (CODE)."""
     weight_decay: Weight = 0.0
     """None (FS)."""
-    eps: float = 1e-8
+    eps: Scale = 1e-8
     """Added to the root of the second moment (NAdam's own default)."""
     freeze_trunk: Literal[0] = 0
     """There is no trunk."""
-    clip: float | None = 5.0
+    clip: Scale | None = 5.0
     """Largest global gradient norm (CODE)."""
 
 
 class UpsamplerEma(Ema):
-    decay: Share = 0.0
+    decay: Decay = 0.0
     """Decay per step of the fp32 average of the weights; 0: no EMA (FS)."""
 
 
@@ -76,15 +78,18 @@ class UpsamplerRecipe(ImageJob):
 
     teacher: str
     """Name or path of the teacher's card."""
-    size: Positive
+    size: Side
     """Side in pixels of the teacher's input; images are `network.factor` times as large."""
+    preset: Preset = "ours"
+    """Values that stand in where the recipe says nothing (config/presets.py, docs/upsamplers.md). `paper`: FeatSharp as its
+    paper describes it. `code`: its public configuration and code, number for number. `ours`: the defaults."""
     network: Network = Network()
     """What is trained."""
     images: Positive = 32
     """Images in one optimizer step, over all ranks (FS: 8 GPUs x 4)."""
-    micro_batch: int | None = None
+    micro_batch: Positive | None = None
     """Images per rank and forward; null: all at once."""
-    chunk: int | None = None
+    chunk: Positive | None = None
     """At most this many teacher images in one forward; null: all."""
     jitter: Jitter = Jitter()
     """How many views an image has, and how they differ."""
@@ -102,6 +107,11 @@ class UpsamplerRecipe(ImageJob):
     """Optimizer and schedule."""
     ema: UpsamplerEma = UpsamplerEma()
     """Running average of the weights."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill(cls, values: Any) -> Any:
+        return filled(values) if isinstance(values, dict) else values
 
     @property
     def image_size(self) -> int:
@@ -125,6 +135,9 @@ def check_upsampler(recipe: UpsamplerRecipe, load_card: Callable[[str], TeacherC
         problems += _size(recipe, load_card(recipe.teacher))
     except CardError as error:
         problems.append(Problem(f"teacher {recipe.teacher!r}: {error}".replace("\n", "\n    "), ("teacher",)))
+    if recipe.loss.seam != 1 and not sees_tiles(recipe.network.kind, recipe.network.inputs):
+        text = f"'loss.seam' is {recipe.loss.seam}, but without tiles there are no seams; remove 'loss.seam'"
+        problems.append(Problem(text, ("loss", "seam")))
     if recipe.downsampler.kernel % 2 == 0:
         near = f"{recipe.downsampler.kernel - 1} or {recipe.downsampler.kernel + 1}"
         problems.append(
@@ -136,7 +149,7 @@ def check_upsampler(recipe: UpsamplerRecipe, load_card: Callable[[str], TeacherC
     if recipe.engine.placement.kind == "dedicated":
         text = "'engine.placement.kind' is 'dedicated', which only stages have: an upsampler's teacher runs on every rank; remove it"
         problems.append(Problem(text, ("engine", "placement", "kind")))
-    if recipe.micro_batch is not None and not 1 <= recipe.micro_batch <= recipe.images:
+    if recipe.micro_batch is not None and recipe.micro_batch > recipe.images:
         problems.append(
             Problem(f"'micro_batch' is {recipe.micro_batch}, expected 1 to {recipe.images} (images), or null", ("micro_batch",))
         )

@@ -13,7 +13,8 @@ from pydantic import Field
 from .cards import Fields
 from .checks import optim_ranges
 from .document import Problem
-from .recipe import Job, Log, Optim, Positive, Weight
+from .numbers import Count, Positive, Rate, Scale, Side, Weight
+from .recipe import Job, Log, Optim
 
 __all__ = ["FromParts", "FromVlm", "VlmRecipe", "VlmSource", "check_vlm"]
 
@@ -26,9 +27,9 @@ class FromParts(Fields):
     """The vision tower: an export, a run, whatever `load_student` reads. Must be given (`start.student=...`)."""
     lm: str = ""
     """Folder of a causal language model with its tokenizer, as transformers saves them. Must be given (`start.lm=...`)."""
-    size: Positive = 512
+    size: Side = 512
     """Side in pixels of the square that the student sees; images are padded to a square first (LLAVA: 336)."""
-    tiles: Annotated[int, Field(ge=0)] = 1
+    tiles: Count = 1
     """n > 1: the image and its n x n tiles, each at `size`, one after the other. 1: the image alone. 0: no image at all, the
     blind baseline that shows what the questions give away."""
     unshuffle: Positive = 1
@@ -50,7 +51,7 @@ class FromVlm(Fields):
 class Lora(Fields):
     rank: Positive = 128
     """Rank of the update of every Linear of the language model (LLAVA)."""
-    alpha: Annotated[float, Field(gt=0)] = 256
+    alpha: Scale = 256
     """The update is scaled by alpha / rank (LLAVA)."""
 
 
@@ -73,17 +74,17 @@ class VlmOptim(Optim):
     """AdamW (LLAVA)."""
     steps: Positive = 2181
     """Optimizer steps of this stage: records over `samples` are one epoch."""
-    lr: Annotated[float, Field(gt=0)] = 1e-3
+    lr: Rate = 1e-3
     """Peak learning rate (LLAVA: 1e-3 for the projector alone, 2e-5 with the language model)."""
-    warmup: Annotated[int, Field(ge=0)] = 66
+    warmup: Count = 66
     """Steps of linear warm-up (LLAVA: 3 %)."""
     weight_decay: Weight = 0.0
     """None (LLAVA)."""
-    eps: float = 1e-8
+    eps: Scale = 1e-8
     """Added to the root of the second moment (AdamW's own default)."""
     freeze_trunk: Literal[0] = 0
     """The student is always frozen."""
-    clip: float | None = 1.0
+    clip: Scale | None = 1.0
     """Largest global gradient norm (LLAVA)."""
 
 
@@ -105,7 +106,7 @@ class VlmRecipe(Job):
     """`chat`: the tokenizer's chat template (Vicuna's where it has none). `plain`: image and answer alone (LLAVA stage 1)."""
     samples: Positive = 128
     """Conversations in one optimizer step, over all ranks."""
-    micro_batch: int | None = None
+    micro_batch: Positive | None = None
     """Conversations per rank and forward; null: all at once."""
     grad_checkpointing: bool = False
     """Compute the language model's activations again in the backward pass, to save memory."""
@@ -134,7 +135,7 @@ def _fitting(recipe: VlmRecipe) -> Iterator[Problem]:
             "'start.tiles' is 0: without images nothing reaches the projector, which alone learns; set trains=all, or tiles=1"
         )
         yield Problem(text, ("start", "tiles"))
-    if recipe.micro_batch is not None and not 1 <= recipe.micro_batch <= recipe.samples:
+    if recipe.micro_batch is not None and recipe.micro_batch > recipe.samples:
         text = f"'micro_batch' is {recipe.micro_batch}, expected 1 to {recipe.samples} (samples), or null"
         yield Problem(text, ("micro_batch",))
     if recipe.engine.placement.kind == "dedicated":

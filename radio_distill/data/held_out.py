@@ -17,8 +17,9 @@ from ..align import resize_map
 from ..config.recipe import Source
 from ..errors import DataError
 from .decode import BadImage, Scratch, decode, read_header
+from .files import is_image
 from .reading import ShardError, read_shard
-from .sources import IMAGE_SUFFIXES, list_source
+from .sources import list_source
 
 __all__ = ["TOY", "HeldOut"]
 
@@ -62,7 +63,7 @@ class HeldOut:
     def _files(self) -> list[tuple[str, Callable[[], bytes]]]:
         """Name of every image and how to read it."""
         path = Path(self.source).expanduser()
-        if path.is_file() and path.suffix[1:].lower() in IMAGE_SUFFIXES:
+        if path.is_file() and is_image(path.name):
             return [(path.name, path.read_bytes)]
         listing = list_source("held_out", Source(path=self.source))
         samples = (sample for shard in listing.shards(1) for sample in read_shard(shard))

@@ -1,24 +1,25 @@
 """Read a shard: the samples of a tar or of a run of files, in their order, without decoding anything.
 
-A sample is a group of consecutive members with one stem (the WebDataset convention). Of local tars and files only the
+A sample is a group of consecutive members with one key (names.py; the WebDataset convention). Of local tars and files only the
 place is noted and the data is read when it is asked for, so that skipping costs nothing and shuffling holds no images in
 memory; what comes through a pipe or is compressed is read in one pass and held.
 """
 
 from __future__ import annotations
 
+import lzma
 import os
-import tarfile
 import zlib
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import NamedTuple
 
 from ..config.secrets import without_secrets
-from .sources import IMAGE_SUFFIXES, Shard, is_url
-from .tar import LocalTar
+from .names import is_image_suffix, name_of
+from .sources import Shard, is_url
+from .tar import LocalTar, StreamedTar
 
-__all__ = ["Raw", "ShardError", "read_shard"]
+__all__ = ["Raw", "ShardError", "read_shard", "whole_samples"]
 
 Read = Callable[[], bytes]
 
@@ -38,7 +39,7 @@ class Raw(NamedTuple):
     @property
     def image(self) -> Read | None:
         """How to read the image; None when the sample has none."""
-        return next((read for suffix, read in self.parts.items() if suffix in IMAGE_SUFFIXES), None)
+        return next((read for suffix, read in self.parts.items() if is_image_suffix(suffix)), None)
 
 
 def read_shard(shard: Shard) -> Iterator[Raw]:
@@ -49,8 +50,25 @@ def read_shard(shard: Shard) -> Iterator[Raw]:
     try:
         seekable = not is_url(shard.url) and shard.url.lower().endswith(".tar")
         yield from _group(shard.name, LocalTar(shard.url).members() if seekable else _streamed(shard.url))
-    except (OSError, EOFError, tarfile.TarError, zlib.error, ValueError) as error:
+    except (OSError, EOFError, zlib.error, lzma.LZMAError, ValueError) as error:
         raise ShardError(without_secrets(str(error)) or type(error).__name__) from error
+
+
+def whole_samples(shard: Shard) -> list[Raw]:
+    """The samples of a shard, also where the members of one do not follow each other (sorted by type: all .jpg, then all .json).
+
+    Needs all names of the shard at once, so it is for those who read a shard to its end. Raises ShardError, also for two
+    members of one name.
+    """
+    samples: dict[str, Raw] = {}
+    for part in read_shard(shard):
+        whole = samples.setdefault(part.key, part)
+        if whole is part:
+            continue
+        if twice := whole.parts.keys() & part.parts.keys():
+            raise ShardError(f"{part.key}.{min(twice)} is in it twice; give every sample a name of its own")
+        whole.parts.update(part.parts)
+    return list(samples.values())
 
 
 def _file_sample(root: str, file: str) -> Raw:
@@ -65,16 +83,15 @@ def _read_file(path: str) -> bytes:
 def _group(shard: str, members: Iterator[tuple[str, Read]]) -> Iterator[Raw]:
     current = Raw("", {})
     for name, read in members:
-        folder, _, base = name.rpartition("/")
-        stem, _, suffix = base.partition(".")
-        if not stem or not suffix:  # hidden files, and names without an extension
+        named = name_of(name)
+        if named is None:
             continue
-        key = f"{shard}/{folder}/{stem}" if folder else f"{shard}/{stem}"
-        if key != current.key:
+        key = f"{shard}/{named.key}"
+        if key != current.key or named.suffix in current.parts:  # two of a kind are two samples; neither may be lost
             if current.parts:
                 yield current
             current = Raw(key, {})
-        current.parts[suffix.lower()] = read
+        current.parts[named.suffix] = read
     if current.parts:
         yield current
 
@@ -83,11 +100,6 @@ def _streamed(url: str) -> Iterator[tuple[str, Read]]:
     import webdataset
 
     with webdataset.gopen(url) if is_url(url) else open(url, "rb") as stream:
-        tar = tarfile.open(fileobj=stream, mode="r|*")  # noqa: SIM115 - a view of the stream, which is closed here
-        for member in tar:
-            content = tar.extractfile(member) if member.isreg() else None
-            if content is not None:
-                yield member.name, partial(bytes, content.read())
-            tar.members = []  # type: ignore[attr-defined]  # else every header is kept
+        yield from StreamedTar(stream).members()
         while stream.read(1 << 16):  # a writer that still sends padding must not fail with a broken pipe
             pass

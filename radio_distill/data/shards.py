@@ -20,14 +20,12 @@ from pathlib import Path
 
 from ..config.recipe import Source
 from ..errors import DataError
-from .reading import Raw, ShardError, read_shard
+from .files import INDEX
+from .reading import Raw, ShardError, whole_samples
 from .sources import Listing, is_url, list_source
 from .tar import raise_file_limit
 
-__all__ = ["INDEX", "ShardSummary", "make_shards", "scan"]
-
-INDEX = "index.json"
-"""File beside the shards: `{"shards": {NAME: samples}}`."""
+__all__ = ["ShardSummary", "make_shards", "scan"]
 
 SIDECARS = ("txt", "json", "cls")
 log = logging.getLogger(__name__)
@@ -76,6 +74,9 @@ def make_shards(source: Path | str, out: Path | str, *, count: int = 1000, seed:
         raise DataError(f"{out} is not empty; give a folder that does not exist yet")
     raise_file_limit()
     samples = list(_samples(list_source("in", Source(path=str(source)))))
+    lonely = [sample.key for sample in samples if sample.image is None]
+    if lonely:
+        log.warning("%d of %d samples hold no image, such as %s", len(lonely), len(samples), lonely[0])
     random.Random(seed).shuffle(samples)
     num = ceil(len(samples) / count)
     cuts = [i * len(samples) // num for i in range(num + 1)]
@@ -99,7 +100,7 @@ def _samples(listing: Listing) -> Iterator[Raw]:
         if is_url(shard.url):
             raise DataError(f"{shard.url} is remote; copy the shards to this machine first")
         try:
-            yield from read_shard(shard)
+            yield from whole_samples(shard)
         except ShardError as error:
             raise DataError(f"{shard.url} is damaged: {error}; mend it or leave it out") from error
     for file in listing.files:

@@ -6,10 +6,12 @@ virtual shards of consecutive files. Nothing is opened here.
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import pairwise
 from math import ceil, gcd, lcm
 from urllib.parse import urlparse
@@ -18,19 +20,17 @@ from urllib.request import url2pathname
 from ..config.recipe import Source
 from ..config.secrets import without_secrets
 from ..errors import DataError
+from .files import TWICE, LeftOut, Walk, is_tar
 from .seeding import stable_hash
 
-__all__ = ["IMAGE_SUFFIXES", "MAX_STREAMS", "Listing", "Shard", "choose_streams", "is_url", "list_source"]
-
-IMAGE_SUFFIXES = frozenset({"jpg", "jpeg", "jpe", "jfif", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "pgm", "avif"})
-"""What is taken for an image by its name, in tars and in folders; what it really is, its bytes decide."""
+__all__ = ["MAX_STREAMS", "Listing", "Shard", "choose_streams", "is_url", "list_source"]
 
 MAX_STREAMS = 256
 """Enough for 64 ranks of 4 loader processes; every stream keeps one shard of every source open."""
 
 FILES_PER_SHARD = 1000
+log = logging.getLogger(__name__)
 _URL = re.compile(r"^[a-zA-Z][a-zA-Z0-9+.-]+:")
-_TAR = re.compile(r"\.(tar|tgz|tar\.[a-z0-9]+)$", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,7 @@ class Listing:
     tars: tuple[Shard, ...] = ()
     root: str = ""
     files: tuple[str, ...] = ()
+    left_out: LeftOut = field(default_factory=LeftOut)
 
     @property
     def max_streams(self) -> int:
@@ -86,23 +87,56 @@ def list_source(name: str, source: Source) -> Listing:
     """List a source of the recipe. Raises DataError naming the source and the path when there is nothing to read.
 
     Paths may hold `~`, `$VAR` and braces (`a-{000..099}.tar`); `file:` URLs are local paths; other URLs and `pipe:` commands
-    are taken as they are and opened by webdataset. A folder that holds tars is a folder of shards, else one of images.
+    are taken as they are and opened by webdataset. A folder holds shards or images (files.py says what counts), not both.
+    What several paths lead to is read once. What is left out is logged, by reason.
     """
     paths = [source.path] if isinstance(source.path, str) else source.path
     entries = [entry for path in paths for entry in _expand(name, path)]
     if not entries:
         raise DataError(f"data.sources.{name}.path is an empty list; expected a folder, shards or URLs")
-    tars = [tar for entry in entries for tar in _tars(entry)]
-    folders = [entry for entry in entries if not is_url(entry) and os.path.isdir(entry) and not _tars(entry)]
-    if tars and folders:
-        raise DataError(f"data.sources.{name} mixes shards and image folders ({folders[0]}); make two sources of them")
+    tars, images, left_out = _gather(entries)
+    count = sum(map(len, images.values()))
+    if tars and images:
+        raise DataError(
+            f"data.sources.{name} mixes shards and image folders ({len(tars)} shards, such as {without_secrets(tars[0])}, and "
+            f"{count} images in {', '.join(images)}); make two sources of them, or name the shards alone: a-{{000..099}}.tar"
+        )
+    if not tars and not images:
+        what = f" (left out: {left_out})" if left_out else ""
+        raise DataError(
+            f"data.sources.{name}: no .tar and no image below {', '.join(entries)}; expected shards or image files{what}"
+        )
+    _tell(f"data.sources.{name}: {len(tars) or count:,} {'shards' if tars else 'images'}", left_out)
     if tars:
-        return Listing(name, source.weight, tars=tuple(map(Shard, map(without_secrets, _short_names(tars)), tars)))
-    root = os.path.commonpath([os.path.abspath(folder) for folder in folders])
-    files = tuple(os.path.relpath(file, root) for folder in folders for file in _files(folder, IMAGE_SUFFIXES))
-    if not files:
-        raise DataError(f"data.sources.{name}: no .tar and no image below {', '.join(folders)}; expected shards or image files")
-    return Listing(name, source.weight, root=root, files=files)
+        shards = tuple(map(Shard, map(without_secrets, _short_names(tars)), tars))
+        return Listing(name, source.weight, tars=shards, left_out=left_out)
+    root = os.path.commonpath(images)
+    files = tuple(name for folder, names in images.items() for name in _below(os.path.relpath(folder, root), names))
+    return Listing(name, source.weight, root=root, files=files, left_out=left_out)
+
+
+def _gather(entries: list[str]) -> tuple[list[str], dict[str, tuple[str, ...]], LeftOut]:
+    """Tars, images by folder, and what was left out; what several entries lead to is taken once."""
+    walk, left_out, known = Walk(), LeftOut(), set[object]()
+    tars, images = list[str](), dict[str, tuple[str, ...]]()
+    for entry in entries:
+        here = [entry]
+        if not is_url(entry) and os.path.isdir(entry):
+            found = walk.explore(os.path.abspath(entry))
+            here = [os.path.join(entry, tar) for tar in found.tars]
+            images |= {os.path.abspath(entry): found.images} if found.images else {}
+            left_out += found.left_out
+        for tar in here:
+            if (identity := _identity(tar)) in known:
+                left_out.add(TWICE, without_secrets(tar))
+            else:
+                known.add(identity)
+                tars.append(tar)
+    return tars, images, left_out
+
+
+def _below(folder: str, names: tuple[str, ...]) -> Iterable[str]:
+    return names if folder == "." else (f"{folder}/{name}" for name in names)
 
 
 def choose_streams(images: Iterable[int], listings: Iterable[Listing], ranks: Iterable[int] = (1,)) -> int:
@@ -139,9 +173,13 @@ def _expand(name: str, path: str) -> list[str]:
         if is_url(entry):
             continue
         if not os.path.exists(entry):
-            raise DataError(f"data.sources.{name}: {entry} does not exist; expected a folder, a tar or a URL")
-        if os.path.isfile(entry) and not _TAR.search(entry):
-            raise DataError(f"data.sources.{name}: {entry} is no tar; expected a folder of images, a .tar or a list of them")
+            hint = " (braces are expanded, * and ? are not)" if set(entry) & set("*?[]{}") else ""
+            raise DataError(f"data.sources.{name}: {entry} does not exist{hint}; expected a folder, a tar or a URL")
+        if os.path.isfile(entry) and not is_tar(entry):
+            raise DataError(
+                f"data.sources.{name}: {entry} is no tar; expected a folder of images, a .tar or a list of them "
+                "(.gz, .bz2 and .xz are read; others through a pipe: 'pipe:zstd -dc a.tar.zst')"
+            )
     return entries
 
 
@@ -149,16 +187,23 @@ def _local(entry: str) -> str:
     return url2pathname(urlparse(entry).path) if entry.startswith("file:") else entry
 
 
-def _tars(entry: str) -> list[str]:
-    if is_url(entry) or os.path.isfile(entry):
-        return [entry]
-    return [file for file in _files(entry, None) if _TAR.search(file)]
+def _identity(tar: str) -> object:
+    """The same for two names of one file."""
+    if is_url(tar):
+        return tar
+    found = os.stat(tar)
+    return found.st_dev, found.st_ino
 
 
-def _files(folder: str, suffixes: frozenset[str] | None) -> list[str]:
-    """All files below a folder, sorted by path (the order of a directory differs between machines)."""
-    found = [os.path.join(where, file) for where, _, files in os.walk(folder, followlinks=True) for file in files]
-    return sorted(file for file in found if suffixes is None or file.rpartition(".")[2].lower() in suffixes)
+def _tell(found: str, left_out: LeftOut) -> None:
+    """Say what was left out, once a process; as a warning where images may be among it."""
+    if left_out:
+        _tell_once(f"{found}; left out: {left_out}", logging.WARNING if left_out.has_images else logging.INFO)
+
+
+@lru_cache(maxsize=256)
+def _tell_once(text: str, level: int) -> None:
+    log.log(level, "%s", text)
 
 
 def _short_names(urls: list[str]) -> list[str]:

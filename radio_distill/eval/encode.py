@@ -91,7 +91,11 @@ def features_of(
     summaries alone. half: kept as fp16.
     """
     fit = resize.fit(opened.model)
-    key = FeatureKey(f"{opened.id} {precision(context)}", f"{dataset.id} {resize.rule}", fit.square)
+    key = FeatureKey(
+        f"{opened.id} {precision(context)}",
+        f"{dataset.name}/{dataset.split}#{context.identity(dataset).digest} {resize.rule}",
+        fit.square,
+    )
 
     def produce(images: range) -> Iterable[VisionOutput]:
         return encode_batches(opened, dataset, resize, images, context, maps=maps)

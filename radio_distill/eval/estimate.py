@@ -20,8 +20,10 @@ def describe(suite: Suite, models: Sequence[str], context: Context) -> Iterator[
     from .models import open_models
 
     yield f"{suite.title}, preset {suite.preset}, data {context.root}"
-    found = {d.id: len(d) for task in suite.tasks.values() for d in task.datasets(context)}
-    yield from (f"  {name}: {count} items" for name, count in found.items())
+    found = {(d.name, d.split, len(d)): d for task in suite.tasks.values() for d in task.datasets(context)}
+    for d in found.values():
+        yield f"  {d.name}/{d.split}#{context.identity(d).content}: {len(d)} items"
+        yield from (f"    {note}" for note in d.notes)
     for opened in open_models(models, device=str(context.device)):
         yield f"{opened.label} on {context.device}, {precision(context)}"
         known: dict[int, float] = {}

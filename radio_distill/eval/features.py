@@ -51,7 +51,7 @@ class FeatureKey:
     model: str
     """Identity of the model (`Opened.id`)."""
     dataset: str
-    """Identity of the images: name, split and a hash of the list."""
+    """Identity of the images: name, split and a digest of their content."""
     size: tuple[int, int]
     """Height and width in pixels that the model sees."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import cache
 
 from ..config.cards import Fields
+from ..config.numbers import Real
 from ..config.strict import read
 from ..errors import CardError
 from ..paths import shipped
@@ -24,7 +25,7 @@ class Column(Fields):
 class Misprint(Fields):
     row: str
     column: str
-    implied: float
+    implied: Real
     """What the paper's other tables imply in place of the printed number."""
     reason: str
     """How that is known."""
@@ -39,7 +40,7 @@ class PublishedTable(Fields):
     """Our name of a method -> the row it is."""
     misprints: tuple[Misprint, ...] = ()
     """Numbers that contradict the rest of the paper; the rows hold what is printed."""
-    rows: dict[str, tuple[float | None, ...]]
+    rows: dict[str, tuple[Real | None, ...]]
     """One number per column; null where there is none."""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from .suites import CUSTOM, PAPER, Suite, digest
 from .task import Context, Score, Task
 
 if TYPE_CHECKING:
+    from .datasets.base import Dataset
     from .models import Opened
 
 __all__ = ["Outcome", "check", "preset_of", "run_suite"]
@@ -78,25 +80,28 @@ def check(suite: Suite, context: Context) -> None:
         raise DataError("\n".join(problems))
 
 
-def preset_of(suite: Suite, context: Context) -> str:
+def preset_of(suite: Suite, context: Context, datasets: Sequence[Dataset[Any]] = ()) -> str:
     """The name that results are filed under: `paper` is only what measures whole data sets exactly as the card says."""
     whole = context.root != "toy" and context.limit is None and context.resolution is None
+    whole = whole and all(dataset.complete for dataset in datasets)
     return suite.preset if whole or suite.preset != PAPER else CUSTOM
 
 
 def _measure(suite: Suite, name: str, task: Task, opened: Opened, context: Context, out: Path) -> list[Result]:
     """The results of one task and one model, from the file or anew."""
-    scored = task.datasets(context)[0]
+    datasets = task.datasets(context)
+    scored, identities = datasets[0], [context.identity(dataset) for dataset in datasets]
     known: dict[str, Any] = {
         "suite": suite.name,
         "task": name,
         "model": opened.label,
         "model_id": opened.id,
-        "dataset": scored.id,
+        "dataset": f"{scored.name}/{scored.split}#{identities[0].content}",
+        "data_digest": hashlib.sha256(" ".join(i.digest for i in identities).encode()).hexdigest()[:12],
         "version": task.version,
         "config_hash": digest(task, context.resolution),
         "seed": context.seed,
-        "preset": preset_of(suite, context),
+        "preset": preset_of(suite, context, datasets),
         "precision": precision(context),
     }
     before = _before(out, known, context)

@@ -5,6 +5,8 @@ eval/SUITE.yaml -> tasks -> task.datasets(context), task.run(model, context) -> 
 
 from __future__ import annotations
 
+import logging
+import time
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -12,6 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from ..config.cards import Fields
+from ..data.identity import Identity
+from ..errors import DataError
 from .features import ALONE, FeatureCache, Ranks
 
 if TYPE_CHECKING:
@@ -21,6 +25,8 @@ if TYPE_CHECKING:
     from .models import Opened
 
 __all__ = ["Context", "Score", "Task"]
+
+log = logging.getLogger(__name__)
 
 
 class Score(NamedTuple):
@@ -59,6 +65,41 @@ class Context:
     ranks: Ranks = field(default=ALONE)
     pictures: Path | None = None
     """Folder for qualitative pictures; None: none are kept."""
+    _identities: dict[tuple[Any, ...], Identity] = field(default_factory=dict, compare=False, repr=False)
+
+    def identity(self, dataset: Dataset[Any]) -> Identity:
+        """What a data set is by its content, looked at once an evaluation. All ranks call it alike.
+
+        Times are those that the first rank sees. Raises DataError when ranks see different content, or files are missing.
+        """
+        key = (dataset.name, dataset.split, len(dataset), hash(tuple(dataset.keys)))
+        if key not in self._identities:
+            self._identities[key] = self._agreed(dataset)
+        return self._identities[key]
+
+    def _agreed(self, dataset: Dataset[Any]) -> Identity:
+        start, what = time.monotonic(), f"{dataset.name}/{dataset.split}"
+        answer: Identity | str
+        try:
+            answer = dataset.identify()
+        except DataError as error:
+            answer = str(error)
+        answers = [answer] * self.ranks.world
+        if self.ranks.world > 1:
+            import torch.distributed as dist
+
+            dist.all_gather_object(answers, answer)
+        for told in answers:
+            if isinstance(told, str):
+                raise DataError(told)
+        first, *others = (told for told in answers if not isinstance(told, str))
+        for rank, other in enumerate(others, 1):
+            if other.content != first.content:
+                facts = [f"rank {r} sees {i.files} files, {i.bytes} bytes" for r, i in ((0, first), (rank, other))]
+                raise DataError(f"{what} is not the same everywhere: {', '.join(facts)}; give all ranks one copy")
+        if first.files:
+            log.info("identity of %s: %s in %.1f s", what, first, time.monotonic() - start)
+        return first
 
 
 class Task(Fields):

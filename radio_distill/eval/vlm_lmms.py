@@ -21,7 +21,7 @@ from .vlm_toy import Score
 __all__ = ["VERSION", "Benchmark", "require_lmms", "run_lmms", "task_card"]
 
 VERSION = "0.7.3"
-"""The version whose rules `metrics/vlm.py` states; others parse some answers differently."""
+"""The version whose rules our results stand for; others parse some answers differently."""
 
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
 

@@ -5,10 +5,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import nn
 
@@ -18,6 +18,7 @@ from ..errors import RecipeError
 from .arch import AdaptorArch, AdaptorSlot, HeadArch, StudentArch, TrunkArch, num_registers
 
 if TYPE_CHECKING:
+    from ..config.recipe import Overrides
     from ..config.recipe import Student as Spec
 
 __all__ = ["SIZES", "Size", "resolve", "student_arch", "slots_of", "student_of"]
@@ -25,7 +26,7 @@ __all__ = ["SIZES", "Size", "resolve", "student_arch", "slots_of", "student_of"]
 
 @dataclass(frozen=True)
 class Size:
-    """What a model name stands for; the fields are the allowed keys of `student.overrides`."""
+    """What a model name stands for; `student.overrides` has the same fields."""
 
     embed_dim: int
     depth: int
@@ -63,19 +64,16 @@ SIZES: dict[str, Size] = {
 }
 
 
-def resolve(name: str, overrides: Mapping[str, Any]) -> Size:
-    """Look up a name and apply overrides; None-valued overrides are ignored.
+def resolve(name: str, overrides: Overrides) -> Size:
+    """Look up a name and apply overrides.
 
-    Raises RecipeError for an unknown name or key, or sizes that do not divide.
+    Raises RecipeError for an unknown name, or sizes that do not divide.
     """
     if name not in SIZES:
         near = get_close_matches(name, SIZES, n=1, cutoff=0.3)
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise RecipeError(f"unknown student.model {name!r}; {hint}expected one of {', '.join(SIZES)}")
-    allowed = set(Size.__dataclass_fields__)
-    if unknown := sorted(set(overrides) - allowed):
-        raise RecipeError(f"unknown key student.overrides.{unknown[0]}; expected one of {', '.join(sorted(allowed))}")
-    size = replace(SIZES[name], **{key: value for key, value in overrides.items() if value is not None})
+    size = replace(SIZES[name], **overrides.model_dump(exclude_none=True))
     if size.embed_dim % size.num_heads:
         raise RecipeError(
             f"student.overrides: embed_dim {size.embed_dim} is not a multiple of num_heads {size.num_heads}; "

@@ -190,8 +190,3 @@ class Student(nn.Module):
             yield
         finally:
             generator.frames_per_video = before
-
-    def no_weight_decay(self) -> set[str]:
-        """Names of the parameters that are not decayed: biases, norms, LayerScale, the position table and the tokens."""
-        special = ("patch_generator.pos_embed", "patch_generator.cls_token.token")
-        return {name for name, p in self.named_parameters() if p.ndim < 2 or name.endswith(special)}

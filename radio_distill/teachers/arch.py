@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
-from pydantic import Field
-
 from ..config.cards import Fields
+from ..config.numbers import Count, Positive, Side
 
 __all__ = ["Arch", "Windows"]
 
-Positive = Annotated[int, Field(gt=0)]
-Count = Annotated[int, Field(ge=0)]
-
 
 class Windows(Fields):
-    side: Positive
+    side: Side
     """Side of an attention window in tokens; the grid is padded to a multiple of it."""
     num_global: Count
     """Number of blocks that attend over the whole grid instead."""

@@ -11,6 +11,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ..config.cards import TeacherCard
+from ..config.numbers import Count, Free
 from ..errors import CardError
 from ..types import VisionOutput
 from .base import Weights
@@ -23,9 +24,9 @@ __all__ = ["SequenceNet", "build", "build_model"]
 class TransformersParams(FamilyParams):
     model: str
     """Class in transformers, such as `SiglipVisionModel`."""
-    config: dict[str, Any] = Field(default={})
+    config: Free = Field(default={})
     """Values of its configuration."""
-    prefix_tokens: int = 0
+    prefix_tokens: Count = 0
     """Class and register tokens before the patches; they are not part of the features."""
     summary: Summary = "cls"
     """Which vector is the summary; `pool` is the model's `pooler_output`."""

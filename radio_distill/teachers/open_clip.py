@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ..config.cards import TeacherCard
+from ..config.numbers import Free, Positive
 from ..errors import CardError
 from ..types import VisionOutput
 from .base import Weights
@@ -30,9 +31,9 @@ FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 class OpenClipParams(FamilyParams):
     model: str
     """open_clip's name of the model."""
-    overrides: dict[str, Any] = Field(default={})
+    overrides: Free = Field(default={})
     """Values that differ from the name's: of `vision_cfg`, or of timm's network where the tower is one."""
-    embed_dim: int | None = None
+    embed_dim: Positive | None = None
     """Width of the projection; null: the name's."""
 
 

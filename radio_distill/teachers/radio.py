@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config.cards import TeacherCard
+from ..config.numbers import Free
 from ..errors import TeacherError
 from ..types import VisionOutput
 from .base import Weights
@@ -37,7 +38,7 @@ RENAMED = (
 
 
 class RadioParams(FamilyParams):
-    config: dict[str, Any]
+    config: Free
     """Values of transformers' RadioConfig."""
     layer_scale: bool = False
     """The release has LayerScale: its weights must be in the file."""

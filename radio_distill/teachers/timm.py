@@ -13,6 +13,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ..config.cards import TeacherCard
+from ..config.numbers import Free
 from ..errors import CardError
 from .base import Weights
 from .tokens import FamilyParams, Summary, TokenNet, construct, read_params
@@ -26,7 +27,7 @@ FILES = ("model.safetensors", "pytorch_model.bin")
 class TimmParams(FamilyParams):
     model: str
     """timm's name of the architecture, without a pretrained tag."""
-    overrides: dict[str, Any] = Field(default={})
+    overrides: Free = Field(default={})
     """Constructor values that differ from the name's."""
     summary: Summary = "cls"
     """Which vector is the summary."""

@@ -14,15 +14,13 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from ..config.recipe import Dedicated
 from ..errors import TrainingError
-from ..tensors import all_reduce
 from .bridge import Bridge
 from .placement import place_of
 
-__all__ = ["World", "init", "shutdown", "finite_everywhere"]
+__all__ = ["World", "init", "shutdown"]
 
 TIMEOUT = timedelta(minutes=60)  # the first step of a large job compiles; a lost rank is the watchdog's business
 
@@ -88,16 +86,6 @@ def shutdown() -> None:
         import deepspeed.comm
 
         deepspeed.comm.destroy_process_group()  # torch's, and DeepSpeed's own references to it
-
-
-def finite_everywhere(*tensors: Tensor) -> Tensor:
-    """A bool scalar, the same on all ranks: True where every element of every rank's tensors is finite.
-
-    One all-reduce of one number; reading the answer on the host is the caller's decision.
-    """
-    finite = torch.stack([torch.isfinite(x.detach()).all() for x in tensors]).all().float()
-    all_reduce(finite, dist.ReduceOp.MIN)
-    return finite.bool()
 
 
 def _place(environment: Mapping[str, str]) -> tuple[int, int, int]:

@@ -20,7 +20,7 @@ from ..types import Batch
 from . import agree, distributed, preempt
 from .ranks import run_ranks
 from .run import RunFolder, open_run
-from .snapshot import save, save_late
+from .snapshot import refuse_non_finite, save, save_late
 from .training import Training
 from .watchdog import watch
 
@@ -61,6 +61,7 @@ def fit(t: Training, one_step: Callable[[Any, int, list[Batch]], None]) -> int:
                 member.draw(batches[-1])
         stop, late = agree.any_ranks([preempt.requested() is not None, save_late(t)], t.world.device)
         if stop or late or t.step == steps or t.step % t.job.checkpoint.every == 0:
+            refuse_non_finite(t)
             for member in reversed(t.members):  # the recipe's own student last: a resume goes by its checkpoints
                 save(member)
         if stop and t.step < steps:

@@ -16,13 +16,15 @@ from typing import Any
 import torch
 
 from ..data.loader import merge_positions
+from ..errors import TrainingError
 from ..log.sinks import drop_metrics_after
 from ..runs import Meta, read_meta
+from ..tensors import non_finite
 from . import agree, checkpoint
 from .engine import to_universal
 from .training import Training
 
-__all__ = ["save", "save_late", "resume"]
+__all__ = ["refuse_non_finite", "save", "save_late", "resume"]
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +34,31 @@ TAG = "state"
 def save_late(t: Training) -> bool:
     """Whether `checkpoint.minutes` have passed since the last save, by rank 0's clock."""
     return t.world.is_main and time.monotonic() - t.saved_at > t.job.checkpoint.minutes * 60
+
+
+def refuse_non_finite(t: Training) -> None:
+    """Raise TrainingError on every rank when a weight of a member, or of its average, is not finite on any of them.
+
+    Gradients and losses are looked at before a step; a step of too high a rate overflows all the same. Asked before anything
+    is saved: a checkpoint that others are deleted for must be worth going on from.
+    """
+    found = [
+        f"rank {t.world.rank}: {name} of {member.job.name}" for member in t.members if (name := _non_finite_weight(member))
+    ]
+    bad = [text for rank in agree.gather(found) for text in rank]
+    if bad:
+        stands = f"the checkpoint of step {t.saved_step} stands" if t.saved_step >= 0 else "there is no checkpoint yet"
+        raise TrainingError(
+            f"weights are not finite after step {t.step} ({'; '.join(bad)}); nothing was saved, {stands}. "
+            "Lower optim.lr or set optim.clip, then start again"
+        )
+
+
+def _non_finite_weight(t: Training) -> str | None:
+    # under ZeRO-3 a parameter is empty between its uses and `ds_tensor` this rank's part of it
+    weights = {name: getattr(p, "ds_tensor", p) for name, p in t.engine.module.named_parameters()}
+    average = {f"average of {name}": x for name, x in t.ema.state_dict().items()} if t.ema is not None else {}
+    return non_finite(weights | average)
 
 
 def save(t: Training) -> None:

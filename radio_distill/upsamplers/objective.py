@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..align import resize_map
@@ -109,7 +110,7 @@ class ViewLoss(nn.Module):
     def _disagreement(
         self, high_BCHW: Tensor, views: Views, weights: MapWeights, balancer: Balancer, cells: Tensor | None
     ) -> tuple[Tensor, dict[str, Tensor], Sums]:
-        """The weighted squared error of all views, the same without weights, and the sums of fidelity."""
+        """The weighted distance of all views, the squared error without weights, and the sums of fidelity."""
         size = size_of(views.features_JBChw[0])
         loss = error = raw = high_BCHW.new_zeros(())
         sums = high_BCHW.new_zeros(3)
@@ -119,7 +120,10 @@ class ViewLoss(nn.Module):
                 self.seen(high_BCHW, matrix), size, None if views.keep_JBKhw is None else views.keep_JBKhw[j]
             ).float()
             square_B1hw = _masked((pred - target).square().mean(1, keepdim=True), mask)
-            loss = loss + (square_B1hw * self.in_view(weights, matrix, size)).sum() / over
+            apart_B1hw = square_B1hw
+            if self.options.distance == "smooth_l1":
+                apart_B1hw = _masked(F.smooth_l1_loss(pred, target, reduction="none").mean(1, keepdim=True), mask)
+            loss = loss + (apart_B1hw * self.in_view(weights, matrix, size)).sum() / over
             error = error + square_B1hw.detach().sum() / over
             of_view = torch.stack(fidelity_sums(pred, target, balancer, mask))
             raw = raw + of_view[0] / balancer.channels / over
@@ -162,7 +166,15 @@ class ViewLoss(nn.Module):
         """The CRF of the fine map, a scalar."""
         high = base.high_BCHW
         mask, scale = views.masks.crf_B1HW, weights.on_map_B1HW
-        return crf(high, self.guide(base), base.seeds_B, valid_B1HW=mask, scale_B1HW=scale, least=self.least)
+        return crf(
+            high,
+            self.guide(base),
+            base.seeds_B,
+            valid_B1HW=mask,
+            scale_B1HW=scale,
+            distance=self.options.distance,
+            least=self.least,
+        )
 
     def mmd_term(self, base: Base) -> Tensor:
         """The MMD between the coarse map and the fine one, a scalar."""

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..align import resize_map
 from ..balance import Balancer
-from ..config.upsampler import Network, check_network
+from ..config.upsampler import Network, check_network, sees_tiles
 from ..errors import RecipeError, TeacherError
 from ..types import VisionOutput
 from .featsharp import FeatSharp, build_guided, level_factors
@@ -104,7 +104,7 @@ class Sharpener(nn.Module):
 
     @property
     def _sees_tiles(self) -> bool:
-        return _sees_tiles(self.spec)
+        return sees_tiles(self.spec.kind, self.spec.inputs)
 
     def _views(self, pixels_B3HW: Tensor, size: tuple[int, int]) -> list[Tensor]:
         """For each view factor c the image at c times the teacher's size, cut in c x c tiles."""
@@ -161,10 +161,6 @@ class BiasMap(nn.Module):
 
 def view_factors(spec: Network) -> list[int]:
     """At which multiples of its size the teacher sees the image, the global view (1) first; c * c tiles for each c."""
-    if not _sees_tiles(spec) or spec.factor == 1:
+    if not sees_tiles(spec.kind, spec.inputs) or spec.factor == 1:
         return [1]
     return [1, *accumulate(level_factors(spec), mul)]
-
-
-def _sees_tiles(spec: Network) -> bool:
-    return spec.kind in ("tile", "s2") or (spec.kind == "featsharp" and "tiles" in spec.inputs)

@@ -88,7 +88,7 @@ def test_a_cut_tar_gives_what_came_before(tmp_path: Path, pipe: bool) -> None:
     path.write_bytes(data[: 512 + 5 * 2560 + 1900])  # a folder, then header + pax + data of each: inside the sixth image
     samples = read_shard(Shard("s", f"pipe:cat {path}" if pipe else str(path)))
     assert [next(samples).key for _ in range(4)] == ["s/0", "s/1", "s/2", "s/3"]
-    with pytest.raises(ShardError, match=r"cut: ends at byte|unexpected end of data"):
+    with pytest.raises(ShardError, match=r"cut: ends at byte|cut while it was read"):
         list(samples)
 
 

@@ -13,6 +13,7 @@ from PIL import Image
 from radio_distill.errors import DataError
 from radio_distill.eval.datasets import open_dataset
 from radio_distill.eval.datasets.captions import captions_of
+from radio_distill.eval.datasets.imagenet_labels import wnids
 from radio_distill.eval.datasets.samples import labels_of
 from radio_distill.eval.features import FeatureCache
 from radio_distill.eval.runner import run_suite
@@ -52,10 +53,10 @@ def imagenet(tmp_path: Path) -> Path:
     """1,000 folders; a few hold an image."""
     root = tmp_path / "data"
     for split in ("train", "val"):
-        for i in range(1000):
-            (root / "imagenet1k" / split / f"n{i:08d}").mkdir(parents=True)
+        for wnid in wnids():
+            (root / "imagenet1k" / split / wnid).mkdir(parents=True)
         for i in (0, 7, 999):
-            (root / "imagenet1k" / split / f"n{i:08d}" / "a.JPEG").write_bytes(jpeg())
+            (root / "imagenet1k" / split / wnids()[i] / "a.JPEG").write_bytes(jpeg())
     return root
 
 
@@ -89,8 +90,8 @@ def test_imagenet_as_folders(imagenet: Path, caplog: pytest.LogCaptureFixture) -
     assert labels_of(val).tolist() == [0, 7, 999]
     assert (val[1].label, val.classes[7]) == (7, "rooster")
     assert val.id.startswith("imagenet1k/val#")
-    (imagenet / "imagenet1k" / "train" / "n00000003").rmdir()
-    with pytest.raises(DataError, match="imagenet1k/train has 999 folders of classes, expected 1000"):
+    (imagenet / "imagenet1k" / "train" / wnids()[3]).rename(imagenet / "imagenet1k" / "train" / "n99999999")
+    with pytest.raises(DataError, match="train: 'n99999999' is none of ImageNet's 1,000 WordNet ids"):
         labelled("imagenet1k", "train", imagenet)
 
 

@@ -79,9 +79,11 @@ def test_a_caption_among_the_nearest_is_a_hit_of_its_image():
 
 def test_neighbours_do_not_depend_on_how_queries_are_cut(monkeypatch):
     database, labels, queries = seeded(40, 6), torch.arange(40) % 3, seeded(11, 6)
-    whole = knn.knn_scores(database, labels, queries, classes=3, k=5)
+    whole = knn.nearest([database], queries, k=5)
     monkeypatch.setattr(knn, "SIMILARITIES", 80)
-    assert torch.allclose(whole, knn.knn_scores(database, labels, queries, classes=3, k=5), atol=1e-6)
+    torch.testing.assert_close(knn.nearest([database], queries, k=5), whole)
+    guesses = knn.knn_guesses(database, labels, queries, classes=3, k=5)
+    assert torch.equal(guesses, knn.votes(whole[0], labels[whole[1]], classes=3).argmax(1))
 
 
 def test_instances_at_a_bound_are_in_both_bands():

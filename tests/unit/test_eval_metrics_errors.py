@@ -53,7 +53,7 @@ def test_unknown_label_ids_are_named():
     with pytest.raises(DataError, match="labels of the images: unknown id 4"):
         zero_shot.topk_hits(torch.zeros(1, 3), torch.tensor([4]))
     with pytest.raises(DataError, match="labels of the database: unknown id -1"):
-        knn.knn_scores(torch.ones(2, 3), torch.tensor([0, -1]), torch.ones(1, 3), classes=2)
+        knn.knn_guesses(torch.ones(2, 3), torch.tensor([0, -1]), torch.ones(1, 3), classes=2)
     with pytest.raises(DataError, match="edge labels: unknown id 2"):
         mlore.EdgeMeter(0.9).update(torch.zeros(1, 1, 2, 2), torch.full((1, 1, 2, 2), 2))
 
@@ -67,7 +67,7 @@ def test_unknown_label_ids_are_named():
         lambda: mlore.DepthMeter().compute(),
         lambda: keypoints.PckMeter().compute(),
         lambda: depth.DepthMeter().compute(),
-        lambda: knn.knn_scores(torch.ones(0, 3), torch.ones(0).long(), torch.ones(1, 3), classes=2),
+        lambda: knn.knn_guesses(torch.ones(0, 3), torch.ones(0).long(), torch.ones(1, 3), classes=2),
         lambda: retrieval.recalls(torch.ones(2, 3), torch.ones(0, 3), torch.ones(0).long()),
         lambda: box_ap({**BOXES, "annotations": []}, []),
     ],

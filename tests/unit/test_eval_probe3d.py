@@ -214,6 +214,9 @@ class Pairs(Sized[ViewPair]):
     def keys(self):
         return self.real.keys[:4]
 
+    def files(self, index: int):
+        return ()
+
     def __getitem__(self, index: int) -> ViewPair:
         pair = self.real[index]
         return ViewPair(pair.first, pair.first, torch.eye(4)[:3]) if self.same else pair
@@ -245,6 +248,9 @@ class SameImage(KeypointPairs):
     @property
     def keys(self):
         return [f"{i}" for i in range(6)]
+
+    def files(self, index: int):
+        return ()
 
     @property
     def images(self):

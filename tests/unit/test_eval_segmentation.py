@@ -59,6 +59,9 @@ class Made(Dataset[SegmentationSample]):
     def keys(self) -> list[str]:
         return [str(i) for i in range(self.count)]
 
+    def files(self, index: int) -> tuple[str, ...]:
+        return ()
+
     def __getitem__(self, index: int) -> SegmentationSample:
         labels = torch.zeros(self.size_, dtype=torch.uint8)
         labels[:, : 16 + 8 * (index % 3)] = 1

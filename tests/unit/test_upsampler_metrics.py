@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import radio_distill.upsamplers.crf as crf_module
 from radio_distill.balance import Balancer, identity
 from radio_distill.types import VisionOutput
 from radio_distill.upsamplers.crf import CrfKernel, crf
@@ -108,6 +109,16 @@ def test_square_distances_keep_their_digits_beside_a_large_offset():
     x = _maps(20, 8)
     exact = torch.cdist(x.double(), x.double()).square()
     assert (square_distances(x + 100, x + 100) - exact).abs().max() < 1e-3  # the offset rounds x itself to 1e-5
+
+
+def test_crf_in_parts_has_the_same_value_and_gradient(monkeypatch):
+    features, image, seeds = _maps(2, 5, 6, 7).requires_grad_(), _maps(2, 3, 6, 7), torch.arange(2)
+    results = []
+    for limit in (2**26, 2000):
+        monkeypatch.setattr(crf_module, "CHUNK", limit)
+        value = crf(features, image, seeds, distance="smooth_l1")
+        results.append((value, torch.autograd.grad(value, features)[0]))
+    torch.testing.assert_close(*results)
 
 
 def test_mmd_is_zero_between_halves_of_one_set_and_not_between_two():

@@ -10,6 +10,7 @@ from radio_distill.config.jitter import Jitter
 from radio_distill.config.objective import Objective
 from radio_distill.data.jitter import draw_matrices, warp_views
 from radio_distill.homography import warp
+from radio_distill.upsamplers.crf import crf
 from radio_distill.upsamplers.map_weights import MapWeights, UncertaintyNet, seam_weights
 from radio_distill.upsamplers.metrics import total_variation
 from radio_distill.upsamplers.mmd import map_mmd
@@ -67,6 +68,24 @@ def test_every_valid_cell_of_every_view_counts_the_same():
     error, _, count = loss.fidelity
     assert count == sum(len(e) for e in errors)
     assert torch.allclose(error / count / CHANNELS, loss.parts["error"], rtol=1e-5)
+
+
+def test_smooth_l1_is_the_library_s_over_valid_cells_in_the_loss_and_in_crf():
+    base, views = _problem()
+    views = views._replace(features_JBChw=3 * views.features_JBChw)  # errors on both sides of 1
+    apart = []
+    for j, matrix in enumerate(views.matrices_JB33):
+        pred = F.adaptive_avg_pool2d(warp(base.high_BCHW, matrix, HIGH), GRID)
+        cells = F.smooth_l1_loss(pred, views.features_JBChw[j], reduction="none").mean(1)
+        apart.append(cells[views.masks.views_JB1hw[j, :, 0]])
+    smooth = PLAIN.model_copy(update={"distance": "smooth_l1"})
+    loss, squared = _loss(base, views, smooth), _loss(base, views)
+    assert torch.allclose(loss.total, torch.cat(apart).mean(), rtol=1e-5)
+    assert torch.equal(loss.parts["error"], squared.parts["error"])
+    assert torch.equal(torch.stack(loss.fidelity), torch.stack(squared.fidelity))
+    high, guide = base.high_BCHW, F.interpolate(base.image_B3HW, HIGH, mode="bilinear", antialias=True)
+    term = _loss(base, views, smooth.model_copy(update={"crf": 1.0})).parts["crf"]
+    assert torch.allclose(term, crf(high, guide, base.seeds_B, distance="smooth_l1"), rtol=1e-5)
 
 
 def test_what_masked_cells_hold_does_not_matter():

@@ -2,7 +2,7 @@
 
 import pytest
 
-from radio_distill.config.load import load_upsampler_recipe
+from radio_distill.config.load import dump, load_upsampler_recipe
 from radio_distill.errors import RecipeError
 
 TOY = "toy/upsampler/toy_clip"
@@ -60,6 +60,10 @@ def test_the_published_configuration_is_followed():
         ("data.streams=3", "'data.streams' is 3, expected a divisor of partitions.views.images 8"),
         ("jitter.views=0", "'jitter.views' is 0, expected more than 0"),
         ("jitter.zoom=0.9", "'jitter.zoom' is 0.9, expected at least 1"),
+        ("network={kind: naf, factor: 2, reference: true}", "kind 'naf' has no published counterpart"),
+        ("preset=code2", "'preset' is 'code2', expected one of 'ours', 'paper', 'code'"),
+        ("preset=[code]", "'preset' is ['code'], expected one of"),
+        ("network.inputs=7", "'network.inputs' is 7, expected a list"),
         ("networks.factor=2", "unknown key 'networks', did you mean 'network'?"),
     ],
 )  # fmt: skip
@@ -71,6 +75,49 @@ def test_a_size_is_whole_patches_of_a_teacher_that_takes_any():
     assert problems("teacher=toy_dino", "size=100") == [
         "'size' is 100, no multiple of the patch 7 of 'toy_dino'; nearest is 98"
     ]
+
+
+def test_seams_without_tiles_are_told():
+    expected = "'loss.seam' is 2.0, but without tiles there are no seams; remove 'loss.seam'"
+    for network in ("network.kind=featup", "network.kind=bilinear", "network.inputs=[jbu]"):
+        assert problems(network, "loss.seam=2") == [expected]
+
+
+@pytest.mark.parametrize(
+    ("override", "seam", "debias"),
+    [
+        ("network.kind=featsharp", 2.0, True),
+        ("network.kind=tile", 2.0, True),
+        ("network.kind=s2", 2.0, True),
+        ("network.inputs=[jbu]", 1.0, True),
+        ("network.kind=bilinear", 1.0, True),  # the map is what it learns
+        *((f"network.kind={kind}", 1.0, False) for kind in ("featup", "sapa", "resfu", "jafar", "naf")),
+    ],
+)
+@pytest.mark.parametrize("preset", ["ours", "code"])
+def test_a_kind_without_tiles_has_no_seams_and_no_map_unless_asked(override, seam, debias, preset):
+    settings = [f"preset={preset}", override, "network.reference=false"]
+    recipe = load_upsampler_recipe("upsampler/siglip_2x", settings)
+    assert (recipe.loss.seam, recipe.network.debias) == (seam, debias)
+    assert load_upsampler_recipe("upsampler/siglip_2x", [*settings, "network.debias=true"]).network.debias
+
+
+def test_what_is_written_comes_before_the_preset():
+    recipe = load_upsampler_recipe("upsampler/siglip_2x", ["preset=code", "downsampler.kernel=5", "network.norm=true"])
+    assert (recipe.downsampler.kernel, recipe.network.norm, recipe.network.inputs) == (5, True, ("jafar", "tiles"))
+    assert load_upsampler_recipe(TOY, ["preset=paper"]).optim.steps == 60
+
+
+def test_a_dumped_recipe_is_read_back_the_same(tmp_path):
+    recipe = load_upsampler_recipe("upsampler/siglip_2x", ["preset=code", "network.kind=jafar"])
+    (tmp_path / "recipe.yaml").write_text(dump(recipe))
+    assert load_upsampler_recipe(tmp_path / "recipe.yaml") == recipe
+
+
+def test_the_recipe_reference_is_the_preset_code():
+    recipe = load_upsampler_recipe(CODE)
+    other = load_upsampler_recipe("upsampler/dfn_clip_4x", ["preset=code"])
+    assert recipe.model_copy(update={"name": other.name, "title": other.title}) == other
 
 
 def test_training_needs_images():

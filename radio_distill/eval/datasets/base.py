@@ -1,16 +1,17 @@
-"""What every data set of the suites is: a checked list of items, known by a hash, read one by one."""
+"""What every data set of the suites is: a checked list of items, known by its content, read one by one."""
 
 from __future__ import annotations
 
-import hashlib
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from functools import cached_property
 from importlib import import_module
+from itertools import chain
 from pathlib import Path
 from typing import Generic, TypeVar
 
 from ...config.messages import did_you_mean
+from ...data.identity import Identity, identify
 from ...errors import DataError
 from .registry import READERS, TOY_READERS
 
@@ -30,6 +31,12 @@ class Dataset(ABC, Generic[S]):
     split: str
     classes: tuple[str, ...] = ()
     """Names of the classes by label, where there are labels."""
+    tables: Sequence[Path] = ()
+    """Files that belong to no single item: lists, annotations."""
+    complete: bool = True
+    """False: a part of a known set, whose numbers cannot stand beside published ones."""
+    notes: Sequence[str] = ()
+    """What users should know of how it was read: what was left out, how classes were found."""
 
     @property
     @abstractmethod
@@ -40,14 +47,22 @@ class Dataset(ABC, Generic[S]):
     def __getitem__(self, index: int) -> S:
         """Read one item (a NamedTuple of samples.py). Raises DataError naming the file when it is damaged or does not fit."""
 
+    @abstractmethod
+    def files(self, index: int) -> Sequence[str | Path]:
+        """The files that an item is read from; none where it is generated. What is in them is part of the identity."""
+
     def __len__(self) -> int:
         return len(self.keys)
 
-    @cached_property
+    def identify(self) -> Identity:
+        """What it is by its files, looked at now."""
+        paths = (os.fspath(path) for i in range(len(self)) for path in self.files(i))
+        return identify(self.keys, chain(map(os.fspath, self.tables), paths))
+
+    @property
     def id(self) -> str:
-        """Name, split and a hash of the list of items: `ade20k/validation#0123456789ab`."""
-        digest = hashlib.sha256("\n".join(self.keys).encode()).hexdigest()[:12]
-        return f"{self.name}/{self.split}#{digest}"
+        """Name, split and a digest of the content: `ade20k/validation#0123456789ab`. Of all copies alike; looks at all files."""
+        return f"{self.name}/{self.split}#{self.identify().content}"
 
     def limited(self, limit: int | None) -> Dataset[S]:
         """At most `limit` items, spread evenly over the list (lists are often sorted by class); None: all."""
@@ -62,10 +77,14 @@ class Subset(Dataset[S]):
     def __init__(self, whole: Dataset[S], indices: Sequence[int]) -> None:
         self.whole, self.indices = whole, tuple(indices)
         self.name, self.split, self.classes = whole.name, whole.split, whole.classes
+        self.tables, self.complete, self.notes = whole.tables, whole.complete, whole.notes
 
     @property
     def keys(self) -> Sequence[str]:
         return [self.whole.keys[i] for i in self.indices]
+
+    def files(self, index: int) -> Sequence[str | Path]:
+        return self.whole.files(self.indices[index])
 
     def __getitem__(self, index: int) -> S:
         return self.whole[self.indices[index]]

@@ -54,8 +54,8 @@ def captions_of(dataset: Dataset[CaptionedImage]) -> Sequence[tuple[str, ...]]:
 class CaptionFile(Captioned):
     """A file of captions and a folder of images."""
 
-    def __init__(self, name: str, split: str, folder: Path, captions: Captions) -> None:
-        self.name, self.split, self._folder = name, split, folder
+    def __init__(self, name: str, split: str, folder: Path, table: Path, captions: Captions) -> None:
+        self.name, self.split, self._folder, self.tables = name, split, folder, (table,)
         self._items = sorted(captions.items())
         lonely = [file for file, texts in self._items if not texts]
         if lonely:
@@ -71,6 +71,9 @@ class CaptionFile(Captioned):
     @property
     def captions(self) -> Sequence[tuple[str, ...]]:
         return [texts for _, texts in self._items]
+
+    def files(self, index: int) -> Sequence[Path]:
+        return (self._folder / self._items[index][0],)
 
     def __getitem__(self, index: int) -> CaptionedImage:
         file, texts = self._items[index]
@@ -165,14 +168,16 @@ def _open(name: str, place: Place, root: Path, split: str) -> CaptionFile:
         for path, read in found:
             images = next((folder / i for i in place.images if (folder / i).is_dir()), None)
             if path.is_file() and images:
-                return _cached(name, split, images, path, read)
+                return _cached(name, split, images, path, read, path.stat().st_mtime_ns)
     raise missing(root / place.folders[0] / next(iter(place.files)), dataset=name, layout=place.layout, source=place.source)
 
 
 @lru_cache(maxsize=4)
-def _cached(name: str, split: str, images: Path, path: Path, read: Callable[[Path, str], Captions]) -> CaptionFile:
-    """Read once a process."""
-    return CaptionFile(name, split, images, read(path, split))
+def _cached(
+    name: str, split: str, images: Path, path: Path, read: Callable[[Path, str], Captions], changed: int
+) -> CaptionFile:
+    """Read once a process, and again when the file of captions has changed."""
+    return CaptionFile(name, split, images, path, read(path, split))
 
 
 open_coco = partial(_open, "coco_karpathy", COCO)

@@ -6,13 +6,16 @@ Labels are the 1,000 classes in the order of their WordNet ids, which all three 
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Sequence
-from functools import lru_cache
 from pathlib import Path
 
+from ...data.files import is_hidden, list_folder
+from ...data.identity import stamps
 from ...errors import DataError
 from .base import missing
-from .image_folder import ImageFolder, split_folder
+from .image_folder import ImageFolder, split_folder, tell
+from .imagenet_labels import CLASSES, class_names, labels_of_names, wnids
 from .imagenet_parquet import ParquetPlace, places_in_parquet
 from .imagenet_shards import ShardPlace, places_in_shards
 from .pixels import decode_rgb
@@ -20,16 +23,13 @@ from .samples import Labelled, LabelledImage
 
 __all__ = ["open_imagenet"]
 
-log = logging.getLogger(__name__)
-
-CLASSES = 1000
 COUNTS = {"train": 1_281_167, "val": 50_000}
 
 PLACES = (".", "imagenet1k", "imagenet-1k", "imagenet", "ImageNet", "ILSVRC2012", "ILSVRC/Data/CLS-LOC")
 """Where the set may lie under --data."""
 
 LAYOUT = """
-train/n01440764/*.JPEG, val/n01440764/*.JPEG     (1,000 folders each)
+train/n01440764/*.JPEG, val/n01440764/*.JPEG     (1,000 folders each; or named 0 to 999, or by English names)
 data/train-*.parquet, data/validation-*.parquet  (Hugging Face imagenet-1k)
 *train*.tar, *val*.tar                           (WebDataset: .jpg with .cls)
 """
@@ -45,57 +45,55 @@ def open_imagenet(root: Path, split: str) -> Labelled:
     if found is None:
         raise missing(root / "imagenet1k" / split, dataset="imagenet1k", layout=LAYOUT, source=SOURCE)
     if len(found) != COUNTS[split]:
-        _warn(f"imagenet1k/{split} has {len(found)} images here, and {COUNTS[split]} when it is whole")
+        tell(f"imagenet1k/{split} has {len(found)} images here, and {COUNTS[split]} when it is whole", logging.WARNING)
     return found
 
 
 def _in(place: Path, split: str) -> Labelled | None:
+    """Folders of classes come first: the archives that they were unpacked from often lie beside them."""
     names = ("val", "validation") if split == "val" else (split,)
+    folder = split_folder(place, split)
+    if folder is not None and list_folder(folder).folders:
+        return Folders(place, split)
     parquet = sorted(f for pattern in ("*", "data/*") for n in names for f in place.glob(f"{pattern}{n}-*.parquet"))
     if parquet:
-        return Packed(split, *places_in_parquet(tuple(parquet)))
-    shards = sorted({f for n in names for f in place.glob(f"*{n}*.tar")})
+        return Packed(split, parquet, *places_in_parquet(tuple(parquet), stamps(parquet)))
+    shards, archives = _shards(place, names)
     if shards:
-        return Packed(split, *places_in_shards(tuple(shards)))
-    return Folders(place, split) if split_folder(place, split) else None
+        return Packed(split, shards, *places_in_shards(tuple(shards), stamps(shards)))
+    packed = [f"{archives[0]} is image-net.org's archive: unpack it"] if archives else []
+    flat = [f"{folder} has no folders of classes: sort its images into them"] if folder else []
+    if packed or flat:
+        raise DataError(f"imagenet1k/{split}: {'; '.join([*packed, *flat])}; expected\n  {LAYOUT.strip()}")
+    return None
 
 
-@lru_cache
-def _warn(text: str) -> None:
-    """Once, however often the set is opened."""
-    log.warning("%s", text)
-
-
-def class_names() -> tuple[str, ...]:
-    """The English names that open_clip ships, for prompts."""
-    from open_clip import IMAGENET_CLASSNAMES
-
-    return tuple(IMAGENET_CLASSNAMES)
+def _shards(place: Path, names: Sequence[str]) -> tuple[list[Path], list[Path]]:
+    """Tars whose name holds the split as a word, and apart from them the archives of image-net.org."""
+    word = re.compile(rf"(?<![a-z])({'|'.join(names)})(?![a-z])", re.IGNORECASE)
+    tars = [f for f in sorted(place.glob("*.tar")) if word.search(f.name) and not is_hidden(f.name)]
+    archives = [f for f in tars if f.name.startswith("ILSVRC2012_img_")]
+    return [f for f in tars if f not in archives], archives
 
 
 class Folders(ImageFolder):
-    """SPLIT/WNID/*.JPEG. A split stands alone: `val` does not need `train`."""
+    """SPLIT/CLASS/*.JPEG, classes named in one of the ways of imagenet_labels. A split stands alone: `val` does not need `train`."""
 
     def __init__(self, root: Path, split: str) -> None:
         super().__init__(root, split, name="imagenet1k")
-        if len(self.classes) != CLASSES:
-            raise DataError(
-                f"{self._root} has {len(self.classes)} folders of classes, expected {CLASSES} named n01440764 and so on; for "
-                "other sets of images use suite transfer"
-            )
-        self._wnids, self.classes = self.classes, class_names()
+        self._label, how = labels_of_names(self.classes, self._root)
+        self.notes = [*self.notes, (named := f"folders of {len(self.classes):,} classes are named by {how}")]
+        tell(f"imagenet1k/{split}: {named}", logging.INFO)
+        if len(self.classes) < CLASSES:
+            absent = min(set(range(CLASSES)) - set(self._label.values()))
+            few = f"{CLASSES - len(self.classes)} of {CLASSES:,} classes have no folder, such as {wnids()[absent]}"
+            self.notes.append(f"{few} ({class_names()[absent]}); guesses are among all")
+            tell(f"imagenet1k/{split}: {self.notes[-1]}", logging.WARNING)
+        self.complete = len(self) == COUNTS[split]
+        self.classes = class_names()
 
     def _folder(self, root: Path, split: str) -> Path:
         return super()._folder(root, self.split)
-
-    @property
-    def labels(self) -> Sequence[int]:
-        index = {name: i for i, name in enumerate(self._wnids)}
-        return [index[file.partition("/")[0]] for file in self.keys]
-
-    def __getitem__(self, index: int) -> LabelledImage:
-        path = self._root / self.keys[index]
-        return LabelledImage(decode_rgb(path.read_bytes(), path), self._wnids.index(path.parent.name))
 
 
 class Packed(Labelled):
@@ -103,9 +101,11 @@ class Packed(Labelled):
 
     name = "imagenet1k"
 
-    def __init__(self, split: str, places: Sequence[ParquetPlace] | Sequence[ShardPlace], labels: Sequence[int]) -> None:
-        self.split, self._places, self._labels = split, places, labels
-        self.classes = class_names()
+    def __init__(
+        self, split: str, tables: Sequence[Path], places: Sequence[ParquetPlace] | Sequence[ShardPlace], labels: Sequence[int]
+    ) -> None:
+        self.split, self.tables, self._places, self._labels = split, tables, places, labels
+        self.classes, self.complete = class_names(), len(labels) == COUNTS[split]
         for place, label in zip(places, labels):
             if not 0 <= label < CLASSES:
                 raise DataError(f"{place}: label {label}, expected 0 to {CLASSES - 1}; this is not ImageNet-1k's {split}")
@@ -117,6 +117,9 @@ class Packed(Labelled):
     @property
     def labels(self) -> Sequence[int]:
         return self._labels
+
+    def files(self, index: int) -> Sequence[str]:
+        return ()
 
     def __getitem__(self, index: int) -> LabelledImage:
         place = self._places[index]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ...errors import DataError
+from .imagenet_labels import CLASSES, check_order, labels_of_names
 
 __all__ = ["ParquetPlace", "places_in_parquet"]
 
@@ -33,16 +36,30 @@ class ParquetPlace(NamedTuple):
 
 
 @lru_cache(maxsize=4)
-def places_in_parquet(files: tuple[Path, ...]) -> tuple[list[ParquetPlace], list[int]]:
-    """Where every image lies, and its label; read once a process. Raises DataError."""
-    places, labels = [], []
+def places_in_parquet(files: tuple[Path, ...], stamps: tuple[tuple[int, int], ...]) -> tuple[list[ParquetPlace], list[int]]:
+    """Where every image lies, and its label; read once a process as long as the files' `stamps` stay. Raises DataError."""
+    places, labels = list[ParquetPlace](), list[int]()
     for path in files:
         file = _opened(path)
+        label = _labels(file.schema_arrow, path)
         for group in range(file.num_row_groups):
             found = file.read_row_group(group, columns=["label"])["label"].to_pylist()
             places += [ParquetPlace(path, group, i) for i in range(len(found))]
-            labels += found
+            labels += found if label is None else [label[i] for i in found]
     return places, labels
+
+
+def _labels(schema: Any, path: Path) -> Sequence[int] | None:
+    """ImageNet's labels of the file's own, by the names of classes that the hub keeps in the file; None: they are the same."""
+    try:
+        facts = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+        names = facts["info"]["features"]["label"]["names"]
+    except (ValueError, KeyError, TypeError):
+        return None
+    if len(names) == CLASSES:
+        check_order(names, path)
+        return None
+    return list(labels_of_names(names, path).of.values())
 
 
 @lru_cache(maxsize=2)

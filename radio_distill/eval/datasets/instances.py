@@ -74,6 +74,7 @@ class CocoInstances(Dataset[InstanceSample]):
         base = root / "coco" if (root / "coco").is_dir() else root
         self.images = base / split
         self.file = base / "annotations" / f"instances_{split}.json"
+        self.tables = (self.file,)
         for path in (self.images, self.file):
             if not path.exists():
                 raise missing(path, dataset="COCO 2017", layout=LAYOUT, source=SOURCE)
@@ -107,6 +108,9 @@ class CocoInstances(Dataset[InstanceSample]):
     @property
     def keys(self) -> Sequence[str]:
         return [row["file_name"] for row in self._rows]
+
+    def files(self, index: int) -> Sequence[Path]:
+        return (self.images / self._rows[index]["file_name"],)
 
     def annotated(self, *, crowds: bool) -> list[int]:
         """Indices of the images with at least one object (`crowds`: or crowd)."""

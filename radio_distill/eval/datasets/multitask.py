@@ -58,6 +58,7 @@ class MultitaskFolder(Multitask):
         for path in (listed, *(self.root / folder for folder in self.folders)):
             if not path.exists():
                 raise missing(path, dataset=self.title, layout=self.layout, source=self._source(root))
+        self.tables = (listed,)
         self._keys = listed.read_text().split()
         if not self._keys:
             raise DataError(f"{self.title}: {listed} lists no images; unpack the archive again")
@@ -67,6 +68,9 @@ class MultitaskFolder(Multitask):
     @property
     def keys(self) -> Sequence[str]:
         return self._keys
+
+    def files(self, index: int) -> Sequence[Path]:
+        return [self.root / folder / f"{self._keys[index]}{suffix}" for folder, suffix in self.folders.items()]
 
     def __getitem__(self, index: int) -> MultitaskSample:
         key = self._keys[index]

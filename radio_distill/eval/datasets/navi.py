@@ -16,9 +16,10 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ...data.files import is_hidden, stems
 from ...errors import DataError
 from .base import S, missing
-from .navi_files import COPY, Camera, read_camera, read_photograph
+from .navi_files import COPY, Camera, of_view, read_camera, read_photograph
 from .object_views import ObjectView, Sized, ViewPair, crop_to_object, relative_pose
 
 __all__ = ["NaviPairs", "NaviViews"]
@@ -60,10 +61,11 @@ class _Navi(Sized[S]):
         self.root = root / FOLDER
         if not self.root.is_dir():
             raise missing(self.root, dataset="navi", layout=LAYOUT, source=SOURCE)
-        found = {path.name: _collections(path) for path in sorted(self.root.iterdir()) if path.is_dir()}
+        found = {path.name: _collections(path) for path in _folders(self.root)}
         objects = {name: c for name, c in found.items() if "wild_set" in c and len(c) > 1}
         chosen = [(o, c) for o, cs in objects.items() for c in cs if (c == "wild_set") == (split == "test")]
         self.annotations = {(o, c): _annotations(self.root / o / c) for o, c in chosen}
+        self.tables = [self.root / o / c / "annotations.json" for o, c in chosen]
         self.all_places = [Place(o, c, v) for o, c in chosen for v in self._views(o, c)]
         self.places = self.all_places[::EVERY]
         if not self.places:
@@ -73,7 +75,7 @@ class _Navi(Sized[S]):
     def _views(self, object: str, collection: str) -> list[str]:
         """Numbers of the views of a collection; all have a depth map and a camera."""
         folder = self.root / object / collection
-        names = {p.stem.removeprefix(COPY) for p in (folder / "images").glob("*.jpg")}
+        names = {name.removeprefix(COPY) for name in stems(folder / "images", ".jpg")}
         views = sorted(name for name in names if "_" not in name)  # other resized copies that users may have made
         for view in views:
             if not any((folder / "depth" / f"{prefix}{view}.png").is_file() for prefix in ("", COPY)):
@@ -86,6 +88,11 @@ class _Navi(Sized[S]):
     def keys(self) -> Sequence[str]:
         return [f"{place}@{self.side}" for place in self.places]
 
+    def files_of(self, place: Place) -> list[Path]:
+        """Photograph and depth of a view: the copies, where they are there, as they are read."""
+        folder = self.root / place.object / place.collection
+        return [of_view(folder / kind / f"{place.view}{ending}") for kind, ending in (("images", ".jpg"), ("depth", ".png"))]
+
     def read(self, place: Place) -> ObjectView:
         """One view, cropped to its object."""
         folder = self.root / place.object / place.collection
@@ -96,12 +103,18 @@ class _Navi(Sized[S]):
 class NaviViews(_Navi[ObjectView]):
     """Single views: image, relative depth, normals."""
 
+    def files(self, index: int) -> Sequence[Path]:
+        return self.files_of(self.places[index])
+
     def __getitem__(self, index: int) -> ObjectView:
         return self.read(self.places[index])
 
 
 class NaviPairs(_Navi[ViewPair]):
     """Every view with a partner of the same collection, drawn once among those at most 120 degrees apart."""
+
+    def files(self, index: int) -> Sequence[Path]:
+        return [*self.files_of(self.places[index]), *self.files_of(self.partners[index])]
 
     def __getitem__(self, index: int) -> ViewPair:
         first, second = self.read(self.places[index]), self.read(self.partners[index])
@@ -133,6 +146,10 @@ class NaviPairs(_Navi[ViewPair]):
                     )
                 partner[place] = places[int(torch.multinomial(near[i].double(), 1, generator=generator))]
         return [partner[p] for p in self.places]
+
+
+def _folders(root: Path) -> list[Path]:
+    return sorted(path for path in root.iterdir() if path.is_dir() and not is_hidden(path.name))
 
 
 def _collections(folder: Path) -> list[str]:

@@ -23,7 +23,7 @@ from ...data.decode import BadImage, read_pixels, read_stored
 from ...errors import DataError, RadioDistillError
 from .object_views import Photograph
 
-__all__ = ["COPY", "downsample", "read_camera", "read_photograph"]
+__all__ = ["COPY", "downsample", "of_view", "read_camera", "read_photograph"]
 
 COPY = "downsampled_"
 SHORT_SIDE = 1024
@@ -97,10 +97,16 @@ def downsample(path: Path) -> Image.Image:
         raise DataError(f"{path} is damaged ({error}); unpack it again") from error
 
 
+def of_view(path: Path) -> Path:
+    """The file that is read for a photograph or a depth map: its copy, where there is one."""
+    copy = path.with_name(COPY + path.name)
+    return copy if copy.is_file() else path
+
+
 def _read(path: Path) -> np.ndarray:
     """The pixels of a file's copy, from the disk or made now."""
-    copy = path.with_name(COPY + path.name)
-    if copy.is_file():
+    copy = of_view(path)
+    if copy != path:
         try:
             return _decode(path, copy.read_bytes())
         except (BadImage, OSError) as error:

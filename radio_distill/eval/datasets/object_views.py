@@ -81,7 +81,6 @@ class Sized(Dataset[S]):
     def at(self: D, side: int) -> D:
         """The same items at another size."""
         other = copy.copy(self)
-        other.__dict__.pop("id", None)
         other.side = side
         return other
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ...data.files import stems
 from ...errors import DataError
 from ..metrics.checks import known_labels
 from ..metrics.segmentation import IGNORE
@@ -74,13 +76,16 @@ class PascalContext(MultitaskFolder):
     def __init__(self, root: Path, split: str) -> None:
         super().__init__(root, split)
         labelled = [self.root / "semseg" / source for source in ("VOC12", "pascal-context")]  # the first one counts
-        self._semseg = {p.stem: p for folder in reversed(labelled) if folder.is_dir() for p in folder.glob("*.png")}
+        self._semseg = {p.stem: p for folder in reversed(labelled) for p in stems(folder, ".png").values()}
         lost = [key for key in self.keys if key not in self._semseg]
         if lost:
             raise DataError(
                 f"{self.title}: {len(lost)} of {len(self.keys)} images have a file in neither {labelled[0]} nor {labelled[1]} "
                 f"({lost[0]}.png, ...); unpack the archive again"
             )
+
+    def files(self, index: int) -> Sequence[Path]:
+        return [*super().files(index), self._semseg[self.keys[index]]]
 
     def read(self, key: str) -> MultitaskSample:
         image = read_rgb(self.root / "JPEGImages" / f"{key}.jpg")

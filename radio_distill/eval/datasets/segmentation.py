@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ...data.files import stems
 from ...errors import DataError
 from ...toyworld import SEGMENT_NAMES, ToySample
 from ..metrics.checks import known_labels
@@ -64,14 +65,17 @@ class Ade20k(Dataset[SegmentationSample]):
                     layout=ADE_LAYOUT,
                     source="Get ADEChallengeData2016 from the ADE20K pages of MIT CSAIL.",
                 )
-        images = {p.stem for p in self.images.glob("*.jpg")}
-        labelled = {p.stem for p in self.annotations.glob("*.png")}
+        images, labelled = set(stems(self.images, ".jpg")), set(stems(self.annotations, ".png"))
         _check_pairs("ADE20k", self.images, images, labelled)
         self._keys = sorted(images)
 
     @property
     def keys(self) -> Sequence[str]:
         return self._keys
+
+    def files(self, index: int) -> Sequence[Path]:
+        key = self._keys[index]
+        return self.images / f"{key}.jpg", self.annotations / f"{key}.png"
 
     def __getitem__(self, index: int) -> SegmentationSample:
         key = self._keys[index]
@@ -99,8 +103,8 @@ class Voc2012(Dataset[SegmentationSample]):
                     source="Get VOCtrainval_11-May-2012.tar from the PASCAL VOC pages.",
                 )
         self._keys = sorted(listed.read_text().split())
-        images = {p.stem for p in (self.base / "JPEGImages").glob("*.jpg")}
-        labelled = {p.stem for p in (self.base / "SegmentationClass").glob("*.png")}
+        self.tables = (listed,)
+        images, labelled = set(stems(self.base / "JPEGImages", ".jpg")), set(stems(self.base / "SegmentationClass", ".png"))
         wanted = set(self._keys)
         _check_pairs("VOC2012", self.base / "JPEGImages", wanted, images)
         _check_pairs("VOC2012", self.base / "SegmentationClass", wanted, wanted & labelled)
@@ -108,6 +112,10 @@ class Voc2012(Dataset[SegmentationSample]):
     @property
     def keys(self) -> Sequence[str]:
         return self._keys
+
+    def files(self, index: int) -> Sequence[Path]:
+        key = self._keys[index]
+        return self.base / "JPEGImages" / f"{key}.jpg", self.base / "SegmentationClass" / f"{key}.png"
 
     def __getitem__(self, index: int) -> SegmentationSample:
         key = self._keys[index]

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.transforms.v2.functional import InterpolationMode, resize
 
+from ...data.files import stems
 from ...errors import DataError
 from .base import Dataset, missing
 from .keypoint_pairs import KeypointPair, KeypointPairs, SquareImage
@@ -35,6 +36,7 @@ SPair-71k/JPEGImages/CLASS/IMAGE.jpg"""
 SOURCE = "SPair-71k is public (cvlab.postech.ac.kr/research/SPair-71k)."
 
 SPLITS = {"train": "trn", "val": "val", "test": "test"}
+PARTS = (("JPEGImages", "jpg"), ("ImageAnnotation", "json"))
 PAIRS_PER_CLASS, PAIR_SEED = 200, 20
 WHITE = 255
 
@@ -50,7 +52,8 @@ class SPair(KeypointPairs):
         self.split, self.root = split, root / FOLDER
         self.side = 800
         folder = self.root / "PairAnnotation" / SPLITS[split]
-        pairs = [_read(path) for path in sorted(folder.glob("*.json"))]
+        self.tables = sorted(stems(folder, ".json").values())
+        pairs = [_read(path) for path in self.tables]
         if not pairs:
             raise missing(folder / "*.json", dataset="spair71k", layout=LAYOUT, source=SOURCE)
         by_class: dict[str, list[_Pair]] = {}
@@ -61,14 +64,20 @@ class SPair(KeypointPairs):
         self.paths = sorted({(p.category, name) for p in self.pairs for name in (p.first, p.second)})
         self.places = {path: i for i, path in enumerate(self.paths)}
         for category, name in self.paths:
-            for part, ending in (("JPEGImages", "jpg"), ("ImageAnnotation", "json")):
-                path = self.root / part / category / f"{name}.{ending}"
+            for path in self._files(category, name):
                 if not path.is_file():
                     raise missing(path, dataset="spair71k", layout=LAYOUT, source=SOURCE)
 
     @property
     def keys(self) -> Sequence[str]:
         return [f"{p.category}/{p.first}-{p.second}@{self.side}" for p in self.pairs]
+
+    def files(self, index: int) -> Sequence[Path]:
+        pair = self.pairs[index]
+        return [path for name in (pair.first, pair.second) for path in self._files(pair.category, name)]
+
+    def _files(self, category: str, name: str) -> list[Path]:
+        return [self.root / part / category / f"{name}.{ending}" for part, ending in PARTS]
 
     @property
     def images(self) -> Dataset[SquareImage]:
@@ -115,6 +124,10 @@ class SPairImages(Sized[SquareImage]):
     @property
     def keys(self) -> Sequence[str]:
         return [f"{category}/{name}@{self.side}" for category, name in self.paths]
+
+    def files(self, index: int) -> Sequence[Path]:
+        category, name = self.paths[index]
+        return (self.root / "JPEGImages" / category / f"{name}.jpg",)
 
     def __getitem__(self, index: int) -> SquareImage:
         category, name = self.paths[index]

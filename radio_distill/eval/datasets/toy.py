@@ -40,6 +40,9 @@ class ToyDataset(Dataset[S]):
     def keys(self) -> Sequence[str]:
         return [f"{self.seed}/{i}@{SIDE}" for i in range(self.count)]
 
+    def files(self, index: int) -> Sequence[str]:
+        return ()
+
     def render(self, index: int, *, view: int = 0) -> ToySample:
         """A scene with all that is known about it; drawn once a process, since probes and rows of a table see the same ones."""
         return _rendered(self.seed, index, view)

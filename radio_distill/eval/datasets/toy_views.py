@@ -42,6 +42,9 @@ class _Toy(Sized[S]):
     def keys(self) -> Sequence[str]:
         return [f"{self.world.seed}/{i}@{self.side}" for i in range(self.world.count)]
 
+    def files(self, index: int) -> Sequence[str]:
+        return ()
+
 
 class ToyViews(_Toy[ObjectView]):
     """The subject of every scene."""

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .checks import known_labels, not_empty
 
-__all__ = ["knn_guesses", "knn_scores", "knn_top1", "nearest", "votes"]
+__all__ = ["knn_guesses", "knn_top1", "nearest", "votes"]
 
 SIMILARITIES = 2**26
 """Held at once: 256 MiB in fp32."""
@@ -50,15 +50,6 @@ def votes(similarity_Mk: Tensor, labels_Mk: Tensor, *, classes: int, temperature
     """Class scores (M, K): neighbours vote with weight exp(cosine / temperature). The scores of a query sum to 1."""
     weights = (similarity_Mk / temperature).softmax(1)
     return weights.new_zeros(len(weights), classes).scatter_add_(1, labels_Mk, weights)
-
-
-def knn_scores(
-    database_NC: Tensor, labels_N: Tensor, queries_MC: Tensor, *, classes: int, k: int = 20, temperature: float = 0.07
-) -> Tensor:
-    """Class scores (M, K) by the k nearest of a database in memory. Raises DataError on labels outside 0..K-1."""
-    known_labels(labels_N, classes, "labels of the database")
-    similarity, index = nearest(database_NC.split(PART), queries_MC, k=k)
-    return votes(similarity, labels_N[index], classes=classes, temperature=temperature)
 
 
 def knn_top1(

@@ -10,9 +10,9 @@ from itertools import pairwise
 from typing import Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
+from ...config.numbers import Positive, Side
 from ...errors import DataError
 from ..datasets import open_dataset
 from ..datasets.base import Dataset
@@ -38,13 +38,13 @@ class Correspondence(Task):
     kind: Literal["correspondence"]
     version: Literal["2024", "2025"] = "2024"
     """Of Probe3D; both are the same here."""
-    resolution: int = Field(default=512, gt=0)
+    resolution: Side = 512
     """Side in pixels of the views."""
-    every: int = Field(default=4, gt=0)
+    every: Positive = 4
     """One pixel in so many, in rows and columns, is a point to match; features are resized to that grid."""
-    matches: int = Field(default=1000, gt=0)
+    matches: Positive = 1000
     """Best matches of a pair that are scored."""
-    pairs: int | None = Field(default=None, gt=0)
+    pairs: Positive | None = None
     """At most so many pairs are scored, spread evenly over the list; null: all."""
 
     def size(self, context: Context) -> int:

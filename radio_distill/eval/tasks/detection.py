@@ -10,9 +10,9 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
-from pydantic import Field
 from torch import Tensor, nn
 
+from ...config.numbers import Count, Positive, Rate, Scale, Side, Weight
 from ...tensors import all_reduce
 from ..datasets.base import Dataset, Subset, open_dataset
 from ..datasets.instances import InstanceSample
@@ -41,34 +41,34 @@ class Detection(Task):
     kind: Literal["detection"]
     train: str
     test: str
-    side: int = Field(default=512, gt=0)
+    side: Side = 512
     """Side in pixels of the square that an image is resized into, or the next that the model takes."""
-    scales: tuple[float, float] = (0.1, 2.0)
+    scales: tuple[Scale, Scale] = (0.1, 2.0)
     """Large-scale jitter of training images."""
-    factors: tuple[float, ...] = (2.0, 1.0, 0.5)
+    factors: tuple[Scale, ...] = (2.0, 1.0, 0.5)
     """Of the pyramid, on the model's map; one more level is added by pooling."""
-    dim: int = 256
-    heads: int = 8
-    ffn: int = 2048
-    points: int = 4
+    dim: Positive = 256
+    heads: Positive = 8
+    ffn: Positive = 2048
+    points: Positive = 4
     """Points that a head looks at on every level."""
-    encoder: int = 6
+    encoder: Positive = 6
     """Layers."""
-    decoder: int = 6
-    queries: int = 900
-    denoise: int = Field(default=100, ge=0)
+    decoder: Positive = 6
+    queries: Positive = 900
+    denoise: Count = 100
     """Denoising queries of an image; 0: none."""
-    cost: tuple[float, float, float] = (2.0, 5.0, 2.0)
+    cost: tuple[Weight, Weight, Weight] = (2.0, 5.0, 2.0)
     """Of matching: score, L1, generalised IoU."""
-    weights: tuple[float, float, float] = (1.0, 5.0, 2.0)
+    weights: tuple[Weight, Weight, Weight] = (1.0, 5.0, 2.0)
     """Of the loss, likewise."""
-    steps: int = Field(default=90_000, gt=0)
-    batch: int = Field(default=16, gt=0)
+    steps: Positive = 90_000
+    batch: Positive = 16
     """Images of a step, on all ranks together."""
-    lr: float = Field(default=1e-4, gt=0)
+    lr: Rate = 1e-4
     """Of AdamW; a tenth of it in the last twelfth of the steps."""
-    weight_decay: float = 1e-4
-    max_norm: float = 0.1
+    weight_decay: Weight = 1e-4
+    max_norm: Scale = 0.1
     """Gradients are clipped to this norm."""
 
     def size(self, context: Context) -> int:

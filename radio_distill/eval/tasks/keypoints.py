@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal
 
-from pydantic import Field
 from torch import Tensor
 
+from ...config.numbers import Positive, Scale, Side
 from ..datasets import open_dataset
 from ..datasets.base import Dataset, Subset
 from ..datasets.keypoint_pairs import KeypointPair, SquareImage, images_of
@@ -31,11 +31,11 @@ class Keypoints(Task):
     kind: Literal["keypoints"]
     version: Literal["2024", "2025"] = "2024"
     """Of Probe3D; both are the same here."""
-    resolution: int = Field(default=800, gt=0)
+    resolution: Side = 800
     """Side in pixels of the square images."""
-    threshold: float = Field(default=0.1, gt=0)
+    threshold: Scale = 0.1
     """Distance that still counts, in units of the longest side of the object's box."""
-    pairs: int | None = Field(default=None, gt=0)
+    pairs: Positive | None = None
     """At most so many pairs are scored, spread evenly over the list; null: all."""
 
     def size(self, context: Context) -> int:

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
-from pydantic import Field
-
+from ...config.numbers import Positive, Scale
 from ..datasets import open_dataset
 from ..datasets.base import Dataset
 from ..datasets.samples import labels_of
@@ -24,9 +23,9 @@ class Knn(SummaryTask):
     """Every image of `val` takes the class that its neighbours in `train` vote for."""
 
     kind: Literal["knn"]
-    k: int = Field(default=20, gt=0)
+    k: Positive = 20
     """Neighbours."""
-    temperature: float = Field(default=0.07, gt=0)
+    temperature: Scale = 0.07
     """A neighbour votes with weight exp(cosine / temperature)."""
 
     def datasets(self, context: Context) -> Sequence[Dataset[Any]]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
+from ...config.numbers import Positive, Rate, Weight
 from ..datasets import open_dataset
 from ..datasets.base import Dataset
 from ..datasets.samples import labels_of
@@ -30,13 +31,13 @@ class LinearProbe(SummaryTask):
     """BatchNorm without parameters (summaries of models differ in scale), then one linear layer."""
 
     kind: Literal["linear_probe"]
-    steps: int = Field(default=4000, gt=0)
+    steps: Positive = 4000
     """Optimiser steps; the learning rate falls to 0 along half a cosine."""
-    batch: int = Field(default=512, gt=1)
+    batch: Annotated[Positive, Field(gt=1)] = 512
     """Images of a step, of all ranks together."""
-    lr: float = Field(default=1e-3, gt=0)
+    lr: Rate = 1e-3
     """Learning rate of AdamW."""
-    weight_decay: float = Field(default=1e-2, ge=0)
+    weight_decay: Weight = 1e-2
     """Of AdamW."""
 
     def datasets(self, context: Context) -> Sequence[Dataset[Any]]:

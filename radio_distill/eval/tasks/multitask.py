@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field, field_validator
 from torch import Tensor, nn
 
+from ...config.numbers import Positive, Rate, Scale, Share, Side, Weight
 from ...errors import DataError
 from ...types import VisionModel
 from ..datasets.base import Dataset, Subset, open_dataset
@@ -67,30 +68,30 @@ class MultitaskProbe(Task):
     """One head per kind of annotation; they share nothing but the clipping of gradients."""
 
     kind: Literal["multitask"]
-    targets: dict[str, float] = Field(min_length=1)
+    targets: dict[str, Weight] = Field(min_length=1)
     """Kinds of annotation (semseg, parsing, saliency, normals, depth, edge) and the weights of their losses."""
-    edge_weight: float = Field(gt=0, lt=1)
+    edge_weight: Annotated[Share, Field(gt=0, lt=1)]
     """Weight of an edge pixel in the loss and the metric of edges; other pixels weigh 1 minus this."""
-    canvas: tuple[int, int]
+    canvas: tuple[Side, Side]
     """Height and width in pixels of training crops; test images are padded to it, not resized."""
-    input: int = Field(gt=0)
+    input: Side
     """Side in pixels of the square that the model sees: the canvas, resized where it is another."""
-    steps: int = Field(default=40_000, gt=0)
-    batch: int = Field(default=4, gt=0)
+    steps: Positive = 40_000
+    batch: Positive = 4
     """Images of a step, on all ranks together."""
-    lr: float = Field(gt=0)
+    lr: Rate
     """Of Adam; falls to 0 with power 0.9."""
-    weight_decay: float = Field(default=1e-6, ge=0)
-    max_norm: float = Field(default=10.0, gt=0)
+    weight_decay: Weight = 1e-6
+    max_norm: Scale = 10.0
     """Gradients of all heads together are clipped to this norm."""
-    scales: tuple[float, float] = (0.5, 2.0)
+    scales: tuple[Scale, Scale] = (0.5, 2.0)
     """Training images are resized by a random factor between these."""
-    max_share: float = 0.75
+    max_share: Share = 0.75
     """Crops with a larger share of one class are drawn again."""
 
     @field_validator("targets")
     @classmethod
-    def _known(cls, targets: dict[str, float]) -> dict[str, float]:
+    def _known(cls, targets: dict[str, Weight]) -> dict[str, float]:
         unknown = sorted(set(targets) - set(FILL))
         if unknown:
             raise ValueError(f"unknown kind of annotation {unknown[0]!r}, expected some of {', '.join(FILL)}")

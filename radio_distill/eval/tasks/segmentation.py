@@ -10,9 +10,9 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
+from ...config.numbers import Count, Positive, Rate, Scale, Share, Side
 from ..datasets.base import Dataset, open_dataset
 from ..datasets.segmentation import SegmentationSample
 from ..metrics.schedules import mmseg_factor
@@ -37,19 +37,19 @@ class Segmentation(Task):
     """Split that the head is trained on."""
     test: str
     """Split that is scored."""
-    short_side: int = Field(default=512, gt=0)
+    short_side: Side = 512
     """Pixels of the short side at test, and in training at scale 1. Training crops are squares of this side, or the next that
     the model takes."""
-    steps: int = Field(default=80_000, gt=0)
-    warmup: int = Field(default=1500, ge=0)
+    steps: Positive = 80_000
+    warmup: Count = 1500
     """Steps."""
-    batch: int = Field(default=16, gt=0)
+    batch: Positive = 16
     """Images of a step, on all ranks together."""
-    lr: float = Field(default=1e-3, gt=0)
+    lr: Rate = 1e-3
     """Of AdamW with betas 0.9 and 0.999, without weight decay."""
-    scales: tuple[float, float] = (0.5, 2.0)
+    scales: tuple[Scale, Scale] = (0.5, 2.0)
     """Training images are resized by a random factor between these."""
-    max_share: float = 0.75
+    max_share: Share = 0.75
     """Crops with a larger share of one class are drawn again."""
     stretch: bool = True
     """Resize logits of the padded image to the image without its padding, as the released recipe does: predictions are stretched

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from pydantic import Field
 from torch import Tensor
 
+from ...config.numbers import Side
 from ...errors import DataError
 from ..datasets.base import Dataset
 from ..encode import Resize, Rule, features_of
@@ -21,7 +21,7 @@ __all__ = ["SummaryTask", "parts_of"]
 class SummaryTask(Task):
     """A task that needs nothing of a model but its summary."""
 
-    resolution: int = Field(gt=0)
+    resolution: Side
     """Side in pixels, of the short side or of a square (see `resize`)."""
     resize: Rule = "short_side"
     """How images become images of that size."""

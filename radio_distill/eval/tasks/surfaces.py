@@ -15,9 +15,9 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
+from ...config.numbers import Positive, Rate, Scale, Side, Weight
 from ..blocks import with_blocks
 from ..datasets import open_dataset
 from ..datasets.base import Dataset
@@ -52,27 +52,27 @@ class SurfaceTask(Task):
 
     version: Version = "2024"
     """Of Probe3D: 2024 is what published numbers were made with, 2025 interpolates and takes gradients properly."""
-    resolution: int = Field(default=512, gt=0)
+    resolution: Side = 512
     """Side in pixels of images and of their ground truth."""
     head: Literal["dpt", "linear"] = "dpt"
     """dpt: reads four blocks; linear: one convolution on the last map."""
-    hidden: int = Field(default=512, gt=0)
+    hidden: Positive = 512
     """Channels within the DPT head."""
     kernel: Literal[1, 3] = 3
     """Side of the convolutions: of those that fuse levels, or of the linear head's only one."""
-    epochs: float = Field(default=10, gt=0)
-    warmup_epochs: float = Field(default=1.5, ge=0)
-    batch: int = Field(default=8, gt=0)
+    epochs: Scale = 10
+    warmup_epochs: Weight = 1.5
+    batch: Positive = 8
     """Images of a step, on all ranks together."""
-    lr: float = Field(default=5e-4, gt=0)
+    lr: Rate = 5e-4
     """Of AdamW with weight decay 0.01."""
     jitter: Jitter = "clamped"
     """Colour jitter of training images (probes/surfaces.py)."""
     shuffle: bool = False
     """Training views in random order; the reference reads them in the order of the list."""
-    train_images: int | None = Field(default=None, gt=0)
+    train_images: Positive | None = None
     """At most so many views are trained on, spread evenly over the list; null: all."""
-    test_images: int | None = Field(default=None, gt=0)
+    test_images: Positive | None = None
     """At most so many views are scored; null: all."""
 
     def size(self, context: Context) -> int:

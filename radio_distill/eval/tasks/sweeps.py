@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from ...align import resize_map
 from ...balance import Moments
+from ...config.numbers import Positive, Side
 from ...errors import DataError
 from ..datasets import open_dataset
 from ..datasets.base import Dataset
@@ -31,7 +32,7 @@ PART = 16
 class Sweep(Task):
     """What sweeps share."""
 
-    sides: tuple[int, ...] = Field(min_length=1)
+    sides: tuple[Side, ...] = Field(min_length=1)
     """Sides in pixels; a model takes the nearest that it can."""
 
     def size(self, context: Context) -> int:
@@ -79,9 +80,9 @@ class FeatureSweep(Sweep):
     """
 
     kind: Literal["feature_sweep"]
-    reference: int = Field(gt=0)
+    reference: Side
     """Side in pixels that the others are compared with."""
-    images: int = Field(default=256, gt=1)
+    images: Annotated[Positive, Field(gt=1)] = 256
     """Images of the data set that are used, spread evenly over it."""
 
     def datasets(self, context: Context) -> Sequence[Dataset[Any]]:

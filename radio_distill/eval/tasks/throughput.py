@@ -11,6 +11,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from ...config.numbers import Count, Positive, Side
 from ..datasets.base import Dataset
 from ..encode import precision
 from ..model_cost import device_name
@@ -33,6 +34,9 @@ class Noise(Dataset[Tensor]):
     def keys(self) -> Sequence[str]:
         return ["0"]
 
+    def files(self, index: int) -> Sequence[str]:
+        return ()
+
     def __getitem__(self, index: int) -> Tensor:
         return torch.rand(3, 1, 1)
 
@@ -49,15 +53,15 @@ class Throughput(Task):
 
     kind: Literal["throughput"]
     reads_data: ClassVar[bool] = False
-    side: int = Field(gt=0)
+    side: Side
     """Pixels at factor 1; a model of one size has no other factor."""
-    factors: tuple[int, ...] = Field(min_length=1)
+    factors: tuple[Positive, ...] = Field(min_length=1)
     """By which both sides of the input grow."""
-    images: int = Field(default=1, gt=0)
+    images: Positive = 1
     """Images of one forward pass."""
-    warmup: int = Field(default=3, ge=0)
+    warmup: Count = 3
     """Forward passes that are not timed."""
-    runs: int = Field(default=20, gt=0)
+    runs: Positive = 20
     """Forward passes that are; their median counts."""
 
     def size(self, context: Context) -> int:
