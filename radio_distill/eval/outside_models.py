@@ -18,17 +18,27 @@ from ..config.cards import TeacherCard
 from ..config.messages import nearest
 from ..errors import CheckpointError, RadioDistillError
 from ..teachers.base import Teacher, load_teacher
-from ..teachers.tokens import check_size, summarize, to_map
+from ..teachers.tokens import check_size, check_tokens, encode_tokens, patch_map, summarize
 from ..types import VisionOutput
 
-__all__ = ["hf_teacher", "is_radio", "timm_teacher"]
+__all__ = ["hf_teacher", "is_radio", "timm_card", "timm_teacher"]
 
 
 def timm_teacher(name: str, weights: str | None = None) -> Teacher:
-    """timm's network `name` (with or without a pretrained tag); its summary is what its own head would read.
+    """The teacher of `timm_card`. Raises TeacherError for weights that are not there."""
+    card = timm_card(name, weights)
+    if weights != "random":
+        return load_teacher(card)
+    with torch.random.fork_rng(devices=[]):  # always the same ones: results of an untrained model are kept by its weights, too
+        torch.manual_seed(0)
+        return load_teacher(card, weights="random")
+
+
+def timm_card(name: str, weights: str | None = None) -> TeacherCard:
+    """A card of timm's network `name` (with or without a pretrained tag); its summary is what its own head would read.
 
     weights: None, the pretrained ones from the hub or its local cache; `random`; or a file. Raises RadioDistillError for a
-    name timm does not know and for networks without a token sequence, TeacherError for weights that are not there.
+    name timm does not know and for networks without a token sequence.
     """
     import timm
 
@@ -36,31 +46,24 @@ def timm_teacher(name: str, weights: str | None = None) -> Teacher:
         near = nearest(name, timm.list_models())
         advice = f"did you mean {near!r}?" if near else "expected a name of timm.list_models()"
         raise RadioDistillError(f"timm {timm.__version__} has no model {name!r}; {advice}")
-    trunk, resizable = _on_meta(name)
-    patch = getattr(getattr(trunk, "patch_embed", None), "patch_size", None)
-    if patch is None or not hasattr(trunk, "num_prefix_tokens"):
-        raise RadioDistillError(f"timm:{name} is a {type(trunk).__name__}, expected a vision transformer with a token sequence")
     cfg = timm.get_pretrained_cfg(name)
     assert cfg is not None
+    trunk, resizable = _on_meta(name)
+    patch, features, summary = _measure(name, trunk, cfg.input_size)
     if weights is None and not cfg.has_weights:
         raise RadioDistillError(f"timm has no pretrained weights of {name}; give them with ?weights=FILE, or ?weights=random")
     full = name if "." in name or not cfg.tag else f"{name}.{cfg.tag}"
-    card = TeacherCard.model_validate(
+    return TeacherCard.model_validate(
         {
             "name": name,
             "family": "timm",
             "source": f"timm:{full}" if weights in (None, "random") else weights,
             "licence": str(cfg.license or "not stated"),
-            "input": {"size": cfg.input_size[-1], "patch": patch[0], "mean": cfg.mean, "std": cfg.std, "resizable": resizable},
-            "output": {"summary": trunk.num_features, "features": trunk.num_features},
+            "input": {"size": cfg.input_size[-1], "patch": patch, "mean": cfg.mean, "std": cfg.std, "resizable": resizable},
+            "output": {"summary": summary, "features": features},
             "params": {"model": name, "summary": "pool" if trunk.global_pool else "cls"},
         }
     )
-    if weights != "random":
-        return load_teacher(card)
-    with torch.random.fork_rng(devices=[]):  # always the same ones: results of an untrained model are kept by its weights, too
-        torch.manual_seed(0)
-        return load_teacher(card, weights="random")
 
 
 def _on_meta(name: str) -> tuple[Any, bool]:
@@ -74,6 +77,29 @@ def _on_meta(name: str) -> tuple[Any, bool]:
             return timm.create_model(name, pretrained=False, num_classes=0), False
 
 
+def _measure(name: str, trunk: Any, shape: tuple[int, int, int]) -> tuple[int, int, int]:
+    """Side of a patch in pixels, channels of a token, channels of the summary.
+
+    Raises RadioDistillError where there is not one token for every patch of a square image, or no summary.
+    """
+    patch, (_, height, width) = check_tokens(f"timm:{name}", trunk), shape
+    what = f"timm:{name} is a {type(trunk).__name__}"
+    tokens, patches = encode_tokens(trunk, torch.zeros(1, *shape, device="meta"))
+    if height != width or patches.shape[:-1] != (1, (height // patch) ** 2):
+        raise RadioDistillError(
+            f"{what} that gives {tuple(patches.shape)} for {height}x{width} pixels in patches of {patch}; "
+            "expected a vision transformer with a token for every patch of a square image"
+        )
+    if not trunk.global_pool:
+        return patch, patches.shape[2], tokens.shape[2]
+    try:
+        return patch, patches.shape[2], trunk.forward_head(tokens, pre_logits=True).shape[1]
+    except NotImplementedError as error:
+        raise RadioDistillError(
+            f"{what} without a summary ({error}); expected a network with a pooling or a class token"
+        ) from error
+
+
 def is_radio(folder: Path) -> bool:
     """A RADIO model, of the reference's own class or of transformers'."""
     config = json.loads((folder / "config.json").read_text())
@@ -83,18 +109,24 @@ def is_radio(folder: Path) -> bool:
 def hf_teacher(folder: Path, *, trust_remote_code: bool = False) -> Teacher:
     """A vision transformer in a local folder of transformers; of a model with two towers the vision tower.
 
-    The summary is its pooled output where the folder has weights of the pooling, else the first token, else the mean of the
-    patches. No network is used. Raises CheckpointError for folders that are incomplete or hold something else.
+    Which tokens are the patches is found out by changing one patch after the other. The summary is its pooled output where
+    the folder has weights of the pooling, else the token before the patches, else their mean. No network is used. Raises
+    CheckpointError for folders that are incomplete, and for models that do not give the same token for every patch each time.
     """
     tower, has_pooling = _load(folder, trust_remote_code)
-    config = tower.config
-    patch, size = (_first(getattr(config, key, None)) for key in ("patch_size", "image_size"))
-    if patch is None or size is None:
-        kind = type(config).__name__
-        raise CheckpointError(f"{folder}: {kind} has no patch_size and image_size; expected a vision transformer")
+    needed = [
+        name
+        for name, x in inspect.signature(tower.forward).parameters.items()
+        if x.default is x.empty and x.kind < x.VAR_POSITIONAL
+    ]
+    if set(needed) - {"pixel_values"}:
+        raise CheckpointError(
+            f"{folder}: {type(tower).__name__} needs {', '.join(needed)}; expected a model that needs pixel_values alone"
+        )
+    patch, size = _sides(folder, tower.config)
     mean, std = _normalisation(folder)
     probe = _probe(folder, tower, patch, size)
-    summary = "pool" if probe.pools and has_pooling else "cls" if probe.prefix else "mean"
+    summary = "pool" if probe.pooled and has_pooling else "cls" if probe.prefix else "mean"
     card = TeacherCard.model_validate(
         {
             "name": folder.name,
@@ -102,7 +134,7 @@ def hf_teacher(folder: Path, *, trust_remote_code: bool = False) -> Teacher:
             "source": str(folder),
             "licence": "not stated",
             "input": {"size": size, "patch": patch, "mean": mean, "std": std, "resizable": probe.resizable},
-            "output": {"summary": config.hidden_size, "features": config.hidden_size},
+            "output": {"summary": probe.pooled if summary == "pool" else probe.width, "features": probe.width},
             "params": {"class": type(tower).__name__, "prefix_tokens": probe.prefix, "summary": summary},
         }
     )
@@ -119,11 +151,10 @@ class _Tokens(nn.Module):
     def forward(self, pixels_B3HW: Tensor) -> VisionOutput:
         grid = check_size(self.card, pixels_B3HW)
         out = _run(self.tower, pixels_B3HW)
-        prefix = self.card.params["prefix_tokens"]
-        tokens = out.last_hidden_state
-        pooled = getattr(out, "pooler_output", None)
-        summary = summarize(self.card.params["summary"], tokens[:, :prefix], tokens[:, prefix:], pooled)
-        return VisionOutput(summary, to_map(tokens[:, prefix:], grid))
+        tokens, prefix = out.last_hidden_state, self.card.params["prefix_tokens"]
+        patches = tokens[:, prefix : prefix + grid[0] * grid[1]]
+        summary = summarize(self.card.params["summary"], tokens, patches, getattr(out, "pooler_output", None))
+        return VisionOutput(summary, patch_map(self.card, patches, grid))
 
 
 def _load(folder: Path, trust_remote_code: bool) -> tuple[Any, bool]:
@@ -157,29 +188,97 @@ def _run(tower: Any, pixels_B3HW: Tensor) -> Any:
     return tower(pixel_values=pixels_B3HW, **options)
 
 
+PROBE = 6, 5
+"""Rows and columns of patches that a tower is tried with: not square, and large enough that no stride fits by chance."""
+
+
 class _Probe(NamedTuple):
     """What a tower does with an image."""
 
     prefix: int
-    """Tokens before the patches."""
-    pools: bool
+    """Tokens before the patches; there may be others behind them."""
+    width: int
+    """Channels of a token."""
+    pooled: int | None
+    """Channels of its pooled output."""
     resizable: bool
     """It takes images of any multiple of its patch."""
 
 
 @torch.no_grad()
 def _probe(folder: Path, tower: Any, patch: int, size: int) -> _Probe:
-    height, width, resizable = 2 * patch, 3 * patch, True
+    """Run a tower on images of its size, then on an image and copies of it with one changed patch each.
+
+    Raises CheckpointError saying what is amiss.
+    """
+    what = f"{folder}: {type(tower).__name__}"
+    grid = (size // patch, size // patch)
+    tokens, pooled = _run_on_two(what, tower, size)
+    if tokens.shape[1] < grid[0] * grid[1]:
+        raise CheckpointError(
+            f"{what} gives {tokens.shape[1]} tokens for {grid[0]}x{grid[1]} patches of {patch} pixels (it merges them, as Swin "
+            "does?); expected a vision transformer with a token for every patch"
+        )
     try:
-        out = _run(tower, torch.zeros(1, 3, height, width))
+        images, cells = _changed_images(PROBE, patch, PROBE[0] * patch, PROBE[1] * patch)
+        tokens, resizable = _run(tower, images).last_hidden_state, True
+        grid = PROBE
     except (ValueError, RuntimeError):  # one size only
-        height, width, resizable = size, size, False
-        out = _run(tower, torch.zeros(1, 3, height, width))
-    tokens = getattr(out, "last_hidden_state", None)
-    prefix = tokens.shape[1] - (height // patch) * (width // patch) if isinstance(tokens, Tensor) and tokens.ndim == 3 else -1
-    if prefix < 0:
-        raise CheckpointError(f"{folder}: {type(tower).__name__} gives no token for every patch; expected a vision transformer")
-    return _Probe(prefix, getattr(out, "pooler_output", None) is not None, resizable)
+        images, cells = _changed_images(grid, patch, size, size)
+        tokens, resizable = _run(tower, images).last_hidden_state, False
+    prefix = _first_patch(tokens, cells, grid)
+    if prefix is None:
+        raise CheckpointError(
+            f"{what} gives {tokens.shape[1]} tokens for {grid[0]}x{grid[1]} patches of {patch} pixels, and a change of one patch is "
+            "not seen most in one of them, row by row; expected a vision transformer with a token for every patch"
+        )
+    pools = isinstance(pooled, Tensor) and pooled.ndim == 2
+    return _Probe(prefix, tokens.shape[2], pooled.shape[1] if pools else None, resizable)
+
+
+def _run_on_two(what: str, tower: Any, size: int) -> tuple[Tensor, Any]:
+    """Tokens (2, N, C) of two images, the same as when the first is seen alone, and the pooled output."""
+    images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(1))
+    try:
+        out, alone = _run(tower, images), _run(tower, images[:1])
+    except Exception as error:  # whatever a library says about an input that it cannot take
+        reason = str(error).partition("\n")[0]
+        raise CheckpointError(f"{what} cannot encode a {size}x{size} image ({type(error).__name__}: {reason})") from error
+    tokens, first = (getattr(x, "last_hidden_state", None) for x in (out, alone))
+    if not isinstance(tokens, Tensor) or tokens.ndim != 3 or len(tokens) != 2:
+        found = tuple(tokens.shape) if isinstance(tokens, Tensor) else type(tokens).__name__
+        raise CheckpointError(f"{what} gives last_hidden_state {found} for 2 images; expected a sequence of tokens for each")
+    if first.shape != tokens[:1].shape or (first - tokens[:1]).norm() > 1e-2 * first.norm():  # by more than rounding
+        raise CheckpointError(
+            f"{what} gives other tokens when it sees the same image again; expected always the same ones (does it hide or "
+            "shuffle patches at random, as ViTMAE does even with mask_ratio=0?)"
+        )
+    return tokens, getattr(out, "pooler_output", None)
+
+
+def _changed_images(grid: tuple[int, int], patch: int, height: int, width: int) -> tuple[Tensor, list[tuple[int, int]]]:
+    """Noise (1 + K, 3, H, W), all but the first with one patch of other noise; the K cells (row, column) where that is."""
+    rows, columns = grid
+    cells = [(0, 0), (0, columns - 1), (rows - 1, 0), (rows // 2, columns // 3), (rows - 1, columns - 1)]
+    noise = torch.Generator().manual_seed(0)
+    images = torch.randn(1, 3, height, width, generator=noise).repeat(1 + len(cells), 1, 1, 1)
+    for image, (row, column) in zip(images[1:], cells, strict=True):
+        area = image[:, row * patch : (row + 1) * patch, column * patch : (column + 1) * patch]
+        area.copy_(torch.randn(area.shape, generator=noise))
+    return images, cells
+
+
+def _first_patch(tokens_BNC: Tensor, cells: list[tuple[int, int]], grid: tuple[int, int]) -> int | None:
+    """Which token is the first patch, if with it every change of a patch is seen most in that patch's token, of those probed."""
+    change_KN = (tokens_BNC[1:] - tokens_BNC[:1]).norm(dim=2)
+    share_KN = change_KN / change_KN.sum(0).clamp_min(1e-12)  # tokens that see everything, such as registers, have no favourite
+    places = torch.tensor([row * grid[1] + column for row, column in cells])
+    fits: dict[int, float] = {}
+    for first in range(tokens_BNC.shape[1] - grid[0] * grid[1] + 1):
+        share_KK = share_KN[:, places + first]
+        if torch.equal(share_KK.argmax(0), torch.arange(len(cells))):
+            fits[first] = float(share_KK.diagonal().sum())
+    return max(fits, key=fits.__getitem__, default=None)
 
 
 def _normalisation(folder: Path) -> tuple[Sequence[float], Sequence[float]]:
@@ -197,5 +296,11 @@ def _normalisation(folder: Path) -> tuple[Sequence[float], Sequence[float]]:
     )
 
 
-def _first(value: Any) -> Any:
-    return value[0] if isinstance(value, (list, tuple)) else value
+def _sides(folder: Path, config: Any) -> tuple[int, int]:
+    """Of a patch, and of the image that it was trained for; each may be a number or a pair (of which the image's height counts)."""
+    found = {key: getattr(config, key, None) for key in ("patch_size", "image_size")}
+    (patch, *others), (size, *_) = (x if isinstance(x, (list, tuple)) and x else [x] for x in found.values())
+    if {type(patch), type(size)} == {int} and min(patch, size) > 0 and set(others) <= {patch}:
+        return patch, size
+    stated = " and ".join(f"{key} {value}" for key, value in found.items())
+    raise CheckpointError(f"{folder}: {type(config).__name__} has {stated}; expected a vision transformer with square patches")

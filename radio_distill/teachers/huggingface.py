@@ -15,7 +15,7 @@ from ..config.numbers import Count, Free
 from ..errors import CardError
 from ..types import VisionOutput
 from .base import Weights
-from .tokens import FamilyParams, Summary, check_size, construct, read_params, summarize, to_map
+from .tokens import FamilyParams, Summary, check_size, construct, patch_map, read_params, summarize
 from .weights import check_keys, read
 
 __all__ = ["SequenceNet", "build", "build_model"]
@@ -83,6 +83,6 @@ class SequenceNet(nn.Module):
         grid = check_size(self.card, pixels_B3HW)
         out = self.model(pixel_values=pixels_B3HW)
         tokens, num_prefix = out.last_hidden_state, self.params.prefix_tokens
-        prefix, patches = tokens[:, :num_prefix], tokens[:, num_prefix:]
-        summary = summarize(self.params.summary, prefix, patches, getattr(out, "pooler_output", None))
-        return VisionOutput(summary, to_map(patches, grid))
+        patches = tokens[:, num_prefix:]
+        summary = summarize(self.params.summary, tokens, patches, getattr(out, "pooler_output", None))
+        return VisionOutput(summary, patch_map(self.card, patches, grid))

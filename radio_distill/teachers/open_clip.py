@@ -1,11 +1,13 @@
 """Teachers from open_clip: the image tower of a CLIP or SigLIP model; the text tower stays with the evaluation.
 
-Features are the patch tokens after the final norm and before any projection; the summary is what the text tower is
-compared with (CLIP: projected class token, SigLIP: the attention pool's output).
+Features are the patch tokens after the final norm and before any projection (CoCa has no norm before its attention pool:
+those that the pool reads); the summary is what `encode_image` gives and the text tower is compared with (CLIP: projected
+class token, SigLIP: the attention pool's output).
 """
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from typing import Any
 
 import torch
@@ -20,7 +22,7 @@ from ..errors import CardError
 from ..types import VisionOutput
 from .base import Weights
 from .timm import build_trunk
-from .tokens import FamilyParams, TokenNet, check_size, construct, read_params, to_map
+from .tokens import FamilyParams, check_size, check_tokens, construct, encode_tokens, patch_map, read_params, to_map
 from .weights import load, read
 
 __all__ = ["ClipNet", "build"]
@@ -38,19 +40,21 @@ class OpenClipParams(FamilyParams):
 
 
 def build(card: TeacherCard, weights: Weights) -> nn.Module:
-    """Normalised pixels -> patch tokens and the summary of the image tower."""
+    """Normalised pixels -> patch tokens and the summary of the image tower. Raises CardError for towers without tokens."""
     import open_clip
 
     params = read_params(card, OpenClipParams)
     config = open_clip.get_model_config(params.model)
     if config is None:
         raise CardError(f"card {card.name!r}: open_clip has no model {params.model!r}; see open_clip.list_models()")
-    vision = config["vision_cfg"]
+    vision, width = config["vision_cfg"], params.embed_dim or config["embed_dim"]
     if "timm_model_name" in vision:
-        values = {"num_classes": 0, "global_pool": vision["timm_pool"], **params.overrides}
-        trunk = build_trunk(card, vision["timm_model_name"], weights, values)
-        return _loaded(card, weights, TokenNet(card, trunk, "pool"), trunk, "visual.trunk.")
-    config |= {"vision_cfg": vision | params.overrides, "embed_dim": params.embed_dim or config["embed_dim"]}
+        return _build_timm(card, weights, vision, width, params.overrides)
+    if isinstance(vision["layers"], list):
+        raise CardError(
+            f"card {card.name!r}: open_clip's {params.model} is a ResNet; expected a tower with a token for every patch"
+        )
+    config |= {"vision_cfg": vision | params.overrides, "embed_dim": width}
     visual = _build_tower(config, weights)
     return _loaded(card, weights, ClipNet(card, visual), visual, "visual.")
 
@@ -62,10 +66,53 @@ def _build_tower(config: dict[str, Any], weights: Weights) -> Any:
         return _build_vision_tower(config["embed_dim"], config["vision_cfg"], quick_gelu=config.get("quick_gelu", False))
 
 
+def _build_timm(
+    card: TeacherCard, weights: Weights, vision: dict[str, Any], width: int, overrides: dict[str, Any]
+) -> nn.Module:
+    """A tower of timm. Its way into the space of the text is `timm_proj`: a layer behind it (`linear`, `mlp`), timm's own
+    classifier (null), or none (`none`: the pooled vector has the text's width)."""
+    name, pool, proj = vision["timm_model_name"], vision["timm_pool"], vision["timm_proj"]
+    if pool in ("abs_attn", "rot_attn"):
+        raise CardError(f"card {card.name!r}: the tower pools with {pool!r}; expected one of timm's own poolings")
+    values = {"num_classes": 0 if proj else width} | ({"global_pool": pool} if pool else {}) | overrides
+    trunk = build_trunk(card, name, weights, values)
+    check_tokens(f"card {card.name!r}: timm's {name}", trunk)
+    with construct(weights):
+        head = _projection(proj, trunk.num_features, width, bias=vision.get("timm_proj_bias", False))
+    net = TimmClipNet(card, trunk, head)
+    part, prefix = (net, "visual.") if len(head) else (trunk, "visual.trunk.")
+    return _loaded(card, weights, net, part, prefix)
+
+
+def _projection(kind: str | None, channels: int, width: int, *, bias: bool) -> nn.Sequential:
+    """What open_clip puts behind timm's pooling, under its names."""
+    from timm.layers import Mlp
+
+    layers: dict[str, nn.Module] = {}
+    if kind == "linear":
+        layers["proj"] = nn.Linear(channels, width, bias=bias)
+    elif kind == "mlp":
+        layers["mlp"] = Mlp(channels, 2 * width, width, bias=(True, bias))
+    return nn.Sequential(OrderedDict(layers))
+
+
 def _loaded(card: TeacherCard, weights: Weights, net: nn.Module, part: nn.Module, prefix: str) -> nn.Module:
     if weights == "pretrained":
         load(card, part, read(card, FILES, prefix=prefix))
     return net
+
+
+class TimmClipNet(nn.Module):
+    """A trunk of timm with open_clip's projection."""
+
+    def __init__(self, card: TeacherCard, trunk: Any, head: nn.Sequential) -> None:
+        super().__init__()
+        self.card, self.trunk, self.head = card, trunk, head
+
+    def forward(self, pixels_B3HW: Tensor) -> VisionOutput:
+        grid = check_size(self.card, pixels_B3HW)
+        tokens, patches = encode_tokens(self.trunk, pixels_B3HW)
+        return VisionOutput(self.head(self.trunk.forward_head(tokens)), patch_map(self.card, patches, grid))
 
 
 class ClipNet(nn.Module):
@@ -79,12 +126,9 @@ class ClipNet(nn.Module):
 
     def forward(self, pixels_B3HW: Tensor) -> VisionOutput:
         grid = check_size(self.card, pixels_B3HW)
-        if grid == self.visual.grid_size:
-            summary, tokens = self.visual(pixels_B3HW)
-        else:
-            table = {"positional_embedding": self._positions(grid)}
-            summary, tokens = functional_call(self.visual, table, (pixels_B3HW,))
-        return VisionOutput(summary, to_map(tokens, grid))
+        table = {} if grid == self.visual.grid_size else {"visual.positional_embedding": self._positions(grid)}
+        summary, tokens = functional_call(_Encoder(self.visual), table, (pixels_B3HW,))
+        return VisionOutput(summary, patch_map(self.card, tokens, grid))
 
     def _positions(self, grid: tuple[int, int]) -> Tensor:
         """The table (1 + rows * columns, C) for another grid: the class token's row, then the resized map."""
@@ -92,3 +136,20 @@ class ClipNet(nn.Module):
         patches = to_map(table[None, 1:].float(), self.visual.grid_size)
         patches = F.interpolate(patches, size=grid, mode="bilinear", align_corners=False)
         return torch.cat([table[:1], patches[0].flatten(1).T.to(table.dtype)])
+
+
+class _Encoder(nn.Module):
+    """Pixels -> summary (B, C) and patch tokens (B, N, C) of open_clip's vision transformer."""
+
+    def __init__(self, visual: Any) -> None:
+        super().__init__()
+        self.visual = visual
+
+    def forward(self, pixels_B3HW: Tensor) -> tuple[Tensor, Tensor]:
+        visual = self.visual
+        if visual.attn_pool is None:
+            summary, tokens = visual(pixels_B3HW)
+            return summary, visual.ln_post(tokens) if visual.final_ln_after_pool else tokens  # CLIPA norms the pooled one only
+        tokens = visual.transformer(visual._embeds(pixels_B3HW))  # CoCa: its `tokens` are queries of the pooling, not patches
+        pooled, _ = visual._pool(tokens)
+        return pooled @ visual.proj, tokens[:, 1:]

@@ -19,7 +19,19 @@ from ..types import VisionOutput
 from .arch import Arch
 from .base import Weights
 
-__all__ = ["FamilyParams", "Summary", "TokenNet", "check_size", "construct", "read_params", "summarize", "to_map"]
+__all__ = [
+    "FamilyParams",
+    "Summary",
+    "TokenNet",
+    "check_size",
+    "check_tokens",
+    "construct",
+    "encode_tokens",
+    "patch_map",
+    "read_params",
+    "summarize",
+    "to_map",
+]
 
 Summary = Literal["cls", "pool", "mean", "none"]
 """`cls`: the first token; `pool`: what the library's own pooling gives; `mean`: of all patch tokens."""
@@ -81,17 +93,44 @@ def to_map(tokens_BNC: Tensor, grid: tuple[int, int]) -> Tensor:
     return tokens_BNC.transpose(1, 2).unflatten(2, grid)
 
 
-def summarize(kind: Summary, prefix_BPC: Tensor, patches_BNC: Tensor, pooled_BC: Tensor | None) -> Tensor | None:
+def patch_map(card: TeacherCard, patches_BNC: Tensor, grid: tuple[int, int]) -> Tensor:
+    """`to_map` of a teacher's tokens. Raises TeacherError where there is not one for every cell of the grid."""
+    if patches_BNC.shape[1] == grid[0] * grid[1]:
+        return to_map(patches_BNC, grid)
+    rows, columns = grid
+    raise TeacherError(
+        f"teacher {card.name!r} gave {patches_BNC.shape[1]} patch tokens for {rows}x{columns} patches of {card.input.patch} pixels; "
+        "correct `input.patch` of its card (pixels per token), or the number of tokens before the patches"
+    )
+
+
+def check_tokens(what: str, trunk: Any) -> int:
+    """Pixels per token of timm's network. Raises CardError where it has no token sequence."""
+    if not hasattr(trunk, "num_prefix_tokens") or not hasattr(trunk, "forward_intermediates"):
+        raise CardError(f"{what} is a {type(trunk).__name__}, expected a vision transformer with a token for every patch")
+    return int(trunk.feature_info[-1]["reduction"])  # of a hybrid, `patch_embed.patch_size` counts cells of its stem's map
+
+
+def encode_tokens(trunk: Any, pixels_B3HW: Tensor) -> tuple[Tensor, Tensor]:
+    """What timm's head reads (B, P + N, C), and the patch tokens (B, N, C) after the last block and the final norm.
+
+    The patches are not cut out of the former: XCiT's class attention comes behind its blocks and changes them, too.
+    """
+    tokens, [patches] = trunk.forward_intermediates(pixels_B3HW, indices=1, norm=True, output_fmt="NLC")
+    return tokens, patches
+
+
+def summarize(kind: Summary, tokens_BNC: Tensor, patches_BNC: Tensor, pooled_BC: Tensor | None) -> Tensor | None:
     """The summary vector that the card asks for."""
     if kind == "none":
         return None
     if kind == "mean":
         return patches_BNC.mean(1)
-    return prefix_BPC[:, 0] if kind == "cls" else pooled_BC
+    return tokens_BNC[:, 0] if kind == "cls" else pooled_BC
 
 
 class TokenNet(nn.Module):
-    """A timm trunk: normalised tokens in order prefix, patches; a summary taken from them."""
+    """A timm trunk: normalised patch tokens, and a summary of what its head reads."""
 
     def __init__(self, card: TeacherCard, trunk: Any, summary: Summary) -> None:
         super().__init__()
@@ -102,7 +141,6 @@ class TokenNet(nn.Module):
 
     def forward(self, pixels_B3HW: Tensor) -> VisionOutput:
         grid = check_size(self.card, pixels_B3HW)
-        tokens = self.trunk.forward_features(pixels_B3HW)
-        prefix, patches = tokens[:, : self.num_prefix], tokens[:, self.num_prefix :]
+        tokens, patches = encode_tokens(self.trunk, pixels_B3HW)
         pooled = self.trunk.forward_head(tokens, pre_logits=True) if self.summary == "pool" else None
-        return VisionOutput(summarize(self.summary, prefix, patches, pooled), to_map(patches, grid))
+        return VisionOutput(summarize(self.summary, tokens, patches, pooled), patch_map(self.card, patches, grid))
