@@ -244,10 +244,11 @@ def _run_on_two(what: str, tower: Any, size: int) -> tuple[Tensor, Any]:
     except Exception as error:  # whatever a library says about an input that it cannot take
         reason = str(error).partition("\n")[0]
         raise CheckpointError(f"{what} cannot encode a {size}x{size} image ({type(error).__name__}: {reason})") from error
-    tokens, first = (getattr(x, "last_hidden_state", None) for x in (out, alone))
+    tokens = getattr(out, "last_hidden_state", None)
     if not isinstance(tokens, Tensor) or tokens.ndim != 3 or len(tokens) != 2:
         found = tuple(tokens.shape) if isinstance(tokens, Tensor) else type(tokens).__name__
         raise CheckpointError(f"{what} gives last_hidden_state {found} for 2 images; expected a sequence of tokens for each")
+    first: Tensor = alone.last_hidden_state
     if first.shape != tokens[:1].shape or (first - tokens[:1]).norm() > 1e-2 * first.norm():  # by more than rounding
         raise CheckpointError(
             f"{what} gives other tokens when it sees the same image again; expected always the same ones (does it hide or "
@@ -299,8 +300,8 @@ def _normalisation(folder: Path) -> tuple[Sequence[float], Sequence[float]]:
 def _sides(folder: Path, config: Any) -> tuple[int, int]:
     """Of a patch, and of the image that it was trained for; each may be a number or a pair (of which the image's height counts)."""
     found = {key: getattr(config, key, None) for key in ("patch_size", "image_size")}
-    (patch, *others), (size, *_) = (x if isinstance(x, (list, tuple)) and x else [x] for x in found.values())
-    if {type(patch), type(size)} == {int} and min(patch, size) > 0 and set(others) <= {patch}:
-        return patch, size
+    patches, sizes = ([*x] if isinstance(x, (list, tuple)) else [x] for x in found.values())
+    if all(isinstance(side, int) and side > 0 for side in (*patches, *sizes)) and len(set(patches)) == 1 and sizes:
+        return int(patches[0]), int(sizes[0])
     stated = " and ".join(f"{key} {value}" for key, value in found.items())
     raise CheckpointError(f"{folder}: {type(config).__name__} has {stated}; expected a vision transformer with square patches")
