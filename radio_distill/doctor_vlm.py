@@ -11,7 +11,7 @@ from .paths import expand
 from .runs import latest, run_path
 from .student.load import load_student
 from .types import Finding
-from .vlm.conversations import read_conversations
+from .vlm.conversations import examine, summary
 from .vlm.model import vlm_folder
 from .vlm.tiles import open_image
 
@@ -35,13 +35,15 @@ def examine_vlm(recipe: VlmRecipe) -> Iterator[Finding]:
         yield Finding("conversations", NO_CONVERSATIONS, missing=True)
     for name, source in recipe.data.sources.items():
         try:
-            found = read_conversations({name: source})
+            found, bad = examine(name, source)
             seen = [c for c in found if c.image is not None]
             for c in (*seen[:1], *seen[-1:]):
                 assert c.image is not None
                 open_image(c.image(), c.key)
             text = f"{len(found)}, {len(seen)} with an image; its first and last can be read"
-            yield Finding(f"conversations {name}", text)
+            text += f"; {summary(bad, len(found) + len(bad))}" if bad else ""
+            too_many = len(bad) > recipe.data.max_bad * (len(found) + len(bad)) or not found
+            yield Finding(f"conversations {name}", text, missing=too_many)
         except (RadioDistillError, OSError) as error:
             yield Finding(f"conversations {name}", str(error), missing=True)
 

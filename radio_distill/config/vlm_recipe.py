@@ -13,7 +13,7 @@ from pydantic import Field
 from .cards import Fields
 from .checks import optim_ranges
 from .document import Problem
-from .numbers import Count, Positive, Rate, Scale, Side, Weight
+from .numbers import Count, Positive, Rate, Scale, Share, Side, Weight
 from .recipe import Job, Log, Optim
 
 __all__ = ["FromParts", "FromVlm", "VlmRecipe", "VlmSource", "check_vlm"]
@@ -67,6 +67,8 @@ class VlmData(Fields):
     """Conversations, by name; an epoch sees each once. Must be given (`data.sources.mix.path=...`)."""
     max_length: Positive = 2048
     """Longer conversations are cut after this many tokens, those of the image included (LLAVA)."""
+    max_bad: Share = 0.05
+    """The run stops when more than this share of the records of a source, or of the conversations read so far, cannot be used."""
 
 
 class VlmOptim(Optim):

@@ -5,10 +5,11 @@ Shapes: B conversations, N tokens, V views (pictures) of all images of a batch, 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,6 +27,25 @@ from .tiles import open_image
 __all__ = ["TextBatch", "TextStreams"]
 
 
+log = logging.getLogger(__name__)
+
+AT_LEAST = 100
+"""Conversations read before too many bad ones among them end the run."""
+TRIES = 20
+"""Conversations tried in the place of one that cannot be used."""
+
+
+class Sample(NamedTuple):
+    """A conversation as tokens and pixels."""
+
+    key: str
+    encoded: Encoded
+    views_V3SS: Tensor
+    """The views of its image; V is 0 without one."""
+    left_out: tuple[str, ...] = ()
+    """What was wrong with those that it takes the place of."""
+
+
 @dataclass(frozen=True)
 class TextBatch:
     """Some conversations of one step, padded to the longest."""
@@ -38,6 +58,8 @@ class TextBatch:
     """The token at each place that is learned there, else IGNORE."""
     pixels_V3SS: Tensor | None
     """Float RGB in [0, 1]; None when no conversation has an image."""
+    left_out: tuple[str, ...] = ()
+    """What was wrong with conversations that could not be used."""
 
     def to(self, device: torch.device) -> TextBatch:
         """The same batch on `device`."""
@@ -49,7 +71,8 @@ class TextBatch:
 
     def _with(self, change: Callable[[Tensor], Tensor]) -> TextBatch:
         pixels = None if self.pixels_V3SS is None else change(self.pixels_V3SS)
-        return TextBatch(self.keys, change(self.tokens_BN), change(self.mask_BN), change(self.labels_BN), pixels)
+        tokens, mask, labels = map(change, (self.tokens_BN, self.mask_BN, self.labels_BN))
+        return TextBatch(self.keys, tokens, mask, labels, pixels, self.left_out)
 
     @property
     def num_targets(self) -> Tensor:
@@ -66,6 +89,8 @@ class TextStreams:
         self._recipe, self._world = recipe, world
         self._samples = Samples(recipe, vlm, conversations)
         self._batches: Iterator[TextBatch] = iter(())
+        self._read = 0
+        self._left_out: set[str] = set()
         per_rank, rest = divmod(recipe.samples, world.size)
         self._size = min(recipe.micro_batch or per_rank, per_rank)
         if rest or per_rank % self._size:
@@ -89,7 +114,22 @@ class TextStreams:
 
     def next(self, device: torch.device) -> list[TextBatch]:
         """The micro-batches of the next step, on the device."""
-        return [next(self._batches).to(device) for _ in range(self.micro_steps)]
+        return [self._watched(next(self._batches)).to(device) for _ in range(self.micro_steps)]
+
+    def _watched(self, batch: TextBatch) -> TextBatch:
+        """Name what was left out. Raises DataError when it was too much."""
+        self._read += len(batch.keys)
+        for text in batch.left_out:
+            if text not in self._left_out:
+                log.warning("left out: %s", text)
+        self._left_out.update(batch.left_out)
+        allowed = self._recipe.data.max_bad
+        if batch.left_out and len(self._left_out) > allowed * max(AT_LEAST, self._read):
+            raise DataError(
+                f"{len(self._left_out)} of the {self._read} conversations read so far could not be used, more than data.max_bad="
+                f"{allowed:g}; the last: {batch.left_out[-1]}"
+            )
+        return batch
 
 
 def list_batches(recipe: VlmRecipe, total: int, world: World, size: int, start: int) -> list[list[int]]:
@@ -103,7 +143,7 @@ def list_batches(recipe: VlmRecipe, total: int, world: World, size: int, start: 
     return [[int(i) for i in row] for row in mine]
 
 
-class Samples(Dataset[tuple[str, Encoded, Tensor]]):
+class Samples(Dataset[Sample]):
     """Conversations as tokens and pixels."""
 
     def __init__(self, recipe: VlmRecipe, vlm: Vlm, conversations: Sequence[Conversation]) -> None:
@@ -118,9 +158,21 @@ class Samples(Dataset[tuple[str, Encoded, Tensor]]):
     def __len__(self) -> int:
         return len(self._conversations)
 
-    def __getitem__(self, index: int) -> tuple[str, Encoded, Tensor]:
-        """Key, tokens, and the views of the image (V, 3, S, S); V is 0 without one."""
-        c, tower = self._conversations[index], self._vlm.tower
+    def __getitem__(self, index: int) -> Sample:
+        """A conversation; where it cannot be used, the next one that can takes its place. Raises DataError when many cannot."""
+        left_out: list[str] = []
+        for number in range(index, index + min(TRIES, len(self))):
+            conversation = self._conversations[number % len(self)]
+            try:
+                return self._sample(conversation)._replace(left_out=tuple(left_out))
+            except DataError as error:
+                left_out.append(str(error))
+            except OSError as error:
+                left_out.append(f"the image of conversation {conversation.key} cannot be read ({error})")
+        raise DataError(left_out[-1])
+
+    def _sample(self, c: Conversation) -> Sample:
+        tower = self._vlm.tower
         turns = with_images(c.turns, tower.num_tokens, images=0 if c.image is None else 1, key=c.key)
         encoded = encode(
             self._vlm.processor.tokenizer,
@@ -136,19 +188,20 @@ class Samples(Dataset[tuple[str, Encoded, Tensor]]):
                 f"{self._recipe.data.max_length}; put {IMAGE} at its beginning, or set a larger data.max_length"
             )
         if c.image is None:
-            return c.key, encoded, torch.empty(0, 3, tower.image_size, tower.image_size)
-        return c.key, encoded, self._vlm.pixels(open_image(c.image(), c.key))
+            return Sample(c.key, encoded, torch.empty(0, 3, tower.image_size, tower.image_size))
+        return Sample(c.key, encoded, self._vlm.pixels(open_image(c.image(), c.key)))
 
 
-def collate(samples: Sequence[tuple[str, Encoded, Tensor]], *, pad: int) -> TextBatch:
+def collate(samples: Sequence[Sample], *, pad: int) -> TextBatch:
     """Pad on the right."""
-    length = max(len(e.ids) for _, e, _ in samples)
-    rows = [(e.ids, e.labels, length - len(e.ids)) for _, e, _ in samples]
-    pixels = torch.cat([views for _, _, views in samples])
+    length = max(len(s.encoded.ids) for s in samples)
+    rows = [(s.encoded.ids, s.encoded.labels, length - len(s.encoded.ids)) for s in samples]
+    pixels = torch.cat([s.views_V3SS for s in samples])
     return TextBatch(
-        keys=tuple(key for key, _, _ in samples),
+        keys=tuple(s.key for s in samples),
         tokens_BN=torch.tensor([ids + [pad] * rest for ids, _, rest in rows]),
         mask_BN=torch.tensor([[1] * len(ids) + [0] * rest for ids, _, rest in rows]),
         labels_BN=torch.tensor([labels + [IGNORE] * rest for _, labels, rest in rows]),
         pixels_V3SS=pixels if len(pixels) else None,
+        left_out=tuple(text for s in samples for text in s.left_out),
     )

@@ -7,10 +7,12 @@ from typing import Any, Literal, NamedTuple
 
 from ..errors import DataError
 
-__all__ = ["IMAGE", "IGNORE", "VICUNA", "Turn", "Encoded", "encode", "render", "with_images"]
+__all__ = ["IMAGE", "IGNORE", "LITERAL_IMAGE", "VICUNA", "Turn", "Encoded", "encode", "render", "with_images"]
 
 IMAGE = "<image>"
 """Where the tokens of an image go; one token in the vocabulary, repeated."""
+LITERAL_IMAGE = "\ue000"
+"""Stands for the letters `<image>` where a text speaks of them and no image is meant (code, say); of Unicode's private use."""
 IGNORE = -100
 """Label of a token that is not learned."""
 Template = Literal["chat", "plain"]
@@ -67,10 +69,19 @@ def encode(tokenizer: Any, turns: Sequence[Turn], *, template: Template, max_len
     ids: list[int] = []
     labels: list[int] = []
     for text, is_answer in parts:
-        tokens = tokenizer.encode(text, add_special_tokens=False)
+        tokens = _tokens(tokenizer, text)
         ids += tokens
         labels += tokens if is_answer else [IGNORE] * len(tokens)
     return Encoded(ids[:max_length], labels[:max_length])
+
+
+def _tokens(tokenizer: Any, text: str) -> list[int]:
+    first, *others = text.split(LITERAL_IMAGE)
+    ids: list[int] = tokenizer.encode(first, add_special_tokens=False)
+    for other in others:
+        ids += tokenizer.encode(IMAGE, add_special_tokens=False, split_special_tokens=True)
+        ids += tokenizer.encode(other, add_special_tokens=False)
+    return ids
 
 
 def _plain(tokenizer: Any, turns: Sequence[Turn]) -> Iterator[tuple[str, bool]]:

@@ -119,7 +119,7 @@ def train_vlm(recipe: VlmRecipe) -> int:
 
 def build(recipe: VlmRecipe, world: distributed.World, run: RunFolder) -> VlmTraining:
     """Everything the loop needs, resumed where the run folder says so."""
-    conversations = read_conversations(recipe.data.sources)
+    conversations = read_conversations(recipe.data.sources, max_bad=recipe.data.max_bad, told=world.is_main)
     torch.manual_seed(recipe.seed)
     start = recipe.start
     vlm = build_vlm(start) if isinstance(start, FromParts) else load_vlm(start.source)

@@ -13,11 +13,11 @@ from radio_distill.config.load import load_recipe, load_vlm_recipe
 from radio_distill.config.vlm_recipe import Lora, VlmRecipe, VlmSource
 from radio_distill.errors import DataError, RecipeError
 from radio_distill.train.distributed import World
-from radio_distill.vlm.batches import Samples, TextStreams, collate, list_batches
-from radio_distill.vlm.conversations import Conversation, read_conversations
+from radio_distill.vlm.batches import Sample, Samples, TextStreams, collate, list_batches
+from radio_distill.vlm.conversations import Conversation, examine, read_conversations
 from radio_distill.vlm.lora import LoraLinear, add_lora, merge_lora
 from radio_distill.vlm.model import Vlm
-from radio_distill.vlm.prompt import IGNORE, Encoded, Turn, encode
+from radio_distill.vlm.prompt import IGNORE, LITERAL_IMAGE, Encoded, Turn, encode
 
 TURNS = (Turn("user", "is there a tree?"), Turn("assistant", "yes"), Turn("user", "how many?"), Turn("assistant", "two"))
 
@@ -66,6 +66,10 @@ def record(value: str = "<image>\nwhat?", **more: object) -> dict:
     return {"id": "7", "conversations": [{"from": "human", "value": value}, {"from": "gpt", "value": "yes"}], **more}
 
 
+def talk(*turns: tuple[str, object], **more: object) -> dict:
+    return {"id": 9, "conversations": [{"from": role, "value": value} for role, value in turns], **more}
+
+
 def test_json_and_shards_give_the_same_conversations(tmp_path: Path) -> None:
     (tmp_path / "a.jpg").write_bytes(b"pixels")
     (tmp_path / "a.json").write_text(json.dumps([record(image="a.jpg"), record("what?")]))
@@ -88,21 +92,136 @@ def test_json_and_shards_give_the_same_conversations(tmp_path: Path) -> None:
     ("content", "message"),
     [
         ("[", r"data.sources.a.path=.*a.json cannot be read: "),
-        (json.dumps([{"id": 3}]), r"conversation a/3 is not as LLaVA's: KeyError\('conversations'\); expected conversations: "),
-        (
-            json.dumps([{"id": 3, "conversations": [{"from": "gpt", "value": ""}]}]),
-            "a/3 has turns of assistant; expected human and gpt",
-        ),
+        (json.dumps([{"id": 3}]), r"1 of 1 conversations are left out: 1 no conversations \(a/3: expected conversations: "),
+        (json.dumps([{"id": 3, "conversations": [{"from": "gpt", "value": "x"}]}]), r"1 no answer \(a/3: turns of assistant\)"),
         ("[]", r"data.sources.a.path=.*a.json holds no conversation; leave the source out"),
-        (json.dumps({"data": [record()]}), r"conversation a/0 is not as LLaVA's: TypeError"),
-        (json.dumps([record(image=["b.jpg"])]), r"conversation a/7 has the image \['b.jpg'\]; expected the name of one file"),
-        (json.dumps([record(image="b.jpg")]), "b.jpg of conversation a/7 does not exist; set data.sources.a.images"),
+        (json.dumps({"data": [record()]}), r"a.json is no list of records, but a dict"),
+        (
+            json.dumps([record(image=["a.jpg", "b.jpg"])]),
+            r"1 several images \(a/7: 2; expected one, or none\); more than data.max_bad",
+        ),
+        (json.dumps([record(image=7)]), r"1 image is no name \(a/7: 7; expected the name of a file\)"),
+        (json.dumps([record(image="b.jpg")]), r"1 image missing \(a/7: .*b.jpg does not exist; set data.sources.a.images"),
+        (json.dumps([record(video="b.mp4")]), r"1 video \(a/7: its `video` is not read\)"),
+        (json.dumps(["text"]), r"1 no record \(a/0: 'text'; expected a dictionary"),
+        (json.dumps([{"conversations": ["Hi"]}]), r"1 no turn \(a/0: 'Hi'; expected \{from: human"),
+        (
+            json.dumps([talk(("system", "Be brief."), ("human", "a"), ("gpt", "b"))]),
+            r"1 unknown role \(a/9: 'system'; expected human or gpt",
+        ),
+        (
+            json.dumps([talk(("human", "a"), ("human", "b"), ("gpt", "c"))]),
+            r"1 not by turns \(a/9: turns of user, user, assistant",
+        ),
+        (json.dumps([talk(("human", "a"), ("gpt", None))]), r"1 value is no text \(a/9: None of gpt\)"),
+        (json.dumps([talk(("human", "a"), ("gpt", " "))]), r"1 empty answer \(a/9: a turn of gpt has no text\)"),
+        (json.dumps([talk(("human", "a"), ("gpt", True))]), r"1 value is no text \(a/9: True of gpt\)"),
+        ('{"id": 1}\n{"id": 2', r"1 no JSON \(a/1: .*\{\"id\": 2"),
     ],
 )
 def test_records_that_are_not_llavas_are_named(tmp_path: Path, content: str, message: str) -> None:
     (tmp_path / "a.json").write_text(content)
     with pytest.raises(DataError, match=message):
         read_conversations({"a": VlmSource(path=str(tmp_path / "a.json"), images=str(tmp_path))})
+
+
+@pytest.mark.parametrize(
+    ("made", "turns", "has_image"),
+    [
+        (talk(("gpt", "Hello"), ("human", "Hi"), ("gpt", "Bye")), ["Hi", "Bye"], False),
+        (talk(("human", "Hi"), ("gpt", "Hello"), ("human", "Sure?")), ["Hi", "Hello"], False),
+        (talk(("human", "How many?"), ("gpt", 3)), ["How many?", "3"], False),
+        (talk(("human", "Hi"), ("gpt", "Hello"), image=None), ["Hi", "Hello"], False),
+        (talk(("human", "Hi"), ("gpt", "Hello"), image=[]), ["Hi", "Hello"], False),
+        (talk(("human", "<image>\nHi"), ("gpt", "Hello"), image=["a.jpg"]), ["<image>\nHi", "Hello"], True),
+        (talk(("human", "<image>\nHi"), ("gpt", "Hello"), images=["a.jpg"]), ["<image>\nHi", "Hello"], True),
+        (talk(("human", "Hi"), ("gpt", "<image>"), image="a.jpg"), ["Hi", LITERAL_IMAGE], True),
+        (
+            talk(("human", "What is <image>?"), ("gpt", "<image> is a tag")),
+            [f"What is {LITERAL_IMAGE}?", f"{LITERAL_IMAGE} is a tag"],
+            False,
+        ),
+    ],
+)
+@pytest.mark.parametrize("write", ["json", "one", "lines", "BOM", "jsonl", "shard"])
+def test_what_llava_reads_is_read(tmp_path: Path, made: dict, turns: list[str], has_image: bool, write: str) -> None:
+    (tmp_path / "a.jpg").write_bytes(b"pixels")
+    text = {"json": json.dumps([made]), "one": json.dumps(made, indent=1)}.get(write, json.dumps(made))
+    path = tmp_path / ("a.jsonl" if write == "jsonl" else "a.tar" if write == "shard" else "a.json")
+    path.write_text(text + "\n" + text if write == "lines" else text, encoding="utf-8-sig" if write == "BOM" else "utf-8")
+    if write == "shard":
+        members = {"1.json": text.encode()} | ({"1.jpg": b"pixels"} if has_image else {})
+        write_tar(path, members)
+    first, *_ = read_conversations({"a": VlmSource(path=str(path), images=str(tmp_path))})
+    assert [turn.text for turn in first.turns] == turns
+    assert (first.image is not None) == has_image
+
+
+def write_tar(path: Path, members: dict[str, bytes]) -> None:
+    with tarfile.open(path, "w") as tar:
+        for name, content in members.items():
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            tar.addfile(entry, io.BytesIO(content))
+
+
+def test_a_few_odd_records_are_left_out_counted_and_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    odd = [talk(("human", "a"), ("gpt", None)), record(image="no.jpg"), record(image="neither.jpg")]
+    (tmp_path / "a.json").write_text(json.dumps([record("what?")] * 97 + odd))
+    source = {"a": VlmSource(path=str(tmp_path / "a.json"), images=str(tmp_path))}
+    assert len(read_conversations(source)) == 97
+    assert "3 of 100 conversations are left out: 2 image missing (a/7: " in caplog.text
+    assert "; 1 value is no text (a/9: None of gpt)" in caplog.text
+    with pytest.raises(DataError, match=r"more than data.max_bad=0.02: mend the records, or raise data.max_bad"):
+        read_conversations(source, max_bad=0.02)
+
+
+def test_records_of_a_shard_without_their_image_or_json_are_left_out(tmp_path: Path) -> None:
+    good = json.dumps(record()).encode()
+    write_tar(
+        tmp_path / "a.tar",
+        {"1.jpg": b"", "1.json": good, "2.json": json.dumps(record(image="2.jpg")).encode(), "3.jpg": b"", "4.json": b"{"},
+    )
+    kept, bad = examine("a", VlmSource(path=str(tmp_path / "a.tar")))
+    assert [c.key for c in kept] == ["a/a.tar/1"]
+    assert [b.reason for b in bad] == ["image missing", "no .json", "no JSON"]
+
+
+def test_the_letters_of_a_mark_are_text_and_no_image(vlm: Vlm) -> None:
+    turns = (Turn("user", f"is there {LITERAL_IMAGE} a tree?"), Turn("assistant", "yes"))
+    sample = Samples(recipe(), vlm, [Conversation("mix/1", turns, None)])[0]
+    assert vlm.model.config.image_token_id not in sample.encoded.ids
+    plain = Samples(recipe(), vlm, [Conversation("mix/1", TURNS[:2], None)])[0]
+    assert len(sample.encoded.ids) > len(plain.encoded.ids)
+    assert learned(vlm, sample.encoded.labels) == learned(vlm, plain.encoded.labels)
+
+
+def test_a_conversation_whose_image_is_damaged_is_replaced_counted_and_named(
+    vlm: Vlm, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    missing = (tmp_path / "no.jpg").read_bytes
+    conversations = [Conversation(f"mix/{i}", TURNS, {3: lambda: b"no image", 4: missing}.get(i)) for i in range(120)]
+    r = recipe("samples=40", "optim.steps=3", "optim.warmup=0", "data.max_bad=0.02", "engine.workers=0")
+    streams = TextStreams(r, vlm, conversations, world())
+    streams.open({"step": 0})
+    keys = [key for _ in range(3) for batch in streams.next(torch.device("cpu")) for key in batch.keys]
+    assert len(keys) == 120
+    assert sorted(set(keys)) == sorted({c.key for c in conversations} - {"mix/3", "mix/4"})
+    assert keys.count("mix/5") == 3  # in its own place, and in that of both
+    assert "left out: the image of conversation mix/3 cannot be read (not an image" in caplog.text
+    assert "left out: the image of conversation mix/4 cannot be read ([Errno 2]" in caplog.text
+    strict = TextStreams(
+        recipe("samples=120", "optim.steps=1", "optim.warmup=0", "data.max_bad=0.01", "engine.workers=0"),
+        vlm,
+        conversations,
+        world(),
+    )
+    strict.open({"step": 0})
+    with pytest.raises(
+        DataError,
+        match=r"2 of the 120 conversations read so far could not be used, more than data.max_bad=0.01; the last: the image",
+    ):
+        strict.next(torch.device("cpu"))
 
 
 def test_a_line_of_jsonl_may_hold_any_separator_of_unicode(tmp_path: Path) -> None:
@@ -127,7 +246,7 @@ def test_a_loader_pins_the_batches_that_a_gpu_copies(monkeypatch: pytest.MonkeyP
         return x
 
     monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
-    batch = collate([("a", Encoded([1, 2], [IGNORE, 2]), torch.zeros(1, 3, 4, 4))], pad=0)
+    batch = collate([Sample("a", Encoded([1, 2], [IGNORE, 2]), torch.zeros(1, 3, 4, 4))], pad=0)
     pin_memory(batch)
     assert {id(x) for x in pinned} == {id(x) for x in (batch.tokens_BN, batch.mask_BN, batch.labels_BN, batch.pixels_V3SS)}
 
