@@ -17,7 +17,7 @@ __all__ = ["Upsampled", "__version__", "load_card", "load_student", "load_teache
 LIBRARY = {
     "Upsampled": "upsamplers.upsampled",
     "load_card": "config.load",
-    "load_student": "export.load",
+    "load_student": "student.load",
     "load_teacher": "teachers.base",
     "load_upsampler": "upsamplers.folder",
 }
