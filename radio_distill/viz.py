@@ -10,6 +10,7 @@ from textwrap import fill
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
 __all__ = ["pca_rgb", "panel", "resize", "save_png"]
@@ -21,8 +22,8 @@ def pca_rgb(features_BCHW: Tensor) -> Tensor:
     Components are clipped at their 2nd and 98th percentile, so that a few outliers do not darken the picture. The sign of a
     component is set so that its skew is positive; without that, pictures of successive steps would flip colours.
     """
-    b, c, h, w = features_BCHW.shape
-    x = features_BCHW.detach().double().cpu().permute(0, 2, 3, 1).reshape(-1, c)
+    b, c, h, _ = features_BCHW.shape
+    x = rearrange(features_BCHW.detach().double().cpu(), "b c h w -> (b h w) c")
     x = x - x.mean(0)
     _, vectors = torch.linalg.eigh(x.T @ x)
     y = x @ vectors[:, -3:].flip(1)
@@ -31,7 +32,7 @@ def pca_rgb(features_BCHW: Tensor) -> Tensor:
     y = ((y - low) / (high - low).clamp_min(1e-12)).clamp(0, 1)
     if c < 3:
         y = y.mean(1, keepdim=True).expand(-1, 3)
-    return y.reshape(b, h, w, 3).permute(0, 3, 1, 2).float()
+    return rearrange(y, "(b h w) c -> b c h w", b=b, h=h).float()
 
 
 def panel(rows: dict[str, Tensor], *, side: int = 128, gap: int = 4, labels: bool = True) -> Tensor:

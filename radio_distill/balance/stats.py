@@ -14,6 +14,7 @@ from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
+from einops import rearrange
 from torch import Tensor
 
 from ..errors import CheckpointError
@@ -145,7 +146,7 @@ class Moments:
 
 def _rows(x: Tensor) -> Tensor:
     """(B, C, H, W) or (N, C) as (N, C)."""
-    return x if x.ndim == 2 else x.permute(0, 2, 3, 1).flatten(0, 2)
+    return x if x.ndim == 2 else rearrange(x, "b c h w -> (b h w) c")
 
 
 def _masked_mean(rows_NC: Tensor, keep_N1: Tensor | None) -> Tensor:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
 from ..seeded import uniform
@@ -33,8 +34,7 @@ def mosaic(images_B3SS: Tensor, k: int, tile: int, patch: int, seeds_B: Tensor, 
     missing = -len(cells) % (k * k)
     if missing:
         cells = torch.cat([cells, cells.new_full((missing, *cells.shape[1:]), fill)])
-    x = cells.unflatten(0, (-1, k, k)).permute(0, 3, 1, 4, 2, 5)  # (M, 3, k, tile, k, tile)
-    return x.reshape(-1, 3, k * tile, k * tile), offsets_B2
+    return rearrange(cells, "(m y x) c h w -> m c (y h) (x w)", y=k, x=k), offsets_B2
 
 
 def unmosaic(features_MChw: Tensor, k: int, tile: int, patch: int, offsets_B2: Tensor, size: int) -> Tensor:
@@ -42,9 +42,8 @@ def unmosaic(features_MChw: Tensor, k: int, tile: int, patch: int, offsets_B2: T
     cell, side = tile // patch, size // patch
     if tuple(features_MChw.shape[-2:]) != (k * cell, k * cell):
         raise ValueError(f"features of {k} x {k} cells of {cell} patches expected, got {tuple(features_MChw.shape)}")
-    x = features_MChw.unflatten(3, (k, cell)).unflatten(2, (k, cell)).permute(0, 2, 4, 1, 3, 5)  # (M, k, k, C, cell, cell)
-    x = x.flatten(0, 2)[: len(offsets_B2)]
-    return _roll(x, -offsets_B2)[..., :side, :side]
+    x = rearrange(features_MChw, "m c (y h) (x w) -> (m y x) c h w", y=k, x=k)
+    return _roll(x[: len(offsets_B2)], -offsets_B2)[..., :side, :side]
 
 
 def _roll(x_BCHW: Tensor, offsets_B2: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from ..config.cards import TeacherCard
@@ -109,4 +110,4 @@ def _aligned_positions(embeddings: Any, grid: tuple[int, int], dtype: torch.dtyp
     """The position table (1, rows * columns, C), resized with aligned corners to the longer side, cut at the top left."""
     table = embeddings.position_embedding.unflatten(1, (embeddings.max_rows, embeddings.max_cols)).movedim(3, 1)
     table = F.interpolate(table.float(), size=(max(grid), max(grid)), mode="bilinear", align_corners=True)
-    return table[..., : grid[0], : grid[1]].flatten(2).transpose(1, 2).to(dtype)
+    return rearrange(table[..., : grid[0], : grid[1]], "b c h w -> b (h w) c").to(dtype)

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from ..config.cards import TeacherCard
@@ -69,9 +70,8 @@ class RelPosAttention(nn.Module):
         self.rel_pos_w: Tensor = attention.rel_pos_w
 
     def forward(self, x_BHWC: Tensor) -> Tensor:
-        b, h, w, c = x_BHWC.shape
-        qkv = self.qkv(x_BHWC.flatten(1, 2)).unflatten(2, (3, self.num_heads, -1))
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, n, N, d)
+        b, h, w, _ = x_BHWC.shape
+        q, k, v = rearrange(self.qkv(x_BHWC), "b h w (k n d) -> k b n (h w) d", k=3, n=self.num_heads)
         scale = q.shape[-1] ** -0.5
         rows, columns = self._terms(q.unflatten(2, (h, w)))
         extra = torch.cat([rows, columns], dim=-1)
@@ -80,7 +80,7 @@ class RelPosAttention(nn.Module):
         q = F.pad(torch.cat([q * scale, extra], dim=-1), (0, pad))
         k = F.pad(torch.cat([k, marks], dim=-1), (0, pad))
         out = F.scaled_dot_product_attention(q, k, v, scale=1.0)
-        return self.proj(out.transpose(1, 2).reshape(b, h, w, c))
+        return self.proj(rearrange(out, "b n (h w) d -> b h w (n d)", h=h))
 
     def _terms(self, q_BnHWd: Tensor) -> tuple[Tensor, Tensor]:
         """For every query: its score with each row (B, n, N, H) and with each column (B, n, N, W)."""

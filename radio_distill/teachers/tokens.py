@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, TypeVar, cast
 
 import torch
+from einops import rearrange
 from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -90,7 +91,7 @@ def check_size(card: TeacherCard, pixels_B3HW: Tensor) -> tuple[int, int]:
 
 def to_map(tokens_BNC: Tensor, grid: tuple[int, int]) -> Tensor:
     """Patch tokens, row by row, as a map (B, C, rows, columns); a view, so channels stay last in memory."""
-    return tokens_BNC.transpose(1, 2).unflatten(2, grid)
+    return rearrange(tokens_BNC, "b (h w) c -> b c h w", h=grid[0], w=grid[1])
 
 
 def patch_map(card: TeacherCard, patches_BNC: Tensor, grid: tuple[int, int]) -> Tensor:

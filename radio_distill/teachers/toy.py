@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
@@ -42,11 +43,10 @@ class Attention(nn.Module):
         self.out = nn.Linear(width, width)
 
     def forward(self, x_BNC: Tensor, mask_BN: Tensor | None = None) -> Tensor:
-        B, N, C = x_BNC.shape
-        q, k, v = self.qkv(x_BNC).view(B, N, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)
+        q, k, v = rearrange(self.qkv(x_BNC), "b n (k h d) -> k b h n d", k=3, h=self.heads)
         mask = None if mask_BN is None else mask_BN[:, None, None, :]
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        return self.out(mixed.transpose(1, 2).reshape(B, N, C))
+        return self.out(rearrange(mixed, "b h n d -> b n (h d)"))
 
 
 class Block(nn.Module):
@@ -77,10 +77,9 @@ class AttentionPool(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
 
     def forward(self, x_BNC: Tensor) -> Tensor:
-        B, N, C = x_BNC.shape
-        k, v = self.kv(x_BNC).view(B, N, 2, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)
-        q = self.query.expand(B, 1, C).view(B, 1, self.heads, C // self.heads).transpose(1, 2)
-        pooled = self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, C))
+        k, v = rearrange(self.kv(x_BNC), "b n (k h d) -> k b h n d", k=2, h=self.heads)
+        q = rearrange(self.query, "b n (h d) -> b h n d", h=self.heads).expand(len(x_BNC), -1, -1, -1)
+        pooled = self.out(rearrange(F.scaled_dot_product_attention(q, k, v), "b h 1 d -> b (h d)"))
         return pooled + self.mlp(self.norm(pooled))
 
 
@@ -128,14 +127,14 @@ class ToyViT(nn.Module):
 
     def encode_patches(self, patches_BCHW: Tensor) -> VisionOutput:
         """Everything behind the patch embedding."""
-        B, C, H, W = patches_BCHW.shape
+        H, W = patches_BCHW.shape[2:]
         x = self.mix(self.tokens(patches_BCHW), (H, W))
-        features = self.neck(x[:, -H * W :].transpose(1, 2).reshape(B, C, H, W))
+        features = self.neck(rearrange(x[:, -H * W :], "b (h w) c -> b c h w", h=H))
         return VisionOutput(self.summarise(x), features * self.feature_scale)
 
     def tokens(self, patches_BCHW: Tensor) -> Tensor:
         """Patches with their positions added: (B, H * W, C)."""
-        return (patches_BCHW + self._position(*patches_BCHW.shape[-2:])).flatten(2).transpose(1, 2)
+        return rearrange(patches_BCHW + self._position(*patches_BCHW.shape[-2:]), "b c h w -> b (h w) c")
 
     def mix(self, tokens_BNC: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
         """The transformer; puts the class token in front. Without a `grid`, N may be any subset of the patches."""
@@ -165,11 +164,10 @@ class ToyViT(nn.Module):
         return table.to(self.position.dtype)
 
     def _windowed(self, block: nn.Module, x_BNC: Tensor, height: int, width: int) -> Tensor:
-        B, _, C = x_BNC.shape
         k = self.window or height
-        tiles = x_BNC.view(B, height // k, k, width // k, k, C).transpose(2, 3)
-        mixed = block(tiles.reshape(-1, k * k, C)).view(tiles.shape)
-        return mixed.transpose(2, 3).reshape(B, -1, C)
+        rows, columns = height // k, width // k
+        tiles = rearrange(x_BNC, "b (y h x w) c -> (b y x) (h w) c", y=rows, h=k, x=columns, w=k)
+        return rearrange(block(tiles), "(b y x) (h w) c -> b (y h x w) c", y=rows, h=k, x=columns, w=k)
 
     def _check(self, height: int, width: int) -> None:
         if not self.resizable and (height, width) != (self.size, self.size):

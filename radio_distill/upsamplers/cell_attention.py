@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
 from .chunks import in_chunks
@@ -48,7 +49,7 @@ def attend_cells(queries_BDHW: Tensor, keys_BDhw: Tensor, values_BChw: Tensor, *
         scores = _by_head(queries[:, part], heads) @ _by_head(_neighbours(keys, part, window), heads).mT
         weights = scores.float().masked_fill(outside_hwK[part, :, None, None], -torch.inf).softmax(dim=-1)
         out = weights.to(values.dtype) @ _by_head(_neighbours(values, part, window), heads)
-        return out.transpose(3, 4).flatten(4)
+        return rearrange(out, "b h w g p c -> b h w p (g c)")
 
     per_row = len(keys) * w * window**2 * max(keys.shape[3], values.shape[3])
     return _to_map(in_chunks(rows, h, CHUNK // per_row), factors)
@@ -67,8 +68,7 @@ def filter_cells(weights_BhwPK: Tensor, values_BChw: Tensor, *, window: int, fac
 
 def by_cell(x_BCHW: Tensor, factors: tuple[int, int]) -> Tensor:
     """(B, C, fy * h, fx * w) -> (B, h, w, P, C)."""
-    x = x_BCHW.unflatten(3, (-1, factors[1])).unflatten(2, (-1, factors[0]))  # B C h fy w fx
-    return x.permute(0, 2, 4, 3, 5, 1).flatten(3, 4)
+    return rearrange(x_BCHW, "b c (h y) (w x) -> b h w (y x) c", y=factors[0], x=factors[1])
 
 
 def inside(h: int, w: int, window: int, device: torch.device) -> Tensor:
@@ -84,8 +84,8 @@ def _inside(n: int, window: int, device: torch.device) -> Tensor:
 
 def _to_map(x_BhwPC: Tensor, factors: tuple[int, int]) -> Tensor:
     """The inverse of `by_cell`; the map is channels-last in memory."""
-    x = x_BhwPC.unflatten(3, factors).transpose(2, 3)  # B h fy w fx C
-    return x.flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)
+    fine_BHWC = rearrange(x_BhwPC, "b h w (y x) c -> b (h y) (w x) c", y=factors[0], x=factors[1])
+    return fine_BHWC.permute(0, 3, 1, 2)
 
 
 def _pad(x_BChw: Tensor, window: int) -> Tensor:
@@ -95,10 +95,10 @@ def _pad(x_BChw: Tensor, window: int) -> Tensor:
 
 def _neighbours(padded: Tensor, rows: slice, window: int) -> Tensor:
     """(B, rows, w, K, C) of a padded map: a copy of K times its rows."""
-    x = padded[:, rows.start : rows.stop + window - 1].unfold(1, window, 1).unfold(2, window, 1)  # B rows w C y x
-    return x.permute(0, 1, 2, 4, 5, 3).flatten(3, 4)
+    x = padded[:, rows.start : rows.stop + window - 1].unfold(1, window, 1).unfold(2, window, 1)
+    return rearrange(x, "b h w c y x -> b h w (y x) c")
 
 
 def _by_head(x: Tensor, heads: int) -> Tensor:
     """(..., count, G * D) -> (..., G, count, D)."""
-    return x.unflatten(-1, (heads, -1)).transpose(-3, -2)
+    return rearrange(x, "... n (g d) -> ... g n d", g=heads)

@@ -14,6 +14,7 @@ import math
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from ..config.upsampler import Network
@@ -130,9 +131,9 @@ class Attention(nn.Module):
         q, k, v = self.qkv(x_BHWG).chunk(3, -1)
         if self.xpos is not None:
             q, k = self.xpos(q, k)
-        q, k, v = (x.unflatten(-1, (self.heads, -1)).permute(0, 3, 1, 2, 4) for x in (q, k, v))
+        q, k, v = (rearrange(x, "b y x (h d) -> b h y x d", h=self.heads) for x in (q, k, v))
         out_BhHWD = local_attention(q, k, v[..., : self.head], window=self.window, slopes=self.slopes, scale=self.head**-0.5)
-        out: Tensor = self.proj(out_BhHWD.permute(0, 2, 3, 1, 4).flatten(3))
+        out: Tensor = self.proj(rearrange(out_BhHWD, "b h y x d -> b y x (h d)"))
         return out
 
 

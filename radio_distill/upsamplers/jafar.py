@@ -12,6 +12,7 @@ import math
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from ..align import resize_map
@@ -110,8 +111,8 @@ class _Decoder(nn.Module):
 
     def forward(self, queries_BDHW: Tensor, keys_BDhw: Tensor, values_BChw: Tensor) -> Tensor:
         queries = self.conv2d(F.group_norm(queries_BDHW, GROUPS))
-        out_BCL: Tensor = self.cross_attn(queries.flatten(2).mT, keys_BDhw.flatten(2).mT, values_BChw.flatten(2).mT).mT
-        return out_BCL.unflatten(2, queries.shape[2:])
+        out_BLC = self.cross_attn(*(rearrange(x, "b c h w -> b (h w) c") for x in (queries, keys_BDhw, values_BChw)))
+        return rearrange(out_BLC, "b (h w) c -> b c h w", h=queries.shape[2])
 
 
 class _CrossAttention(nn.Module):
@@ -145,7 +146,8 @@ class _Projections(nn.Module):
         bias_q, bias_k = self.in_proj_bias.chunk(2)
         queries = F.linear(queries_BLD, self.q_proj_weight, bias_q) * (WIDTH // HEADS) ** -0.5
         keys = F.linear(keys_BND, self.k_proj_weight, bias_k)
-        return queries.unflatten(2, (HEADS, -1)).transpose(1, 2), keys.unflatten(2, (HEADS, -1)).transpose(1, 2)
+        queries, keys = (rearrange(x, "b n (h d) -> b h n d", h=HEADS) for x in (queries, keys))
+        return queries, keys
 
 
 def _without_inert(module: nn.Module, state: dict[str, Tensor], prefix: str, *_: object) -> None:

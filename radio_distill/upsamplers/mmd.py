@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from ..seeded import uniform
@@ -72,8 +73,8 @@ def bandwidth(x_NC: Tensor, kind: Bandwidth = "median") -> Tensor:
 
 def pick_descendants(low_BChw: Tensor, high_BCHW: Tensor, pick: Literal["nearest", "farthest"]) -> Tensor:
     """Of the u x v high-resolution vectors under every low-resolution one, that which is nearest or farthest: (B, h w, C)."""
-    (h, w), (rows, columns) = low_BChw.shape[2:], high_BCHW.shape[2:]
-    cells_BChwK = high_BCHW.unflatten(3, (w, columns // w)).unflatten(2, (h, rows // h)).transpose(3, 4).flatten(4)
+    h, w = low_BChw.shape[2:]
+    cells_BChwK = rearrange(high_BCHW, "b c (h y) (w x) -> b c h w (y x)", h=h, w=w)
     squares_BhwK = (cells_BChwK - low_BChw[..., None]).square().sum(1)
     index_BhwK = (squares_BhwK.argmin if pick == "nearest" else squares_BhwK.argmax)(-1, keepdim=True)
     return _vectors(cells_BChwK.take_along_dim(index_BhwK[:, None], dim=-1)[..., 0])
@@ -88,7 +89,7 @@ def square_distances(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _vectors(map_BChw: Tensor) -> Tensor:
-    return map_BChw.flatten(2).mT
+    return rearrange(map_BChw, "b c h w -> b (h w) c")
 
 
 def _thin(vectors_BNC: Tensor, seeds_B: Tensor, stream: str, limit: int) -> Tensor:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
 from ..types import VisionOutput
@@ -59,15 +60,9 @@ class S2(Tiles):
 
 def cut(images_BCHW: Tensor, factor: int) -> Tensor:
     """(B, C, factor*h, factor*w) -> (B*T, C, h, w), batch-major, row-major within an image."""
-    b, c, height, width = images_BCHW.shape
-    h, w = height // factor, width // factor
-    tiles = images_BCHW.reshape(b, c, factor, h, factor, w).permute(0, 2, 4, 1, 3, 5)
-    return tiles.reshape(b * factor * factor, c, h, w)
+    return rearrange(images_BCHW, "b c (y h) (x w) -> (b y x) c h w", y=factor, x=factor)
 
 
 def stitch(tiles_NCHW: Tensor, factor: int) -> Tensor:
     """The inverse of `cut` for maps: (B*T, C, h, w) -> (B, C, factor*h, factor*w)."""
-    n, c, h, w = tiles_NCHW.shape
-    b = n // (factor * factor)
-    maps = tiles_NCHW.reshape(b, factor, factor, c, h, w).permute(0, 3, 1, 4, 2, 5)
-    return maps.reshape(b, c, factor * h, factor * w)
+    return rearrange(tiles_NCHW, "(b y x) c h w -> b c (y h) (x w)", y=factor, x=factor)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
@@ -100,7 +101,7 @@ class StudentTower(PreTrainedModel):
 
 def to_tokens(features_BCHW: Tensor, unshuffle: int) -> Tensor:
     """The map row by row (B, N, C); with `unshuffle` n every n x n patches are one token of n*n*C channels."""
-    return F.pixel_unshuffle(features_BCHW, unshuffle).flatten(2).transpose(1, 2)
+    return rearrange(F.pixel_unshuffle(features_BCHW, unshuffle), "b c h w -> b (h w) c")
 
 
 AutoConfig.register(StudentTowerConfig.model_type, StudentTowerConfig)

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 __all__ = ["DeformableAttention", "Sizes", "sample_levels"]
@@ -63,12 +64,12 @@ class DeformableAttention(nn.Module):
 def sample_levels(value_BNhd: Tensor, sizes: Sizes, places_BQhLP2: Tensor, weights_BQhLP: Tensor) -> Tensor:
     """Weighted sum of bilinear samples, heads side by side: (B, Q, h * d). places: x, y in [0, 1]; 0 outside."""
     B, _, heads, d = value_BNhd.shape
-    grid = (2 * places_BQhLP2 - 1).permute(3, 0, 2, 1, 4, 5).flatten(1, 2)  # L, B*h, Q, P, 2
+    grid = rearrange(2 * places_BQhLP2 - 1, "b q h l p xy -> l (b h) q p xy")
     total: Tensor | None = None
-    for level, (value, (rows, columns)) in enumerate(zip(value_BNhd.split([h * w for h, w in sizes], 1), sizes)):
-        plane = value.permute(0, 2, 3, 1).reshape(B * heads, d, rows, columns)
+    for level, (value, (rows, _)) in enumerate(zip(value_BNhd.split([h * w for h, w in sizes], 1), sizes)):
+        plane = rearrange(value, "b (y x) h d -> (b h) d y x", y=rows)
         found = F.grid_sample(plane, grid[level], mode="bilinear", padding_mode="zeros", align_corners=False)
-        weight = weights_BQhLP[:, :, :, level].permute(0, 2, 1, 3).flatten(0, 1)[:, None]
+        weight = rearrange(weights_BQhLP[:, :, :, level], "b q h p -> (b h) 1 q p")
         part = (found * weight).sum(-1)
         total = part if total is None else total + part
     assert total is not None

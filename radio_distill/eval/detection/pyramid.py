@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 __all__ = ["SimplePyramid", "flatten_levels"]
@@ -66,4 +67,4 @@ class ChannelNorm(nn.Module):
 
 def flatten_levels(levels: Sequence[Tensor]) -> tuple[Tensor, list[tuple[int, int]]]:
     """All levels as one sequence (B, N, D), and their (rows, columns)."""
-    return torch.cat([x.flatten(2).mT for x in levels], 1), [(x.shape[2], x.shape[3]) for x in levels]
+    return torch.cat([rearrange(x, "b c h w -> b (h w) c") for x in levels], 1), [(x.shape[2], x.shape[3]) for x in levels]
