@@ -92,7 +92,7 @@ def make_recipe(size: Size, zero: int) -> Recipe:
 
 def through_ddp(size: Size, world: World) -> Callable[[Tensor], object]:
     recipe, module = make_recipe(size, 0), Step(size).to(world.device)
-    optimizer = make_optimizer(module, recipe.optim, zero=0)
+    optimizer = make_optimizer(module, recipe.optim)
     ids = [world.local_rank] if world.device.type == "cuda" else None
     wrapped = DistributedDataParallel(module, device_ids=ids, find_unused_parameters=True)
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from ..errors import CardError
 from .cards import TeacherCard
 from .document import KeyPath, Problem
+from .engine_checks import engine_problems
 from .messages import did_you_mean
 from .recipe import (
     S2,
@@ -24,6 +25,7 @@ from .recipe import (
     TeacherView,
     Tile,
     Trained,
+    Upsampler,
 )
 from .secrets import holds_secret
 from .upsampler import ENLARGING
@@ -43,7 +45,9 @@ def check_recipe(recipe: Recipe, load_card: Callable[[str], TeacherCard], *, tra
     problems += _teachers(recipe, cards)
     for name, partition in recipe.partitions.items():
         problems += _partition(recipe, name, partition, cards)
+    problems += _bias_maps(recipe)
     problems += _loss(recipe)
+    problems += engine_problems(recipe)
     problems += ranges(recipe)
     problems += data_problems(recipe.data, recipe.partitions, training=training)
     return problems
@@ -169,6 +173,31 @@ def _upsampler(name: str, view: TeacherView, path: KeyPath) -> Found:
     if isinstance(spec, Trained) and spec.factor == 1 and spec.kind in ENLARGING:
         text = f"teacher {name!r}: kind {spec.kind!r} only enlarges; use factor 2 or more, or kind 'featsharp'"
         yield Problem(text, (*here, "factor"))
+
+
+def _bias_maps(recipe: Recipe) -> Found:
+    """The targets of a teacher hold one de-bias map in all partitions (FS section 3.4), or the student is asked for two answers."""
+    for teacher in recipe.teachers:
+        cells = [(name, part.teachers[teacher]) for name, part in recipe.partitions.items() if teacher in part.teachers]
+        cells.sort(key=lambda cell: not isinstance(cell[1].upsampler, Trained))  # whose upsampler the others have to follow
+        maps = {name: _bias_map(view.upsampler) for name, view in cells if not view.mosaic}
+        weights = next(filter(None, maps.values()), None)
+        for name, found in maps.items():
+            if weights is not None and found != weights:
+                holds = f"the de-bias map of {found}" if found else "no de-bias map"
+                other = next(other for other, value in maps.items() if value == weights)
+                text = (
+                    f"teacher {teacher!r}: its targets in partition {name!r} hold {holds} and in {other!r} that of {weights}, "
+                    "so the student would be asked for two different answers; set "
+                    f"partitions.{name}.teachers.{teacher}.upsampler={{kind: debias, weights: {weights}}}"
+                )
+                yield Problem(text, ("partitions", name, "teachers", teacher, "upsampler"))
+
+
+def _bias_map(spec: Upsampler) -> str | None:
+    """The weights whose de-bias map a target holds; None: it holds none."""
+    holds = isinstance(spec, Debias) or (isinstance(spec, Trained) and spec.debiases)
+    return spec.weights.rstrip("/") if holds and spec.weights else None
 
 
 def _mosaic(recipe: Recipe, partition: Partition, name: str, card: TeacherCard, path: KeyPath) -> Found:

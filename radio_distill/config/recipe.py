@@ -139,6 +139,13 @@ class Trained(Fields):
     """How much finer the map becomes."""
     weights: str
     """Run folder of the upsampler, one of its checkpoints, or a folder with upsampler.safetensors."""
+    debias: bool | None = None
+    """Whether its weights hold a de-bias map; null: as upsamplers of its kind do by default (featsharp: yes, others: no)."""
+
+    @property
+    def debiases(self) -> bool:
+        """Whether its targets hold the de-bias map of its weights."""
+        return self.kind == "featsharp" if self.debias is None else self.debias
 
 
 class Debias(Fields):

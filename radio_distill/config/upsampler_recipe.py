@@ -15,6 +15,7 @@ from ..errors import CardError
 from .cards import Fields, TeacherCard
 from .checks import data_problems, ranges
 from .document import Problem
+from .engine_checks import engine_problems
 from .jitter import Jitter
 from .numbers import Count, Decay, Positive, Rate, Scale, Side, Weight
 from .objective import Objective
@@ -130,7 +131,7 @@ AnyRecipe = Recipe | UpsamplerRecipe
 
 def check_upsampler(recipe: UpsamplerRecipe, load_card: Callable[[str], TeacherCard], *, training: bool) -> list[Problem]:
     """Everything in the recipe that does not fit together; empty when it can be run."""
-    problems = check_network(recipe.network, ("network",))
+    problems = [*check_network(recipe.network, ("network",)), *engine_problems(recipe)]
     try:
         problems += _size(recipe, load_card(recipe.teacher))
     except CardError as error:

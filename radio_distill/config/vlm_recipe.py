@@ -13,6 +13,7 @@ from pydantic import Field
 from .cards import Fields
 from .checks import optim_ranges
 from .document import Problem
+from .engine_checks import engine_problems
 from .numbers import Count, Positive, Rate, Scale, Share, Side, Weight
 from .recipe import Job, Log, Optim
 
@@ -125,7 +126,7 @@ NO_CONVERSATIONS = "'data.sources' is empty; say where the conversations are: da
 
 def check_vlm(recipe: VlmRecipe, *, training: bool) -> list[Problem]:
     """Everything in the recipe that does not fit together; empty when it can be run."""
-    problems = [*optim_ranges(recipe), *_fitting(recipe)]
+    problems = [*optim_ranges(recipe), *engine_problems(recipe), *_fitting(recipe)]
     return [*problems, *_missing(recipe)] if training else problems
 
 

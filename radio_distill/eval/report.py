@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from html import escape
 from pathlib import Path
 
-from ..config.load import load
+from ..config.load import kind_of, load_job
 from ..config.recipe import Recipe
 from ..config.upsampler_recipe import UpsamplerRecipe
 from ..config.vlm_recipe import VlmRecipe
@@ -126,7 +126,7 @@ def _runs(folder: Path, *, has_results: bool) -> tuple[list[Run], list[Upsampler
     upsamplers: list[UpsamplerRun] = []
     vlms: list[VlmRun] = []
     for path in folders:
-        recipe = load(path / "recipe.yaml")
+        recipe = load_job(kind_of(path / "recipe.yaml"), path / "recipe.yaml")
         if isinstance(recipe, VlmRecipe):
             vlms.append((path, recipe, read_metrics(path)))
         elif isinstance(recipe, UpsamplerRecipe):

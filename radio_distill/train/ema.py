@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from ..errors import CheckpointError, RecipeError
+from ..errors import CheckpointError
 
 __all__ = ["Ema"]
 
@@ -25,10 +25,6 @@ class Ema:
     """
 
     def __init__(self, module: nn.Module, decay: float) -> None:
-        if any(hasattr(p, "ds_id") for p in module.parameters()):
-            raise RecipeError(
-                "ema.decay>0 does not run with engine.zero=3, where no rank holds the weights; set engine.zero=1 or ema.decay=0"
-            )
         self.decay = decay
         self._sources = _tensors(module)
         self._averages = {name: _copy(x) for name, x in self._sources.items()}

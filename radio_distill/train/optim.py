@@ -27,7 +27,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..config.recipe import Optim
-from ..errors import RecipeError
 from ..tensors import all_reduce
 
 __all__ = ["AdamW", "Lamb", "NAdam", "make_optimizer", "parameter_groups", "schedule", "set_step"]
@@ -66,15 +65,8 @@ def _decays(name: str, parameter: Tensor) -> bool:
     return parameter.ndim >= 2 and NO_DECAY.isdisjoint(name.split("."))
 
 
-def make_optimizer(module: nn.Module, spec: Optim, *, zero: int, groups: list[dict[str, Any]] | None = None) -> AdamW:
-    """The recipe's optimizer over all trainable parameters of `module`, in `groups` when they are given.
-
-    Raises RecipeError for LAMB under ZeRO-3.
-    """
-    if spec.kind == "lamb" and zero == 3:
-        raise RecipeError(
-            "optim.kind=lamb does not run with engine.zero=3; set engine.zero=1 (LAMB is exact there) or optim.kind=adamw"
-        )
+def make_optimizer(module: nn.Module, spec: Optim, *, groups: list[dict[str, Any]] | None = None) -> AdamW:
+    """The recipe's optimizer over all trainable parameters of `module`, in `groups` when they are given."""
     if groups is None:
         groups = parameter_groups(module, spec.weight_decay, freeze_trunk=spec.freeze_trunk)
     return {"lamb": Lamb, "adamw": AdamW, "nadam": NAdam}[spec.kind](groups, lr=spec.lr, betas=spec.betas, eps=spec.eps)

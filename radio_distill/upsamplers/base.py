@@ -90,4 +90,10 @@ def trained_upsampler(
             f"{spec.weights} holds a {found} for {card.name!r}, but the recipe asks for a {spec.factor}x {spec.kind}; correct the "
             "recipe or name other weights"
         )
+    if isinstance(spec, recipe.Trained) and spec.debiases != saved.network.debias:
+        holds = "a" if saved.network.debias else "no"
+        raise TeacherError(
+            f"{spec.weights} holds {holds} de-bias map, but the recipe's upsampler of {card.name!r} says otherwise; set "
+            f"debias: {str(saved.network.debias).lower()} beside its weights"
+        )
     return Trained(saved, device=device, dtype=dtype)

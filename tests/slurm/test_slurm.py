@@ -57,8 +57,8 @@ def test_a_killed_rank_ends_the_job_which_starts_again_from_the_last_save(chain)
 
 
 def test_what_is_missing_is_told_before_any_rank_starts(workplace):
-    upsampler = "partitions.high.teachers.toy_clip.upsampler.weights=runs/nowhere"
-    job = stage3("runs/refused", upsampler, "start.source=runs/nowhere")
+    low, high = (f"partitions.{p}.teachers.toy_clip.upsampler.weights=runs/nowhere" for p in ("low", "high"))
+    job = stage3("runs/refused", low, high, "start.source=runs/nowhere")
     assert ended(job)["ExitCode"] == "1:0"
     shown = " ".join(output(job).split())
     assert "toy student at 96 and 192 px, 3x FeatSharp targets" in shown  # the plan

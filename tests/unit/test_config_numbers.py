@@ -13,7 +13,7 @@ import radio_distill.config
 import radio_distill.eval.tasks
 import radio_distill.teachers
 from radio_distill.config.cards import Fields, TeacherCard
-from radio_distill.config.load import load_any, load_card, load_recipe, load_vlm_recipe
+from radio_distill.config.load import load, load_card, load_recipe, load_vlm_recipe
 from radio_distill.config.recipe import Overrides
 from radio_distill.errors import CardError, RecipeError
 from radio_distill.eval.suites import load_suite
@@ -141,7 +141,7 @@ def test_a_slip_is_told_with_its_key_and_what_was_expected(override: str, told: 
 
 def test_slips_in_other_files_are_told_alike(tmp_path: Any) -> None:
     with pytest.raises(RecipeError, match=r"'jitter.zoom' is nan, expected a finite number"):
-        load_any("toy/upsampler/toy_clip", ["jitter.zoom=.nan"])
+        load("toy/upsampler/toy_clip", ["jitter.zoom=.nan"])
     with pytest.raises(RecipeError, match=r"'start.tiles' is true, expected a number"):
         load_vlm_recipe("toy/vlm_projector", ["start.tiles=true"])
     with pytest.raises(CardError, match=r"'tasks.imagenet1k_knn.temperature' is inf, expected a finite number"):

@@ -24,9 +24,13 @@ ONLY_CLIP = [
 ]
 
 
+def both(weights):
+    """The weights of toy_clip's upsampler, in both partitions."""
+    return [f"partitions.{p}.teachers.toy_clip.upsampler.weights={weights}" for p in ("low", "high")]
+
+
 def service_of(weights, *overrides, recipe="toy/stage3_featsharp"):
-    low, high = (f"partitions.{p}.teachers.toy_clip.upsampler.weights={weights}" for p in ("low", "high"))
-    loaded = load_recipe(recipe, [low, high, *ONLY_CLIP, *overrides])
+    loaded = load_recipe(recipe, [*both(weights), *ONLY_CLIP, *overrides])
     teachers = {name: load_teacher(card) for name, card in cards_of(loaded).items()}
     service = TeacherService(loaded, TeacherBank(loaded, teachers), student_patch=8)
     service.balancers.update({name: identity(t.card.output.features) for name, t in teachers.items()})
@@ -141,7 +145,7 @@ def test_doctor_finds_upsamplers_or_says_how_to_train_them(weights, tmp_path):
     missing = findings(load_recipe("toy/stage3_featsharp"))
     assert all(finding.missing for finding in missing.values())
     assert "radio-distill upsampler toy/upsampler/toy_siglip data.sources" in missing["upsampler toy_siglip"].text
-    elsewhere = load_recipe("toy/stage3_featsharp", [f"{CLIP}.weights={tmp_path}/x"])
+    elsewhere = load_recipe("toy/stage3_featsharp", both(f"{tmp_path}/x"))
     assert f"RECIPE teacher=toy_clip run={tmp_path}/x" in findings(elsewhere)["upsampler toy_clip"].text
-    other = load_recipe("toy/stage3_featsharp", [f"{CLIP}.weights={weights}", f"{CLIP}.factor=2", *ONLY_CLIP])
+    other = load_recipe("toy/stage3_featsharp", [*both(weights), f"{CLIP}.factor=2", *ONLY_CLIP])
     assert "but the recipe asks for a 2x featsharp" in " ".join(f.text for f in examine_recipe(other) if f.missing)
