@@ -196,8 +196,9 @@ def _bias_maps(recipe: Recipe) -> Found:
 
 def _bias_map(spec: Upsampler) -> str | None:
     """The weights whose de-bias map a target holds; None: it holds none."""
-    holds = isinstance(spec, Debias) or (isinstance(spec, Trained) and spec.debiases)
-    return spec.weights.rstrip("/") if holds and spec.weights else None
+    if isinstance(spec, Debias) or (isinstance(spec, Trained) and spec.debiases):
+        return spec.weights.rstrip("/") or None
+    return None
 
 
 def _mosaic(recipe: Recipe, partition: Partition, name: str, card: TeacherCard, path: KeyPath) -> Found:
