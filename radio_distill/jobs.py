@@ -127,6 +127,7 @@ def refuse_if_missing(recipe: Job) -> int:
 def main(argv: Sequence[str]) -> int:
     """One rank of a training; only rank 0 logs more than warnings. Returns the exit code: 0, 75 after a stop, 2 for an error."""
     preempt.listen()  # before torch is imported: a signal during the imports would kill the job
+    preempt.follow_launcher()
     is_main = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
     logging.basicConfig(level=logging.INFO if is_main else logging.WARNING, format="%(message)s", stream=sys.stderr)
     code = run_and_report(lambda: train(load(argv[0], argv[1:], training=True)))

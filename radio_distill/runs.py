@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +16,12 @@ from .config.recipe import Job
 from .errors import CheckpointError
 from .paths import expand
 
-__all__ = ["Meta", "artifact_folder", "latest", "latest_of_all", "read_meta", "run_path"]
+__all__ = ["Meta", "artifact_folder", "latest", "latest_of_all", "pointed", "read_meta", "run_path"]
 
 log = logging.getLogger(__name__)
+
+STEP = re.compile(r"step-\d{8,}")
+"""Name of a checkpoint's folder."""
 
 
 @dataclass(frozen=True)
@@ -37,9 +41,7 @@ def latest(run: Path) -> Path | None:
 
     `latest` names it; when that one is damaged or gone the newest other complete one is taken, and the log says so.
     """
-    folder = run / "checkpoints"
-    pointer = folder / "latest"
-    named = pointer.read_text().strip() if pointer.exists() else ""
+    folder, named = run / "checkpoints", pointed(run)
     if named and (folder / named / "meta.json").is_file():
         return folder / named
     complete = sorted(p.parent for p in folder.glob("step-*/meta.json"))
@@ -47,6 +49,16 @@ def latest(run: Path) -> Path | None:
         other = f"using {complete[-1].name}" if complete else "there is no other one"
         log.warning("checkpoint %s is missing or incomplete; %s", folder / named, other)
     return complete[-1] if complete else None
+
+
+def pointed(run: Path) -> str:
+    """The name that the file `latest` of a run holds; empty when there is none, or when it is no name of a checkpoint."""
+    pointer = run / "checkpoints" / "latest"
+    named = pointer.read_bytes()[:100].decode(errors="replace").strip() if pointer.is_file() else ""
+    if named and not STEP.fullmatch(named):  # nothing outside of the run folder is ever opened by it
+        log.warning("%s holds %r, expected the name of a checkpoint such as step-00005000; it is ignored", pointer, named)
+        return ""
+    return named
 
 
 def latest_of_all(runs: Sequence[Path]) -> list[Path | None]:

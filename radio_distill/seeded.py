@@ -13,7 +13,23 @@ from zlib import crc32
 import torch
 from torch import Tensor
 
-__all__ = ["uniform"]
+__all__ = ["step_seed", "uniform"]
+
+PRIME_1, PRIME_2, PRIME_5 = 11400714785074694791, 14029467366897019727, 2870177450012600261
+"""Of XXH64 (Collet)."""
+LANE = (1 << 64) - 1
+
+
+def step_seed(*numbers: int) -> int:
+    """63 bits that depend only on whole numbers from 0 to 2^61 - 2 (seed, step, rank): the seed of what a step draws.
+
+    The rounds of XXH64 over one lane a number. CPython happens to hash tuples in the same way, but promises nothing.
+    """
+    state = PRIME_5
+    for number in numbers:
+        state = (state + number * PRIME_2) & LANE
+        state = ((state << 31 | state >> 33) & LANE) * PRIME_1 & LANE
+    return (state + (len(numbers) ^ PRIME_5 ^ 3527539)) & (LANE >> 1)
 
 
 def _signed(value: int) -> int:

@@ -37,8 +37,8 @@ J = TypeVar("J", bound=Job)
 KINDS: dict[type[Job], str] = {Recipe: "a stage", UpsamplerRecipe: "an upsampler", VlmRecipe: "a VLM"}
 """What a recipe of each kind describes."""
 
-HOW_IT_RUNS = ("engine", "log", "checkpoint")
-"""The groups that a resumed run may change; all others say what is learned."""
+HOW_IT_RUNS = ("engine", "log", "checkpoint", "run")
+"""What a resumed run may change (`run`: its folder may have been moved); everything else says what is learned."""
 
 
 def load_recipe(source: str | Path, overrides: Sequence[str] = (), *, training: bool = False) -> Recipe:

@@ -27,6 +27,7 @@ from ..student.names import slots_of, student_arch
 from ..student.start import parametrise, start_weights
 from ..student.student import Student, build_student
 from ..teachers.base import Teacher, Weights, load_teacher
+from ..train import agree
 from ..train.distributed import World
 from ..train.partition import Assignment, assign
 from ..train.streams import Streams
@@ -108,6 +109,7 @@ def gather_balancers(parts: Parts, world: World, steps: int) -> dict[str, Balanc
     parts.streams.open({})
     for step in range(steps):
         watch(parts.service.recipe.engine.watchdog_minutes)
+        agree.stop_if_asked(world.device)
         for batch in parts.streams.next(world.device):
             raw = parts.service.encode(batch)
             error = name_non_finite(batch, raw, rank=world.rank, step=step)

@@ -16,6 +16,7 @@ import torch
 from ..config.recipe import Recipe
 from ..errors import RadioDistillError, TrainingError
 from ..runs import latest_of_all
+from ..seeded import step_seed
 from ..student.spectral import power_iterate
 from ..train import agree, distributed
 from ..train.loop import fit
@@ -64,7 +65,7 @@ def distil_step(t: Trainer, step: int, batches: list[Batch]) -> None:
 
 def prepare(t: Trainer, step: int, batches: list[Batch]) -> None:
     """What changes between steps: seeds, learning rate, frozen trunk, windows, balancers."""
-    torch.manual_seed(hash((t.recipe.seed, step)) % 2**63)
+    torch.manual_seed(step_seed(t.recipe.seed, step))
     for member in t.members:
         member.engine.set_step(step)
         member.task.set_step(step)

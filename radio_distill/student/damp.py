@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from ..seeded import step_seed
+
 __all__ = ["apply_damp", "set_damp_step"]
 
 
@@ -41,5 +43,4 @@ def set_damp_step(module: nn.Module, seed: int, step: int) -> None:
     """Choose the noise of a step; call it on every rank before the step's first forward."""
     for noise in module.modules():
         if isinstance(noise, WeightNoise):
-            # a tuple of ints hashes to the same number in every process
-            noise.seed = hash((seed, step, noise.index)) & ((1 << 63) - 1)
+            noise.seed = step_seed(seed, step, noise.index)

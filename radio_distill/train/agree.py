@@ -11,8 +11,9 @@ from torch import Tensor
 
 from ..errors import RadioDistillError
 from ..tensors import all_reduce
+from . import preempt
 
-__all__ = ["any_rank", "any_ranks", "sum_ranks", "gather", "on_main", "barrier"]
+__all__ = ["any_rank", "any_ranks", "sum_ranks", "gather", "on_main", "barrier", "stop_if_asked"]
 
 T = TypeVar("T")
 
@@ -29,6 +30,12 @@ def any_ranks(flags: Sequence[bool], device: torch.device) -> list[bool]:
     values = torch.tensor(list(flags), dtype=torch.int32, device=device)
     all_reduce(values, dist.ReduceOp.MAX)
     return [bool(value) for value in values.tolist()]
+
+
+def stop_if_asked(device: torch.device) -> None:
+    """Raise `preempt.Stopped` on every rank when one was asked to stop; for work before the first step, when nothing is to save."""
+    if any_rank(preempt.requested() is not None, device):
+        raise preempt.Stopped
 
 
 def sum_ranks(values: Tensor) -> None:

@@ -28,9 +28,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ..errors import CheckpointError
-from ..runs import Meta
+from ..runs import STEP, Meta, latest, read_meta
 from ..tensors import save_tensors
-from .integrity import record
+from .integrity import Gather, alone, facts_of, record
 
 __all__ = ["write", "read_rank", "read_rank_tensors", "check_space"]
 
@@ -46,6 +46,7 @@ def write(
     *,
     rank: int,
     barrier: Callable[[], None],
+    gather: Gather = alone,
     save_engine: Callable[[Path], None],
     save_shared: Callable[[Path], None],
     rank_state: dict[str, Any],
@@ -53,6 +54,8 @@ def write(
     keep_last: int,
 ) -> Path:
     """Write one checkpoint. All ranks call it; `save_engine` runs on all of them, `save_shared` on rank 0.
+
+    gather: brings what the ranks found of their own files together (`agree.gather`); alone, there is nothing to gather.
 
     Nothing half-written ever carries the final name: a process killed in between leaves only a `.tmp-` folder, which the
     next save removes.
@@ -71,17 +74,18 @@ def write(
             save_tensors(temporary / f"rank-{rank}.safetensors", rank_tensors)
         if rank == 0:
             save_shared(temporary)
-    barrier()
+    with _told(final, rank):
+        facts = gather(facts_of(temporary, rank))  # each rank its own files, after it has written them
     if rank == 0:
         with _told(final, rank):
-            record(temporary)
+            record(temporary, facts)
             (temporary / "meta.json").write_text(json.dumps(asdict(meta), indent=1))
             _sync(temporary)
         if final.exists():  # the same step saved twice (a stop signal right after a regular save)
             shutil.rmtree(final)
         os.replace(temporary, final)
         _point(folder / "latest", final.name)
-        _delete_old(folder, keep_last)
+        _delete_old(folder, final.name, keep_last)
     barrier()
     return final
 
@@ -89,11 +93,14 @@ def write(
 def read_rank(checkpoint: Path, rank: int) -> dict[str, Any]:
     """The state that `rank` saved."""
     path = checkpoint / f"rank-{rank}.json"
-    if not path.is_file():
+    try:
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        written = read_meta(checkpoint).world_size
         raise CheckpointError(
-            f"{path} is missing: the checkpoint was written by fewer ranks or is damaged; use the one before it"
-        )
-    return json.loads(path.read_text())
+            f"{path} is missing or cannot be read ({error}), and the checkpoint was written by {written} ranks; remove the checkpoint "
+            "to go on from the one before it"
+        ) from error
 
 
 def read_rank_tensors(checkpoint: Path, rank: int, *, device: str = "cpu") -> dict[str, Tensor]:
@@ -104,12 +111,12 @@ def read_rank_tensors(checkpoint: Path, rank: int, *, device: str = "cpu") -> di
 
 def check_space(run: Path, estimate_bytes: int) -> None:
     """Raise CheckpointError when the disk cannot take one more checkpoint."""
-    sizes = [_size(p) for p in (run / "checkpoints").glob("step-*")]
-    needed = int(SPACE_MARGIN * (max(sizes) if sizes else estimate_bytes))
+    last = latest(run)
+    needed = int(SPACE_MARGIN * (_size(last) if last is not None else estimate_bytes))
     free = shutil.disk_usage(run).free
     if free < needed:
         raise CheckpointError(
-            f"the disk of {run} has {free / 2**30:.1f} GiB free and a checkpoint needs {needed / 2**30:.1f} GiB; "
+            f"the disk of {run} has {size_text(free)} free and a checkpoint needs {size_text(needed)}; "
             "free some space or set run= to another disk, then start the same command again"
         )
 
@@ -120,11 +127,17 @@ def _told(checkpoint: Path, rank: int) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
-        free = shutil.disk_usage(checkpoint.parent).free / 2**30
+        free = size_text(shutil.disk_usage(checkpoint.parent).free)
         raise CheckpointError(
-            f"rank {rank} could not write {checkpoint} ({error}; {free:.1f} GiB free); the checkpoint before it stands. "
-            "See that the disk has room and is there, then start the same command again"
+            f"rank {rank} could not write {checkpoint} ({error}; {free} free); the previous checkpoint is intact. "
+            "Check that the disk is mounted and has space, then start the same command again"
         ) from error
+
+
+def size_text(size: int) -> str:
+    """Bytes in the largest unit of which there is at least one: 1.5 GiB, 20.0 MiB."""
+    power = min(3, max(0, size.bit_length() - 1) // 10)
+    return f"{size / 1024**power:.{min(power, 1)}f} {('bytes', 'KiB', 'MiB', 'GiB')[power]}"
 
 
 def _size(folder: Path) -> int:
@@ -132,8 +145,8 @@ def _size(folder: Path) -> int:
 
 
 def _sync(folder: Path) -> None:
-    """Make sure that the files are on the disk before the rename that makes them count."""
-    for path in [*folder.rglob("*"), folder]:
+    """Make sure that what names the files is on the disk before the rename that makes them count; they are there (`facts_of`)."""
+    for path in [*(p for p in folder.rglob("*") if p.is_dir()), *folder.glob("*.json"), folder]:
         descriptor = os.open(path, os.O_RDONLY)
         os.fsync(descriptor)
         os.close(descriptor)
@@ -145,8 +158,11 @@ def _point(pointer: Path, name: str) -> None:
     os.replace(temporary, pointer)
 
 
-def _delete_old(folder: Path, keep_last: int) -> None:
-    for old in sorted(folder.glob("step-*"))[:-keep_last]:
+def _delete_old(folder: Path, newest: str, keep_last: int) -> None:
+    """Keep the last checkpoints up to `newest`, which is what `latest` names. Later ones are of a future that a user gave up by
+    letting `latest` name an earlier one: they go first."""
+    steps = sorted((p for p in folder.glob("step-*") if STEP.fullmatch(p.name)), key=lambda p: (p.name <= newest, p.name))
+    for old in steps[:-keep_last]:
         trash = folder / f".tmp-old-{old.name}"
         os.replace(old, trash)  # gone at once as a checkpoint, even if deleting is interrupted
         shutil.rmtree(trash)

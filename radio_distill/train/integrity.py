@@ -1,7 +1,7 @@
 """Whether a checkpoint is as it was written: `files.json` holds the size and CRC-32 of its files.
 
-Computed on rank 0 at every save and looked at when a run is resumed, so that a file that was cut or altered costs one
-checkpoint interval and not the run.
+Every rank reads back what it wrote itself, rank 0 gathers and writes the file. It is looked at when a run is resumed, all ranks
+sharing the work, so that a file that was cut or altered costs one checkpoint interval and not the run.
 """
 
 from __future__ import annotations
@@ -9,36 +9,64 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import zlib
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
-__all__ = ["damage", "record", "set_damaged_aside"]
+from ..errors import CheckpointError
+from ..runs import STEP, latest, read_meta
+
+__all__ = ["alone", "damage", "facts_of", "record", "refuse_to_start_over", "set_damaged_aside"]
 
 log = logging.getLogger(__name__)
 
 FILE = "files.json"
 CHUNK = 8 << 20
 
-
-def record(checkpoint: Path) -> None:
-    """Write down what all files of a complete checkpoint are. The last but `meta.json`, which is not among them."""
-    paths = sorted(path for path in checkpoint.rglob("*") if path.is_file())
-    facts = {path.relative_to(checkpoint).as_posix(): [path.stat().st_size, _crc(path)] for path in paths}
-    (checkpoint / FILE).write_text(json.dumps(facts, indent=1))
+Facts = dict[str, list[int]]
+"""Size and CRC-32 of files, by their path in the checkpoint."""
+Gather = Callable[[Any], list[Any]]
+"""The values of all ranks, in their order, on every rank (`agree.gather`)."""
 
 
-def damage(checkpoint: Path) -> str | None:
-    """The first file that is not as it was written, and how; None when all are, or when nothing was recorded."""
-    recorded = checkpoint / FILE
-    if not (checkpoint / "meta.json").is_file():
-        return "meta.json is missing"
-    if not recorded.is_file():
-        return None
+def alone(value: Any) -> list[Any]:
+    """`Gather` of a single process."""
+    return [value]
+
+
+def facts_of(checkpoint: Path, rank: int) -> Facts:
+    """What the files are that `rank` wrote, with their bytes forced to the disk: those with its number in their names (as DeepSpeed
+    and `rank-N.json` have it); on rank 0 also those without one."""
+    paths = sorted(path for path in checkpoint.rglob("*") if path.is_file() and _writer(path) == rank)
+    for path in paths:
+        _sync(path)
+    return {path.relative_to(checkpoint).as_posix(): [path.stat().st_size, _crc(path)] for path in paths}
+
+
+def record(checkpoint: Path, facts: Iterable[Facts]) -> None:
+    """Write down what all ranks found of a complete checkpoint. The last file but `meta.json`, which is not among them."""
+    merged = {name: fact for part in facts for name, fact in part.items()}
+    (checkpoint / FILE).write_text(json.dumps(dict(sorted(merged.items())), indent=1))
+
+
+def damage(checkpoint: Path, *, rank: int = 0, ranks: int = 1) -> str | None:
+    """The first file that is not as it was written, and how; None when all are.
+
+    rank, ranks: only every `ranks`-th file is read, from the `rank`-th on, so that ranks can share the work.
+    """
     try:
-        facts = json.loads(recorded.read_text())
-    except ValueError:
+        read_meta(checkpoint)
+        facts = json.loads((checkpoint / FILE).read_bytes())
+        expected = {str(name): (int(size), int(crc)) for name, (size, crc) in facts.items()}
+    except CheckpointError:
+        return "meta.json is missing or cannot be read"
+    except FileNotFoundError:
+        return f"{FILE} is missing"
+    except (OSError, ValueError, TypeError, AttributeError):
         return f"{FILE} cannot be read"
-    for name, (size, crc) in facts.items():
+    for name, (size, crc) in list(expected.items())[rank::ranks]:
         path = checkpoint / name
         if not path.is_file():
             return f"{name} is missing"
@@ -49,15 +77,55 @@ def damage(checkpoint: Path) -> str | None:
     return None
 
 
-def set_damaged_aside(run: Path) -> None:
-    """Rename damaged checkpoints, from the newest on until one is sound, so that the run goes on from that one."""
-    for checkpoint in sorted((run / "checkpoints").glob("step-*"), reverse=True):
-        found = damage(checkpoint)
+def set_damaged_aside(run: Path, *, rank: int = 0, ranks: int = 1, gather: Gather = alone) -> None:
+    """Rename damaged checkpoints, until the one that the run would go on from is sound. A collective when `ranks` is not 1."""
+    while (checkpoint := gather(_candidate(run) if rank == 0 else None)[0]) is not None:
+        found = next(filter(None, gather(damage(checkpoint, rank=rank, ranks=ranks))), None)
         if found is None:
             return
-        aside = checkpoint.with_name(f"damaged-{checkpoint.name}")
-        log.warning("checkpoint %s is damaged: %s; it is now called %s, the one before is taken", checkpoint, found, aside.name)
-        os.replace(checkpoint, aside)
+        if rank == 0:
+            aside = _unused(checkpoint.with_name(f"damaged-{checkpoint.name}"))
+            os.replace(checkpoint, aside)
+            log.warning(
+                "checkpoint %s is damaged: %s; it is now called %s, the one before is taken", checkpoint, found, aside.name
+            )
+
+
+def refuse_to_start_over(run: Path) -> None:
+    """Raise CheckpointError when a run has had checkpoints and none of them is sound: a start at step 0 would throw away what was
+    trained, and say so to nobody."""
+    damaged = sorted((run / "checkpoints").glob("damaged-step-*"))
+    if damaged and latest(run) is None:
+        raise CheckpointError(
+            f"all checkpoints of {run} are damaged, the newest is {damaged[-1]}. Put a copy of one back under its name (step-N), or "
+            f"start again at step 0: set run= to another folder, or delete {run}/checkpoints/damaged-*"
+        )
+
+
+def _candidate(run: Path) -> Path | None:
+    """The checkpoint that the run would go on from; an incomplete one, when there are only such."""
+    incomplete = sorted(p for p in (run / "checkpoints").glob("step-*") if STEP.fullmatch(p.name))
+    return latest(run) or (incomplete[-1] if incomplete else None)
+
+
+def _unused(path: Path) -> Path:
+    """The path, with a number where it is taken."""
+    number = 2
+    while path.exists():
+        path, number = path.with_name(f"{path.name.partition('.')[0]}.{number}"), number + 1
+    return path
+
+
+def _writer(path: Path) -> int:
+    """The rank that wrote a file of a checkpoint: zero_pp_rank_3_mp_rank_00_optim_states.pt and rank-3.json are rank 3's."""
+    number = re.search(r"(?:zero_pp_rank_|^rank-)(\d+)", path.name)
+    return int(number[1]) if number else 0
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
 
 
 def _crc(path: Path) -> int:

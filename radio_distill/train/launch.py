@@ -14,6 +14,8 @@ import sys
 import time
 from types import FrameType
 
+from .preempt import LAUNCHER
+
 __all__ = ["launch"]
 
 FORWARDED = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
@@ -49,6 +51,7 @@ def _start(module: str, recipe: str, overrides: list[str], rank: int, ranks: int
         "LOCAL_WORLD_SIZE": str(ranks),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
+        LAUNCHER: str(os.getpid()),
     }
     env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
     return subprocess.Popen([sys.executable, "-m", module, recipe, *overrides], env=env)

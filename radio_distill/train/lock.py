@@ -64,7 +64,7 @@ class RunLock:
                 f"{folder} is in use by another job ({before or 'unknown'}); wait for it, or set run= to another folder"
             )
         if before:
-            log.warning("%s was left by %s, which did not come to its end; taking it over", folder, before)
+            log.warning("%s is still locked by %s, which exited without releasing it; taking it over", folder, before)
         self._write(json.dumps(asdict(self.owner)))
         self._over = threading.Event()
         threading.Thread(target=self._beat, name="run-lock", daemon=True).start()

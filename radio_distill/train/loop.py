@@ -16,6 +16,8 @@ from torch import Tensor
 
 from ..config.recipe import Job
 from ..errors import TrainingError
+from ..log.sinks import drop_metrics_after
+from ..seeded import step_seed
 from ..types import Batch
 from . import agree, distributed, preempt
 from .ranks import run_ranks
@@ -48,6 +50,11 @@ def train_one(
 def fit(t: Training, one_step: Callable[[Any, int, list[Batch]], None]) -> int:
     """Train until the last step or a stop signal, then save; returns 0, or STOPPED after a signal."""
     steps = t.job.optim.steps
+    if t.world.is_main:
+        for member in t.members:
+            drop_metrics_after(
+                member.run.path, member.step
+            )  # of steps that are done again: since the checkpoint, or before the first
     note(t, "running")
     for step in range(t.step, steps):
         watch(t.job.engine.watchdog_minutes)
@@ -84,7 +91,7 @@ def mean_step(t: Training, step: int, batches: list[Any], count: Tensor) -> None
     count: items in this rank's micro-batches; summed over ranks in place. The task is called with a micro-batch and that sum.
     Raises TrainingError on every rank when anything is not finite.
     """
-    torch.manual_seed(hash((t.job.seed, step, t.world.rank)) % 2**63)
+    torch.manual_seed(step_seed(t.job.seed, step, t.world.rank))
     t.engine.set_step(step)
     agree.sum_ranks(count)
     bad = torch.zeros((), dtype=torch.bool, device=t.world.device)

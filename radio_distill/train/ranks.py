@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Callable
 
 from ..config.recipe import Dedicated, Job
-from . import distributed
+from . import distributed, preempt
 from .bridge import Bridge, Message
 from .watchdog import watched
 
@@ -31,6 +31,9 @@ def run_ranks(recipe: Job, work: Callable[[distributed.World], int], serve: Call
                 code = serve(world.bridge)
             else:
                 code = work(world)
+            return code
+        except preempt.Stopped:
+            code = preempt.STOPPED
             return code
         finally:
             if world.bridge is not None:

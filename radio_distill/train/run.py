@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from types import TracebackType
 
@@ -11,11 +12,14 @@ from ..errors import CheckpointError
 from ..runs import run_path
 from . import agree
 from .distributed import World
-from .integrity import set_damaged_aside
+from .integrity import refuse_to_start_over, set_damaged_aside
 from .lock import RunLock
+from .preempt import Stopped
 from .status import start_status, write_status
 
-__all__ = ["RunFolder"]
+__all__ = ["RunFolder", "open_run"]
+
+log = logging.getLogger(__name__)
 
 
 class RunFolder:
@@ -29,16 +33,21 @@ class RunFolder:
         self._lock: RunLock | None = None
         if not is_main:
             return
-        self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = RunLock(self.path)
         try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = RunLock(self.path)
             self._record(recipe)
-            set_damaged_aside(self.path)
+            self._status = start_status(self.path, recipe.name, steps=recipe.optim.steps, ranks=ranks, owner=self._lock.owner)
+            self.note("starting")
+        except OSError as error:
+            self.close()
+            raise CheckpointError(
+                f"{self.path} cannot be used as a run folder ({error}); expected a folder that this user may write to, or a path at "
+                "which one can be made: set run="
+            ) from error
         except Exception:
-            self._lock.release()  # refused: the folder is free for others again
+            self.close()  # refused: the folder is free for others again
             raise
-        self._status = start_status(self.path, recipe.name, steps=recipe.optim.steps, ranks=ranks, owner=self._lock.owner)
-        self.note("starting")
 
     def note(self, state: str, *, step: int | None = None, saved: int | None = None, reason: str = "") -> None:
         """Write down how the run stands, on rank 0; what is not given stays as it was."""
@@ -58,8 +67,17 @@ class RunFolder:
         if self._lock is None:
             return
         if error is not None and self._lock.is_ours():
-            self.note("failed", reason=f"{type(error).__name__}: {error}")
-        self._lock.release()
+            if isinstance(error, Stopped):
+                self.note("stopped")
+                log.info("stopped as asked before the first step; the same command starts with the statistics again")
+            else:
+                self.note("failed", reason=f"{type(error).__name__}: {error}")
+        self.close()
+
+    def close(self) -> None:
+        """Let others use the folder."""
+        if self._lock is not None:
+            self._lock.release()
 
     def _record(self, recipe: Job) -> None:
         path = self.path / "recipe.yaml"
@@ -77,7 +95,14 @@ class RunFolder:
 
 
 def open_run(recipe: Job, world: World) -> RunFolder:
-    """Create or check the run folder on rank 0; an error there is raised everywhere."""
+    """Create or check the run folder on rank 0, and its newest checkpoint on all ranks; an error is raised everywhere."""
     opened: list[RunFolder] = []
     agree.on_main(lambda: opened.append(RunFolder(recipe, is_main=True, ranks=world.size)))
-    return opened[0] if world.is_main else RunFolder(recipe, is_main=False)
+    run = opened[0] if world.is_main else RunFolder(recipe, is_main=False)
+    try:
+        set_damaged_aside(run.path, rank=world.rank, ranks=world.size, gather=agree.gather)
+        agree.on_main(lambda: refuse_to_start_over(run.path))
+    except CheckpointError as error:
+        run.__exit__(type(error), error, None)
+        raise
+    return run

@@ -17,7 +17,6 @@ import torch
 
 from ..data.loader import merge_positions
 from ..errors import TrainingError
-from ..log.sinks import drop_metrics_after
 from ..runs import Meta, read_meta
 from ..tensors import non_finite
 from . import agree, checkpoint
@@ -71,6 +70,7 @@ def save(t: Training) -> None:
         Meta(t.step, t.world.size, t.job.engine.zero, t.job.name, t.artifact),
         rank=t.world.rank,
         barrier=agree.barrier,
+        gather=agree.gather,
         save_engine=lambda folder: t.engine.save(folder, TAG),
         save_shared=t.save_shared,
         rank_state={"positions": t.streams.positions, "meter": t.meter.state()},
@@ -102,8 +102,6 @@ def resume(t: Training, path: Path) -> dict[str, Any]:
     _load_engine(t, path, meta, same)
     t.step = t.saved_step = meta.step
     t.load_shared(path)
-    if t.world.is_main:
-        drop_metrics_after(t.run.path, meta.step)
     return _load_ranks(t, path, meta, same)
 
 
@@ -119,12 +117,13 @@ def _load_engine(t: Training, path: Path, meta: Meta, same: bool) -> None:
 
 def _load_ranks(t: Training, path: Path, meta: Meta, same: bool) -> dict[str, Any]:
     """Data positions, log sums and statistics; at another world size the first are merged and the last go to rank 0."""
-    states = [checkpoint.read_rank(path, rank) for rank in range(meta.world_size)]
+    mine = [checkpoint.read_rank(path, rank) for rank in range(t.world.rank, meta.world_size, t.world.size)]
+    positions = [position for rank in agree.gather([state["positions"] for state in mine]) for position in rank]
     if same:
-        t.meter.load(states[t.world.rank]["meter"])
+        t.meter.load(mine[0]["meter"])
     ranks = [t.world.rank] if same else list(range(meta.world_size)) if t.world.is_main else []
     t.load_rank_tensors([checkpoint.read_rank_tensors(path, rank, device=str(t.world.device)) for rank in ranks])
-    return {name: merge_positions([s["positions"][name] for s in states if name in s["positions"]]) for name in t.streams.names}
+    return {name: merge_positions([p[name] for p in positions if name in p]) for name in t.streams.names}
 
 
 def _estimate_bytes(t: Training) -> int:

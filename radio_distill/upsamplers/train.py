@@ -31,7 +31,7 @@ from ..seeded import uniform
 from ..student.spectral import apply_spectral, power_iterate
 from ..teachers.base import Teacher, chunked, load_teacher
 from ..tensors import save_tensors
-from ..train import distributed
+from ..train import agree, distributed
 from ..train.loop import mean_step, train_one
 from ..train.partition import assign
 from ..train.run import RunFolder
@@ -231,6 +231,7 @@ def statistics(recipe: UpsamplerRecipe, world: distributed.World, parts: Parts) 
     parts.streams.open({})
     for step in range(recipe.balance.window):
         watch(recipe.engine.watchdog_minutes)
+        agree.stop_if_asked(world.device)
         for batch in parts.streams.next(world.device):
             pixels = resize_map(batch.views[BASE].images_B3HW.float() / 255, (recipe.size, recipe.size))
             out = encode(parts.teacher.normalize(pixels))

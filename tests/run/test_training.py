@@ -135,19 +135,35 @@ def test_one_and_two_ranks_give_the_same_losses(photos, whole, tmp_path):
         assert norm == pytest.approx(norm_1, rel=1e-4), step
 
 
-def test_a_signal_saves_and_another_world_size_goes_on(photos, whole, tmp_path):
-    run = tmp_path / "run"
-    process = subprocess.Popen(command(photos, run, "checkpoint.every=1000", ranks=2), stderr=subprocess.PIPE, text=True)
-    wait_for_step(run, 1, process)
-    process.send_signal(signal.SIGUSR1)
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == STOPPED, errors[-3000:]
+def test_ranks_save_when_their_launcher_is_killed_and_another_world_size_goes_on_elsewhere(photos, whole, tmp_path):
+    first, run = tmp_path / "run", tmp_path / "moved"
+    process = subprocess.Popen(command(photos, first, "checkpoint.every=1000", ranks=2), stderr=subprocess.PIPE, text=True)
+    wait_for_step(first, 1, process)
+    process.kill()
+    _, errors = process.communicate(timeout=120)  # the ranks hold the pipe until they end
     assert "as asked; the same command goes on from here" in errors
+    assert json.loads((first / "status.json").read_text())["state"] == "stopped"
+    first.rename(run)
     again = train(photos, run, ranks=1)
     assert again.returncode == 0, again.stderr[-3000:]
     assert "saved on 2 ranks, now 1" in again.stderr
     for (step, loss, _), (_, expected, _) in zip(losses(run), losses(whole), strict=True):
         assert loss == pytest.approx(expected, rel=1e-4), step
+
+
+def test_an_interrupt_during_the_statistics_stops_at_once_and_leaves_nothing_half_done(photos, tmp_path):
+    run = tmp_path / "run"
+    arguments = command(photos, run, "balance.ahead=true", "balance.window=100000", "optim.steps=200000")
+    process = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True)
+    while not (run / "status.json").exists():
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == STOPPED, errors[-3000:]
+    assert "stopped as asked before the first step" in errors
+    assert json.loads((run / "status.json").read_text())["state"] == "stopped"
+    assert not (run / "checkpoints").exists()
 
 
 def test_stage_three_starts_from_stage_one_in_both_resolutions(photos, whole, tmp_path):
@@ -195,6 +211,17 @@ def test_a_teacher_that_is_not_finite_on_one_rank_stops_all_before_anything_is_s
     assert "teacher 'toy_clip' gave non-finite features at step 0 on rank 1 (partition 'low')" in done.stderr
     assert "nothing was updated, the last checkpoint stands" in done.stderr
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("place", ["a file", "below a file"])
+def test_a_place_that_can_be_no_run_folder_is_refused(whole, tmp_path, place):
+    path = tmp_path / "taken"
+    path.write_text("")
+    recipe = load_recipe(whole / "recipe.yaml", [f"run={path if place == 'a file' else path / 'run'}"])
+    with pytest.raises(
+        CheckpointError, match=r"taken.* cannot be used as a run folder \(.*\); expected a folder that this user may"
+    ):
+        RunFolder(recipe, is_main=True)
 
 
 def test_a_run_in_use_is_refused(whole):

@@ -13,7 +13,7 @@ from radio_distill.eval.report import write_report
 from radio_distill.log.meter import Meter, with_fidelity
 from radio_distill.log.sinks import Sinks, console_line, drop_metrics_after, read_metrics
 from radio_distill.train import checkpoint
-from radio_distill.train.integrity import set_damaged_aside
+from radio_distill.train.integrity import damage, facts_of, refuse_to_start_over, set_damaged_aside
 from radio_distill.train.partition import assign
 from radio_distill.train.streams import forwards
 from radio_distill.types import Result
@@ -62,7 +62,7 @@ def test_the_console_line_shows_fidelity_per_teacher_in_the_order_of_the_partiti
 
 
 def test_a_full_disk_is_noticed_before_anything_is_written(tmp_path):
-    with pytest.raises(CheckpointError, match=r"GiB free and a checkpoint needs 931322.* free some space"):
+    with pytest.raises(CheckpointError, match=r"GiB free and a checkpoint needs 931322\.\d GiB; free some space"):
         checkpoint.check_space(tmp_path, 10**15 * 10 // 12)
 
 
@@ -80,7 +80,7 @@ def test_nothing_half_written_carries_a_final_name(tmp_path):
         "keep_last": 2,
     }
     with pytest.raises(
-        CheckpointError, match=r"rank 0 could not write .*step-00000005 \(disk full; .*the checkpoint before it stands"
+        CheckpointError, match=r"rank 0 could not write .*step-00000005 \(disk full; .*the previous checkpoint is intact"
     ):
         checkpoint.write(tmp_path, meta, save_engine=fail, **arguments)
     assert runs.latest(tmp_path) is None
@@ -97,28 +97,110 @@ def alter(path):
     path.write_bytes(bytes([path.read_bytes()[0] ^ 1]) + path.read_bytes()[1:])
 
 
-@pytest.mark.parametrize(
-    ("harm", "told"),
-    [(cut, "has 4 bytes and was written with 5"), (alter, "is not what was written"), (Path.unlink, "is missing")],
-)
-def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_taken(tmp_path, caplog, harm, told):
+def save(run, step, keep=2):
     def save_engine(folder):
         folder.mkdir()
         (folder / "state.pt").write_text("state")
 
+    meta = runs.Meta(step=step, world_size=1, zero=1, recipe="r", artifact="student")
+    return checkpoint.write(
+        run, meta, rank=0, barrier=lambda: None, save_engine=save_engine, save_shared=lambda f: None,
+        rank_state={}, rank_tensors={}, keep_last=keep,
+    )  # fmt: skip
+
+
+def steps(run):
+    return sorted(int(path.name.removeprefix("step-")) for path in (run / "checkpoints").glob("step-*"))
+
+
+def put(text):
+    return lambda path: path.write_text(text)
+
+
+@pytest.mark.parametrize(
+    ("file", "harm", "told"),
+    [
+        ("engine/state.pt", cut, "engine/state.pt has 4 bytes and was written with 5"),
+        ("engine/state.pt", alter, "engine/state.pt is not what was written"),
+        ("engine/state.pt", Path.unlink, "engine/state.pt is missing"),
+        ("files.json", Path.unlink, "files.json is missing"),
+        ("files.json", put("[]"), "files.json cannot be read"),
+        ("files.json", put("{"), "files.json cannot be read"),
+        ("files.json", put('{"a": 1}'), "files.json cannot be read"),
+        ("files.json", lambda path: path.write_bytes(b"\xff\xfe\0"), "files.json cannot be read"),
+        ("meta.json", put("{"), "meta.json is missing or cannot be read"),
+        ("meta.json", put("[1]"), "meta.json is missing or cannot be read"),
+        ("meta.json", Path.unlink, "meta.json is missing or cannot be read"),
+    ],
+)
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_taken(tmp_path, caplog, file, harm, told):
     for step in (2, 4):
-        meta = runs.Meta(step=step, world_size=1, zero=1, recipe="r", artifact="student")
-        checkpoint.write(
-            tmp_path, meta, rank=0, barrier=lambda: None, save_engine=save_engine, save_shared=lambda f: None,
-            rank_state={}, rank_tensors={}, keep_last=2,
-        )  # fmt: skip
+        save(tmp_path, step)
     set_damaged_aside(tmp_path)
     assert not caplog.records
-    harm(tmp_path / "checkpoints" / "step-00000004" / "engine" / "state.pt")
+    (tmp_path / "checkpoints" / "latest").write_text("step-00000004\n")
+    harm(tmp_path / "checkpoints" / "step-00000004" / file)
     set_damaged_aside(tmp_path)
-    assert f"step-00000004 is damaged: engine/state.pt {told}" in caplog.text
-    assert (tmp_path / "checkpoints" / "damaged-step-00000004").is_dir()
+    if file != "meta.json" or harm is not Path.unlink:  # without it, it never was complete
+        assert f"step-00000004 is damaged: {told}" in caplog.text
+        assert (tmp_path / "checkpoints" / "damaged-step-00000004").is_dir()
     assert runs.latest(tmp_path) == tmp_path / "checkpoints" / "step-00000002"
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_stops_instead_of_starting_again(tmp_path):
+    for _ in range(2):  # and the same step twice
+        cut(save(tmp_path, 5) / "engine" / "state.pt")
+        set_damaged_aside(tmp_path)
+        with pytest.raises(
+            CheckpointError, match=r"all checkpoints of .* are damaged, the newest is .*, or delete .*/checkpoints/damaged-"
+        ):
+            refuse_to_start_over(tmp_path)
+    assert {p.name for p in (tmp_path / "checkpoints").glob("damaged*")} == {"damaged-step-00000005", "damaged-step-00000005.2"}
+    save(tmp_path, 5)
+    refuse_to_start_over(tmp_path)
+
+
+def test_ranks_share_the_reading_of_files(tmp_path):
+    path = save(tmp_path, 5)
+    alter(path / "engine" / "state.pt")  # the first of two files
+    assert [damage(path, rank=rank, ranks=2) is None for rank in range(2)] == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("name", "rank"),
+    [
+        ("zero_pp_rank_12_mp_rank_00_optim_states.pt", 12),
+        ("bf16_zero_pp_rank_3_mp_rank_00_optim_states.pt", 3),
+        ("mp_rank_00_model_states.pt", 0),
+        ("rank-7.json", 7),
+        ("student.safetensors", 0),
+    ],
+)
+def test_every_rank_reads_back_what_it_wrote_itself(tmp_path, name, rank):
+    (tmp_path / name).write_text("x")
+    assert [[*facts_of(tmp_path, r)] for r in (rank, rank + 1)] == [[name], []]
+
+
+def test_what_latest_names_is_never_deleted(tmp_path):
+    for step in (10, 20, 30):
+        save(tmp_path, step, keep=3)
+    (tmp_path / "checkpoints" / "latest").write_text("step-00000010\n")  # the user goes back
+    save(tmp_path, 12)
+    assert steps(tmp_path) == [10, 12]
+    assert runs.latest(tmp_path).name == "step-00000012"
+
+
+@pytest.mark.parametrize("name", ["../elsewhere", "/tmp", "step-1", "", "step-00000005/../../x"])
+def test_latest_cannot_point_outside(tmp_path, name, caplog):
+    save(tmp_path, 5)
+    (tmp_path / "checkpoints" / "latest").write_text(name)
+    assert runs.latest(tmp_path).name == "step-00000005"
+    assert ("is ignored" in caplog.text) == bool(name)
+
+
+@pytest.mark.parametrize(("size", "text"), [(3, "3 bytes"), (2048, "2.0 KiB"), (20 << 20, "20.0 MiB"), (3 << 39, "1536.0 GiB")])
+def test_sizes_are_told_in_a_unit_of_which_there_is_one(size, text):
+    assert checkpoint.size_text(size) == text
 
 
 def test_a_folder_that_is_no_checkpoint_is_named(tmp_path):

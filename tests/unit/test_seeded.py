@@ -1,8 +1,9 @@
 """Draws per sample: against the integer definition, and their statistics."""
 
+import pytest
 import torch
 
-from radio_distill.seeded import _mix, uniform
+from radio_distill.seeded import _mix, step_seed, uniform
 
 MASK = (1 << 64) - 1
 
@@ -45,3 +46,9 @@ def test_draws_are_uniform_in_the_unit_interval() -> None:
     assert 0.999 < x.max() < 1
     counts = torch.histc(x, bins=20, min=0, max=1)
     assert (counts - 1000).abs().max() < 5 * 1000**0.5
+
+
+@pytest.mark.parametrize("numbers", [(0,), (0, 0), (7, 12), (1, 2**40, 3), (2**61 - 2, 5), (3, 2, 1, 0)])
+def test_a_steps_seed_is_a_function_of_its_numbers_alone(numbers):
+    assert step_seed(*numbers) == hash(numbers) % 2**63  # of CPython 3.11 to 3.13, which mixes tuples in the same way
+    assert 0 <= step_seed(*numbers) < 2**63
