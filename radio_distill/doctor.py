@@ -18,10 +18,11 @@ from .config.load import cards_of, list_recipes, load_card, load_upsampler_recip
 from .config.recipe import Debias, ImageJob, Job, Recipe, Trained
 from .config.upsampler_recipe import AnyRecipe, UpsamplerRecipe
 from .errors import CheckpointError, RadioDistillError
-from .listing import cached_weights, how_to_get, hub_id, local_weights, make_table, wide_console
+from .listing import how_to_get, make_table, wide_console
 from .paths import cache_dir, data_path, expand
 from .runs import run_path
 from .types import Finding
+from .weight_files import cached_weights, hub_id, local_weights
 
 __all__ = ["examine_machine", "examine_recipe", "examine_packages", "show"]
 
@@ -73,12 +74,23 @@ def examine_recipe(recipe: AnyRecipe) -> Iterator[Finding]:
         yield from _upsamplers(recipe, cards)
         yield from _start(recipe) if resumed is None else [Finding("resume", str(resumed))]
     if recipe.balance.path:
-        path = Path(expand(recipe.balance.path))
-        text = str(path) if path.is_dir() else f"no folder {path}; make it with `radio-distill stats`"
-        yield Finding("balancers", text, missing=not path.is_dir())
+        by_name = cards if isinstance(recipe, Recipe) else {card.name: card for card in cards.values()}
+        yield _balancers(Path(expand(recipe.balance.path)), by_name)
     yield from _images(recipe)
     yield from examine_packages(recipe)
     yield _disk(recipe)
+
+
+def _balancers(path: Path, cards: dict[str, TeacherCard]) -> Finding:
+    from .balance import check_balancers
+
+    if not path.is_dir():
+        return Finding("balancers", f"no folder {path}; make it with `radio-distill stats`", missing=True)
+    try:
+        check_balancers(path, cards)
+    except CheckpointError as error:
+        return Finding("balancers", str(error), missing=True)
+    return Finding("balancers", str(path))
 
 
 def _upsamplers(recipe: Recipe, cards: dict[str, TeacherCard]) -> Iterator[Finding]:

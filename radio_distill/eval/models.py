@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import RadioDistillError
+from ..fingerprint import code_digest, known_fingerprint
 from ..paths import shipped
 from ..types import VisionModel
 
@@ -197,8 +198,8 @@ def _from_function(name: str, rest: str, options: dict[str, str], device: str) -
     }  # fmt: skip
     for part in parts.values():
         part.to(device).eval()
-    source = inspect.getsource(import_module(module))  # a change of the code is another model
-    return Opened(name, model, {"source": source}, lambda: _joined({key: part.state_dict() for key, part in parts.items()}))
+    code = code_digest(rest) or inspect.getsource(import_module(module))  # a change of the code is another model
+    return Opened(name, model, {"code": code}, lambda: _joined({key: part.state_dict() for key, part in parts.items()}))
 
 
 Builder = Callable[[str, str, "dict[str, str]", str], Opened]
@@ -250,7 +251,10 @@ def _teacher(label: str, teacher: Teacher) -> Opened:
 
 
 def _card_facts(teacher: Teacher) -> dict[str, Any]:
-    return teacher.card.model_dump(mode="json", include={"family", "input", "output", "params", "loader"})
+    """What a card says; the weights are looked at as tensors. A change of a loader's code is another model."""
+    card, code = teacher.card, code_digest(teacher.card.loader) if teacher.card.loader else None
+    text = card.text.model_dump(mode="json") if card.text else None  # zero-shot results depend on it
+    return {"card": dict(known_fingerprint(card).facts), "code": code, "text": text}
 
 
 def _joined(parts: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:

@@ -317,3 +317,17 @@ def test_load_model_gives_the_card_of_a_path():
     theirs = load_teacher(load_card("toy_dino")).encode(IMAGES)
     assert isinstance(theirs, VisionOutput)
     torch.testing.assert_close(model.encode(IMAGES), theirs)
+
+
+def test_another_loader_is_another_model(tmp_path, monkeypatch):
+    """Results and caches go by the identity: an edited loader must not keep its old numbers, wherever its weights are the same."""
+    monkeypatch.syspath_prepend(tmp_path)
+    loader = tmp_path / "edited_loader.py"
+    text = "from radio_distill.teachers.toy import build as toy\n\ndef build(card, weights):\n    return toy(card, weights)\n"
+    loader.write_text(text)
+    (tmp_path / "mine.yaml").write_text("extends: toy_clip\nname: mine\nloader: edited_loader:build\n")
+    name = f"teacher:{tmp_path / 'mine.yaml'}"
+    before = open_model(name).id
+    assert open_model(name).id == before
+    loader.write_text(text + "# edited\n")
+    assert open_model(name).id != before
