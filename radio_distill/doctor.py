@@ -11,6 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .config.cards import TeacherCard
 from .config.checks import NO_IMAGES
@@ -23,6 +24,9 @@ from .paths import cache_dir, data_path, expand
 from .runs import run_path
 from .types import Finding
 from .weight_files import cached_weights, hub_id, local_weights
+
+if TYPE_CHECKING:
+    from .data.sources import Listing
 
 __all__ = ["examine_machine", "examine_recipe", "examine_packages", "show"]
 
@@ -154,15 +158,21 @@ def _images(recipe: ImageJob) -> Iterator[Finding]:
             listing = list_source(name, source)
             shards = listing.shards(1)
             samples = [sample for shard in (shards[0], shards[-1]) for sample in islice(read_shard(shard), 1)]
-        except (RadioDistillError, ShardError) as error:
+            cut = _cut(listing)
+        except (RadioDistillError, ShardError, OSError) as error:
             yield Finding(f"images {name}", str(error), missing=True)
             continue
-        count = f"{len(listing.tars)} shards" if listing.tars else f"{len(listing.files)} images"
         empty = not samples or any(sample.image is None for sample in samples)
-        text = (
-            f"{count}, but no image at the start of the first or last one" if empty else f"{count}; first and last can be read"
-        )
-        yield Finding(f"images {name}", text, missing=empty)
+        looks = ", but no image at the start of the first or last one" if empty else "; first and last can be read"
+        left_out = f"; left out: {listing.left_out}" if listing.left_out else ""
+        yield Finding(f"images {name}", f"{listing.summary}{looks}{cut}{left_out}", missing=empty)
+
+
+def _cut(listing: Listing) -> str:
+    from .data.shards import cut_tars
+
+    looked, cut = cut_tars(listing)
+    return f"; {len(cut)} of {looked} shards looked at stop without an end: they are cut ({cut[0]})" if cut else ""
 
 
 def examine_packages(recipe: Job) -> Iterator[Finding]:

@@ -120,6 +120,10 @@ class LocalTar(_Tar):
         for name, start, size in self.places():
             yield name, partial(self.read, start, size)
 
+    def has_end(self) -> bool:
+        """Whether its last block is the zeros that end a tar; looks at nothing else."""
+        return self._at(self._size - BLOCK, BLOCK) == ZERO_BLOCK if self._size >= BLOCK else False
+
     def _at(self, start: int, size: int) -> bytes:
         return os.pread(self._fd, size, start)
 

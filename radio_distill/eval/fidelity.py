@@ -128,6 +128,7 @@ def measure(
 
 def to_results(measured: list[Measured], data: HeldOut, protocol: FidelityProtocol) -> list[Result]:
     """One `Result` per number; task = teacher/factor/kind."""
+    known = data.id
     return [
         Result(
             suite="fidelity",
@@ -137,7 +138,7 @@ def to_results(measured: list[Measured], data: HeldOut, protocol: FidelityProtoc
             unit=METRICS[metric.rstrip("_0123456789")].unit,
             higher_is_better=METRICS[metric.rstrip("_0123456789")].higher_is_better,
             model=row.model,
-            dataset=data.name,
+            dataset=known,
             count=data.count,
             resolution=row.size,
             config_hash=protocol.digest,
