@@ -122,7 +122,8 @@ class LocalTar(_Tar):
 
     def has_end(self) -> bool:
         """Whether its last block is the zeros that end a tar; looks at nothing else."""
-        return self._at(self._size - BLOCK, BLOCK) == ZERO_BLOCK if self._size >= BLOCK else False
+        size = os.fstat(self._fd).st_size
+        return size >= BLOCK and self._at(size - BLOCK, BLOCK) == ZERO_BLOCK
 
     def _at(self, start: int, size: int) -> bytes:
         return os.pread(self._fd, size, start)
