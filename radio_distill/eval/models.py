@@ -16,9 +16,9 @@ import hashlib
 import inspect
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     from ..teachers.base import Teacher
 
-__all__ = ["Opened", "load_model", "open_model", "open_models"]
+__all__ = ["Opened", "load_model", "open_model", "openers"]
 
 FORMS = (
     "the folder of a run, a checkpoint or an export; teacher:NAME; teacher:NAME+featsharp:FOLDER; timm:NAME; hf:FOLDER; "
@@ -75,10 +75,9 @@ def load_model(name: str) -> VisionModel:
     return open_model(name).model
 
 
-def open_models(names: Sequence[str], *, device: str = "cpu") -> Iterator[Opened]:
-    """Open several models, each only when the one before is no longer needed. All strings are checked before the first."""
-    parsed = [(name, _parse(name)) for name in dict.fromkeys(names)]
-    return (_open(name, *parts, device) for name, parts in parsed)
+def openers(names: Sequence[str], *, device: str = "cpu") -> dict[str, Callable[[], Opened]]:
+    """How to open several models, each when the one before is no longer needed. All strings are checked here."""
+    return {name: partial(_open, name, *_parse(name), device) for name in names}
 
 
 def open_model(name: str, *, device: str = "cpu") -> Opened:

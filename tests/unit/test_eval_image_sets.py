@@ -16,9 +16,10 @@ from radio_distill.eval.datasets.captions import captions_of
 from radio_distill.eval.datasets.imagenet_labels import wnids
 from radio_distill.eval.datasets.samples import labels_of
 from radio_distill.eval.features import FeatureCache
-from radio_distill.eval.runner import run_suite
+from radio_distill.eval.runner import Outcome, run_suite
 from radio_distill.eval.suites import load_suite
 from radio_distill.eval.task import Context
+from radio_distill.results import table
 from radio_distill.types import VisionOutput
 
 COLOURS = {"blue": (0, 0, 255), "green": (0, 200, 0), "red": (250, 10, 10)}
@@ -235,6 +236,32 @@ def test_a_model_that_knows_the_classes_scores_all(folder: Path, tmp_path: Path,
     outcome = run_suite(suite, [f"{Path(__file__).stem}:mean_colour"], context, tmp_path / "results.jsonl")
     assert outcome.failures == []
     assert [(r.task, r.value, r.count) for r in outcome.results] == [("knn", 100.0, 6), ("linear", 100.0, 6)]
+
+
+def test_images_that_cannot_be_read_fail_a_task_or_are_left_out_and_counted(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    good = sorted((folder / "val").rglob("*.*"))
+    for split, name in (("train", "cut.jpg"), ("val", "rubbish.png"), ("val", "empty.jpg")):
+        (folder / split / good[0].parent.name / name).write_bytes(b"" if name == "empty.jpg" else b"\xff\xd8\xff")
+
+    def measured(*overrides: str) -> Outcome:
+        context = Context(root=folder, device=torch.device("cpu"), cache=FeatureCache(tmp_path / "cache"), resolution=32)
+        suite = load_suite("transfer", "smoke", ["knn.k=3", "linear.steps=100", "linear.lr=0.1", *overrides])
+        return run_suite(suite, [f"{Path(__file__).stem}:mean_colour"], context, tmp_path / "results.jsonl")
+
+    knn, linear = measured().failures
+    assert "knn of" in knn
+    assert "2 of 8 images of folder/val cannot be read: " in knn
+    assert "rubbish.png is damaged or cannot be used (not an image: " in knn
+    assert "empty.jpg is damaged" in knn
+    assert "max_bad of the task" in linear
+    outcome = measured("knn.max_bad=0.25", "linear.max_bad=0.25")
+    assert outcome.failures == []
+    assert [(r.task, r.value, r.count, r.left_out) for r in outcome.results] == [("knn", 100.0, 6, 3), ("linear", 100.0, 6, 3)]
+    assert "2 of 8 images of folder/val cannot be read: " in caplog.text
+    assert "knn: 3 images that cannot be read are left out, 6 are scored" in table(outcome.results)
 
 
 def test_a_model_without_a_summary_is_told(folder: Path, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from radio_distill.config.load import load_card
 from radio_distill.config.recipe import Student as Spec
 from radio_distill.errors import CheckpointError, RadioDistillError, TeacherError
-from radio_distill.eval.models import load_model, open_model, open_models
+from radio_distill.eval.models import load_model, open_model, openers
 from radio_distill.runs import Meta
 from radio_distill.student.arch import AdaptorSlot
 from radio_distill.student.checkpoints import save_student
@@ -295,9 +295,9 @@ def test_unknown_options_are_refused():
 
 def test_several_models_open_one_by_one_and_are_checked_first(tmp_path):
     with pytest.raises(RadioDistillError, match="model 'nowhere' is not known"):
-        open_models(["teacher:toy_clip", "nowhere"])
+        openers(["teacher:toy_clip", "nowhere"])
     names = ["teacher:toy_clip", run(tmp_path / "a"), "teacher:toy_clip"]
-    assert [m.label for m in open_models(names)] == ["teacher:toy_clip", f"{tmp_path}/a@30"]
+    assert [opening().label for opening in openers(names).values()] == ["teacher:toy_clip", f"{tmp_path}/a@30"]
 
 
 def test_an_id_follows_weights_and_what_is_done_with_images(tmp_path):
