@@ -18,6 +18,7 @@ import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image
+from PIL.PngImagePlugin import PngImageFile
 
 from ..errors import DataError
 
@@ -263,9 +264,9 @@ def _open(data: bytes) -> Image.Image:
 def _decode_pillow(data: bytes) -> Pixels:
     """RGB as it is stored (a TIFF as it is seen)."""
     image = _open(data)
-    if image.format == "PNG" and "transparency" in image.info and image.mode == "L":
+    if isinstance(image, PngImageFile) and image.mode == "L" and "transparency" in image.info:
         # values of 2 and 4 bits are spread over 0 to 255 when they are read; the transparent one is left as it was
-        image.info["transparency"] *= {"L;2": 85, "L;4": 17}.get(getattr(image, "tile")[0].args, 1)  # noqa: B009
+        image.info["transparency"] *= {"L;2": 85, "L;4": 17}.get(image.tile[0].args, 1)
     _load(image)
     try:
         return np.array(as_rgb(image))
