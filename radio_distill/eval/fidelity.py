@@ -31,10 +31,10 @@ from ..teachers.base import Teacher, chunked, load_teacher
 from ..types import Result, VisionOutput
 from ..upsamplers.crf import crf
 from ..upsamplers.folder import SavedUpsampler, check_teacher
+from ..upsamplers.map_weights import covered_masks
 from ..upsamplers.metrics import Fidelity, masked_error, overtiling, total_variation
 from ..upsamplers.mmd import map_mmd
 from ..upsamplers.sharpener import Sharp
-from ..upsamplers.view_masks import covered_masks
 
 __all__ = ["FidelityProtocol", "Measured", "measure", "to_results"]
 

@@ -43,9 +43,9 @@ from ..types import Batch, Losses
 from .downsample import KEEP
 from .folder import SavedUpsampler, provenance, save_upsampler
 from .form import form_of
+from .map_weights import covered_masks
 from .objective import Base, ViewLoss, Views
 from .sharpener import Sharpener
-from .view_masks import covered_masks
 
 __all__ = ["UpsamplerTask", "UpsamplerTraining", "train_upsampler"]
 
