@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["resample_to", "resize_map"]
+__all__ = ["resample_to", "resize_map", "whole_factors"]
 
 SNAP = 1e-3  # in cells; boxes are float32, whole-cell shifts are meant to be exact
 
@@ -28,6 +28,18 @@ def resize_map(features_BCHW: Tensor, size: tuple[int, int]) -> Tensor:
         return F.interpolate(narrow.mT.contiguous(), (1, size[0]), mode="bilinear", antialias=reducing).mT
     with torch.autocast(features_BCHW.device.type, enabled=False):
         return F.interpolate(features_BCHW.float(), size=size, mode="bilinear", antialias=reducing, align_corners=False)
+
+
+def whole_factors(cells: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
+    """Positions of a map of `size` per cell along rows and columns; raises ValueError where they are not whole numbers."""
+    (h, w), (height, width) = cells, size
+    if height % h or width % w:
+        nearest = max(1, round(height / h)) * h, max(1, round(width / w)) * w
+        raise ValueError(
+            f"{height}x{width} is not a whole multiple of {h}x{w} cells; nearest is {nearest[0]}x{nearest[1]}: "
+            "use that, and resize the result where another size is needed"
+        )
+    return height // h, width // w
 
 
 def resample_to(

@@ -63,8 +63,12 @@ def _scenes(folder: Path) -> Path:
 
 
 def _photos(folder: Path) -> Path:
+    from .config.recipe import Source
+    from .data.sources import list_source
+
     if not folder.exists():
         raise DataError(f"images={folder} does not exist; expected a folder of photos or of WebDataset shards")
+    log.info("images=%s: %s", folder, list_source("demo", Source(path=str(folder))).summary)
     return folder.resolve()
 
 

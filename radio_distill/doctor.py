@@ -11,6 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .config.cards import TeacherCard
 from .config.checks import NO_IMAGES
@@ -18,10 +19,14 @@ from .config.load import cards_of, list_recipes, load_card, load_upsampler_recip
 from .config.recipe import Debias, ImageJob, Job, Recipe, Trained
 from .config.upsampler_recipe import AnyRecipe, UpsamplerRecipe
 from .errors import CheckpointError, RadioDistillError
-from .listing import cached_weights, how_to_get, hub_id, local_weights, make_table, wide_console
+from .listing import how_to_get, make_table, wide_console
 from .paths import cache_dir, data_path, expand
 from .runs import run_path
 from .types import Finding
+from .weight_files import cached_weights, hub_id, local_weights
+
+if TYPE_CHECKING:
+    from .data.sources import Listing
 
 __all__ = ["examine_machine", "examine_recipe", "examine_packages", "show"]
 
@@ -73,12 +78,23 @@ def examine_recipe(recipe: AnyRecipe) -> Iterator[Finding]:
         yield from _upsamplers(recipe, cards)
         yield from _start(recipe) if resumed is None else [Finding("resume", str(resumed))]
     if recipe.balance.path:
-        path = Path(expand(recipe.balance.path))
-        text = str(path) if path.is_dir() else f"no folder {path}; make it with `radio-distill stats`"
-        yield Finding("balancers", text, missing=not path.is_dir())
+        by_name = cards if isinstance(recipe, Recipe) else {card.name: card for card in cards.values()}
+        yield _balancers(Path(expand(recipe.balance.path)), by_name)
     yield from _images(recipe)
     yield from examine_packages(recipe)
     yield _disk(recipe)
+
+
+def _balancers(path: Path, cards: dict[str, TeacherCard]) -> Finding:
+    from .balance import check_balancers
+
+    if not path.is_dir():
+        return Finding("balancers", f"no folder {path}; make it with `radio-distill stats`", missing=True)
+    try:
+        check_balancers(path, cards)
+    except CheckpointError as error:
+        return Finding("balancers", str(error), missing=True)
+    return Finding("balancers", str(path))
 
 
 def _upsamplers(recipe: Recipe, cards: dict[str, TeacherCard]) -> Iterator[Finding]:
@@ -142,15 +158,21 @@ def _images(recipe: ImageJob) -> Iterator[Finding]:
             listing = list_source(name, source)
             shards = listing.shards(1)
             samples = [sample for shard in (shards[0], shards[-1]) for sample in islice(read_shard(shard), 1)]
-        except (RadioDistillError, ShardError) as error:
+            cut = _cut(listing)
+        except (RadioDistillError, ShardError, OSError) as error:
             yield Finding(f"images {name}", str(error), missing=True)
             continue
-        count = f"{len(listing.tars)} shards" if listing.tars else f"{len(listing.files)} images"
         empty = not samples or any(sample.image is None for sample in samples)
-        text = (
-            f"{count}, but no image at the start of the first or last one" if empty else f"{count}; first and last can be read"
-        )
-        yield Finding(f"images {name}", text, missing=empty)
+        looks = ", but no image at the start of the first or last one" if empty else "; first and last can be read"
+        left_out = f"; left out: {listing.left_out}" if listing.left_out else ""
+        yield Finding(f"images {name}", f"{listing.summary}{looks}{cut}{left_out}", missing=empty)
+
+
+def _cut(listing: Listing) -> str:
+    from .data.shards import cut_tars
+
+    looked, cut = cut_tars(listing)
+    return f"; {len(cut)} of {looked} shards looked at stop without an end: they are cut ({cut[0]})" if cut else ""
 
 
 def examine_packages(recipe: Job) -> Iterator[Finding]:

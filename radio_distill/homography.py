@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["covered", "quad_to_quad", "sampling_grid", "square", "square_to_quad", "view_to_base", "warp"]
+__all__ = ["covered", "quad_to_quad", "sampling_grid", "square", "square_to_quad", "warp"]
 
 
 EDGE = 1e-6  # rounding of a float32 matrix: a view that is the base must be covered
@@ -50,16 +50,6 @@ def quad_to_quad(from_B42: Tensor, to_B42: Tensor) -> Tensor:
     A homography has no scale; here w is 1 at (-1, -1), the upper left corner of what the matrix is applied to.
     """
     return _scaled(square_to_quad(to_B42) @ _adjugate(square_to_quad(from_B42)))
-
-
-def view_to_base(
-    view_quads_B42: Tensor, base_quads_B42: Tensor, view_size: tuple[int, int], base_size: tuple[int, int]
-) -> Tensor:
-    """Matrices (B, 3, 3), float64, from where the corners of one source image lie in the view and in the base.
-
-    Quads are (x, y) in pixels, 0 at the left or upper edge; sizes are (height, width) in pixels.
-    """
-    return quad_to_quad(_from_pixels(view_quads_B42, view_size), _from_pixels(base_quads_B42, base_size))
 
 
 def sampling_grid(matrix_B33: Tensor, size: tuple[int, int], *, align_corners: bool = False) -> Tensor:
@@ -113,12 +103,6 @@ def _centres(n: int, device: torch.device, align_corners: bool) -> Tensor:
     if align_corners:  # torch gives -1 for the only point of one, and so does the published grid
         return torch.linspace(-1, 1, n, dtype=torch.float64, device=device)
     return (2 * torch.arange(n, dtype=torch.float64, device=device) + 1) / n - 1
-
-
-def _from_pixels(quads_B42: Tensor, size: tuple[int, int]) -> Tensor:
-    height, width = size
-    x, y = quads_B42.double().unbind(-1)
-    return torch.stack([2 * x / width - 1, 2 * y / height - 1], dim=-1)
 
 
 def _cross(a_B2: Tensor, b_B2: Tensor) -> Tensor:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
@@ -15,11 +13,9 @@ from .config.load import list_cards, list_recipes, load_recipe, load_upsampler_r
 from .config.recipe import Recipe
 from .config.upsampler_recipe import UpsamplerRecipe
 from .config.vlm_recipe import VlmRecipe
-from .paths import data_path, expand
+from .weight_files import hub_id, local_weights
 
-__all__ = ["how_to_get", "local_weights", "make_table", "print_tables", "wide_console"]
-
-WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".tar")
+__all__ = ["how_to_get", "make_table", "print_tables", "wide_console"]
 
 
 def print_tables(which: Sequence[str]) -> None:
@@ -108,18 +104,6 @@ def students_table() -> Table:
     return table
 
 
-def local_weights(card: TeacherCard) -> Path | None:
-    """Where the card's weights are on this machine, the hub's cache included; None when they are not."""
-    source = expand_or_none(card.source)
-    if source is None:
-        return None
-    for path in (Path(source), data_path("teachers") / source):
-        if path.exists():
-            return path
-    hub = hub_id(source)
-    return cached_weights(hub) if hub else None
-
-
 def how_to_get(card: TeacherCard) -> str:
     """What to do when the weights are not here."""
     hub = hub_id(card.source)
@@ -127,32 +111,6 @@ def how_to_get(card: TeacherCard) -> str:
         return f"put them at {card.source}, or give the card another source"
     revision = f" --revision {card.revision}" if card.revision else ""
     return f"on a machine with a network: hf download {hub}{revision}   (licence: {card.licence})"
-
-
-def hub_id(source: str) -> str | None:
-    """The hub repository that a source names, or None when it is a path."""
-    if Path(source).suffix in WEIGHT_SUFFIXES or not re.fullmatch(r"(timm:|[\w.-]+/)[\w.-]+", source):
-        return None
-    return source.replace("timm:", "timm/")
-
-
-def cached_weights(hub: str) -> Path | None:
-    """The newest weight file of a hub repository in the local cache; None when there is none."""
-    from huggingface_hub.constants import HF_HUB_CACHE
-
-    folder = Path(HF_HUB_CACHE) / f"models--{hub.replace('/', '--')}" / "snapshots"
-    files = [file for suffix in WEIGHT_SUFFIXES for file in folder.glob(f"*/*{suffix}")]
-    return max(files, key=lambda file: file.stat().st_mtime, default=None)
-
-
-def expand_or_none(source: str) -> str | None:
-    """The source with its variables replaced; None when one is not set."""
-    from .errors import RadioDistillError
-
-    try:
-        return expand(source)
-    except RadioDistillError:
-        return None
 
 
 def wide_console() -> Console:

@@ -70,4 +70,9 @@ def table(results: Sequence[Result]) -> str:
     lines = ["model".ljust(width) + "".join(f"  {c:>{w}}" for c, w in zip(columns, widths))]
     for name, values in rows.items():
         lines.append(name.ljust(width) + "".join(f"  {values.get(c, '-'):>{w}}" for c, w in zip(columns, widths)))
-    return "\n".join(lines)
+    gaps = {
+        f"{r.model}, {r.task}: {r.left_out} images that cannot be read are left out, {r.count} are scored"
+        for r in results
+        if r.left_out
+    }
+    return "\n".join([*lines, *sorted(gaps)])

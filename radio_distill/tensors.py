@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .errors import CheckpointError
 
-__all__ = ["all_reduce", "broadcast", "non_finite", "row_major", "save_tensors"]
+__all__ = ["all_reduce", "broadcast", "non_finite", "refuse_non_finite", "row_major", "save_tensors"]
 
 
 def row_major(x: Tensor) -> Tensor:
@@ -37,10 +37,15 @@ def all_reduce(x: Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM, group
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """Write a safetensors file. Raises CheckpointError, and writes nothing, when a number of it is NaN or infinite."""
+    refuse_non_finite(tensors, path)
+    save_file({name: row_major(x).cpu() for name, x in tensors.items()}, path, metadata)
+
+
+def refuse_non_finite(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Raise CheckpointError when a number of what would be written to `path` is NaN or infinite."""
     bad = non_finite(tensors)
     if bad is not None:
         raise CheckpointError(f"{path} was not written: {bad} holds numbers that are not finite; look for where they come from")
-    save_file({name: row_major(x).cpu() for name, x in tensors.items()}, path, metadata)
 
 
 def non_finite(tensors: Mapping[str, Tensor]) -> str | None:

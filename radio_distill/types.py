@@ -152,6 +152,8 @@ class Result:
     """What forward passes computed in: fp32 or bf16."""
     data_digest: str = ""
     """Of all data sets of the task (also those trained on), the times of their files included: others are measured again."""
+    left_out: int = 0
+    """Images of the task's data sets that could not be read; the number is one without them."""
 
 
 class Finding(NamedTuple):

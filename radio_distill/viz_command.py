@@ -7,6 +7,7 @@ Shapes: B images, C channels, h w the teacher's grid, H W an upsampled grid.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from .align import resize_map
 from .data.held_out import HeldOut
 from .errors import DataError
 from .eval.fidelity_tables import method
+from .fingerprint import fingerprint
 from .teachers.base import load_teacher
 from .upsamplers.folder import SavedUpsampler, load_upsampler
 from .upsamplers.upsampled import Upsampled
@@ -50,15 +52,17 @@ def draw_upsamplers(
     """
     groups: dict[tuple[object, ...], list[SavedUpsampler]] = {}
     for saved in upsamplers:
-        groups.setdefault((saved.card.name, saved.card.source, saved.card.revision, saved.size), []).append(saved)
-    rows = {"image": data.images(0, data.count, CELL_PX)}
+        groups.setdefault((fingerprint(saved.card).digest, saved.size), []).append(saved)
+    rows, names = {"image": data.images(0, data.count, CELL_PX)}, list[str]()
     for group in groups.values():
-        rows |= _rows_of_teacher(group, data, device)
+        name = _unused(group[0].card.name, names)
+        names.append(name)
+        rows |= _rows_of_teacher(name, group, data, device)
     return rows
 
 
-def _rows_of_teacher(group: list[SavedUpsampler], data: HeldOut, device: torch.device | str) -> dict[str, Tensor]:
-    teacher, size, name = load_teacher(group[0].card).to(device), group[0].size, group[0].card.name
+def _rows_of_teacher(name: str, group: list[SavedUpsampler], data: HeldOut, device: torch.device | str) -> dict[str, Tensor]:
+    teacher, size = load_teacher(group[0].card).to(device), group[0].size
     finest = max(saved.factor for saved in group)
     large = data.images(0, data.count, finest * size).to(device)
     low = teacher.encode(resize_map(large, (size, size))).features_BCHW
@@ -72,8 +76,8 @@ def _rows_of_teacher(group: list[SavedUpsampler], data: HeldOut, device: torch.d
     return dict(zip(maps, viz.pca_rgb(same_grid).chunk(len(maps))))
 
 
-def _unused(name: str, taken: dict[str, Tensor]) -> str:
-    """The name, with a number where two upsamplers differ only in their weights."""
+def _unused(name: str, taken: Collection[str]) -> str:
+    """The name, with a number where it is taken: by an upsampler with other weights, a teacher with other facts."""
     number = 2
     while name in taken:
         name, number = f"{name.split(' #')[0]} #{number}", number + 1

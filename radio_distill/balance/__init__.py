@@ -1,8 +1,18 @@
 """Balancers: put every teacher's features on one scale, once, before the student learns them. `phi_s.py` is the default."""
 
-from .balancer import Balancer, identity, load_balancers, save_balancers
+from .balancer import Balancer, check_balancers, identity, load_balancers, save_balancers
 from .dispersion import Dispersion
 from .methods import fit, fit_on_first_rank
 from .stats import Moments
 
-__all__ = ["Balancer", "Dispersion", "Moments", "fit", "fit_on_first_rank", "identity", "load_balancers", "save_balancers"]
+__all__ = [
+    "Balancer",
+    "Dispersion",
+    "Moments",
+    "check_balancers",
+    "fit",
+    "fit_on_first_rank",
+    "identity",
+    "load_balancers",
+    "save_balancers",
+]

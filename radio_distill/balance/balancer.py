@@ -11,7 +11,8 @@ Shapes: B batch, C channels, H W grid.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -22,10 +23,14 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ..config.cards import TeacherCard
 from ..errors import CheckpointError
+from ..fingerprint import Fingerprint, fingerprint
 from ..tensors import broadcast, row_major, save_tensors
 
-__all__ = ["Balancer", "identity", "load_balancers", "save_balancers"]
+log = logging.getLogger(__name__)
+
+__all__ = ["Balancer", "check_balancers", "identity", "load_balancers", "save_balancers"]
 
 # Methods whose inverse has orthogonal columns, so that raw squared distances need one weight per channel and no matrix.
 ORTHOGONAL = ("phi_s", "pca")
@@ -124,14 +129,39 @@ def identity(channels: int) -> Balancer:
     return Balancer(kind="none", weight=ones, inverse_weight=ones.clone(), offset_C=zeros, mean_C=zeros.clone())
 
 
-def save_balancers(folder: Path, balancers: dict[str, Balancer]) -> None:
-    """Write one `NAME.safetensors` per teacher into `folder`, each complete before it gets its name."""
+def save_balancers(folder: Path, balancers: dict[str, Balancer], teachers: Mapping[str, Fingerprint] | None = None) -> None:
+    """Write one `NAME.safetensors` per teacher into `folder`, each complete before it gets its name.
+
+    teachers: the fingerprints of those that the statistics are of, for `check_balancers`.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     for name, balancer in balancers.items():
         path = folder / f"{name}.safetensors"
         part = path.with_suffix(".part")
-        save_tensors(part, balancer.tensors(), {"kind": balancer.kind, "facts": json.dumps(balancer.facts)})
+        metadata = {"kind": balancer.kind, "facts": json.dumps(balancer.facts)}
+        if teachers and name in teachers:
+            metadata["fingerprint"] = json.dumps(teachers[name].to_dict())
+        save_tensors(part, balancer.tensors(), metadata)
         part.replace(path)
+
+
+def check_balancers(folder: Path, cards: Mapping[str, TeacherCard]) -> None:
+    """Raise CheckpointError when the balancer of a teacher in `cards` was made for another one: other facts, weights or code."""
+    for name, card in cards.items():
+        path = folder / f"{name}.safetensors"
+        try:
+            with safe_open(path, "pt") as file:
+                recorded = (file.metadata() or {}).get("fingerprint")
+            was = Fingerprint.from_dict(json.loads(recorded)) if recorded else None
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{path} is not a balancer ({error}); make it again with `radio-distill stats`") from error
+        if was is None:
+            log.warning("%s has no fingerprint of its teacher (it is of an older version): taken to be that of %s", path, name)
+        elif differences := was.differences(fingerprint(card)):
+            raise CheckpointError(
+                f"{path} was made for another teacher than {name!r} is now ({', '.join(map(str, differences))}); make it again with "
+                "`radio-distill stats`, or correct the card or balance.path"
+            )
 
 
 def load_balancers(folder: Path, channels: dict[str, int] | None = None) -> dict[str, Balancer]:

@@ -69,8 +69,25 @@ SCALARS = {
 """Tag: what a plain scalar must match, and its possible first characters."""
 
 
+MOST_BYTES, MOST_VALUES, DEEPEST = 1 << 20, 10_000, 50
+"""Of one document; aliases count as what they stand for. Recipes have some hundred values, five deep."""
+
+
+class TooMuch(yaml.MarkedYAMLError):
+    """A document beyond the limits, which a person did not write."""
+
+
 class Loader(yaml.SafeLoader):
-    """Reads plain scalars by SCALARS."""
+    """Reads plain scalars by SCALARS, and stops at the limits."""
+
+    values = depth = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        self.values, self.depth = self.values + 1, self.depth + 1
+        check_limits(self.values, self.depth, self.peek_event().start_mark)
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
 
 
 class Dumper(yaml.SafeDumper):
@@ -83,10 +100,25 @@ for _class in (Loader, Dumper):
         _class.add_implicit_resolver(_tag, re.compile(f"^(?:{_pattern})$"), ["" if c == "\0" else c for c in _first])
 
 
+def check_limits(values: int, depth: int, mark: Any) -> None:
+    """Raises TooMuch: reading is recursive, and an alias of aliases can stand for more than any memory holds."""
+    if depth > DEEPEST:
+        raise TooMuch(problem=f"maps and lists more than {DEEPEST} deep; expected a few", problem_mark=mark)
+    if values > MOST_VALUES:
+        raise TooMuch(
+            problem=f"more than {MOST_VALUES:,} values, those of aliases included; expected a few hundred", problem_mark=mark
+        )
+
+
 def parse(text: str, name: str) -> Document:
     """Read one YAML file, `name` being what messages call it. What is wrong is in `problems`, nothing is raised."""
     document = Document(Where(name), {})
     broken = Document(document.top, {}, problems=document.problems, broken=True)
+    if len(text) > MOST_BYTES:
+        document.problems.append(
+            Problem(f"a text of {len(text):,} characters, expected at most {MOST_BYTES:,}", where=document.top)
+        )
+        return broken
     try:
         loader = Loader(text)
         node = loader.get_single_node()
@@ -110,7 +142,7 @@ def parse_override(text: str) -> Document:
     key, equals, value = text.partition("=")
     top = Where(f"override {text}")
     keys = key.split(".")
-    if not equals or not all(keys):
+    if not equals or not all(keys) or len(keys) > DEEPEST:
         problem = Problem("expected key=value with a dotted key, such as optim.lr=1e-3", where=top)
         return Document(top, {}, problems=[problem], broken=True)
     document = parse(f"value: {value}", top.name)
@@ -127,6 +159,8 @@ def to_yaml(values: dict[str, Any]) -> str:
 
 
 def _syntax(error: yaml.MarkedYAMLError) -> str:
+    if isinstance(error, TooMuch):
+        return str(error.problem)
     problem = error.problem or error.context or "not YAML"
     if "'\\t'" in problem:
         return "a tab; indent YAML with spaces"
@@ -139,9 +173,12 @@ class _Builder:
     def __init__(self, loader: Loader, document: Document) -> None:
         self.loader = loader
         self.document = document
+        self.values = 0
         self.open: list[yaml.Node] = []  # the nodes around the current one: an alias to one of them would never end
 
     def build(self, node: yaml.Node, path: KeyPath) -> Any:
+        self.values += 1
+        check_limits(self.values, len(self.open), node.start_mark)
         if path:
             self.document.places.setdefault(path, self._where(node))
         if any(node is outer for outer in self.open):
@@ -159,7 +196,10 @@ class _Builder:
     def _scalar(self, node: yaml.ScalarNode) -> Any:
         if node.tag not in {*SCALARS, "tag:yaml.org,2002:str"}:
             return self._problem(node, f"tag {node.tag!r} is not allowed; plain values only")
-        return self.loader.construct_object(node)
+        try:
+            return self.loader.construct_object(node)
+        except ValueError as error:  # a number of thousands of digits
+            return self._problem(node, f"{node.value[:20]}... cannot be read: {error}")
 
     def _entries(self, node: yaml.MappingNode, path: KeyPath) -> Iterator[tuple[str, yaml.Node]]:
         seen: dict[str, int] = {}

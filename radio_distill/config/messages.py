@@ -14,6 +14,9 @@ from .schema import descend, key_paths, known_keys, models_of
 
 __all__ = ["did_you_mean", "explain", "nearest"]
 
+MOST = 100
+"""Problems that are told at once; finding the nearest key of 60,000 takes minutes, and nobody reads them."""
+
 EXPECTED = {
     "model_type": "a map of keys ({{}} for all defaults)",
     "model_attributes_type": "a map with `kind`, such as {{kind: ...}}",
@@ -58,7 +61,8 @@ def explain(error: ValidationError, model: type[BaseModel], values: dict[str, An
     """One problem per place: the alternatives of a union that all failed are told as `a or b`."""
     problems: list[Problem] = []
     expected: dict[KeyPath, list[str]] = {}
-    for detail in error.errors(include_url=False):
+    details = error.errors(include_url=False)
+    for detail in details[:MOST]:
         path, what = _path(detail["loc"], values), _expected(detail)
         if detail["type"] == "extra_forbidden":
             problems.append(Problem(_unknown(model, values, path), path))
@@ -75,6 +79,8 @@ def explain(error: ValidationError, model: type[BaseModel], values: dict[str, An
         near = nearest(value, [word for option in options for word in re.findall(r"'(\w+)'", option)])
         text = f"{dotted(path)!r} is {show(value)}, expected {' or '.join(dict.fromkeys(options))}"
         problems.append(Problem(text + (f"; did you mean {near!r}?" if near else ""), path))
+    if len(details) > MOST:
+        problems.append(Problem(f"and {len(details) - MOST:,} more like these; mend the first"))
     return problems
 
 

@@ -15,12 +15,15 @@ from pydantic import BaseModel, ValidationError
 
 from ..errors import RadioDistillError
 from .document import Document, Problem, Where, parse, parse_override
-from .messages import did_you_mean, explain
+from .messages import MOST, did_you_mean, explain
 from .schema import child, models_of
 
 __all__ = ["find", "keys_of", "read"]
 
 Model = TypeVar("Model", bound=BaseModel)
+
+LONGEST = 2_000
+"""Characters of a line of an error: a key may be a whole file that lost its line ends."""
 
 
 def read(
@@ -121,4 +124,5 @@ def _report(document: Document) -> str:
     located = {(problem.where or document.place(problem.path), problem.text): None for problem in document.problems}
     lines = sorted(located, key=lambda item: (item[0].name, item[0].line or 0))
     head = f"{len(lines)} error{'s' * (len(lines) > 1)} in {document.top}"
-    return "\n".join([head, *(f"  {where}: {text}" for where, text in lines)])
+    more = [f"  and {len(lines) - MOST:,} more; mend the first"] if len(lines) > MOST else []
+    return "\n".join([head, *(f"  {str(where)[: LONGEST // 2]}: {text}"[:LONGEST] for where, text in lines[:MOST]), *more])

@@ -18,6 +18,7 @@ import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image
+from PIL.PngImagePlugin import PngImageFile
 
 from ..errors import DataError
 
@@ -240,10 +241,10 @@ def _pillow_orientation(image: Image.Image, data: bytes) -> int:
 
 
 def _orientation(tags: Image.Exif, xmp: bytes = b"") -> int:
-    found = tags.get(ORIENTATION)
+    found: Any = tags.get(ORIENTATION)
     if found is None and (match := XMP_ORIENTATION.search(xmp)):
         found = int(match[1])
-    return found if found in range(1, 9) else 1
+    return int(found) if found in range(1, 9) else 1
 
 
 def _seen(height: int, width: int, orientation: int) -> tuple[int, int]:
@@ -255,7 +256,7 @@ def _open(data: bytes) -> Image.Image:
         with _quiet():
             return Image.open(io.BytesIO(data))
     except Image.DecompressionBombError as error:
-        raise BadImage("too large", str(error)) from error
+        raise BadImage("too large", f"more than {2 * (Image.MAX_IMAGE_PIXELS or 0)} pixels, the limit of Pillow") from error
     except Exception as error:  # any exception may come out of a parser of foreign bytes
         raise BadImage("not an image", f"{type(error).__name__}, starts with {data[:8]!r}") from error
 
@@ -263,7 +264,7 @@ def _open(data: bytes) -> Image.Image:
 def _decode_pillow(data: bytes) -> Pixels:
     """RGB as it is stored (a TIFF as it is seen)."""
     image = _open(data)
-    if image.format == "PNG" and "transparency" in image.info and image.mode == "L":
+    if isinstance(image, PngImageFile) and image.mode == "L" and "transparency" in image.info:
         # values of 2 and 4 bits are spread over 0 to 255 when they are read; the transparent one is left as it was
         image.info["transparency"] *= {"L;2": 85, "L;4": 17}.get(image.tile[0].args, 1)
     _load(image)

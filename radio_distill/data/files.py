@@ -78,9 +78,9 @@ class LeftOut:
     examples: dict[str, str] = field(default_factory=dict)
 
     def add(self, reason: str, example: str, count: int = 1) -> None:
-        """Count `count` more for a reason; the first example of a reason stays."""
+        """Count `count` more for a reason; of all examples the first in the order of names stays, as on every machine."""
         self.counts[reason] = self.counts.get(reason, 0) + count
-        self.examples.setdefault(reason, example)
+        self.examples[reason] = min(self.examples.get(reason, example), example)
 
     @property
     def has_images(self) -> bool:
@@ -97,7 +97,8 @@ class LeftOut:
         return bool(self.counts)
 
     def __str__(self) -> str:
-        return ", ".join(f"{count:,} {reason} ({self.examples[reason]})" for reason, count in self.counts.items())
+        most = sorted(self.counts.items(), key=lambda item: (-item[1], item[0]))
+        return ", ".join(f"{count:,} {reason} ({self.examples[reason]})" for reason, count in most)
 
 
 @dataclass(frozen=True)

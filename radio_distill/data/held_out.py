@@ -18,6 +18,7 @@ from ..config.recipe import Source
 from ..errors import DataError
 from .decode import BadImage, Scratch, decode, read_header
 from .files import is_image
+from .identity import digest
 from .reading import ShardError, read_shard
 from .sources import list_source
 
@@ -48,6 +49,16 @@ class HeldOut:
     def name(self) -> str:
         """The data set's name in results."""
         return "toyworld" if self.source == TOY else Path(self.source).name
+
+    @property
+    def id(self) -> str:
+        """Name and a digest of all images: `photos#0123456789ab`; of generated scenes the name alone. Reads every image."""
+        if self.source == TOY:
+            return self.name
+        try:
+            return f"{self.name}#{digest((key, read()) for key, read in self._files[: self.count])}"
+        except OSError as error:
+            raise DataError(f"{self.source} is damaged: {error}; mend it or name another source") from error
 
     def images(self, start: int, stop: int, side: int) -> Tensor:
         """Images `start` to `stop` as floats in [0, 1], (B, 3, side, side): the central square, resized antialiased."""

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from ..errors import DataError
 
-__all__ = ["Identity", "identify", "stamps"]
+__all__ = ["Identity", "digest", "identify", "stamps"]
 
 SAMPLED = 512
 """Files that are read."""
@@ -66,6 +66,14 @@ def identify(names: Iterable[str], files: Iterable[str]) -> Identity:
     return Identity(
         content.hexdigest()[:12], times.hexdigest()[:12] if left else "", len(paths), sum(size for size, _ in found)
     )
+
+
+def digest(items: Iterable[tuple[str, bytes]]) -> str:
+    """12 hexadecimal digits of named bytes, all of them."""
+    total = hashlib.sha256()
+    for name, data in items:
+        total.update(f"{name}\n{len(data)}\n".encode("utf-8", "surrogateescape") + data)
+    return total.hexdigest()[:12]
 
 
 def stamps(paths: Sequence[str | os.PathLike[str]]) -> tuple[tuple[int, int], ...]:

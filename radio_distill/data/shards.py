@@ -23,9 +23,9 @@ from ..errors import DataError
 from .files import INDEX
 from .reading import Raw, ShardError, whole_samples
 from .sources import Listing, is_url, list_source
-from .tar import raise_file_limit
+from .tar import LocalTar, raise_file_limit
 
-__all__ = ["ShardSummary", "make_shards", "scan"]
+__all__ = ["ShardSummary", "cut_tars", "make_shards", "scan"]
 
 SIDECARS = ("txt", "json", "cls")
 log = logging.getLogger(__name__)
@@ -60,6 +60,13 @@ def scan(name: str, source: Source) -> ShardSummary:
         raise DataError(f"data.sources.{name}: {empty} is empty (0 bytes); write it again or leave it out")
     samples = len(listing.files) or _indexed(listing)
     return ShardSummary(listing.max_streams, sum(sizes) if len(local) == len(paths) else None, samples)
+
+
+def cut_tars(listing: Listing, limit: int = 1000) -> tuple[int, list[str]]:
+    """Look at the ends of at most `limit` local tars, spread evenly: how many were looked at, and which have been cut."""
+    local = [shard.url for shard in listing.tars if not is_url(shard.url) and shard.url.lower().endswith(".tar")]
+    chosen = [local[i * len(local) // limit] for i in range(limit)] if len(local) > limit else local
+    return len(chosen), [path for path in chosen if not LocalTar(path).has_end()]
 
 
 def make_shards(source: Path | str, out: Path | str, *, count: int = 1000, seed: int = 0) -> list[Path]:

@@ -59,6 +59,11 @@ class Listing:
         """Into how many parts the source can be split: its tars, or its images."""
         return len(self.tars) or len(self.files)
 
+    @property
+    def summary(self) -> str:
+        """How many of what: `64 shards`."""
+        return f"{self.max_streams:,} {'shards' if self.tars else 'images'}"
+
     def shards(self, streams: int) -> tuple[Shard, ...]:
         """Return the shards for `streams` readers; folders are cut in runs of at most 1000 files, at least one a stream."""
         if self.max_streams < streams:
@@ -95,8 +100,8 @@ def list_source(name: str, source: Source) -> Listing:
     if not entries:
         raise DataError(f"data.sources.{name}.path is an empty list; expected a folder, shards or URLs")
     tars, images, left_out = _gather(entries)
-    count = sum(map(len, images.values()))
     if tars and images:
+        count = sum(map(len, images.values()))
         raise DataError(
             f"data.sources.{name} mixes shards and image folders ({len(tars)} shards, such as {without_secrets(tars[0])}, and "
             f"{count} images in {', '.join(images)}); make two sources of them, or name the shards alone: a-{{000..099}}.tar"
@@ -106,13 +111,15 @@ def list_source(name: str, source: Source) -> Listing:
         raise DataError(
             f"data.sources.{name}: no .tar and no image below {', '.join(entries)}; expected shards or image files{what}"
         )
-    _tell(f"data.sources.{name}: {len(tars) or count:,} {'shards' if tars else 'images'}", left_out)
     if tars:
         shards = tuple(map(Shard, map(without_secrets, _short_names(tars)), tars))
-        return Listing(name, source.weight, tars=shards, left_out=left_out)
-    root = os.path.commonpath(images)
-    files = tuple(name for folder, names in images.items() for name in _below(os.path.relpath(folder, root), names))
-    return Listing(name, source.weight, root=root, files=files, left_out=left_out)
+        listing = Listing(name, source.weight, tars=shards, left_out=left_out)
+    else:
+        root = os.path.commonpath(images)
+        files = tuple(file for folder, names in images.items() for file in _below(os.path.relpath(folder, root), names))
+        listing = Listing(name, source.weight, root=root, files=files, left_out=left_out)
+    _tell(f"data.sources.{name}: {listing.summary}", left_out)
+    return listing
 
 
 def _gather(entries: list[str]) -> tuple[list[str], dict[str, tuple[str, ...]], LeftOut]:

@@ -23,6 +23,10 @@ __all__ = ["LocalTar", "StreamedTar", "raise_file_limit"]
 BLOCK = 512
 RECORD = 20 * BLOCK
 READ_AHEAD = 8 << 20
+EXTENDED = 1 << 20
+"""Bytes of names and attributes before a member, at most; a writer needs some hundred."""
+PART = 16 << 20
+"""Bytes asked from a stream at once: one that has fewer than a header says must not be made room for."""
 ZERO_BLOCK = bytes(BLOCK)
 OPENERS: dict[bytes, Callable[..., Any]] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}
 """Compressions by their first bytes."""
@@ -45,13 +49,14 @@ class _Tar(ABC):
         position, longer = 0, dict[str, str]()
         while (header := self._header(position)) is not None:
             start = position + BLOCK
-            size = int(longer.get("size", header.size))
+            size = _count(longer["size"]) if "size" in longer else header.size
             if self._size is not None and start + size > self._size:
                 raise ValueError(f"cut: ends at byte {self._size}, inside {longer.get('path', header.name)}")
-            if header.kind == b"L":
-                longer = {"path": _text(self.read(start, size))}
-            elif header.kind == b"x":
-                longer = _pax(self.read(start, size))
+            if header.kind in (b"L", b"x"):
+                if size > EXTENDED:
+                    raise ValueError(f"damaged: {size} bytes of attributes at byte {start}, expected at most {EXTENDED}")
+                data = self.read(start, size)
+                longer = {"path": _text(data)} if header.kind == b"L" else _pax(data)
             else:
                 if header.kind in (b"0", b"\0", b"7"):
                     yield longer.get("path", header.name), start, size
@@ -115,6 +120,11 @@ class LocalTar(_Tar):
         for name, start, size in self.places():
             yield name, partial(self.read, start, size)
 
+    def has_end(self) -> bool:
+        """Whether its last block is the zeros that end a tar; looks at nothing else."""
+        size = os.fstat(self._fd).st_size
+        return size >= BLOCK and self._at(size - BLOCK, BLOCK) == ZERO_BLOCK
+
     def _at(self, start: int, size: int) -> bytes:
         return os.pread(self._fd, size, start)
 
@@ -144,7 +154,7 @@ class StreamedTar(_Tar):
         while self._position < start and self._next(min(start - self._position, 1 << 20)):
             pass
         parts = []
-        while size and (data := self._next(size)):
+        while size and (data := self._next(min(size, PART))):
             parts.append(data)
             size -= len(data)
         return b"".join(parts)
@@ -188,17 +198,27 @@ def _text(field: bytes) -> str:
 
 
 def _number(field: bytes) -> int:
-    if field[0] & 0x80:  # GNU base-256, for members of 8 GiB and more
+    if field[0] == 0x80:  # GNU base-256, for members of 8 GiB and more; 0xFF would be a negative one
         return int.from_bytes(field[1:], "big")
-    return int(field.strip(b" \0") or b"0", 8)
+    return _count(field.strip(b" \0") or b"0", 8)
+
+
+def _count(digits: str | bytes, base: int = 10) -> int:
+    """A number of bytes: digits alone, so that no reader goes back."""
+    if not (digits.isdigit() and digits.isascii()) or len(digits) > 20:
+        raise ValueError(f"damaged: {digits[:20]!r} is no number of bytes")
+    return int(digits, base)
 
 
 def _pax(data: bytes) -> dict[str, str]:
     """Records `LENGTH KEY=VALUE\\n`, where LENGTH counts the whole record."""
     records: dict[str, str] = {}
     while data:
-        length = int(data.partition(b" ")[0])
-        key, _, value = data[:length].partition(b" ")[2].rstrip(b"\n").partition(b"=")
+        stated, _, _ = data.partition(b" ")
+        length = _count(stated)
+        if not len(stated) < length <= len(data):
+            raise ValueError(f"damaged: an attribute of {length} bytes where there are {len(data)}")
+        key, _, value = data[len(stated) + 1 : length - 1].partition(b"=")
         records[key.decode()] = value.decode("utf-8", "surrogateescape")
         data = data[length:]
     return records

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from ..balance import Balancer, load_balancers
+from ..balance import Balancer, check_balancers, load_balancers
 from ..balance.window import StatisticsWindow
 from ..config.cards import TeacherCard
 from ..config.load import cards_of
@@ -97,7 +97,9 @@ def given_balancers(recipe: Recipe, service: TeacherService, world: World) -> di
             )
         return {}
     channels = {name: card.output.features for name, card in service.cards.items()}
-    loaded = load_balancers(Path(expand(recipe.balance.path)), channels)
+    folder = Path(expand(recipe.balance.path))
+    loaded = load_balancers(folder, channels)
+    agree.on_main(lambda: check_balancers(folder, service.cards))
     return {name: balancer.to(world.device) for name, balancer in loaded.items()}
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from ..balance import Balancer, save_balancers
 from ..config.load import load_recipe
 from ..errors import RecipeError
+from ..fingerprint import Fingerprint, fingerprints
 from ..runs import run_path
 from ..train import agree, distributed
 from ..train.ranks import run_ranks
@@ -34,14 +35,14 @@ def main(argv: list[str]) -> int:
     def gather(world: distributed.World) -> int:
         balancers = gather_balancers(build_parts(recipe, world), world, recipe.balance.window)
         out = run_path(recipe) / "balancers"
-        agree.on_main(lambda: _write(out, balancers))
+        agree.on_main(lambda: _write(out, balancers, fingerprints(recipe)))
         return 0
 
     return run_ranks(recipe, gather, partial(serve, recipe))
 
 
-def _write(out: Path, balancers: dict[str, Balancer]) -> None:
-    save_balancers(out, balancers)
+def _write(out: Path, balancers: dict[str, Balancer], teachers: dict[str, Fingerprint]) -> None:
+    save_balancers(out, balancers, teachers)
     for name, balancer in balancers.items():
         scale = balancer.inverse_affine()[0].square().sum(0).mean().sqrt()
         log.info("%-16s mean standard deviation %.4g over %s vectors", name, float(scale), balancer.facts["count"])

@@ -73,7 +73,7 @@ class Trainer(Training):
         return {f"time/teachers/{name}": seconds for name, seconds in self.service.encoder.seconds().items()}
 
     def save_shared(self, folder: Path) -> None:
-        save_balancers(folder / "balancers", self.service.balancers)
+        save_balancers(folder / "balancers", self.service.balancers, self.run.teachers)
         groups = {
             "ema": self.ema.state_dict() if self.ema else {},
             "adaloss": self.task.adaloss.state_dict() if self.task.adaloss else {},

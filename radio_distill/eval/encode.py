@@ -7,6 +7,7 @@ Shapes: B images of a batch, C channels, H W pixels or cells.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple, TypeVar
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from ..data.processes import read_in_processes
+from ..errors import DataError
 from ..types import VisionModel, VisionOutput
 from .datasets.base import Dataset
 from .feature_files import Features
@@ -26,10 +28,16 @@ __all__ = ["Fit", "Resize", "Rule", "encode_batches", "features_of", "precision"
 
 T = TypeVar("T")
 
+log = logging.getLogger(__name__)
+
 Rule = Literal["short_side", "centre_crop", "exact"]
 """short_side: the short side becomes `side` pixels and the aspect is kept; both sides are rounded to what the model takes.
 centre_crop: the same, then the square in the middle. exact: a square of `side` pixels, whatever the aspect."""
 
+SHOWN = 3
+"""Images that an error names of those that cannot be read."""
+MANY = 1000
+"""Images that cannot be read before extraction ends at once."""
 WINDOW = 8
 """Batches that a worker reads at a time, to find images of one size among them."""
 
@@ -83,12 +91,20 @@ class Fit(NamedTuple):
 
 
 def features_of(
-    opened: Opened, dataset: Dataset[Any], resize: Resize, context: Context, *, maps: bool = True, half: bool = False
+    opened: Opened,
+    dataset: Dataset[Any],
+    resize: Resize,
+    context: Context,
+    *,
+    maps: bool = True,
+    half: bool = False,
+    max_bad: float = 0.0,
 ) -> Features:
     """Features of all images of a data set, from the cache where they are there. Close them after use.
 
     Samples of the data set have `image_3HW` (uint8 RGB). maps: keep feature maps, then all images must get one size; False:
-    summaries alone. half: kept as fp16.
+    summaries alone. half: kept as fp16. max_bad: the share of images that may be unreadable (`unread` of the features); raises
+    DataError naming them when they are more, on all ranks alike.
     """
     fit = resize.fit(opened.model)
     key = FeatureKey(
@@ -97,10 +113,21 @@ def features_of(
         fit.square,
     )
 
-    def produce(images: range) -> Iterable[VisionOutput]:
-        return encode_batches(opened, dataset, resize, images, context, maps=maps)
+    unread: dict[int, str] = {}
 
-    return context.cache.features(key, len(dataset), produce, maps=maps, half=half, ranks=context.ranks)
+    def produce(images: range) -> Iterable[VisionOutput]:
+        return encode_batches(opened, dataset, resize, images, context, unread, maps=maps)
+
+    features = context.cache.features(key, len(dataset), produce, maps=maps, half=half, ranks=context.ranks, unread=unread)
+    bad = list(features.unread.values())
+    if bad:
+        text = f"{len(bad)} of {len(dataset)} images of {dataset.name}/{dataset.split} cannot be read: {'; '.join(bad[:SHOWN])}"
+        text += f"; and {len(bad) - SHOWN} others" if len(bad) > SHOWN else ""
+        if len(bad) > max_bad * len(dataset):
+            features.close()
+            raise DataError(text)
+        log.warning("%s; they are left out", text)
+    return features
 
 
 def precision(context: Context) -> str:
@@ -114,11 +141,13 @@ def encode_batches(
     resize: Resize,
     indices: Sequence[int],
     context: Context,
+    unread: dict[int, str],
     *,
     maps: bool = True,
 ) -> Iterator[VisionOutput]:
     """Outputs of some images, in their order; the next batch is on its way when one is handed out.
 
+    What cannot be read is written into `unread`, and a black image takes its place; of many DataError tells at once.
     maps: False leaves maps out (they come with no cells), so that images of any sizes can follow each other.
     """
     fit = resize.fit(opened.model)
@@ -126,7 +155,7 @@ def encode_batches(
     reader = Reader(dataset, fit, [list(indices[i : i + window]) for i in range(0, len(indices), window)])
     read, stop = read_in_processes(reader, min(context.workers, len(reader.windows)))
     try:
-        yield from _one_ahead(_encode(opened.model, groups, context, maps) for groups in read)
+        yield from _one_ahead(_encode(opened.model, _noted(groups, unread), context, maps) for groups in read)
     finally:
         stop()
 
@@ -138,6 +167,8 @@ class Group(NamedTuple):
     """Where they stand in their window."""
     images_B3HW: Tensor
     """uint8"""
+    unread: dict[int, str]
+    """Index in the data set of those that could not be read, and why."""
 
 
 class Reader(IterableDataset[list[Group]]):
@@ -150,11 +181,27 @@ class Reader(IterableDataset[list[Group]]):
         worker = get_worker_info()
         first, step = (worker.id, worker.num_workers) if worker else (0, 1)
         for window in self.windows[first::step]:
-            images = [self.fit(self.dataset[i].image_3HW) for i in window]
+            unread: dict[int, str] = {}
+            images = [self._image(i, unread) for i in window]
             by_size: dict[torch.Size, list[int]] = {}
             for position, image in enumerate(images):
                 by_size.setdefault(image.shape, []).append(position)
-            yield [Group(positions, torch.stack([images[p] for p in positions])) for positions in by_size.values()]
+            yield [Group(positions, torch.stack([images[p] for p in positions]), unread) for positions in by_size.values()]
+
+    def _image(self, index: int, unread: dict[int, str]) -> Tensor:
+        try:
+            return self.fit(self.dataset[index].image_3HW)
+        except (DataError, OSError) as error:
+            unread[index] = str(error)
+            return torch.zeros(3, *self.fit.square, dtype=torch.uint8)
+
+
+def _noted(groups: list[Group], unread: dict[int, str]) -> list[Group]:
+    for group in groups:
+        unread |= group.unread
+    if len(unread) > MANY:
+        raise DataError(f"more than {MANY} images cannot be read, among them: {next(iter(unread.values()))}")
+    return groups
 
 
 @torch.no_grad()

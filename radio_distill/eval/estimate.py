@@ -17,14 +17,15 @@ __all__ = ["describe"]
 
 def describe(suite: Suite, models: Sequence[str], context: Context) -> Iterator[str]:
     """Lines of text: data sets, then minutes of encoding by model and task. Reading images and training probes come on top."""
-    from .models import open_models
+    from .models import openers
 
     yield f"{suite.title}, preset {suite.preset}, data {context.root}"
     found = {(d.name, d.split, len(d)): d for task in suite.tasks.values() for d in task.datasets(context)}
     for d in found.values():
         yield f"  {d.name}/{d.split}#{context.identity(d).content}: {len(d)} items"
         yield from (f"    {note}" for note in d.notes)
-    for opened in open_models(models, device=str(context.device)):
+    for opening in openers(models, device=str(context.device)).values():
+        opened = opening()
         yield f"{opened.label} on {context.device}, {precision(context)}"
         known: dict[int, float] = {}
         for name, task in suite.tasks.items():

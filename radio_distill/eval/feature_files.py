@@ -4,7 +4,8 @@ lock               held (shared) by whoever reads or writes here
 features.json      what is here: key, number of images, type, shapes
 00003.summary.npy  rows of one shard, (n, C)
 00003.map.npy      (n, C, H, W)
-00003.json         its rows and checksums; written last: without it the shard does not exist
+00003.summary_exponent.npy, 00003.map_exponent.npy    (n,); where rows are kept as fp16, they are times 2 to this power
+00003.json         checksums, and what could not be read; written last: without it the shard does not exist
 
 Shapes: n images of a shard, C channels, H W the map.
 """
@@ -16,7 +17,7 @@ import fcntl
 import json
 import os
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import IO, Any
@@ -57,17 +58,26 @@ class Shards:
         return self.folder / f"{index:05d}.json"
 
     def missing(self) -> list[int]:
-        """Shards that are not there yet."""
-        return [i for i in range(len(self)) if not self.marker(i).is_file()]
+        """Shards that are not there yet, or have images that could not be read: those are tried again."""
+        return [i for i in range(len(self)) if not self.marker(i).is_file() or self._unread(i)]
 
-    def write(self, index: int, parts: dict[str, Array]) -> None:
-        """Write one shard. Raises DataError when the disk is full; what was complete stays."""
+    def unread(self) -> dict[int, str]:
+        """Images that could not be read, and why. Their rows mean nothing."""
+        return {int(image): why for i in range(len(self)) for image, why in self._unread(i).items()}
+
+    def _unread(self, index: int) -> dict[str, str]:
+        found = json.loads(self.marker(index).read_text()).get("unread", {})
+        assert isinstance(found, dict)
+        return found
+
+    def write(self, index: int, parts: dict[str, Array], unread: Mapping[int, str]) -> None:
+        """Write one shard. unread: its images that could not be read, and why. Raises DataError when the disk is full; what was complete stays."""
         arrays = {part: np.ascontiguousarray(array) for part, array in parts.items()}
         checksums = {part: zlib.crc32(array.data) for part, array in arrays.items()}
         try:
             for part, array in arrays.items():
                 write_file(self.path(index, part), partial(_save, array))
-            write_file(self.marker(index), lambda f: f.write(json.dumps({"crc32": checksums}).encode()))
+            write_file(self.marker(index), lambda f: f.write(json.dumps({"crc32": checksums, "unread": unread}).encode()))
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
@@ -106,6 +116,9 @@ class Features:
     def __init__(self, shards: Shards, facts: dict[str, Any], lock: IO[str]) -> None:
         self._shards, self._lock = shards, lock
         self._open = lru_cache(OPEN_FILES)(self._map)
+        self._scaled: bool = facts["half"]
+        self.unread = shards.unread()
+        """Images that could not be read, and why. Their rows mean nothing."""
         self.summary_width: int | None = facts["summary"] and facts["summary"][0]
         """None: the model has no summary."""
         self.map_shape: tuple[int, int, int] | None = tuple(facts["map"]) if facts["map"] else None
@@ -124,6 +137,11 @@ class Features:
         """Let go of the files."""
         self._open.cache_clear()
         self._lock.close()
+
+    @property
+    def readable(self) -> list[int]:
+        """Indices of the images that could be read."""
+        return [i for i in range(len(self)) if i not in self.unread]
 
     def summaries(self, images: Sequence[int] | Tensor | None = None) -> Tensor:
         """Summaries (n, C) of some images by index, or of all, in fp32. Raises DataError when the model has none."""
@@ -145,7 +163,12 @@ class Features:
         shard_of = wanted // self._shards.rows
         for index in np.unique(shard_of):
             chosen = shard_of == index
-            found[chosen] = self._open(int(index), part)[wanted[chosen] - index * self._shards.rows]
+            rows = wanted[chosen] - index * self._shards.rows
+            values = self._open(int(index), part)[rows]
+            if self._scaled:
+                exponents = self._open(int(index), f"{part}_exponent")[rows]
+                values = np.ldexp(values.astype(np.float32), exponents.reshape(-1, *[1] * len(shape)))
+            found[chosen] = values
         return torch.from_numpy(found)
 
     def _map(self, index: int, part: str) -> Array:

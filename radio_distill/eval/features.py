@@ -15,7 +15,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -39,6 +39,12 @@ FACTS = "features.json"
 GONE = ".gone-"
 ROWS = {True: 64, False: 4096}
 """Images of a shard, with and without maps: what is lost by an interruption, and what is held in memory while writing."""
+
+HALF_EXPONENT = 15
+"""fp16 rows are scaled so that their largest magnitude lies below 2 to this power (and above half of that)."""
+LEAST_EXPONENT = -100
+"""Of what is scaled up; a row of zeros has none."""
+NOTHING: Mapping[int, str] = {}
 
 Produce = Callable[[range], Iterable[VisionOutput]]
 """Gives the outputs of a range of images, in order, in batches of any size."""
@@ -74,17 +80,26 @@ class FeatureCache:
         self.root, self.max_bytes = root, max_bytes
 
     def features(
-        self, key: FeatureKey, count: int, produce: Produce, *, maps: bool = True, half: bool = False, ranks: Ranks = ALONE
+        self,
+        key: FeatureKey,
+        count: int,
+        produce: Produce,
+        *,
+        maps: bool = True,
+        half: bool = False,
+        ranks: Ranks = ALONE,
+        unread: Mapping[int, str] = NOTHING,
     ) -> Features:
         """The features of `count` images; what is not there yet is asked of `produce`, and kept at once.
 
-        maps: keep the maps; False: summaries alone, then images may have any sizes. half: as fp16 (a number that does not
-        fit is an error). Raises DataError when it cannot fit into the cache or on the disk, for numbers that are not finite,
+        maps: keep the maps; False: summaries alone, then images may have any sizes. half: as fp16 with an exponent for each
+        image, so that features of any size keep eleven bits. unread: images that `produce` could not read, and why; it fills
+        this on the way and gives any output in their place. They are tried again at the next call. Raises DataError when it cannot fit into the cache or on the disk, for numbers that are not finite,
         and for maps of several sizes.
         """
         if count < 1:
             raise DataError(f"{key.dataset} has {count} images, expected at least one")
-        asked = {**asdict(key), "size": list(key.size), "count": count, "maps": maps, "half": half}
+        asked = {**asdict(key), "size": list(key.size), "count": count, "maps": maps, "half": half, "exponents": half}
         folder = self.root / hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:24]
         shards = Shards(folder, count, ROWS[maps])
         if ranks.rank == 0:
@@ -93,14 +108,16 @@ class FeatureCache:
         lock = hold(folder)
         assert lock is not None
         try:
-            self._complete(asked, shards, produce, ranks)
+            self._complete(asked, shards, produce, ranks, unread)
             os.utime(folder / FACTS)
             return Features(shards, json.loads((folder / FACTS).read_text()), lock)
         except BaseException:
             lock.close()
             raise
 
-    def _complete(self, asked: dict[str, Any], shards: Shards, produce: Produce, ranks: Ranks) -> None:
+    def _complete(
+        self, asked: dict[str, Any], shards: Shards, produce: Produce, ranks: Ranks, unread: Mapping[int, str]
+    ) -> None:
         """Make the shards that are missing."""
         missing = shards.missing()
         ranks.barrier()  # nobody writes before everybody knows what is missing
@@ -109,7 +126,7 @@ class FeatureCache:
             if left < shards.count:
                 log.info("%s: %d of %d images are there, going on", asked["model"], shards.count - left, shards.count)
             own = [int(i) for i in np.array_split(missing, ranks.world)[ranks.rank]]
-            _Extraction(self, asked, shards, missing, leads=ranks.rank == 0).run(own, produce)
+            _Extraction(self, asked, shards, missing, unread, leads=ranks.rank == 0).run(own, produce)
         ranks.barrier()
 
     def make_room(self, needed: int, keep: Path) -> None:
@@ -128,17 +145,27 @@ class FeatureCache:
             place = "the disk" if on_disk < in_cache else f"the cache (at most {self.max_bytes / GIB:.0f} GiB)"
             raise DataError(
                 f"features need {needed / GIB:.2f} GiB and {place} of {self.root} has {max(min(in_cache, on_disk), 0) / GIB:.2f} "
-                "GiB left; keep them as fp16, keep summaries alone, score fewer images, or make room"
+                "GiB left; score fewer images (--limit), make room, or set RADIO_DISTILL_CACHE to another disk"
             )
 
 
 class _Extraction:
     """Turn outputs into shards; a shard is written while the next one is computed."""
 
-    def __init__(self, cache: FeatureCache, asked: dict[str, Any], shards: Shards, missing: list[int], *, leads: bool) -> None:
+    def __init__(
+        self,
+        cache: FeatureCache,
+        asked: dict[str, Any],
+        shards: Shards,
+        missing: list[int],
+        unread: Mapping[int, str],
+        *,
+        leads: bool,
+    ) -> None:
+        self.unread = unread
         self.cache, self.asked, self.shards, self.missing, self.leads = cache, asked, shards, missing, leads
         self.facts: dict[str, Any] | None = None
-        self.dtype = torch.float16 if asked["half"] else torch.float32
+        self.bytes = 2 if asked["half"] else 4  # of a number
 
     def run(self, own: list[int], produce: Produce) -> None:
         with ThreadPoolExecutor(1) as writer:
@@ -147,7 +174,8 @@ class _Extraction:
                 for index, parts in self._cut(first, last, produce):
                     if pending:
                         pending.result()
-                    pending = writer.submit(self.shards.write, index, parts)
+                    unread = {i: self.unread[i] for i in self.shards.images(index) if i in self.unread}
+                    pending = writer.submit(self.shards.write, index, parts, unread)
             if pending:
                 pending.result()
 
@@ -183,25 +211,31 @@ class _Extraction:
                     f"the {part} of image {start} has shape {shape} and others {self.facts[part]}; "
                     "give all images one size, or keep summaries alone (maps=False)"
                 )
-        return {part: self._to_array(x, part, start) for part, x in tensors.items() if x is not None}
+        arrays: dict[str, Array] = {}
+        for part, x in tensors.items():
+            if x is not None:
+                arrays |= self._to_arrays(x.detach().float().cpu(), part, start)
+        return arrays
 
-    def _to_array(self, x: Tensor, part: str, start: int) -> Array:
-        kept = x.detach().to(self.dtype).cpu()
-        if not bool(torch.isfinite(kept).all()):
-            bad = start + int((~torch.isfinite(kept)).flatten(1).any(1).nonzero()[0])
-            largest = x[bad - start].abs().max().item()
-            advice = (
-                "keep them as fp32" if self.asked["half"] and np.isfinite(largest) else "the model is broken in this precision"
+    def _to_arrays(self, x: Tensor, part: str, start: int) -> dict[str, Array]:
+        if not bool(torch.isfinite(x).all()):
+            bad = start + int((~torch.isfinite(x)).flatten(1).any(1).nonzero()[0])
+            raise DataError(
+                f"the {part} of image {bad} by {self.asked['model']} is not finite: the model is broken in this precision"
             )
-            raise DataError(f"the {part} of image {bad} by {self.asked['model']} is not finite (up to {largest:g}): {advice}")
-        return kept.numpy()
+        if not self.asked["half"]:
+            return {part: x.numpy()}
+        largest = x.flatten(1).abs().amax(1)
+        exponents = torch.frexp(largest).exponent.clamp(min=LEAST_EXPONENT) - HALF_EXPONENT
+        scaled = torch.ldexp(x, -exponents.view(-1, *[1] * (x.ndim - 1)))
+        return {part: scaled.half().numpy(), f"{part}_exponent": exponents.to(torch.int16).numpy()}
 
     def _begin(self, shapes: dict[str, Any]) -> None:
         """At the first output: is there something to keep, and room for all of it?"""
         if not any(shapes.values()):
             raise DataError(f"{self.asked['model']} has no summary, and maps are not kept; keep maps, or choose another suite")
         if self.leads:
-            per_image = sum(int(np.prod(shape)) for shape in shapes.values() if shape) * self.dtype.itemsize
+            per_image = sum(int(np.prod(shape)) for shape in shapes.values() if shape) * self.bytes
             images = sum(len(self.shards.images(i)) for i in self.missing)
             self.cache.make_room(images * per_image, keep=self.shards.folder)
         path = self.shards.folder / FACTS

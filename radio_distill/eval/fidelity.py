@@ -25,15 +25,16 @@ from ..config.jitter import Jitter
 from ..config.upsampler import Network
 from ..data.held_out import HeldOut
 from ..data.jitter import draw_matrices, warp_views
+from ..fingerprint import fingerprint
 from ..homography import warp
 from ..teachers.base import Teacher, chunked, load_teacher
 from ..types import Result, VisionOutput
 from ..upsamplers.crf import crf
-from ..upsamplers.folder import SavedUpsampler
+from ..upsamplers.folder import SavedUpsampler, check_teacher
+from ..upsamplers.map_weights import covered_masks
 from ..upsamplers.metrics import Fidelity, masked_error, overtiling, total_variation
 from ..upsamplers.mmd import map_mmd
 from ..upsamplers.sharpener import Sharp
-from ..upsamplers.view_masks import covered_masks
 
 __all__ = ["FidelityProtocol", "Measured", "measure", "to_results"]
 
@@ -106,10 +107,13 @@ def measure(
 ) -> list[Measured]:
     """Measure upsamplers, by name; those of one teacher together. Results come in the order of `models`.
 
-    chunk: at most this many teacher images in one forward. Raises TeacherError when a teacher's weights are not there.
+    chunk: at most this many teacher images in one forward. Raises TeacherError when a teacher's weights are not there,
+    or when it is no longer the one that an upsampler was trained for.
     """
     measured: dict[str, Measured] = {}
     for group in _groups(models, protocol):
+        for saved in group.values():
+            check_teacher(saved, saved.card, saved.size)
         teacher = load_teacher(next(iter(group.values())).card).to(device)
         scores = {name: _Scores(saved, device) for name, saved in group.items()}
         remember = _Memory(chunked(teacher, chunk))
@@ -124,6 +128,7 @@ def measure(
 
 def to_results(measured: list[Measured], data: HeldOut, protocol: FidelityProtocol) -> list[Result]:
     """One `Result` per number; task = teacher/factor/kind."""
+    known = data.id
     return [
         Result(
             suite="fidelity",
@@ -133,7 +138,7 @@ def to_results(measured: list[Measured], data: HeldOut, protocol: FidelityProtoc
             unit=METRICS[metric.rstrip("_0123456789")].unit,
             higher_is_better=METRICS[metric.rstrip("_0123456789")].higher_is_better,
             model=row.model,
-            dataset=data.name,
+            dataset=known,
             count=data.count,
             resolution=row.size,
             config_hash=protocol.digest,
@@ -147,7 +152,7 @@ def _groups(models: dict[str, SavedUpsampler], protocol: FidelityProtocol) -> It
     """Upsamplers that can share images, views and teacher."""
     groups: dict[tuple[object, ...], dict[str, SavedUpsampler]] = {}
     for name, saved in models.items():
-        key = saved.card.name, saved.card.source, saved.card.revision, saved.size, max(protocol.fine, saved.factor)
+        key = fingerprint(saved.card).digest, saved.size, max(protocol.fine, saved.factor)
         groups.setdefault(key, {})[name] = saved
     yield from groups.values()
 

@@ -16,14 +16,15 @@ import hashlib
 import inspect
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import RadioDistillError
+from ..fingerprint import code_digest, known_fingerprint
 from ..paths import shipped
 from ..types import VisionModel
 
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
     from ..teachers.base import Teacher
 
-__all__ = ["Opened", "load_model", "open_model", "open_models"]
+__all__ = ["Opened", "load_model", "open_model", "openers"]
 
 FORMS = (
     "the folder of a run, a checkpoint or an export; teacher:NAME; teacher:NAME+featsharp:FOLDER; timm:NAME; hf:FOLDER; "
@@ -74,10 +75,9 @@ def load_model(name: str) -> VisionModel:
     return open_model(name).model
 
 
-def open_models(names: Sequence[str], *, device: str = "cpu") -> Iterator[Opened]:
-    """Open several models, each only when the one before is no longer needed. All strings are checked before the first."""
-    parsed = [(name, _parse(name)) for name in dict.fromkeys(names)]
-    return (_open(name, *parts, device) for name, parts in parsed)
+def openers(names: Sequence[str], *, device: str = "cpu") -> dict[str, Callable[[], Opened]]:
+    """How to open several models, each when the one before is no longer needed. All strings are checked here."""
+    return {name: partial(_open, name, *_parse(name), device) for name in names}
 
 
 def open_model(name: str, *, device: str = "cpu") -> Opened:
@@ -197,8 +197,8 @@ def _from_function(name: str, rest: str, options: dict[str, str], device: str) -
     }  # fmt: skip
     for part in parts.values():
         part.to(device).eval()
-    source = inspect.getsource(import_module(module))  # a change of the code is another model
-    return Opened(name, model, {"source": source}, lambda: _joined({key: part.state_dict() for key, part in parts.items()}))
+    code = code_digest(rest) or inspect.getsource(import_module(module))  # a change of the code is another model
+    return Opened(name, model, {"code": code}, lambda: _joined({key: part.state_dict() for key, part in parts.items()}))
 
 
 Builder = Callable[[str, str, "dict[str, str]", str], Opened]
@@ -250,7 +250,10 @@ def _teacher(label: str, teacher: Teacher) -> Opened:
 
 
 def _card_facts(teacher: Teacher) -> dict[str, Any]:
-    return teacher.card.model_dump(mode="json", include={"family", "input", "output", "params", "loader"})
+    """What a card says; the weights are looked at as tensors. A change of a loader's code is another model."""
+    card, code = teacher.card, code_digest(teacher.card.loader) if teacher.card.loader else None
+    text = card.text.model_dump(mode="json") if card.text else None  # zero-shot results depend on it
+    return {"card": dict(known_fingerprint(card).facts), "code": code, "text": text}
 
 
 def _joined(parts: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:

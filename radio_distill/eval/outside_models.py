@@ -300,7 +300,7 @@ def _normalisation(folder: Path) -> tuple[Sequence[float], Sequence[float]]:
 def _sides(folder: Path, config: Any) -> tuple[int, int]:
     """Of a patch, and of the image that it was trained for; each may be a number or a pair (of which the image's height counts)."""
     found = {key: getattr(config, key, None) for key in ("patch_size", "image_size")}
-    patches, sizes = ([*x] if isinstance(x, (list, tuple)) else [x] for x in found.values())
+    patches, sizes = (list[Any](x) if isinstance(x, (list, tuple)) else [x] for x in found.values())
     if all(isinstance(side, int) and side > 0 for side in (*patches, *sizes)) and len(set(patches)) == 1 and sizes:
         return int(patches[0]), int(sizes[0])
     stated = " and ".join(f"{key} {value}" for key, value in found.items())

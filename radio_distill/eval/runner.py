@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Mapping, Sequence
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -28,6 +30,7 @@ __all__ = ["Outcome", "check", "preset_of", "run_suite"]
 
 log = logging.getLogger(__name__)
 
+NEWLINE = "\n"
 PATIENCE = timedelta(seconds=60)
 """How long after one rank all others may come to fail at the same task."""
 
@@ -46,26 +49,44 @@ def run_suite(suite: Suite, models: Sequence[str], context: Context, out: Path) 
     """Measure models (strings of `models.py`) on the tasks of a suite; results are appended to `out` task by task.
 
     A result that is there already, of the same model, data, settings and seed, is not measured again. Raises DataError listing
-    all that is missing before anything is computed. A task that fails for one model does not stop the others, unless
-    it fails on some ranks alone: those that it does not fail on wait for the others. What an image costs at the sizes of the tasks is written
-    down, too, but is not in the outcome.
+    all that is missing before anything is computed. A model that cannot be opened, and a task that fails for one model, whatever
+    it raised, do not stop the others, unless they fail on some ranks alone: those that they do not fail on wait for the others.
+    What an image costs at the sizes of the tasks is written down, too, but is not in the outcome.
     """
-    from .models import open_models
+    from .models import openers
 
     check(suite, context)
     outcome = Outcome()
-    for opened in open_models(models, device=str(context.device)):
-        for name, task in suite.tasks.items():
-            try:
+    for label, opening in openers(models, device=str(context.device)).items():
+        opened = None
+        with _recorded(label, outcome, context, out):
+            opened = opening()
+        for name, task in suite.tasks.items() if opened else ():
+            with _recorded(f"{name} of {opened.label}", outcome, context, out):
                 outcome.results += _measure(suite, name, task, opened, context, out)
                 _measure_cost(task, opened, context, out)
-            except RadioDistillError as error:
-                if not _fails_everywhere(f"{name} of {opened.id}", context):
-                    raise
-                if context.ranks.rank == 0:
-                    log.error("%s of %s: %s", name, opened.label, error)
-                outcome.failures.append(f"{name} of {opened.label}: {error}")
     return outcome
+
+
+@contextmanager
+def _recorded(what: str, outcome: Outcome, context: Context, out: Path) -> Iterator[None]:
+    """Write down what fails on all ranks, and go on; the traceback of what nobody foresaw is kept beside the results."""
+    try:
+        yield
+    except Exception as error:  # models and data are strangers'
+        if not _fails_everywhere(what, context):
+            raise
+        text = str(error)
+        if not isinstance(error, RadioDistillError):
+            kept = out.with_name(f"{out.stem}.errors.txt")
+            text = f"{type(error).__name__}: {text.partition(NEWLINE)[0]} (traceback in {kept})"
+            if context.ranks.rank == 0:
+                kept.parent.mkdir(parents=True, exist_ok=True)
+                with kept.open("a") as file:
+                    file.write(f"{what}\n{traceback.format_exc()}\n")
+        if context.ranks.rank == 0:
+            log.error("%s: %s", what, text)
+        outcome.failures.append(f"{what}: {text}")
 
 
 def check(suite: Suite, context: Context) -> None:
@@ -170,4 +191,5 @@ def _result(known: Mapping[str, Any], score: Score, *, items: int, side: int) ->
         headline=score.headline,
         resolution=side if score.side is None else score.side,
         count=items if score.scored is None else score.scored,
+        left_out=score.left_out,
     )

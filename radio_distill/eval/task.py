@@ -43,6 +43,8 @@ class Score(NamedTuple):
     """Number of items, where they are not those of the first data set."""
     side: int | None = None
     """Pixels that this number was measured at, where a task measures at several."""
+    left_out: int = 0
+    """Images of the task's data sets that could not be read and were left out."""
 
 
 @dataclass(frozen=True)

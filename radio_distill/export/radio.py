@@ -11,6 +11,7 @@ from ..errors import CheckpointError
 from ..student.checkpoints import load_reference
 from ..student.keys import to_reference
 from ..student.student import Student
+from ..tensors import refuse_non_finite, row_major
 from .layout import reference_args
 
 __all__ = ["write_radio"]
@@ -26,9 +27,9 @@ def write_radio(student: Student, folder: Path, name: str, *, dtype: torch.dtype
         theirs = to_reference(key, is_dino=student.arch.trunk.is_dino)
         if theirs is not None:
             keep = key.startswith("input_conditioner.")
-            state[theirs] = (x if keep else x.to(dtype)).detach().clone()
-    args = argparse.Namespace(**reference_args(student.arch))
-    path = folder / f"{name}.pth.tar"
+            state[theirs] = row_major(x if keep else x.to(dtype)).clone()
+    args, path = argparse.Namespace(**reference_args(student.arch)), folder / f"{name}.pth.tar"
+    refuse_non_finite(state, path)
     torch.save({"arch": args.model, "epoch": 0, "args": args, "state_dict": state}, path)
     _read_back(path, student, dtype)
 

@@ -91,8 +91,14 @@ class Budget:
     """What looks wrong or wasteful."""
 
 
+MOST_GPUS = 100_000
+"""More than any cluster has: plans list the ranks one by one."""
+
+
 def machine(gpu: str, world_size: int, utilisation: float) -> Machine:
-    """GPUs of a kind. Raises RecipeError for an unknown one, or an impossible utilisation."""
+    """GPUs of a kind. Raises RecipeError for an unknown one, more than MOST_GPUS, or an impossible utilisation."""
+    if world_size > MOST_GPUS:
+        raise RecipeError(f"{world_size:,} GPUs, expected at most {MOST_GPUS:,}")
     if gpu not in GPUS:
         raise RecipeError(f"unknown GPU {gpu!r}; known: {', '.join(GPUS)}")
     if not 0 < utilisation <= 1:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
+from pathlib import Path
 from types import TracebackType
 
 from ..config.load import dump, load_job, resume_conflicts
 from ..config.recipe import Job
 from ..errors import CheckpointError
+from ..fingerprint import Fingerprint, fingerprints
 from ..runs import run_path
 from . import agree
 from .distributed import World
@@ -22,6 +25,10 @@ __all__ = ["RunFolder", "open_run"]
 log = logging.getLogger(__name__)
 
 
+TEACHERS = "teachers.json"
+"""Which teachers the run was started with."""
+
+
 class RunFolder:
     """Opens the folder of a run on rank 0: creates it, or checks that this recipe may go on in it.
 
@@ -30,6 +37,8 @@ class RunFolder:
 
     def __init__(self, recipe: Job, *, is_main: bool, ranks: int = 1) -> None:
         self.path = run_path(recipe)
+        self.teachers: dict[str, Fingerprint] = {}
+        """Of the recipe's teachers, as `teachers.json` has them; on rank 0."""
         self._lock: RunLock | None = None
         if not is_main:
             return
@@ -86,12 +95,47 @@ class RunFolder:
             if changed:
                 lines = "\n".join(f"  {line}" for line in changed[:10])
                 raise CheckpointError(
-                    f"{self.path} was started with another recipe; on resume only engine, log and checkpoint may change:\n{lines}\n"
+                    f"{self.path} was started with another recipe; on resume only engine, log, checkpoint and run may change:\n{lines}\n"
                     "set run= to another folder for a run of its own (start.kind=run continues from these weights)"
                 )
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(dump(recipe))
-        os.replace(temporary, path)
+        self.teachers = fingerprints(recipe)
+        self._check_teachers(is_resumed=path.exists())
+        _replace(path, dump(recipe))
+        _replace(
+            self.path / TEACHERS, json.dumps({name: was.to_dict() for name, was in self.teachers.items()}, indent=1) + "\n"
+        )
+
+    def _check_teachers(self, *, is_resumed: bool) -> None:
+        """Refuse other teachers than those that the run was started with: a card, its weights or its loader were changed."""
+        path = self.path / TEACHERS
+        if not path.exists():
+            if is_resumed and self.teachers:
+                log.warning(
+                    "%s is of an older version and has no %s: its teachers are taken to be those of today",
+                    *(self.path, TEACHERS),
+                )
+            return
+        try:
+            before = {name: Fingerprint.from_dict(values) for name, values in json.loads(path.read_text()).items()}
+        except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
+            raise CheckpointError(
+                f"{path} cannot be read ({error!r}), so nobody can tell whether the teachers are the same; delete it if they are"
+            ) from error
+        changed = [
+            f"{name}.{d}" for name, now in self.teachers.items() if name in before for d in before[name].differences(now)
+        ]
+        if changed:
+            lines = "\n".join(f"  {line}" for line in changed[:10])
+            raise CheckpointError(
+                f"{self.path} was started with other teachers; their cards, weights or loaders have changed:\n{lines}\n"
+                "put them back, or set run= to another folder for a run of its own (start.kind=run continues from these weights)"
+            )
+
+
+def _replace(path: Path, text: str) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
 
 
 def open_run(recipe: Job, world: World) -> RunFolder:

@@ -14,24 +14,13 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from ..align import whole_factors
 from .chunks import in_chunks
 
-__all__ = ["attend_cells", "by_cell", "filter_cells", "inside", "whole_factors"]
+__all__ = ["attend_cells", "by_cell", "filter_cells", "inside"]
 
 CHUNK = 2**26
 """Numbers in the unfolded keys or values of the rows of cells that are computed at a time: 256 MiB in float32."""
-
-
-def whole_factors(cells: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
-    """Positions per cell along rows and columns; raises ValueError where the size is no whole multiple of the cells."""
-    (h, w), (height, width) = cells, size
-    if height < h or width < w or height % h or width % w:
-        nearest = max(1, round(height / h)) * h, max(1, round(width / w)) * w
-        raise ValueError(
-            f"output size {height}x{width} is not a whole multiple of the source's {h}x{w} cells; "
-            f"nearest is {nearest[0]}x{nearest[1]}: ask for that and resize the result"
-        )
-    return height // h, width // w
 
 
 def attend_cells(queries_BDHW: Tensor, keys_BDhw: Tensor, values_BChw: Tensor, *, window: int, heads: int = 1) -> Tensor:

@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..align import whole_factors
+
 __all__ = [
     "BLUR_SIGMA",
     "KEEP",
@@ -24,7 +26,6 @@ __all__ = [
     "SimpleDownsampler",
     "filter_channels",
     "gaussian",
-    "whole_stride",
 ]
 
 KEEP = 0.8
@@ -54,7 +55,7 @@ class AttentionDownsampler(nn.Module):
 
         `keep_mask` (B, K, *size), 0 or 1, says which predicted logits count; without one it is drawn in training.
         """
-        stride = whole_stride(high_BCHW, size)
+        stride = whole_factors(size, (high_BCHW.shape[2], high_BCHW.shape[3]))
         smooth = self.smooth(high_BCHW, stride)
         logits = F.conv2d(smooth, self.attn_kernel, self.kernel_bias, stride=stride)
         if keep_mask is None and self.drops:
@@ -95,7 +96,7 @@ class SimpleDownsampler(nn.Module):
 
     def forward(self, high_BCHW: Tensor, size: tuple[int, int], keep_mask: Tensor | None = None) -> Tensor:
         """(B, C, H, W) -> (B, C, *size); H and W are multiples of the size. There are no logits that a mask could drop."""
-        stride = whole_stride(high_BCHW, size)
+        stride = whole_factors(size, (high_BCHW.shape[2], high_BCHW.shape[3]))
         blurs = [high_BCHW.new_ones(1) if step % 2 else high_BCHW.new_full((2,), 0.5) for step in stride]
         padded = centred(high_BCHW, self.kernel, stride, blurs)
         weights = F.softplus(self.kernel_params)
@@ -144,17 +145,6 @@ def gaussian(taps: int, sigma: float, *, like: Tensor) -> Tensor:
     x = torch.arange(taps, device=like.device, dtype=like.dtype) - (taps - 1) / 2
     density = torch.exp(-x.square() / (2 * sigma * sigma))
     return density / density.sum()
-
-
-def whole_stride(high_BCHW: Tensor, size: tuple[int, int]) -> tuple[int, int]:
-    """Fine pixels per cell along both axes; raises ValueError if they are not whole numbers."""
-    (height, width), (h, w) = high_BCHW.shape[-2:], size
-    if height % h or width % w:
-        raise ValueError(
-            f"a {height}x{width} map is not a whole multiple of {h}x{w} cells; "
-            f"resize it to {max(1, round(height / h)) * h}x{max(1, round(width / w)) * w}"
-        )
-    return height // h, width // w
 
 
 def check_kernel(kernel: int) -> None:

@@ -9,6 +9,7 @@ downsampler.*         what it was trained against, for the fidelity suite
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -26,11 +27,14 @@ from ..config.cards import TeacherCard
 from ..config.upsampler import Network
 from ..config.upsampler_recipe import Downsampler
 from ..errors import CheckpointError, TeacherError
+from ..fingerprint import Difference, Fingerprint, fingerprint, known_fingerprint
 from ..paths import expand
 from ..student.spectral import fold_state
 from ..tensors import save_tensors
 from .form import form_of
 from .sharpener import Sharpener
+
+log = logging.getLogger(__name__)
 
 __all__ = ["SavedUpsampler", "check_teacher", "load_upsampler", "read_network", "save_upsampler"]
 
@@ -52,6 +56,8 @@ class SavedUpsampler:
     reduction: Downsampler
     provenance: dict[str, Any]
     """Recipe, step, number of images, versions."""
+    fingerprint: Fingerprint | None = None
+    """Of the teacher that it was trained for; None: of the card's teacher as it is here and now."""
 
     @property
     def factor(self) -> int:
@@ -80,6 +86,7 @@ def save_upsampler(saved: SavedUpsampler, folder: Path, *, state: Mapping[str, T
         "downsampler": saved.reduction.model_dump(mode="json"),
         "size": saved.size,
         "teacher": saved.card.model_dump(mode="json"),
+        "fingerprint": _trained_for(saved).to_dict(),
         "balancer": {"kind": saved.sharpener.balancer.kind, "facts": saved.sharpener.balancer.facts},
         "provenance": saved.provenance,
     }
@@ -112,7 +119,9 @@ def load_upsampler(path: str | Path) -> SavedUpsampler:
     _fill(downsampler, {k.removeprefix("downsampler."): x for k, x in tensors.items() if k.startswith("downsampler.")}, folder)
     for module in (sharpener, downsampler):
         module.eval().requires_grad_(False)
-    return SavedUpsampler(sharpener, downsampler, network, card, facts["size"], reduction, facts["provenance"])
+    return SavedUpsampler(
+        sharpener, downsampler, network, card, facts["size"], reduction, facts["provenance"], _recorded(folder, facts, card)
+    )
 
 
 def read_network(path: Path) -> Network:
@@ -124,19 +133,30 @@ def read_network(path: Path) -> Network:
 
 def check_teacher(saved: SavedUpsampler, card: TeacherCard, size: int | None = None) -> None:
     """Raise TeacherError when the upsampler was made for another teacher, or for another size of a teacher's input."""
-    was = saved.card
-    for what, theirs, ours in (
-        ("source", was.source, card.source),
-        ("revision", was.revision, card.revision),
-        ("channels", was.output.features, card.output.features),
-        ("patch", was.input.patch, card.input.patch),
-        ("size", saved.size, size or card.input.size),
-    ):
-        if theirs != ours:
-            raise TeacherError(
-                f"this upsampler was trained for teacher {was.name!r} with {what} {theirs}, and is asked to serve "
-                f"{card.name!r} with {what} {ours}; train one for it: radio-distill upsampler RECIPE teacher={card.name}"
-            )
+    differences = _trained_for(saved).differences(fingerprint(card))
+    asked = size or card.input.size
+    if saved.size != asked:
+        differences.append(Difference("size", saved.size, asked))
+    if differences:
+        raise TeacherError(
+            f"this upsampler was trained for teacher {saved.card.name!r} and is asked to serve {card.name!r}, which differs "
+            f"({', '.join(map(str, differences))}); train one for it: radio-distill upsampler RECIPE teacher={card.name}"
+        )
+
+
+def _trained_for(saved: SavedUpsampler) -> Fingerprint:
+    return saved.fingerprint or fingerprint(saved.card)
+
+
+def _recorded(folder: Path, facts: dict[str, Any], card: TeacherCard) -> Fingerprint:
+    if "fingerprint" in facts:
+        return Fingerprint.from_dict(facts["fingerprint"])
+    log.warning(
+        "%s has no fingerprint of its teacher (it is of an older version): the card's facts, source and revision are compared, "
+        "its weights and the code of a loader are not",
+        *(folder / FACTS,),
+    )
+    return known_fingerprint(card)
 
 
 def _facts(folder: Path) -> dict[str, Any]:
@@ -146,6 +166,7 @@ def _facts(folder: Path) -> dict[str, Any]:
         facts: dict[str, Any] = json.loads((folder / FACTS).read_text())
         TeacherCard(**facts["teacher"]), Network(**facts["network"]), Downsampler(**facts["downsampler"])
         _ = facts["size"], facts["balancer"]["kind"], facts["provenance"]
+        Fingerprint.from_dict(facts["fingerprint"]) if "fingerprint" in facts else None
     except (KeyError, TypeError, ValueError, ValidationError) as error:
         raise CheckpointError(f"{folder / FACTS} does not describe an upsampler ({error!r}); write it again") from error
     return facts

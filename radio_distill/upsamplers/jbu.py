@@ -14,12 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..align import whole_factors
 from .adaptive_conv import RADIUS, TAPS, filter_resized, neighbour_dots
 
 __all__ = [
     "JBU",
     "JBULevel",
-    "check_level",
     "check_size",
     "prime_factors",
     "scalars_as_vectors",
@@ -43,7 +43,13 @@ class JBULevel(nn.Module):
 
         H and W are multiples of h and w, not smaller than 4 pixels.
         """
-        check_level(source_BChw, guidance_B3HW)
+        height, width = guidance_B3HW.shape[2:]
+        whole_factors((source_BChw.shape[2], source_BChw.shape[3]), (height, width))
+        if min(height, width) <= RADIUS:
+            raise ValueError(
+                f"a {height}x{width} map is too small for a 7x7 kernel, which is reflected at the border; "
+                f"expected at least {RADIUS + 1} pixels a side: use a larger image or factor"
+            )
         return filter_resized(source_BChw, self.kernel(guidance_B3HW))
 
     def kernel(self, guidance_B3HW: Tensor) -> Tensor:
@@ -119,21 +125,6 @@ def spatial_logits(sigma: Tensor) -> Tensor:
     """-distance^2 / (2 sigma^2) of the 49 taps; the window's half width is 1."""
     steps = torch.linspace(-1, 1, TAPS, device=sigma.device, dtype=sigma.dtype)
     return -(steps[:, None].square() + steps.square()).flatten() / (2 * sigma.square())
-
-
-def check_level(source_BChw: Tensor, guidance_B3HW: Tensor) -> None:
-    """Raise ValueError unless the guidance lies on a multiple of the source's grid."""
-    (h, w), (height, width) = source_BChw.shape[-2:], guidance_B3HW.shape[-2:]
-    if height % h or width % w:
-        raise ValueError(
-            f"guidance {height}x{width} is not a whole multiple of the map's {h}x{w}; "
-            f"resize it to {max(1, round(height / h)) * h}x{max(1, round(width / w)) * w}"
-        )
-    if min(height, width) <= RADIUS:
-        raise ValueError(
-            f"a {height}x{width} map is too small for a 7x7 kernel, which is reflected at the border; "
-            f"expected at least {RADIUS + 1} pixels a side: use a larger image or factor"
-        )
 
 
 def check_size(source_BChw: Tensor, factor: int, size: tuple[int, int]) -> None:

@@ -1,6 +1,7 @@
-"""How much each position of an upsampled map counts in its loss: seams between tiles more, what cannot be foretold less.
+"""Which positions of an upsampled map and its views count in the loss, and how much: seams between tiles more, what cannot be
+foretold less.
 
-Shapes: B samples, C channels, h w the teacher's grid (and the side of a tile's map), H W the upsampled grid.
+Shapes: B samples, J views, C channels, h w the teacher's grid (and the side of a tile's map), H W the upsampled grid.
 """
 
 from __future__ import annotations
@@ -11,9 +12,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..homography import warp
+from ..homography import covered, warp
 
-__all__ = ["MapWeights", "UncertaintyNet", "seam_weights"]
+__all__ = ["MapWeights", "Masks", "UncertaintyNet", "covered_masks", "seam_weights"]
+
+
+class Masks(NamedTuple):
+    """bool; True where a cell counts. None: everywhere."""
+
+    views_JB1hw: Tensor
+    """For the comparison of the views, on the teacher's grid."""
+    base_B1HW: Tensor | None = None
+    """For uncertainty and total variation of the upsampled map."""
+    crf_B1HW: Tensor | None = None
+    """For CRF on the upsampled map."""
+
+
+def covered_masks(matrices_JB33: Tensor, grid: tuple[int, int]) -> Masks:
+    """A view's cell counts when all of it shows the base; of the base, which is a whole crop, everything counts."""
+    views = covered(matrices_JB33.flatten(0, 1), grid).unflatten(0, matrices_JB33.shape[:2])
+    return Masks(views)
 
 
 class UncertaintyNet(nn.Module):

@@ -115,19 +115,16 @@ def overtiling(
     size: tuple[int, int],
     level: int,
     *,
-    balancer: Balancer | None = None,
     antialias: bool = True,
 ) -> Tensor:
     """Mean squared difference of stitched level x level tiles and the whole image encoded at once (paper, Figure 15): a scalar.
 
     Both see the image at `level` times `size`, the teacher's (height, width) in pixels; `encode` must take larger ones. 0 at
-    level 1. In raw units, or with a balancer in balanced ones.
+    level 1. In raw units.
     """
     large = (size[0] * level, size[1] * level)
     image = F.interpolate(images_B3HW, large, mode="bilinear", antialias=antialias, align_corners=False)
     whole, tiled = encode(image).features_BCHW, stitch(encode(cut(image, level)).features_BCHW, level)
-    if balancer is not None:
-        whole, tiled = balancer.forward(whole), balancer.forward(tiled)
     return (whole.float() - tiled.float()).square().mean()
 
 

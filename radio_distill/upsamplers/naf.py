@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .cell_attention import attend_cells, whole_factors
+from ..align import whole_factors
+from .cell_attention import attend_cells
 from .image_encoder import at_most_twice, encoder
 
 __all__ = ["Naf"]
@@ -35,13 +36,12 @@ class Naf(nn.Module):
     The width (a multiple of 32) is the number of channels, but at least 32 and at most the published 256.
     """
 
-    def __init__(self, channels: int, *, width: int | None = None) -> None:
+    def __init__(self, channels: int) -> None:
         super().__init__()
-        width = width or min(256, 32 * math.ceil(channels / 32))
-        if channels % HEADS or width % 32:
+        width = min(256, 32 * math.ceil(channels / 32))
+        if channels % HEADS:
             raise ValueError(
-                f"NAF with {channels} channels and width {width}: channels must be a multiple of {HEADS}, the width one of 32; "
-                "pad the features or take another upsampler"
+                f"NAF with {channels} channels: expected a multiple of {HEADS}; pad the features or take another upsampler"
             )
         self.pixels = encoder(3, width // 2)
         self.patterns = encoder(3, width // 2, kernel=3, residual_kernel=3)

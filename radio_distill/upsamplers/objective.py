@@ -20,10 +20,9 @@ from ..config.objective import Objective
 from ..homography import warp
 from ..losses import fidelity_sums
 from .crf import crf
-from .map_weights import MapWeights, UncertaintyNet, seam_weights
+from .map_weights import MapWeights, Masks, UncertaintyNet, seam_weights
 from .metrics import total_variation
 from .mmd import map_mmd
-from .view_masks import Masks
 
 __all__ = ["Base", "StepLoss", "Views", "ViewLoss", "size_of"]
 

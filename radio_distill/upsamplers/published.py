@@ -11,10 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..align import whole_factors
 from ..balance import Balancer
 from ..config.upsampler import Network
 from ..homography import warp
-from .downsample import BLUR_SIGMA, AttentionDownsampler, SimpleDownsampler, filter_channels, gaussian, whole_stride
+from .downsample import BLUR_SIGMA, AttentionDownsampler, SimpleDownsampler, filter_channels, gaussian
 from .fusion import HEADS, Attention, FusionBlock, ReducedBlock, SwiGLU, check_heads, hidden_width
 from .jbu import JBULevel
 from .map_weights import MapWeights
@@ -109,7 +110,7 @@ class PublishedSimple(SimpleDownsampler):
     def forward(self, high_BCHW: Tensor, size: tuple[int, int], keep_mask: Tensor | None = None) -> Tensor:
         weights = F.softplus(self.kernel_params)
         padded = F.pad(high_BCHW, (self.kernel // 2,) * 4)
-        return filter_channels(padded, weights / weights.sum(), whole_stride(high_BCHW, size))
+        return filter_channels(padded, weights / weights.sum(), whole_factors(size, size_of(high_BCHW)))
 
 
 class PublishedLoss(ViewLoss):

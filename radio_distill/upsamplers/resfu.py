@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .cell_attention import by_cell, filter_cells, inside, whole_factors
+from ..align import whole_factors
+from .cell_attention import by_cell, filter_cells, inside
 
 __all__ = ["Resfu"]
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .. import viz
 from ..align import resize_map
-from ..balance import Balancer, load_balancers, save_balancers
+from ..balance import Balancer, check_balancers, load_balancers, save_balancers
 from ..balance.window import StatisticsWindow
 from ..config.load import load_card
 from ..config.upsampler_recipe import VIEWS, UpsamplerRecipe
@@ -43,9 +43,9 @@ from ..types import Batch, Losses
 from .downsample import KEEP
 from .folder import SavedUpsampler, provenance, save_upsampler
 from .form import form_of
+from .map_weights import covered_masks
 from .objective import Base, ViewLoss, Views
 from .sharpener import Sharpener
-from .view_masks import covered_masks
 
 __all__ = ["UpsamplerTask", "UpsamplerTraining", "train_upsampler"]
 
@@ -152,11 +152,12 @@ class UpsamplerTraining(Training):
         recipe, task = self.recipe, self.task
         facts = provenance(recipe=recipe.name, step=self.step, images=self.step * recipe.images)
         return SavedUpsampler(
-            task.sharpener, task.loss.downsampler, recipe.network, task.teacher.card, recipe.size, recipe.downsampler, facts
-        )
+            task.sharpener, task.loss.downsampler, recipe.network, task.teacher.card, recipe.size, recipe.downsampler, facts,
+            self.run.teachers["teacher"],
+        )  # fmt: skip
 
     def save_shared(self, folder: Path) -> None:
-        save_balancers(folder / "balancers", {"teacher": self.task.sharpener.balancer})
+        save_balancers(folder / "balancers", {"teacher": self.task.sharpener.balancer}, self.run.teachers)
         average = self.ema.state_dict() if self.ema is not None else {}
         save_tensors(folder / "shared.safetensors", average)
         state = average or self.task.state_dict()
@@ -225,7 +226,10 @@ def statistics(recipe: UpsamplerRecipe, world: distributed.World, parts: Parts) 
     """PHI-S of the teacher's maps at its own size: loaded, or from the images of the first `balance.window` steps."""
     name, card = "teacher", parts.teacher.card
     if recipe.balance.path:
-        return load_balancers(Path(expand(recipe.balance.path)), {card.name: card.output.features})[card.name]
+        folder = Path(expand(recipe.balance.path))
+        loaded = load_balancers(folder, {card.name: card.output.features})[card.name]
+        agree.on_main(lambda: check_balancers(folder, {card.name: card}))
+        return loaded
     window = StatisticsWindow(recipe.balance, {name: parts.teacher.card}, world.device)
     encode = chunked(parts.teacher, recipe.chunk)
     parts.streams.open({})

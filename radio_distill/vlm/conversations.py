@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from ..config.recipe import Source
 from ..config.vlm_recipe import VlmData, VlmSource
-from ..data.reading import ShardError, read_shard
+from ..data.reading import ShardError, whole_samples
 from ..data.sources import is_url, list_source
 from ..data.tar import raise_file_limit
 from ..errors import DataError
@@ -159,7 +159,7 @@ def _from_shards(name: str, path: str) -> Iterator[Conversation | LeftOut]:
         if is_url(shard.url):
             raise DataError(f"data.sources.{name}: {shard.url} is remote; copy the shards to this machine first")
         try:
-            for raw in read_shard(shard):
+            for raw in whole_samples(shard):
                 key = f"{name}/{raw.key}"
                 try:
                     if "json" not in raw.parts:

@@ -7,7 +7,7 @@ from conftest import golden_cases
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from radio_distill.homography import sampling_grid, view_to_base
+from radio_distill.homography import quad_to_quad, sampling_grid
 
 CASES = pytest.mark.parametrize("path", golden_cases("featsharp/homography*.safetensors"), ids=lambda p: p.stem)
 
@@ -26,6 +26,6 @@ def test_matrices_from_corner_quads_are_the_published_ones(path):
     with safe_open(path, "pt") as file:
         side = json.loads(file.metadata()["config"])["image_size"]
     for key in (k for k in g if k.startswith("collate.homography_")):
-        quads = g[key.replace("homography", "bounds")]
-        got = view_to_base(quads, g["collate.bounds_0"], (side, side), (side, side))
+        view, base = (2 * g[name].double() / side - 1 for name in (key.replace("homography", "bounds"), "collate.bounds_0"))
+        got = quad_to_quad(view, base)
         assert (got - g[key]).abs().max() < 2e-5, key

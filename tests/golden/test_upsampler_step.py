@@ -19,13 +19,12 @@ from radio_distill.config.upsampler import Network
 from radio_distill.homography import warp
 from radio_distill.types import VisionOutput
 from radio_distill.upsamplers.crf import crf
-from radio_distill.upsamplers.map_weights import seam_weights
+from radio_distill.upsamplers.map_weights import Masks, seam_weights
 from radio_distill.upsamplers.metrics import total_variation
 from radio_distill.upsamplers.mmd import map_mmd
 from radio_distill.upsamplers.objective import Base, Views
 from radio_distill.upsamplers.published import PublishedAttention, PublishedLoss
 from radio_distill.upsamplers.sharpener import Sharpener
-from radio_distill.upsamplers.view_masks import Masks
 
 CASES = pytest.mark.parametrize("path", golden_cases("featsharp/train_step_*.safetensors"), ids=lambda p: p.stem)
 OURS = {"upsampler.": "network.", "downsampler.": "downsampler.", "scale_net.": "uncertainty.", "bias_buffer.": "bias_buffer."}

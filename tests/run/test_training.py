@@ -92,6 +92,7 @@ def test_a_run_folder_holds_recipe_metrics_and_checkpoints(whole):
     last = "checkpoints/step-00000006"
     assert {
         "recipe.yaml",
+        "teachers.json",
         "metrics.jsonl",
         "checkpoints/latest",
         f"{last}/meta.json",

@@ -103,6 +103,7 @@ def test_a_run_folder_holds_recipe_metrics_pictures_and_the_upsampler(whole):
     files = {f"{last}/upsampler/upsampler.{kind}" for kind in ("json", "safetensors")}
     assert {
         "recipe.yaml",
+        "teachers.json",
         "metrics.jsonl",
         "pictures/step-00000004.png",
         f"{last}/balancers/teacher.safetensors",

@@ -146,6 +146,24 @@ def test_doctor_reads_the_images(capsys, tmp_path):
     assert "3 images; first and last can be read" in capsys.readouterr().out
 
 
+def test_doctor_tells_what_was_left_out_and_which_shards_are_cut(capsys, tmp_path):
+    from radio_distill.data.shards import make_shards
+
+    (tmp_path / "photos").mkdir()
+    for i in range(8):
+        (tmp_path / "photos" / f"{i}.jpg").write_bytes(b"x" * 700)
+    for name in ("a.heic", "._0.jpg"):
+        (tmp_path / "photos" / name).write_bytes(b"x")
+    *_, last = make_shards(tmp_path / "photos", tmp_path / "shards", count=4)
+    last.write_bytes(last.read_bytes()[: 3 * 1536])
+    (tmp_path / "shards" / "000000.tar.md5").write_text("")
+    main(["doctor", "toy/stage1", *(f"data.sources.{name}.path={tmp_path}/{name}" for name in ("photos", "shards"))])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "8 images; first and last can be read; left out: 1 .heic, which is an image format" in said
+    assert "2 shards; first and last can be read; 1 of 2 shards looked at stop without an end: they are cut" in said
+    assert "left out: 1 .md5 (000000.tar.md5)" in said
+
+
 def test_doctor_wants_the_earlier_stage(capsys, tmp_path):
     assert main(["doctor", "toy/stage2", f"start.source={tmp_path}/none"]) == 1
     assert "train that stage first" in " ".join(capsys.readouterr().out.split())

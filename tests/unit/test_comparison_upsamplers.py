@@ -200,8 +200,8 @@ def test_a_guided_filter_keeps_what_is_linear_in_the_guide() -> None:
     ("kind", "message"),
     [
         ("sapa", "factor 2 makes 8x8 out of 4x4, not 9x8; ask for that size, and resize the result"),
-        ("resfu", "9x8 is not a whole multiple of the source's 4x4 cells; nearest is 8x8: ask for that and resize the result"),
-        ("naf", "9x8 is not a whole multiple of the source's 4x4 cells; nearest is 8x8: ask for that and resize the result"),
+        ("resfu", "9x8 is not a whole multiple of 4x4 cells; nearest is 8x8: use that, and resize the result"),
+        ("naf", "9x8 is not a whole multiple of 4x4 cells; nearest is 8x8: use that, and resize the result"),
     ],
 )
 def test_a_size_that_does_not_fit_is_told(kind: str, message: str) -> None:
@@ -211,9 +211,7 @@ def test_a_size_that_does_not_fit_is_told(kind: str, message: str) -> None:
 
 
 def test_naf_tells_which_channels_it_takes() -> None:
-    with pytest.raises(
-        ValueError, match="NAF with 6 channels and width 32: channels must be a multiple of 4, the width one of 32"
-    ):
+    with pytest.raises(ValueError, match="NAF with 6 channels: expected a multiple of 4; pad the features"):
         Naf(6)
 
 

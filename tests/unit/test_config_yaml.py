@@ -1,5 +1,6 @@
 """What the strict loader reads, how files and overrides are merged, and what it says about wrong ones."""
 
+import time
 from pathlib import Path
 
 import pytest
@@ -142,3 +143,38 @@ def test_an_unreadable_file_is_an_error_of_its_own(tmp_path):
     (tmp_path / "mine.yaml").write_bytes(b"name: \xff")
     with pytest.raises(RecipeError, match=r"1 error in .*mine.yaml\n  .*mine.yaml: cannot be read: 'utf-8' codec"):
         read(Top, tmp_path / "mine.yaml", shipped={}, error=RecipeError)
+
+
+ALIASES = "a: &a [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]\n" + "".join(
+    f"{b}: &{b} [{', '.join(['*' + a] * 10)}]\n" for a, b in zip("abcdefg", "bcdefgh")
+)
+HUGE = {
+    "lists in lists": ("name: " + "[" * 5000, "mine.yaml:1: maps and lists more than 50 deep; expected a few"),
+    "maps in maps": ("name: " + "{a: " * 5000, "more than 50 deep"),
+    "indented maps": ("\n".join(" " * i + "a:" for i in range(400)), "mine.yaml:50: maps and lists more than 50 deep"),
+    "aliases of aliases": (ALIASES, "more than 10,000 values, those of aliases included"),
+    "keys without end": ("".join(f"key_{i}: 1\n" for i in range(60_000)), "more than 10,000 values"),
+    "a file of another kind": ("x" * 2_000_000, "a text of 2,000,000 characters, expected at most 1,048,576"),
+    "a number without end": ("name: a\noptim: {steps: " + "1" * 10_000 + "}", "11111111111111111111... cannot be read"),
+    "many unknown keys": ("name: a\n" + "".join(f"key_{i}: 1\n" for i in range(4_000)), "and 3,900 more like these; mend the first"),
+    "many keys twice": ("name: a\n" * 4_000, "and 3,899 more; mend the first"),
+    "a long key": ("name: a\n" + "k" * 900 + ": 1", "unknown key 'kkk"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", HUGE)
+def test_what_no_person_wrote_is_refused_at_once(what, tmp_path):
+    text, reason = HUGE[what]
+    start = time.process_time()
+    told = message(tmp_path, text)
+    assert time.process_time() - start < 5
+    assert reason in told
+    assert len(told.splitlines()) < 110
+
+
+def test_an_override_of_thousands_of_keys_is_refused(tmp_path):
+    assert "expected key=value with a dotted key" in message(tmp_path, "name: a", ".".join("a" * 5000) + "=1")
+
+
+def test_aliases_of_some_values_are_fine():
+    assert parse("a: &a {x: [1, 2]}\nb: *a\nc: [*a, *a]", "x").values["c"] == [{"x": [1, 2]}] * 2

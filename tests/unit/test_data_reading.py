@@ -1,15 +1,20 @@
 """Reading shards: against the standard library's tarfile, and what happens when a tar is cut or damaged."""
 
+import gzip
 import io
+import os
+import subprocess
 import tarfile
 from pathlib import Path
 
 import pytest
 
 from radio_distill.config.recipe import Source
-from radio_distill.data.reading import Raw, ShardError, read_shard
+from radio_distill.data.names import name_of
+from radio_distill.data.reading import Raw, ShardError, read_shard, whole_samples
 from radio_distill.data.sources import MAX_STREAMS, Listing, Shard, choose_streams, list_source
 from radio_distill.data.stream import Feed, Stream
+from radio_distill.data.tar import LocalTar
 from radio_distill.errors import DataError
 
 LONG = "folder/" + 20 * "a-long-name-" + "0001"
@@ -202,3 +207,93 @@ def test_a_folder_too_small_for_its_streams_is_said(tmp_path: Path) -> None:
     (tmp_path / "x.png").write_bytes(b"")
     with pytest.raises(DataError, match=r"data.sources.x has 1 images for 4 streams; use data.streams<=1 or more images$"):
         list_source("x", Source(path=str(tmp_path))).shards(4)
+
+
+def images(count: int) -> dict[str, bytes]:
+    return {f"{i}.jpg": bytes([i]) * 1000 for i in range(count)}
+
+
+@pytest.mark.parametrize("how", ["file", "pipe", "gz"])
+@pytest.mark.parametrize("whole", [0, 3])
+def test_a_tar_cut_between_two_members_does_not_end_without_a_word(tmp_path: Path, whole: int, how: str) -> None:
+    """Of 9 images, `whole` are left; a reader of the standard library takes what is left for all there is."""
+    path = write(tmp_path / "x.tar", files=images(9), format=tarfile.GNU_FORMAT)
+    data = path.read_bytes()[: 512 + whole * 1536]
+    path = tmp_path / ("x.tar.gz" if how == "gz" else "x.tar")
+    path.write_bytes(gzip.compress(data) if how == "gz" else data)
+    with tarfile.open(path) as standard:
+        assert len(standard.getmembers()) == 1 + whole
+    samples = read_shard(Shard("s", f"pipe:cat {path}" if how == "pipe" else str(path)))
+    assert [next(samples).key for _ in range(max(whole - 1, 0))] == [f"s/{i}" for i in range(max(whole - 1, 0))]
+    with pytest.raises(ShardError, match=rf"cut: stops at byte {len(data)} without the zeros that end a tar. If it is whole"):
+        list(samples)
+
+
+def test_a_tar_without_its_end_can_be_given_one(tmp_path: Path) -> None:
+    """What the message advises."""
+    path = write(tmp_path / "x.tar", files=images(3), format=tarfile.GNU_FORMAT)
+    path.write_bytes(path.read_bytes()[: 512 + 3 * 1536])
+    assert not LocalTar(str(path)).has_end()
+    subprocess.run(f"head -c 1024 /dev/zero >> {path}", shell=True, check=True)
+    assert LocalTar(str(path)).has_end()
+    assert len(list(read_shard(Shard("s", str(path))))) == 3
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 19, 40])
+def test_one_block_of_zeros_is_an_end_and_many_are(tmp_path: Path, blocks: int) -> None:
+    path = write(tmp_path / "x.tar", files=images(3), format=tarfile.GNU_FORMAT)
+    path.write_bytes(path.read_bytes()[: 512 + 3 * 1536] + bytes(512 * blocks))
+    assert len(list(read_shard(Shard("s", str(path))))) == 3
+
+
+@pytest.mark.parametrize("pipe", [False, True])
+def test_tars_put_together_with_cat_are_told(tmp_path: Path, pipe: bool) -> None:
+    one, two = (write(tmp_path / f"{i}.tar", files=images(3)).read_bytes() for i in range(2))
+    (tmp_path / "x.tar").write_bytes(one + two)
+    url = f"pipe:cat {tmp_path / 'x.tar'}" if pipe else str(tmp_path / "x.tar")
+    with pytest.raises(ShardError, match=r"more data after its end at byte \d+ \(tars put together with cat\?\)"):
+        list(read_shard(Shard("s", url)))
+
+
+@pytest.mark.parametrize("mode", ["w:gz", "w:bz2", "w:xz"])
+def test_every_compression_is_read_and_a_cut_one_told(tmp_path: Path, mode: str) -> None:
+    path = write(tmp_path / f"x.tar.{mode[2:]}", mode, files={f"{i}.jpg": os.urandom(5000) for i in range(9)})
+    assert len(list(read_shard(Shard("s", str(path))))) == 9
+    path.write_bytes(path.read_bytes()[:-3000])
+    with pytest.raises(ShardError):
+        list(read_shard(Shard("s", str(path))))
+
+
+NAMES = [
+    "a/0001.jpg", "b/0001.jpg", "22.05.jpg", "a.b/c.d.PNG", "./x.jpg", "x.seg.png", "x", ".x.jpg", "._x.jpg", "deep/er/x.cls",
+]  # fmt: skip
+
+
+def test_samples_are_named_as_webdataset_names_them() -> None:
+    from webdataset.tariterators import base_plus_ext
+
+    for name in NAMES:
+        key, suffix = base_plus_ext(name)
+        found = name_of(name)
+        assert (found.key, found.suffix) == (key, suffix.lower()) if found else key is None, name
+
+
+@pytest.mark.parametrize(
+    "name", ["a/._x.jpg", ".ipynb_checkpoints/a.jpg", "x/.git/a.jpg", "__MACOSX/a/b.jpg", "__index__/a.json"]
+)
+def test_hidden_members_are_no_samples(name: str) -> None:
+    """Of the first one webdataset makes a sample `a/` with the member `_x.jpg`."""
+    assert name_of(name) is None
+
+
+def test_equal_names_in_two_folders_are_two_samples(tmp_path: Path) -> None:
+    files = {f"{folder}/0001.{ending}": folder.encode() for folder in "ab" for ending in ("jpg", "cls")}
+    samples = contents(list(read_shard(Shard("s", str(write(tmp_path / "x.tar", files=files))))))
+    assert samples == [("s/a/0001", {"jpg": b"a", "cls": b"a"}), ("s/b/0001", {"jpg": b"b", "cls": b"b"})]
+
+
+def test_two_images_of_one_name_are_two_samples(tmp_path: Path) -> None:
+    path = write(tmp_path / "x.tar", files={"a.jpg": b"1", "a.JPG": b"2"})
+    assert contents(list(read_shard(Shard("s", str(path))))) == [("s/a", {"jpg": b"1"}), ("s/a", {"jpg": b"2"})]
+    with pytest.raises(ShardError, match=r"s/a.jpg is in it twice; give every sample a name of its own"):
+        whole_samples(Shard("s", str(path)))

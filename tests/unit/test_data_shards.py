@@ -1,5 +1,6 @@
 """Writing shards, and the cheap look at a source."""
 
+import io
 import json
 import tarfile
 from pathlib import Path
@@ -8,7 +9,7 @@ import pytest
 
 from radio_distill.config.recipe import Source
 from radio_distill.data.reading import read_shard
-from radio_distill.data.shards import ShardSummary, make_shards, scan
+from radio_distill.data.shards import ShardSummary, cut_tars, make_shards, scan
 from radio_distill.data.sources import list_source
 from radio_distill.errors import DataError
 
@@ -79,6 +80,43 @@ def test_damaged_shards_are_not_copied(tmp_path: Path) -> None:
     (tmp_path / "x.tar").write_bytes(b"rubbish" * 200)
     with pytest.raises(DataError, match=r"x.tar is damaged: no tar header at byte 0; mend it or leave it out"):
         make_shards(tmp_path / "x.tar", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def members(path: Path, files: dict[str, bytes]) -> Path:
+    with tarfile.open(path, "w") as tar:
+        for name, data in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    return path
+
+
+def test_an_archive_sorted_by_type_keeps_its_samples_whole(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    files = {
+        f"{folder}/{i}.{ending}": f"{folder}{i}{ending}".encode()
+        for ending in ("jpg", "json")
+        for folder in "ab"
+        for i in range(2)
+    }
+    make_shards(members(tmp_path / "in.tar", files), tmp_path / "out")
+    assert sorted(map(sorted, (s.items() for s in read(tmp_path / "out")))) == [
+        [("jpg", f"{folder}{i}jpg".encode()), ("json", f"{folder}{i}json".encode())] for folder in "ab" for i in range(2)
+    ]
+    assert not caplog.records
+
+
+def test_samples_without_an_image_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    make_shards(members(tmp_path / "in.tar", {"a.jpg": b"1", "b.json": b"{}"}), tmp_path / "out")
+    assert "1 of 2 samples hold no image, such as in.tar/b" in caplog.messages
+
+
+def test_a_cut_archive_is_not_copied(tmp_path: Path) -> None:
+    path = members(tmp_path / "in.tar", {f"{i}.jpg": b"x" * 500 for i in range(6)})
+    path.write_bytes(path.read_bytes()[: 3 * 1024])
+    with pytest.raises(DataError, match=r"in.tar is damaged: cut: stops at byte 3072 without the zeros"):
+        make_shards(path, tmp_path / "out")
+    assert cut_tars(list_source("x", Source(path=str(path)))) == (1, [str(path)])
     assert not (tmp_path / "out").exists()
 
 

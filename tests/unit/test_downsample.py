@@ -134,7 +134,10 @@ def test_gradients_reach_everything_under_autocast(net: nn.Module) -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda x: AttentionDownsampler(2)(x, (5, 4)), "a 12x12 map is not a whole multiple of 5x4 cells; resize it to 10x12"),
+        (
+            lambda x: AttentionDownsampler(2)(x, (5, 4)),
+            "12x12 is not a whole multiple of 5x4 cells; nearest is 10x12: use that",
+        ),
         (lambda x: AttentionDownsampler(2, 8), "downsampler kernel 8 has no middle tap; use an odd number such as 9"),
     ],
 )

@@ -159,21 +159,65 @@ def test_without_its_facts_a_folder_is_empty(cache, spoil):
     assert len(model.seen) == COUNT
 
 
-def test_fp16_takes_half_the_room_and_refuses_what_does_not_fit(cache):
+def test_fp16_takes_half_the_room(cache):
     out = outputs()
     with cache.features(KEY, COUNT, Model(out), half=True) as got:
         torch.testing.assert_close(got.maps(), out.features_BCHW, atol=1e-3, rtol=1e-3)
         assert got.maps([0]).dtype == torch.float32
     assert np.load(files(cache, "00000.map.npy")[0]).dtype == np.float16
-    out.features_BCHW[70, 0, 0, 0] = 7e4
-    with pytest.raises(DataError, match=r"the map of image 70 by model#1 is not finite \(up to 70000\): keep them as fp32"):
-        FeatureCache(cache.root / "other").features(KEY, COUNT, Model(out), half=True)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-7, 1.0, 7e4, 1e9, 1e30])
+def test_fp16_keeps_features_of_any_size(cache, scale):
+    """Eleven bits of the largest in an image, whatever its size; others may be smaller or larger, or nothing at all."""
+    out = outputs()
+    out.summary_BC[3:5] *= scale
+    out.features_BCHW[70] *= scale
+    out.summary_BC[9] = 0
+    with cache.features(KEY, COUNT, Model(out), half=True) as got:
+        for found, truth in ((got.summaries(), out.summary_BC), (got.maps(), out.features_BCHW)):
+            largest = truth.flatten(1).abs().amax(1).view(-1, *[1] * (truth.ndim - 1))
+            assert ((found - truth).abs() <= largest * 2**-11).all()
+        assert torch.equal(got.summaries([9]), torch.zeros(1, 5))
+
+
+def test_fp16_of_ordinary_features_is_what_fp16_is(cache):
+    """A power of two changes no bits, so that numbers do not depend on how rows were scaled."""
+    out = outputs()
+    with cache.features(KEY, COUNT, Model(out), half=True) as got:
+        plain = out.summary_BC.half().float()
+        assert torch.equal(got.summaries()[plain.abs() > 1e-3], plain[plain.abs() > 1e-3])
+
+
+def test_images_that_cannot_be_read_are_told_to_all_ranks_and_tried_again(cache):
+    out, barrier, got = outputs(), threading.Barrier(2), [None, None]
+
+    def work(rank, bad):
+        unread = {}
+
+        def produce(images):
+            unread.update({i: f"{i}.jpg is damaged" for i in images if i in bad})
+            yield from Model(out)(images)
+
+        got[rank] = cache.features(KEY, COUNT, produce, ranks=Ranks(rank, 2, lambda: barrier.wait(20)), unread=unread)
+
+    for bad in ({3, 130}, {130}, set()):
+        threads = [threading.Thread(target=work, args=(rank, bad)) for rank in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        for features in got:
+            assert features.unread == {i: f"{i}.jpg is damaged" for i in bad}
+            assert features.readable == [i for i in range(COUNT) if i not in bad]
+            assert torch.equal(features.summaries(features.readable), out.summary_BC[features.readable])
+            features.close()
 
 
 def test_a_model_that_gives_nan_is_told(cache):
     out = outputs()
     out.summary_BC[3, 0] = float("nan")
-    with pytest.raises(DataError, match=r"the summary of image 3 by model#1 is not finite .*the model is broken"):
+    with pytest.raises(DataError, match=r"the summary of image 3 by model#1 is not finite: the model is broken"):
         cache.features(KEY, COUNT, Model(out))
 
 
@@ -236,7 +280,7 @@ def test_features_in_use_are_not_dropped(tmp_path):
     cache = FeatureCache(tmp_path, max_bytes=int(1.5 * one))
     out = outputs()
     with cache.features(KEY, COUNT, Model(out)) as used:
-        with pytest.raises(DataError, match=r"features need .* GiB and the cache .* has .* GiB left; keep them as fp16"):
+        with pytest.raises(DataError, match=r"features need .* GiB and the cache .* has .* GiB left; score fewer images"):
             cache.features(named(1), COUNT, Model(outputs()))
         assert torch.equal(used.maps(), out.features_BCHW)
     cache.features(named(1), COUNT, Model(outputs())).close()
@@ -245,7 +289,7 @@ def test_features_in_use_are_not_dropped(tmp_path):
 
 def test_more_than_the_cache_may_hold_is_told_before_it_is_computed(tmp_path):
     model = Model(outputs())
-    with pytest.raises(DataError, match="score fewer images, or make room"):
+    with pytest.raises(DataError, match=r"score fewer images .*, make room"):
         FeatureCache(tmp_path, max_bytes=1000).features(KEY, COUNT, model)
     assert len(model.seen) == 7
 

@@ -1,5 +1,6 @@
 """The fidelity suite: what is measured, that it depends on nothing else, the tables beside the paper's, the command line."""
 
+import dataclasses
 import logging
 
 import numpy as np
@@ -8,13 +9,15 @@ import torch
 from made_upsampler import made, make
 
 from radio_distill.align import resize_map
+from radio_distill.config.load import load_card
 from radio_distill.config.upsampler import Network
 from radio_distill.data.held_out import HeldOut
 from radio_distill.data.jitter import draw_matrices, warp_views
-from radio_distill.errors import CheckpointError
+from radio_distill.errors import CheckpointError, TeacherError
 from radio_distill.eval.__main__ import main, read
 from radio_distill.eval.fidelity import FIRST_SEED, FidelityProtocol, Measured, measure, to_results
 from radio_distill.eval.fidelity_tables import method, render
+from radio_distill.fingerprint import fingerprint
 from radio_distill.homography import covered, warp
 from radio_distill.teachers.base import load_teacher
 
@@ -69,6 +72,22 @@ def test_no_number_depends_on_what_else_is_measured():
     together = values(b=made(factor=1, kind="tile"), a=made(factor=2), c=made("toy_dino", kind="s2", factor=2))
     assert together["a"] == alone["a"]
     assert list(together) == ["b", "a", "c"]
+
+
+def test_no_number_depends_on_another_teacher_of_the_same_name_and_weights():
+    """Two cards that differ in `std` alone are two teachers: neither may see the other's pixels."""
+    usual = made(factor=2)
+    card = usual.card.model_copy(update={"input": usual.card.input.model_copy(update={"std": (0.5, 0.5, 0.5)})})
+    pale = dataclasses.replace(made(factor=2), card=card)
+    together = values(a=usual, b=pale)
+    assert together["b"] == values(b=pale)["b"]
+    assert together["a"]["fidelity_plain"] != together["b"]["fidelity_plain"]
+
+
+def test_a_teacher_that_has_changed_since_the_training_is_refused():
+    was = fingerprint(load_card("toy_siglip"))
+    with pytest.raises(TeacherError, match="trained for teacher 'toy_clip'"):
+        values(a=dataclasses.replace(made(factor=2), fingerprint=was))
 
 
 def test_teachers_encode_shared_views_once(monkeypatch):

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from radio_distill.config.load import load_card
 from radio_distill.config.recipe import Student as Spec
 from radio_distill.errors import CheckpointError, RadioDistillError, TeacherError
-from radio_distill.eval.models import load_model, open_model, open_models
+from radio_distill.eval.models import load_model, open_model, openers
 from radio_distill.runs import Meta
 from radio_distill.student.arch import AdaptorSlot
 from radio_distill.student.checkpoints import save_student
@@ -295,9 +295,9 @@ def test_unknown_options_are_refused():
 
 def test_several_models_open_one_by_one_and_are_checked_first(tmp_path):
     with pytest.raises(RadioDistillError, match="model 'nowhere' is not known"):
-        open_models(["teacher:toy_clip", "nowhere"])
+        openers(["teacher:toy_clip", "nowhere"])
     names = ["teacher:toy_clip", run(tmp_path / "a"), "teacher:toy_clip"]
-    assert [m.label for m in open_models(names)] == ["teacher:toy_clip", f"{tmp_path}/a@30"]
+    assert [opening().label for opening in openers(names).values()] == ["teacher:toy_clip", f"{tmp_path}/a@30"]
 
 
 def test_an_id_follows_weights_and_what_is_done_with_images(tmp_path):
@@ -317,3 +317,17 @@ def test_load_model_gives_the_card_of_a_path():
     theirs = load_teacher(load_card("toy_dino")).encode(IMAGES)
     assert isinstance(theirs, VisionOutput)
     torch.testing.assert_close(model.encode(IMAGES), theirs)
+
+
+def test_another_loader_is_another_model(tmp_path, monkeypatch):
+    """Results and caches go by the identity: an edited loader must not keep its old numbers, wherever its weights are the same."""
+    monkeypatch.syspath_prepend(tmp_path)
+    loader = tmp_path / "edited_loader.py"
+    text = "from radio_distill.teachers.toy import build as toy\n\ndef build(card, weights):\n    return toy(card, weights)\n"
+    loader.write_text(text)
+    (tmp_path / "mine.yaml").write_text("extends: toy_clip\nname: mine\nloader: edited_loader:build\n")
+    name = f"teacher:{tmp_path / 'mine.yaml'}"
+    before = open_model(name).id
+    assert open_model(name).id == before
+    loader.write_text(text + "# edited\n")
+    assert open_model(name).id != before

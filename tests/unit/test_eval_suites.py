@@ -22,6 +22,7 @@ class Counted(Task):
 
     kind: Literal["counted"] = "counted"
     fails_for: str = ""
+    foreseen: bool = True
 
     def datasets(self, context: Context) -> Sequence[Dataset[Any]]:
         if self.dataset != "toy":
@@ -34,7 +35,7 @@ class Counted(Task):
     def run(self, opened: Any, context: Context) -> Iterable[Score]:
         RUNS.append(opened.label)
         if opened.label == self.fails_for:
-            raise DataError("nothing to measure")
+            raise (DataError if self.foreseen else ZeroDivisionError)("nothing to measure\nat all")
         yield Score("miou", 12.5)
         yield Score("accuracy", 50.0, headline=False, scored=7)
 
@@ -94,6 +95,31 @@ def test_results_are_written_task_by_task_and_never_measured_twice(context: Cont
     assert len(RUNS) == 4
     assert run_suite(made, ["teacher:toy_dino"], context, out).results == outcome.results[2:]
     assert len(RUNS) == 4
+
+
+def test_whatever_a_task_raises_is_recorded_and_the_others_are_measured(context: Context, tmp_path: Path) -> None:
+    out = tmp_path / "new" / "results.jsonl"
+    made = suite(a=Counted(dataset="toy", fails_for="teacher:toy_sam", foreseen=False), b=Counted(dataset="toy"))
+    outcome = run_suite(made, ["teacher:toy_sam", "teacher:toy_dino"], context, out)
+    kept = tmp_path / "new" / "results.errors.txt"
+    assert outcome.failures == [f"a of teacher:toy_sam: ZeroDivisionError: nothing to measure (traceback in {kept})"]
+    assert [(r.task, r.model) for r in outcome.results if r.headline] == [
+        ("b", "teacher:toy_sam"), ("a", "teacher:toy_dino"), ("b", "teacher:toy_dino"),
+    ]  # fmt: skip
+    assert "a of teacher:toy_sam\nTraceback (most recent call last):" in kept.read_text()
+    assert 'raise (DataError if self.foreseen else ZeroDivisionError)("nothing to measure' in kept.read_text()
+
+
+def broken_model() -> None:
+    raise RuntimeError("no such layer")
+
+
+def test_a_model_that_cannot_be_opened_does_not_stop_the_others(context: Context, tmp_path: Path) -> None:
+    models = [f"{__name__}:broken_model", "teacher:toy_dino"]
+    outcome = run_suite(suite(a=Counted(dataset="toy")), models, context, tmp_path / "results.jsonl")
+    (failure,) = outcome.failures
+    assert failure.startswith(f"{__name__}:broken_model: RuntimeError: no such layer (traceback in ")
+    assert [r.model for r in outcome.results if r.headline] == ["teacher:toy_dino"]
 
 
 def test_missing_data_sets_are_listed_all_at_once_before_anything_runs(context: Context, tmp_path: Path) -> None:

@@ -106,7 +106,8 @@ class Tall:
 @pytest.mark.parametrize("batch", [1, 2, 50])
 def test_images_of_several_sizes_come_back_in_their_order(tmp_path: Path, batch: int) -> None:
     opened = Opened("blocks", Blocks(), {}, dict)
-    outputs = encode_batches(opened, Tall(), Resize("short_side", 16), range(7), context(tmp_path, batch=batch), maps=False)
+    settings = context(tmp_path, batch=batch)
+    outputs = encode_batches(opened, Tall(), Resize("short_side", 16), range(7), settings, {}, maps=False)
     summaries = torch.cat([o.summary_BC for o in outputs])
     assert torch.allclose(summaries[:, 0] * 255, torch.arange(7) * 10.0)
 
@@ -117,6 +118,6 @@ def test_worker_processes_give_the_same_as_none(tmp_path: Path) -> None:
 
     def summaries(workers: int) -> torch.Tensor:
         settings = context(tmp_path, batch=2, workers=workers)
-        return torch.cat([o.summary_BC for o in encode_batches(opened, dataset, Resize("exact", 32), range(5), settings)])
+        return torch.cat([o.summary_BC for o in encode_batches(opened, dataset, Resize("exact", 32), range(5), settings, {})])
 
     assert torch.equal(summaries(2), summaries(0))

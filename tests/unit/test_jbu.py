@@ -143,7 +143,7 @@ def test_memory_format_of_the_source_does_not_matter() -> None:
     [
         (
             lambda x: JBULevel()(x, x.new_zeros(1, 3, 11, 12)),
-            "guidance 11x12 is not a whole multiple of the map's 5x6; resize it to 10x12",
+            "11x12 is not a whole multiple of 5x6 cells; nearest is 10x12: use that",
         ),
         (lambda x: JBULevel()(x[..., :1, :1], x.new_zeros(1, 3, 3, 3)), "a 3x3 map is too small for a 7x7 kernel"),
         (lambda x: JBU(2)(x, x.new_zeros(1, 3, 9, 9), (10, 13)), "of factor 2 makes 10x12 out of 5x6, not 10x13"),

@@ -105,11 +105,12 @@ def test_too_little_memory_is_noted_with_what_to_do():
     [
         ({"gpu": "h2000"}, "unknown GPU 'h2000'; known: a100"),
         ({"utilisation": 1.5}, "utilisation is 1.5, expected a share from above 0 to 1"),
+        ({"world_size": 10**9}, "1,000,000,000 GPUs, expected at most 100,000"),
     ],
 )
 def test_wrong_settings_are_refused(settings, message):
     with pytest.raises(RecipeError, match=message):
-        plan(load_recipe(TOY), world_size=1, **settings)
+        plan(load_recipe(TOY), **{"world_size": 1} | settings)
 
 
 def test_a_forward_that_does_not_divide_a_ranks_images_is_refused():

@@ -147,6 +147,8 @@ def test_a_debias_map_that_is_not_there_is_refused(tmp_path):
 
 def test_another_teacher_is_refused_with_how_to_train(tmp_path):
     weights = make(tmp_path / "u", factor=2)
-    expected = "asked to serve 'toy_siglip' with source .*; train one for it: radio-distill upsampler RECIPE teacher=toy_siglip"
+    expected = (
+        "asked to serve 'toy_siglip', which differs .*; train one for it: radio-distill upsampler RECIPE teacher=toy_siglip"
+    )
     with pytest.raises(TeacherError, match=expected):
         trained_upsampler(sharp(weights=weights), load_card("toy_siglip"), 84)

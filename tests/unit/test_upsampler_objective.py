@@ -11,11 +11,10 @@ from radio_distill.config.objective import Objective
 from radio_distill.data.jitter import draw_matrices, warp_views
 from radio_distill.homography import warp
 from radio_distill.upsamplers.crf import crf
-from radio_distill.upsamplers.map_weights import MapWeights, UncertaintyNet, seam_weights
+from radio_distill.upsamplers.map_weights import MapWeights, Masks, UncertaintyNet, covered_masks, seam_weights
 from radio_distill.upsamplers.metrics import total_variation
 from radio_distill.upsamplers.mmd import map_mmd
 from radio_distill.upsamplers.objective import Base, ViewLoss, Views
-from radio_distill.upsamplers.view_masks import Masks, covered_masks
 
 CHANNELS, GRID, HIGH = 6, (6, 8), (18, 24)
 PLAIN = Objective(uncertainty=False, seam=1)

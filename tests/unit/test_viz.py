@@ -1,5 +1,7 @@
 """Pictures: labelled panels, and the rows of `radio-distill viz`."""
 
+import dataclasses
+
 import numpy as np
 import torch
 from made_upsampler import made, make
@@ -37,6 +39,14 @@ def test_one_set_of_colours_for_all_maps_of_a_teacher():
     assert {tuple(picture.shape) for name, picture in rows.items() if "clip" in name} == {(2, 3, 36, 36)}
     assert torch.allclose(rows["toy_clip bilinear"], rows["toy_clip 3x Bilinear alone, no de-bias"], atol=1e-3)
     assert (rows["toy_clip 2x Tiles alone"] - rows["toy_clip 2x Tiles alone #2"]).abs().max() > 0.01
+
+
+def test_two_teachers_of_one_name_have_rows_of_their_own():
+    usual = made(factor=2)
+    card = usual.card.model_copy(update={"input": usual.card.input.model_copy(update={"std": (0.5, 0.5, 0.5)})})
+    rows = draw_upsamplers([usual, dataclasses.replace(made(factor=2), card=card)], HeldOut("toy", 1))
+    assert {"toy_clip own", "toy_clip #2 own"} <= set(rows)
+    assert not torch.equal(rows["toy_clip own"], rows["toy_clip #2 own"])
 
 
 def test_the_command_draws_a_file(tmp_path, capsys):

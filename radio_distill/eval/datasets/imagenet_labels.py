@@ -42,9 +42,9 @@ def labels_of_names(names: Sequence[str], where: object) -> Labels:
 
 def check_order(names: Sequence[str], where: object) -> None:
     """Raise DataError unless `names`, the 1,000 names of labels 0 to 999, stand in the order of WordNet ids."""
-    plain = [_plain(name) for name in names]
-    wrong = [[i for i, name in enumerate(plain) if table.get(name, i) != i] for _, table in _tables()]
-    known = [sum(name in table for name in plain) for _, table in _tables()]
+    guesses = [[table.label(name) for name in names] for _, table in _tables()]
+    wrong = [[i for i, guess in enumerate(found) if guess not in (None, i)] for found in guesses]
+    known = [sum(guess is not None for guess in found) for found in guesses]
     best = max(range(len(known)), key=lambda i: (known[i], -len(wrong[i])))
     if wrong[best] or known[best] < CLASSES * 0.9:  # the lists have a few names twice
         label = wrong[best][0] if wrong[best] else 0
@@ -89,15 +89,16 @@ def _mapped(names: Sequence[str], plain: Mapping[str, str], table: Mapping[str, 
 
 def _named(names: Sequence[str], where: object) -> tuple[dict[str, int], str]:
     """Labels by one of the known lists, and its name; every list that knows all names must say the same."""
-    plain = [_plain(name) for name in names]
-    fitting = {title: [table[name] for name in plain] for title, table in _tables() if set(plain) <= table.keys()}
-    if names and len({tuple(labels) for labels in fitting.values()}) == 1:
-        title, labels = next(iter(fitting.items()))
-        found = dict(zip(names, labels))
-        _check_apart(found, where)
-        return found, f"names as {title} has them"
-    _, table = max(_tables(), key=lambda entry: sum(name in entry[1] for name in plain))
-    strange = next((name for name, short in zip(names, plain) if short not in table), None)
+    guesses = {title: {name: table.label(name) for name in names} for title, table in _tables()}
+    fitting = {title: {n: i for n, i in found.items() if i is not None} for title, found in guesses.items()}
+    whole = {title: found for title, found in fitting.items() if len(found) == len(names)}
+    whole = {title: found for title, found in whole.items() if len(set(found.values())) == len(names)} or whole
+    if names and len({tuple(found.values()) for found in whole.values()}) == 1:
+        title, labels = next(iter(whole.items()))
+        _check_apart(labels, where)
+        return labels, f"names as {title} has them"
+    best = max(fitting.values(), key=len)
+    strange = next((name for name in names if name not in best), None)
     what = f"{strange!r} names none of ImageNet's 1,000 classes" if strange else f"the lists differ in what {names[:3]} mean"
     raise DataError(
         f"{where}: {what if names else 'no folders of classes'}; expected WordNet ids (n01440764), all numbers from 0 to 999, or "
@@ -124,7 +125,7 @@ def _check_apart(found: Mapping[str, int], where: object) -> None:
 
 
 @lru_cache(maxsize=1)
-def _tables() -> tuple[tuple[str, dict[str, int]], ...]:
+def _tables() -> tuple[tuple[str, _Table], ...]:
     from timm.data import ImageNetInfo
     from torchvision.models import ResNet18_Weights
 
@@ -136,14 +137,22 @@ def _tables() -> tuple[tuple[str, dict[str, int]], ...]:
         "WordNet": descriptions,
         "WordNet's first names": [text.partition(",")[0] for text in descriptions],
     }
-    return tuple((title, _unique(names)) for title, names in lists.items())
+    return tuple((title, _Table(names)) for title, names in lists.items())
 
 
-def _unique(names: Sequence[str]) -> dict[str, int]:
-    """Labels by name, without the names that stand for two classes."""
-    plain = [_plain(name) for name in names]
-    return {name: label for label, name in enumerate(plain) if plain.count(name) == 1}
+class _Table:
+    """Labels by name, without the names that stand for two classes; case counts only where it tells two apart (Cardigan, a dog)."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        exact = list(map(_plain, names))
+        lower = [name.lower() for name in exact]
+        self._labels = {name: i for i, name in enumerate(lower) if lower.count(name) == 1}
+        self._labels |= {name: i for i, name in enumerate(exact) if exact.count(name) == 1}
+
+    def label(self, name: str) -> int | None:
+        plain = _plain(name)
+        return self._labels.get(plain, self._labels.get(plain.lower()))
 
 
 def _plain(name: str) -> str:
-    return " ".join(re.sub(r"[^a-z0-9]+", " ", name.lower().replace("'", "")).split())
+    return " ".join(re.sub(r"[^A-Za-z0-9]+", " ", name.replace("'", "")).split())

@@ -14,7 +14,7 @@ from ..metrics.knn import PART, knn_guesses
 from ..models import Opened
 from ..task import Context, Score
 from ..worst_classes import save_worst
-from .summaries import SummaryTask, parts_of
+from .summaries import SummaryTask, parts_of, readable
 
 __all__ = ["Knn"]
 
@@ -33,10 +33,12 @@ class Knn(SummaryTask):
         return [dataset.limited(context.limit) for dataset in splits]
 
     def run(self, opened: Opened, context: Context) -> Iterable[Score]:
-        queries, known = self.datasets(context)
-        asked, answers = self.summaries(opened, queries, context), labels_of(queries).to(context.device)
-        known_labels(answers, len(known.classes), "labels of the queries")
-        with self.features(opened, known, context) as database:
+        whole = self.datasets(context)
+        asked, queries = self.summaries(opened, whole[0], context)
+        answers = labels_of(queries).to(context.device)
+        known_labels(answers, len(whole[1].classes), "labels of the queries")
+        with self.features(opened, whole[1], context) as database:
+            known = readable(whole[1], database)
             guesses = knn_guesses(
                 parts_of(database, PART),
                 labels_of(known).to(context.device),
@@ -46,4 +48,5 @@ class Knn(SummaryTask):
                 temperature=self.temperature,
             )
         save_worst(context, f"{self.dataset} kNN, {opened.label}", guesses, answers, known.classes)
-        yield Score("score", 100 * (guesses == answers).double().mean().item())
+        left_out = sum(map(len, whole)) - len(queries) - len(known)
+        yield Score("score", 100 * (guesses == answers).double().mean().item(), scored=len(queries), left_out=left_out)

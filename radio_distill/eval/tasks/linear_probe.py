@@ -45,8 +45,8 @@ class LinearProbe(SummaryTask):
         return [dataset.limited(context.limit) for dataset in splits]
 
     def run(self, opened: Opened, context: Context) -> Iterable[Score]:
-        test, train = self.datasets(context)
-        known, asked = self.summaries(opened, train, context), self.summaries(opened, test, context)
+        whole = self.datasets(context)
+        (asked, test), (known, train) = (self.summaries(opened, dataset, context) for dataset in whole)
         torch.manual_seed(context.seed)
         probe = nn.Sequential(nn.BatchNorm1d(known.shape[1], affine=False), nn.Linear(known.shape[1], len(train.classes))).to(
             context.device
@@ -64,7 +64,8 @@ class LinearProbe(SummaryTask):
             logits = probe(asked)
         hits.update(topk_hits(logits, labels))
         save_worst(context, f"{self.dataset} linear, {opened.label}", logits.argmax(1), labels, test.classes)
-        yield Score("top1", hits.compute()["top1"])
+        left_out = sum(map(len, whole)) - len(test) - len(train)
+        yield Score("top1", hits.compute()["top1"], scored=len(test), left_out=left_out)
 
     def _batches(self, summaries_NC: Tensor, labels_N: Tensor, context: Context) -> Iterator[Batch]:
         """This rank's part of the random batches that all ranks draw alike."""

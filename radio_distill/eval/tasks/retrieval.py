@@ -32,13 +32,15 @@ class Retrieval(SummaryTask):
     def run(self, opened: Opened, context: Context) -> Iterable[Score]:
         from ...teachers.text import load_text_tower
 
-        (images,) = self.datasets(context)
+        (whole,) = self.datasets(context)
         head, card = speaking(opened, self.adaptors)
+        summaries, images = self.summaries(head, whole, context)
         captions = captions_of(images)
         owners = torch.tensor([i for i, texts in enumerate(captions) for _ in texts], device=context.device)
         tower = load_text_tower(card).to(context.device)
         texts = tower.encode([text for of_image in captions for text in of_image])
-        found = recalls(self.summaries(head, images, context), texts, owners)
+        found = recalls(summaries, texts, owners)
         for name, value in found.items():
             direction, _, k = name.rpartition("_R@")
-            yield Score(f"{direction}_r{k}", value, headline=k == "1")
+            left_out = len(whole) - len(images)
+            yield Score(f"{direction}_r{k}", value, headline=k == "1", scored=len(images), left_out=left_out)

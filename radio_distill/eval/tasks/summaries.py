@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
-from ...config.numbers import Side
+from ...config.numbers import Share, Side
 from ...errors import DataError
-from ..datasets.base import Dataset
+from ..datasets.base import Dataset, Subset
 from ..encode import Resize, Rule, features_of
 from ..feature_files import Features
 from ..models import Opened
 from ..task import Context, Task
 
-__all__ = ["SummaryTask", "parts_of"]
+__all__ = ["SummaryTask", "parts_of", "readable"]
+
+D = TypeVar("D", bound=Dataset[Any])
 
 
 class SummaryTask(Task):
@@ -25,6 +27,8 @@ class SummaryTask(Task):
     """Side in pixels, of the short side or of a square (see `resize`)."""
     resize: Rule = "short_side"
     """How images become images of that size."""
+    max_bad: Share = 0.0
+    """Share of a data set's images that may be left out because they cannot be read; at 0 one of them fails the task."""
 
     def size(self, context: Context) -> int:
         return context.resolution or self.resolution
@@ -32,17 +36,22 @@ class SummaryTask(Task):
     def passes(self, context: Context) -> float:
         return float(sum(len(d) for d in self.datasets(context)))
 
-    def summaries(self, opened: Opened, dataset: Dataset[Any], context: Context) -> Tensor:
-        """Summaries of all images, (N, C) fp32 on the device. Raises DataError when the model has none."""
+    def summaries(self, opened: Opened, dataset: D, context: Context) -> tuple[Tensor, D]:
+        """Summaries of all images that can be read, (N, C) fp32 on the device, and those images. Raises DataError when the
+        model has none."""
         with self.features(opened, dataset, context) as features:
-            return features.summaries().to(context.device)
+            return features.summaries(features.readable).to(context.device), readable(dataset, features)
 
     def features(self, opened: Opened, dataset: Dataset[Any], context: Context) -> Features:
         """The same on disk, for data sets that do not fit into memory. Close it after use."""
         resize = Resize(self.resize, self.size(context))
         try:
-            return features_of(opened, dataset, resize, context, maps=False, half=True)
+            return features_of(opened, dataset, resize, context, maps=False, half=True, max_bad=self.max_bad)
         except DataError as error:
+            if "cannot be read" in str(error):
+                raise DataError(
+                    f"{error}; copy them again, or allow for a share that is left out: max_bad of the task"
+                ) from None
             if "has no summary" not in str(error):
                 raise
             raise DataError(
@@ -52,5 +61,11 @@ class SummaryTask(Task):
 
 
 def parts_of(features: Features, rows: int) -> Iterator[Tensor]:
-    """Summaries in parts of at most `rows` images."""
-    return (features.summaries(range(i, min(i + rows, len(features)))) for i in range(0, len(features), rows))
+    """Summaries of the images that can be read, in parts of at most `rows` images."""
+    images = features.readable
+    return (features.summaries(images[i : i + rows]) for i in range(0, len(images), rows))
+
+
+def readable(dataset: D, features: Features) -> D:
+    """The images of a data set that could be read; their features are in this order."""
+    return Subset(dataset, features.readable) if features.unread else dataset  # type: ignore[return-value]

@@ -42,7 +42,7 @@ class Sweep(Task):
         """The headline of a task at every side."""
         free = replace(context, resolution=None, pictures=None)
         for side, own in distinct(opened, self.sides):
-            yield from (Score(s.metric, s.value, headline=False, side=own) for s in at(side).run(opened, free) if s.headline)
+            yield from (s._replace(headline=False, side=own) for s in at(side).run(opened, free) if s.headline)
 
 
 class KnnSweep(Sweep, Knn):

@@ -35,17 +35,17 @@ class ZeroShot(SummaryTask):
         return [open_dataset(self.dataset, "val", context.root, kind="labelled").limited(context.limit)]
 
     def run(self, opened: Opened, context: Context) -> Iterable[Score]:
-        (images,) = self.datasets(context)
+        (whole,) = self.datasets(context)
         head, card = speaking(opened, self.adaptors)
-        weights_CK = self._classifier(card, images.classes, context)
-        summaries = self.summaries(head, images, context)
+        weights_CK = self._classifier(card, whole.classes, context)
+        summaries, images = self.summaries(head, whole, context)
         hits, labels = Means(), labels_of(images).to(context.device)
         logits = scores(summaries, weights_CK)
         hits.update(topk_hits(logits, labels))
         save_worst(context, f"{self.dataset} zero-shot, {opened.label}", logits.argmax(1), labels, images.classes)
-        found = hits.compute()
-        yield Score("score", found["top1"])
-        yield Score("top5", found["top5"], headline=False)
+        found, left_out = hits.compute(), len(whole) - len(images)
+        yield Score("score", found["top1"], scored=len(images), left_out=left_out)
+        yield Score("top5", found["top5"], headline=False, scored=len(images), left_out=left_out)
 
     def _classifier(self, card: TeacherCard, classes: Sequence[str], context: Context) -> Tensor:
         from ...teachers.text import load_text_tower
