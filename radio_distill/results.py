@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from .errors import DataError
+from .files import parse_json, typed
 from .types import Result
 
 __all__ = ["append", "by_row", "read", "table"]
@@ -28,9 +29,9 @@ def read(path: Path) -> list[Result]:
     if not path.exists():
         return []
     results = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    for number, line in enumerate(path.read_text(errors="replace").splitlines(), 1):
         try:
-            results.append(Result(**json.loads(line)))
+            results.append(typed(Result, parse_json(line)))
         except (ValueError, TypeError) as error:
             raise DataError(
                 f"{path}:{number} is not a result ({error}); remove the line (an interrupted write leaves half of one)"

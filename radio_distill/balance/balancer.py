@@ -25,6 +25,7 @@ from torch import Tensor
 
 from ..config.cards import TeacherCard
 from ..errors import CheckpointError
+from ..files import parse_json
 from ..fingerprint import Fingerprint, fingerprint
 from ..tensors import broadcast, row_major, save_tensors
 
@@ -186,7 +187,7 @@ def _load(folder: Path, name: str, expected: int | None) -> Balancer:
         with safe_open(path, "pt") as file:
             metadata = file.metadata()
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
-        balancer = Balancer(kind=metadata["kind"], facts=json.loads(metadata["facts"]), **tensors)
+        balancer = Balancer(kind=metadata["kind"], facts=parse_json(metadata["facts"]), **tensors)
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path} is not a balancer ({error}); make it again with `radio-distill stats`") from error
     if expected is not None and balancer.channels != expected:

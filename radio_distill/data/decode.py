@@ -266,7 +266,7 @@ def _decode_pillow(data: bytes) -> Pixels:
     image = _open(data)
     if isinstance(image, PngImageFile) and image.mode == "L" and "transparency" in image.info:
         # values of 2 and 4 bits are spread over 0 to 255 when they are read; the transparent one is left as it was
-        image.info["transparency"] *= {"L;2": 85, "L;4": 17}.get(image.tile[0].args, 1)
+        image.info["transparency"] *= {"L;2": 85, "L;4": 17}.get(str(image.tile[0].args), 1)
     _load(image)
     try:
         return np.array(as_rgb(image))

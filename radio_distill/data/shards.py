@@ -20,6 +20,7 @@ from pathlib import Path
 
 from ..config.recipe import Source
 from ..errors import DataError
+from ..files import json_file
 from .files import INDEX
 from .reading import Raw, ShardError, whole_samples
 from .sources import Listing, is_url, list_source
@@ -137,8 +138,11 @@ def _indexed(listing: Listing) -> int | None:
     total = 0
     for shard in listing.tars:
         index = Path(shard.url).with_name(INDEX)
-        counts = json.loads(index.read_text()).get("shards", {}) if not is_url(shard.url) and index.is_file() else {}
-        if os.path.basename(shard.url) not in counts:
+        if is_url(shard.url) or not index.is_file():
             return None
-        total += counts[os.path.basename(shard.url)]
+        with json_file(index, "an index of shards", advice="remove it, or write it again", error=DataError) as values:
+            count = values.get("shards", {}).get(os.path.basename(shard.url))
+            if count is None:
+                return None
+            total += int(count)
     return total

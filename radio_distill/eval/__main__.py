@@ -175,9 +175,13 @@ def _without_ranks(argv: Sequence[str]) -> list[str]:
 
 def _run_function(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     run, options = FUNCTIONS[arguments.suite]
-    for option in ("data", "preset", "task", "limit", "resolution", "seed", "batch", "workers", "dry_run", "overrides"):
+    for option in ("data", "preset", "task", "limit", "resolution", "seed", "batch", "workers", "dry_run"):
         if getattr(arguments, option) and option not in options:
-            parser.error(f"--{option} has no effect in suite {arguments.suite}; leave it out")
+            parser.error(f"--{option.replace('_', '-')} has no effect in suite {arguments.suite}; leave it out")
+    if arguments.overrides:
+        parser.error(
+            f"{arguments.overrides[0]!r} has no effect: suite {arguments.suite} has no card whose fields could be set; leave it out"
+        )
     if arguments.ranks > 1 or _of_several(os.environ):
         parser.error(f"suite {arguments.suite} runs in one process; leave out --ranks, torchrun or srun")
     results, text = run(arguments)

@@ -6,17 +6,17 @@ Shapes: B batch, C channels, H W pixels, N tokens, p side of a patch.
 from __future__ import annotations
 
 import inspect
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ..config.cards import TeacherCard
+from ..config.cards import TeacherCard, TeacherInput
 from ..config.messages import nearest
 from ..errors import CheckpointError, RadioDistillError
+from ..files import json_file
 from ..teachers.base import Teacher, load_teacher
 from ..teachers.tokens import check_size, check_tokens, encode_tokens, patch_map, summarize
 from ..types import VisionOutput
@@ -102,7 +102,11 @@ def _measure(name: str, trunk: Any, shape: tuple[int, int, int]) -> tuple[int, i
 
 def is_radio(folder: Path) -> bool:
     """A RADIO model, of the reference's own class or of transformers'."""
-    config = json.loads((folder / "config.json").read_text())
+    with json_file(folder / "config.json", "the config of a model", advice=AGAIN) as config:
+        return _is_radio(config)
+
+
+def _is_radio(config: Mapping[str, Any]) -> bool:
     return config.get("model_type") == "radio" or ("args" in config and "adaptor_configs" in config)
 
 
@@ -170,9 +174,11 @@ def _load(folder: Path, trust_remote_code: bool) -> tuple[Any, bool]:
             dtype=torch.float32,
             output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except Exception as error:  # whatever a library says about a file that it cannot read
         advice = "" if trust_remote_code else "; if it needs code of its own that you trust: ?trust_remote_code=true"
-        raise CheckpointError(f"{folder} cannot be loaded by transformers ({str(error).splitlines()[0]}){advice}") from error
+        raise CheckpointError(
+            f"{folder} cannot be loaded by transformers ({type(error).__name__}: {str(error).strip().partition(LINE)[0]}){advice}"
+        ) from error
     tower = getattr(model, "vision_model", model)
     within = "" if tower is model else "vision_model."
     missing = sorted(key for key in report["missing_keys"] if key.startswith(within))
@@ -187,6 +193,10 @@ def _run(tower: Any, pixels_B3HW: Tensor) -> Any:
     options = {"interpolate_pos_encoding": True} if "interpolate_pos_encoding" in takes else {}
     return tower(pixel_values=pixels_B3HW, **options)
 
+
+AGAIN = "copy the whole folder again"
+
+LINE = "\n"
 
 PROBE = 6, 5
 """Rows and columns of patches that a tower is tried with: not square, and large enough that no stride fits by chance."""
@@ -286,12 +296,13 @@ def _normalisation(folder: Path) -> tuple[Sequence[float], Sequence[float]]:
     """Mean and standard deviation of pixels in [0, 1], from the folder's image processor."""
     for name in ("preprocessor_config.json", "processor_config.json"):
         if (folder / name).is_file():
-            content = json.loads((folder / name).read_text())
-            content = content.get("image_processor", content)
-            if content.get("do_normalize") is False:
-                return (0, 0, 0), (1, 1, 1)
-            if "image_mean" in content and "image_std" in content:
-                return content["image_mean"], content["image_std"]
+            with json_file(folder / name, "the settings of an image processor", advice=AGAIN) as content:
+                content = content.get("image_processor", content)
+                if content.get("do_normalize") is False:
+                    return (0, 0, 0), (1, 1, 1)
+                if "image_mean" in content and "image_std" in content:
+                    known = TeacherInput(size=1, patch=1, mean=content["image_mean"], std=content["image_std"])
+                    return known.mean, known.std
     raise CheckpointError(
         f"{folder}/preprocessor_config.json with image_mean and image_std does not exist; save the processor too"
     )
@@ -301,7 +312,9 @@ def _sides(folder: Path, config: Any) -> tuple[int, int]:
     """Of a patch, and of the image that it was trained for; each may be a number or a pair (of which the image's height counts)."""
     found = {key: getattr(config, key, None) for key in ("patch_size", "image_size")}
     patches, sizes = (list[Any](x) if isinstance(x, (list, tuple)) else [x] for x in found.values())
-    if all(isinstance(side, int) and side > 0 for side in (*patches, *sizes)) and len(set(patches)) == 1 and sizes:
-        return int(patches[0]), int(sizes[0])
+    if sizes and len(set(patches)) == 1:
+        patch, size = patches[0], sizes[0]
+        if isinstance(patch, int) and isinstance(size, int) and min(patch, size) > 0:
+            return patch, size
     stated = " and ".join(f"{key} {value}" for key, value in found.items())
     raise CheckpointError(f"{folder}: {type(config).__name__} has {stated}; expected a vision transformer with square patches")

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import CardError
+from ..files import json_file
 from ..types import Result
 from ..vlm.model import vlm_folder
 from .metrics.vlm import to_table_units
@@ -65,7 +66,10 @@ def evaluate(
                 f"suite vlm has no task {task!r}{' on toy data' if data == TOY else ''}; expected {', '.join(known)}"
             )
     folder, chosen = vlm_folder(model), list(tasks or known)
-    facts = json.loads((folder / "config.json").read_text())["vision_config"]
+    with json_file(
+        folder / "config.json", "the config of a VLM", advice="name the folder that the VLM's training wrote"
+    ) as config:
+        facts = dict(config["vision_config"])
     label = f"{model}#{_digest(folder)}"
     if data == TOY:
         protocol = Protocol(TOY, limit)

@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from ..errors import DataError
+from ..files import json_file
 from .task import Context
 
 __all__ = ["HEAD", "WorstClass", "read_worst", "save_worst", "worst_classes"]
@@ -66,5 +68,6 @@ def save_worst(context: Context, title: str, guesses_N: Tensor, labels_N: Tensor
 def read_worst(folder: Path) -> Iterator[tuple[str, list[WorstClass]]]:
     """The tables of a folder with their titles."""
     for path in sorted(folder.glob("*.json")):
-        table = json.loads(path.read_text())
-        yield table["title"], [WorstClass(**row) for row in table["classes"]]
+        with json_file(path, "a table of classes", advice="remove it, or run the evaluation again", error=DataError) as table:
+            worst = str(table["title"]), [WorstClass(**row) for row in table["classes"]]
+        yield worst

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -11,7 +10,8 @@ from typing import Any
 
 from ..config.load import dump, load_card, load_job
 from ..config.recipe import Recipe
-from ..errors import CardError, CheckpointError
+from ..errors import CardError
+from ..files import json_file
 from ..types import Result
 
 __all__ = ["PROVENANCE", "Facts", "Origin", "Stage", "facts_of_export", "facts_of_run"]
@@ -89,8 +89,9 @@ def facts_of_export(path: Path) -> Facts:
     file = (path if path.is_dir() else path.parent) / PROVENANCE
     if not file.is_file():
         return Facts(path.name.removesuffix(".tar").removesuffix(".pth"))
-    try:
-        values = json.loads(file.read_text())["facts"]
+    advice = "it tells the teachers' licences: export again from the run"
+    with json_file(file, "what an export writes", advice=advice) as export:
+        values = export["facts"]
         return Facts(
             name=values["name"],
             step=values["step"],
@@ -101,11 +102,6 @@ def facts_of_export(path: Path) -> Facts:
             start=values["start"],
             results=tuple(Result(**_known(r)) for r in values["results"]),
         )
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"{file} is not what an export writes ({type(error).__name__}: {error}); it tells the teachers' licences: "
-            "export again from the run"
-        ) from error
 
 
 def facts_of_run(checkpoint: Path) -> Facts:

@@ -11,6 +11,7 @@ from typing import Any
 
 from ..config.recipe import Job, Recipe
 from ..errors import RadioDistillError
+from ..files import parse_json
 
 __all__ = ["Sinks", "console_line", "hours_left", "read_metrics", "drop_metrics_after"]
 
@@ -83,7 +84,7 @@ def hours_left(metrics: dict[str, float]) -> str:
 def read_metrics(folder: Path) -> list[dict[str, float]]:
     """The lines of a run's metrics.jsonl; an unfinished last line (a killed process) is left out."""
     path = folder / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
+    lines = path.read_text(errors="replace").splitlines() if path.exists() else []
     return [row for row in map(_parse, lines) if row is not None]
 
 
@@ -100,9 +101,11 @@ def drop_metrics_after(folder: Path, step: int) -> None:
 
 def _parse(line: str) -> dict[str, float] | None:
     try:
-        return json.loads(line)
-    except json.JSONDecodeError:
+        row = parse_json(line)
+    except ValueError:
         return None
+    is_row = isinstance(row, dict) and "step" in row and all(isinstance(x, int | float) for x in row.values())
+    return row if is_row else None
 
 
 def _tensorboard(folder: Path) -> Any:

@@ -9,6 +9,7 @@ import argparse
 import json
 import os
 import pickle
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ..errors import CheckpointError
+from ..files import DAMAGE, json_file, written_as
 from ..tensors import save_tensors
 from .arch import StudentArch
 from .reference import student_from_arch, student_from_hf_state, student_from_reference
@@ -52,13 +54,9 @@ def load_student(folder: Path) -> Student:
             raise CheckpointError(
                 f"{folder / name} does not exist; expected a folder written by a run ({ARCHITECTURE}, {WEIGHTS})"
             )
-    try:
-        arch = StudentArch.from_dict(json.loads((folder / ARCHITECTURE).read_text()))
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(
-            f"{folder / ARCHITECTURE} is not a student's architecture ({error!r}); write the run's student again"
-        ) from error
-    return student_from_arch(arch, _load_file(folder / WEIGHTS))
+    state = _load_file(folder / WEIGHTS)
+    with json_file(folder / ARCHITECTURE, "a student's architecture", advice="write the run's student again") as values:
+        return student_from_arch(StudentArch.from_dict(values), state)
 
 
 def load_reference(path: Path, adaptor_names: Sequence[str] | None = None, *, ema: bool = True) -> Student:
@@ -71,8 +69,9 @@ def load_reference(path: Path, adaptor_names: Sequence[str] | None = None, *, em
     state = next((s for s in (states if ema else states[::-1]) if s), None)
     if state is None or "args" not in checkpoint:
         raise CheckpointError(f"{path} holds {', '.join(checkpoint)}; expected 'args' and 'state_dict' or 'state_dict_ema'")
-    args = checkpoint["args"]
-    return student_from_reference(args if isinstance(args, Mapping) else vars(args), state, adaptor_names)
+    with written_as(path, "a training checkpoint of the reference", advice="get it again"):
+        args = checkpoint["args"]
+        return student_from_reference(args if isinstance(args, Mapping) else vars(args), state, adaptor_names)
 
 
 def student_from_hf(folder: Path, adaptor_names: Sequence[str] | None = None) -> Student:
@@ -85,7 +84,8 @@ def student_from_hf(folder: Path, adaptor_names: Sequence[str] | None = None) ->
             f"{folder} has no {missing}; expected a Hugging Face folder of a RADIO model, with {' and '.join(there)}"
         )
     state = {key: value for file in files for key, value in _load_file(file).items()}
-    return student_from_hf_state(json.loads((folder / "config.json").read_text()), state, adaptor_names)
+    with json_file(folder / "config.json", "the config of a RADIO model", advice="copy the whole folder again") as config:
+        return student_from_hf_state(config, state, adaptor_names)
 
 
 def open_student(source: str | Path, *, ema: bool = True) -> Student:
@@ -106,7 +106,7 @@ def open_student(source: str | Path, *, ema: bool = True) -> Student:
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file or of a torch file that holds nothing else but plain values."""
     if path.suffix == ".safetensors":
-        return load_file(path)
+        return _load_file(path)
     content = _unpickle(path)
     return {key: value for key, value in content.get("state_dict", content).items() if isinstance(value, Tensor)}
 
@@ -124,7 +124,7 @@ def _unpickle(path: Path) -> dict[str, Any]:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} does not exist; expected a checkpoint file") from error
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except (pickle.UnpicklingError, zipfile.BadZipFile, *DAMAGE) as error:
         reason = str(error).strip().splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(
             f"{path} cannot be read as plain weights and an argparse.Namespace ({reason}); other objects are refused because "

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from ..errors import CheckpointError
+from ..files import json_file
 from .checkpoints import load_reference, open_student
 from .student import Student
 
@@ -34,7 +34,8 @@ def _from_folder(folder: Path) -> Student:
     from ..runs import artifact_folder
 
     if (folder / "provenance.json").is_file():
-        made = json.loads((folder / "provenance.json").read_text())["format"]
+        with json_file(folder / "provenance.json", "what an export writes", advice="export again from the run") as values:
+            made = str(values["format"])
         if made in OTHER_LOADERS:
             raise CheckpointError(
                 f"{folder} is an export for {made}; load it with {OTHER_LOADERS[made]}, or name the run it comes from"

@@ -6,9 +6,9 @@ Only tensors are read: safetensors, or PyTorch files with `weights_only=True`. N
 from __future__ import annotations
 
 import argparse
-import json
 import pickle
 import re
+import zipfile
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..config.cards import TeacherCard
 from ..errors import RadioDistillError, TeacherError
+from ..files import DAMAGE, json_file
 from ..paths import expand
 
 __all__ = ["check_keys", "load", "read", "resolve"]
@@ -98,7 +99,8 @@ def check_keys(card: TeacherCard, missing: Iterable[str], unexpected: Iterable[s
 def _shards(card: TeacherCard, path: Path, prefix: Prefix, get: Callable[[str], Path | None]) -> dict[str, Tensor]:
     if path.suffix != ".json":
         return _tensors(card, path, prefix)
-    index: dict[str, str] = json.loads(path.read_text())["weight_map"]
+    with json_file(path, "an index of weights", advice="get it again", error=TeacherError) as values:
+        index = {str(key): str(shard) for key, shard in values["weight_map"].items()}
     names = {shard for key, shard in index.items() if key.startswith(prefix)} or set(index.values())
     state: dict[str, Tensor] = {}
     for name in sorted(names):
@@ -126,11 +128,13 @@ def _tensors(card: TeacherCard, path: Path, prefix: Prefix) -> dict[str, Tensor]
         # RADIO's own files hold their arguments beside the weights, as a plain Namespace.
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except (SafetensorError, pickle.UnpicklingError, zipfile.BadZipFile, *DAMAGE) as error:
         raise TeacherError(
-            f"teacher {card.name!r}: {path} cannot be read as plain tensors ({str(error).splitlines()[0]}); "
+            f"teacher {card.name!r}: {path} cannot be read as plain tensors ({(str(error).splitlines() or [type(error).__name__])[0]}); "
             "it is damaged, or holds code: get it again, or convert it to safetensors"
         ) from error
+    if not isinstance(content, dict):
+        raise TeacherError(f"teacher {card.name!r}: {path} holds a {type(content).__name__}, expected tensors by name")
     for key in NESTED:
         if isinstance(content.get(key), dict):
             content = content[key]

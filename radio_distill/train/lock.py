@@ -21,6 +21,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from ..errors import CheckpointError
+from ..files import parse_json, typed
 
 __all__ = ["Owner", "RunLock", "is_held", "read_owner", "this_process"]
 
@@ -113,7 +114,7 @@ def this_process() -> Owner:
 def read_owner(path: Path) -> Owner | None:
     """Who wrote a lock file last; None when it ended properly."""
     try:
-        return Owner(**json.loads(path.read_text()))
+        return typed(Owner, parse_json(path.read_text()))
     except (OSError, ValueError, TypeError):
         return None
 

@@ -7,6 +7,7 @@ writes nothing more: then the lock tells that nobody is at work.
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from contextlib import suppress
@@ -14,6 +15,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from ..errors import CheckpointError
+from ..files import json_file, typed
 from ..log.sinks import hours_left, read_metrics
 from .lock import Owner, is_held
 
@@ -106,11 +108,10 @@ def main(run: str, *, as_json: bool = False) -> int:
 
 
 def _read(run: Path) -> Status | None:
-    try:
-        values = json.loads((run / FILE).read_text())
-        return Status(**{**values, "owner": Owner(**values["owner"])})
-    except (OSError, ValueError, TypeError, KeyError):
-        return None
+    with suppress(CheckpointError), json_file(run / FILE, "the status of a run", advice="start the run") as values:
+        status = typed(Status, values)
+        return status if math.isfinite(status.updated_at + status.saved_at) else None
+    return None
 
 
 def _state(status: Status) -> str:
@@ -119,7 +120,7 @@ def _state(status: Status) -> str:
 
 def _losses(row: dict[str, float]) -> str:
     heads = " ".join(f"{name.removeprefix('fidelity/')} {x:.2f}" for name, x in row.items() if name.startswith("fidelity/"))
-    return f"step {row['step']:,}, loss {row['loss']:.4f}" + (f", fidelity {heads}" if heads else "")
+    return f"step {row['step']:,}, loss {row.get('loss', math.nan):.4f}" + (f", fidelity {heads}" if heads else "")
 
 
 def _ago(at: float) -> str:

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -27,6 +26,7 @@ from ..config.cards import TeacherCard
 from ..config.upsampler import Network
 from ..config.upsampler_recipe import Downsampler
 from ..errors import CheckpointError, TeacherError
+from ..files import json_file, written_as
 from ..fingerprint import Difference, Fingerprint, fingerprint, known_fingerprint
 from ..paths import expand
 from ..student.spectral import fold_state
@@ -110,18 +110,21 @@ def load_upsampler(path: str | Path) -> SavedUpsampler:
         tensors = load_file(folder / WEIGHTS)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{folder / WEIGHTS} cannot be read ({error}); write the upsampler again") from error
-    card, network = TeacherCard(**facts["teacher"]), Network(**facts["network"])
-    reduction, grid = Downsampler(**facts["downsampler"]), facts["size"] // card.input.patch
-    channels = card.output.features
-    sharpener = Sharpener(network, channels, (grid, grid), _balancer(folder, facts, tensors, channels))
-    downsampler = form_of(network.reference).downsampler(reduction, channels)
-    _fill(sharpener, {k: x for k, x in tensors.items() if not k.startswith(("balancer.", "downsampler."))}, folder)
-    _fill(downsampler, {k.removeprefix("downsampler."): x for k, x in tensors.items() if k.startswith("downsampler.")}, folder)
-    for module in (sharpener, downsampler):
-        module.eval().requires_grad_(False)
-    return SavedUpsampler(
-        sharpener, downsampler, network, card, facts["size"], reduction, facts["provenance"], _recorded(folder, facts, card)
-    )
+    with written_as(folder / FACTS, "the description of an upsampler", advice="write it again"):
+        card, network = TeacherCard(**facts["teacher"]), Network(**facts["network"])
+        reduction, grid = Downsampler(**facts["downsampler"]), facts["size"] // card.input.patch
+        channels = card.output.features
+        sharpener = Sharpener(network, channels, (grid, grid), _balancer(folder, facts, tensors, channels))
+        downsampler = form_of(network.reference).downsampler(reduction, channels)
+        _fill(sharpener, {k: x for k, x in tensors.items() if not k.startswith(("balancer.", "downsampler."))}, folder)
+        _fill(
+            downsampler, {k.removeprefix("downsampler."): x for k, x in tensors.items() if k.startswith("downsampler.")}, folder
+        )
+        for module in (sharpener, downsampler):
+            module.eval().requires_grad_(False)
+        return SavedUpsampler(
+            sharpener, downsampler, network, card, facts["size"], reduction, facts["provenance"], _recorded(folder, facts, card)
+        )
 
 
 def read_network(path: Path) -> Network:
@@ -162,14 +165,11 @@ def _recorded(folder: Path, facts: dict[str, Any], card: TeacherCard) -> Fingerp
 def _facts(folder: Path) -> dict[str, Any]:
     if not (folder / FACTS).is_file():
         raise CheckpointError(f"{folder / FACTS} does not exist; expected a folder with {FACTS} and {WEIGHTS}")
-    try:
-        facts: dict[str, Any] = json.loads((folder / FACTS).read_text())
+    with json_file(folder / FACTS, "the description of an upsampler", advice="write it again") as facts:
         TeacherCard(**facts["teacher"]), Network(**facts["network"]), Downsampler(**facts["downsampler"])
-        _ = facts["size"], facts["balancer"]["kind"], facts["provenance"]
+        _ = int(facts["size"]) // 1, facts["balancer"]["kind"], dict(facts["provenance"])
         Fingerprint.from_dict(facts["fingerprint"]) if "fingerprint" in facts else None
-    except (KeyError, TypeError, ValueError, ValidationError) as error:
-        raise CheckpointError(f"{folder / FACTS} does not describe an upsampler ({error!r}); write it again") from error
-    return facts
+        return facts
 
 
 def _balancer(folder: Path, facts: dict[str, Any], tensors: dict[str, Tensor], channels: int) -> Balancer:

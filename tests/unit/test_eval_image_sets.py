@@ -212,6 +212,16 @@ def test_flickr30k_is_read_from_both_files(tmp_path: Path) -> None:
         open_dataset("flickr30k", "test", tmp_path, kind="captioned")
 
 
+def test_an_odd_entry_of_a_caption_file_is_told(tmp_path: Path) -> None:
+    (tmp_path / "coco" / "val2014").mkdir(parents=True)
+    content = {"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": [{"image_id": 1, "text": "a tree"}]}
+    (tmp_path / "coco" / "coco_test_karpathy.json").write_text(json.dumps(content))
+    with pytest.raises(
+        DataError, match=r"coco_test_karpathy.json has an entry that is not as in the file of its name .*'caption'"
+    ):
+        open_dataset("coco_karpathy", "test", tmp_path, kind="captioned")
+
+
 class MeanColour:
     """Its summary is the mean colour: the truth, where classes are colours."""
 

@@ -93,6 +93,10 @@ def write(root: Path, content: Any, split: str = "val2017") -> None:
     path.write_text(json.dumps(content))
 
 
+def without(field: str, **others: Any) -> dict[str, Any]:
+    return {key: value for key, value in {**COCO["annotations"][0], **others}.items() if key != field}
+
+
 def changed(**parts: Any) -> dict[str, Any]:
     return {**json.loads(json.dumps(COCO)), **parts}
 
@@ -192,7 +196,17 @@ def test_compressed_run_lengths_are_the_same_mask() -> None:
     ("content", "told"),
     [
         (changed(annotations=[{**COCO["annotations"][0], "image_id": 77}]), "annotations of image 77"),
-        (changed(annotations=[{**COCO["annotations"][0], "category_id": 12}]), "category 12 is annotated, but not listed"),
+        (changed(annotations=[{**COCO["annotations"][0], "category_id": 12}]), r"category 12 is annotated, but not listed .*\(annotation 1 and 0 others"),
+        (changed(annotations=[without("image_id")]), "annotation 1 has image_id None, expected a whole number"),
+        (changed(annotations=[without("category_id")]), "annotation 1 has category_id None, expected a whole number"),
+        (changed(annotations=[without("bbox", segmentation=[])]), "annotation 1 has neither bbox nor segmentation; mend it"),
+        (changed(annotations=[without("area", bbox=[1, 2, 3])]), r"annotation 1 has bbox \[1, 2, 3\] and area None, expected \[x, y"),
+        (changed(annotations=[without("id", area="big")]), "annotation None has bbox .* and area 'big', expected"),
+        (changed(annotations=[without("id", bbox=[1, 2, float("nan"), 4])]), r"bbox \[1, 2, nan, 4\]"),
+        (changed(annotations=[without("id", iscrowd="0")]), "annotation None has iscrowd '0', expected 0 or 1"),
+        (changed(annotations=["row"]), "annotation number 0 has image_id 'row', expected a whole number"),
+        (changed(images=[*COCO["images"], COCO["images"][0]]), "lists image 9 more than once"),
+        (changed(images=[{"id": "9", "file_name": "a.jpg"}]), "image 9 has id '9', expected a whole number"),
         (changed(images=[*COCO["images"], {**COCO["images"][0], "id": 1, "file_name": "x.jpg"}]), r"1 of 4 images are not in .*x.jpg"),
         (changed(images=[], annotations=[]), "lists no images"),
         ({"images": []}, "expected images, annotations and categories, found images"),
@@ -203,6 +217,52 @@ def test_annotation_files_that_do_not_fit_are_told(coco: Path, content: Any, tol
     write(coco, content)
     with pytest.raises(DataError, match=told):
         CocoInstances(coco, "val2017")
+
+
+@pytest.mark.parametrize(
+    ("row", "box", "area"),
+    [
+        (without("area"), [2, 3, 8, 7], 24.0),
+        (without("id", area=None, iscrowd=None), [2, 3, 8, 7], 24.0),
+        (without("bbox"), [2, 3, 8, 7], 24.0),
+        (without("area", segmentation={"size": [16, 24], "counts": [0, 32, 352]}), [2, 3, 8, 7], 32.0),
+        (without("area", segmentation=[]), [2, 3, 8, 7], 24.0),
+        (without("segmentation"), [2, 3, 8, 7], 24.0),
+        (without("iscrowd"), [2, 3, 8, 7], 24.0),
+        (without("id", bbox=[2, 3, 0, 4]), [2, 3, 2, 7], 24.0),
+    ],
+)
+def test_what_a_coco_annotation_lacks_is_taken_from_what_it_has(coco: Path, row: Any, box: list[float], area: float) -> None:
+    images = [{key: value for key, value in image.items() if key in ("id", "file_name")} for image in COCO["images"]]
+    write(coco, changed(annotations=[row], images=images))
+    sample = CocoInstances(coco, "val2017")[2]
+    assert sample.boxes_N4.tolist() == [box]
+    assert sample.areas_N.tolist() == [area]
+    assert sample.crowd_N.tolist() == [False]
+
+
+@pytest.mark.parametrize(
+    ("mask", "told"),
+    [
+        ([], "it has no polygon"),
+        (None, "it has no polygon"),
+        ([[1, 2, 3, 4]], "a polygon of 4 numbers; expected x and y of at least three points"),
+        ([[1, 2, 3, 4, 5, 6, 7]], "a polygon of 7 numbers"),
+        (["abc"], "a polygon of 3 numbers"),
+        ({"size": [16, 24], "counts": [0, 32]}, "no mask of 24x16"),
+        ({"size": [16, 24], "counts": [0, 3200]}, "no mask of 24x16"),
+        ({"size": [16, 24], "counts": [-3, 387]}, "no mask of 24x16"),
+        ({"size": [24, 16], "counts": [0, 32, 352]}, "its run lengths are of 16x24"),
+        ({"size": [16, 24], "counts": "zzzz"}, "no mask of 24x16"),
+        ({"size": [16, 24]}, "no mask of 24x16"),
+    ],
+)
+def test_masks_that_are_none_are_told_by_their_annotation_and_boxes_are_read(coco: Path, mask: Any, told: str) -> None:
+    write(coco, changed(annotations=[{**COCO["annotations"][0], "segmentation": mask}]))
+    sample = CocoInstances(coco, "val2017")[2]
+    assert sample.boxes_N4.tolist() == [[2, 3, 8, 7]]
+    with pytest.raises(DataError, match=f"instances_val2017.json: annotation 1: .*{told}.*mend the annotation, or remove it"):
+        decode_mask(sample.masks[0], 16, 24)
 
 
 def test_an_image_of_another_size_than_annotated_is_told(coco: Path) -> None:

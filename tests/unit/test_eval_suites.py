@@ -186,6 +186,21 @@ def test_ranks_are_started_once_wherever_the_flag_stands(
     assert "suite toy runs in one process; leave out --ranks, torchrun or srun" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["fidelity.levels=[2]"], "'fidelity.levels=[2]' has no effect: suite fidelity has no card whose fields could be set"),
+        (["--dry-run"], "--dry-run has no effect in suite fidelity; leave it out"),
+    ],
+)
+def test_settings_that_a_suite_without_card_does_not_have_are_named_as_they_were_given(
+    given: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["--suite", "fidelity", "--model", "runs/a", *given])
+    assert message in capsys.readouterr().err
+
+
 def test_sets_that_are_missing_are_told_once_before_ranks_are_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("subprocess.Popen", None)
     with pytest.raises(DataError, match=r"(?s)ADE20k: .* is missing.*VOC2012: .* is missing"):

@@ -107,7 +107,7 @@ def test_facts_that_lack_something_are_told(tmp_path, key):
     facts = json.loads(path.read_text())
     del facts[key]
     path.write_text(json.dumps(facts))
-    with pytest.raises(CheckpointError, match=rf"upsampler.json does not describe an upsampler \(KeyError\('{key}'\)\)"):
+    with pytest.raises(CheckpointError, match=rf"upsampler.json is not the description of an upsampler \(it lacks '{key}'\)"):
         load_upsampler(tmp_path / "u")
 
 

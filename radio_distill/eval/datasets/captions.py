@@ -177,7 +177,11 @@ def _cached(
     name: str, split: str, images: Path, path: Path, read: Callable[[Path, str], Captions], changed: int
 ) -> CaptionFile:
     """Read once a process, and again when the file of captions has changed."""
-    return CaptionFile(name, split, images, path, read(path, split))
+    try:
+        captions = read(path, split)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{path} has an entry that is not as in the file of its name ({error!r}); copy it again") from error
+    return CaptionFile(name, split, images, path, captions)
 
 
 open_coco = partial(_open, "coco_karpathy", COCO)

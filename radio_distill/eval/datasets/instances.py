@@ -6,8 +6,9 @@ Shapes: N objects, H W pixels.
 from __future__ import annotations
 
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
+from math import isfinite
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +22,7 @@ from .base import Dataset, missing
 from .pixels import read_rgb
 from .toy import ToyDataset, toy_image
 
-__all__ = ["CocoInstances", "InstanceSample", "ToyInstances", "decode_mask"]
+__all__ = ["CocoInstances", "CocoMask", "InstanceSample", "ToyInstances", "decode_mask"]
 
 LAYOUT = """
 train2017/*.jpg
@@ -46,21 +47,48 @@ class InstanceSample(NamedTuple):
     crowd_N: Tensor
     """bool; one annotation for many objects."""
     masks: tuple[Any, ...]
-    """As annotated (polygons, run lengths, or a bool array): see `decode_mask`."""
+    """As annotated (`CocoMask`, or a bool array): see `decode_mask`."""
+
+
+class CocoMask(NamedTuple):
+    """A mask as it is annotated, and what an error about it names."""
+
+    where: str
+    mask: Any
 
 
 def decode_mask(mask: Any, height: int, width: int) -> Tensor:
-    """bool (H, W). mask: COCO polygons, COCO run lengths (compressed or not), or the array itself."""
+    """bool (H, W). mask: COCO polygons, COCO run lengths (compressed or not), a `CocoMask` of these, or the array itself.
+
+    Raises DataError when it is none of these, or not of this size.
+    """
     if isinstance(mask, np.ndarray):
         return torch.from_numpy(mask)
+    where, mask = mask if isinstance(mask, CocoMask) else ("a mask", mask)
     library = _mask_library()
-    runs = mask if isinstance(mask, dict) and isinstance(mask["counts"], (str, bytes)) else None
-    if runs is None:
-        runs = library.frPyObjects(mask, height, width)
-        runs = library.merge(runs) if isinstance(runs, list) else runs
-    elif isinstance(runs["counts"], str):
-        runs = {**runs, "counts": runs["counts"].encode()}
-    return torch.from_numpy(np.ascontiguousarray(library.decode(runs))).bool()
+    try:
+        runs = _run_lengths(library, mask, height, width)
+        return torch.from_numpy(np.ascontiguousarray(library.decode(runs))).bool()
+    except (ArithmeticError, LookupError, TypeError, ValueError, RuntimeError) as error:  # of the library, or ours
+        raise DataError(
+            f"{where}: no mask of {width}x{height} pixels ({error}); mend the annotation, or remove it from the file"
+        ) from error
+
+
+def _run_lengths(library: Any, mask: Any, height: int, width: int) -> Any:
+    if isinstance(mask, dict):
+        if list(mask["size"]) != [height, width]:
+            raise ValueError(f"its run lengths are of {mask['size'][1]}x{mask['size'][0]}")
+        counts = mask["counts"]
+        if isinstance(counts, list):
+            return library.frPyObjects(mask, height, width)
+        return {**mask, "counts": counts.encode() if isinstance(counts, str) else counts}
+    if not mask:
+        raise ValueError("it has no polygon")
+    for polygon in mask:  # the library takes two points for a box, and an odd number of numbers for nothing
+        if len(polygon) < 6 or len(polygon) % 2:
+            raise ValueError(f"a polygon of {len(polygon)} numbers; expected x and y of at least three points")
+    return library.merge(library.frPyObjects(mask, height, width))
 
 
 class CocoInstances(Dataset[InstanceSample]):
@@ -79,6 +107,9 @@ class CocoInstances(Dataset[InstanceSample]):
             if not path.exists():
                 raise missing(path, dataset="COCO 2017", layout=LAYOUT, source=SOURCE)
         content = _read(self.file)
+        self._has("category", content["categories"], {"id": int, "name": str})
+        self._has("image", content["images"], {"id": int, "file_name": str})
+        self._has("annotation", content["annotations"], {"image_id": int, "category_id": int})
         categories = sorted(content["categories"], key=lambda c: c["id"])
         self.classes = tuple(c["name"] for c in categories)
         self._label = {c["id"]: i for i, c in enumerate(categories)}
@@ -86,7 +117,32 @@ class CocoInstances(Dataset[InstanceSample]):
         self._annotations: dict[int, list[dict[str, Any]]] = defaultdict(list)
         for annotation in content["annotations"]:
             self._annotations[annotation["image_id"]].append(annotation)
+            self._check_annotation(annotation)
         self._check()
+
+    def _has(self, kind: str, rows: Any, fields: dict[str, type]) -> None:
+        """Raise DataError for a row that lacks a field, or has another kind of value."""
+        for number, row in enumerate(rows):
+            for field, of in fields.items():
+                if not isinstance(row, dict) or not isinstance(row.get(field), of):
+                    name = row.get("id", f"number {number}") if isinstance(row, dict) else f"number {number}"
+                    found = repr(row.get(field)) if isinstance(row, dict) else repr(row)[:40]
+                    expected = "a whole number" if of is int else "text"
+                    raise DataError(f"{self.file}: {kind} {name} has {field} {found}, expected {expected}")
+
+    def _check_annotation(self, row: dict[str, Any]) -> None:
+        """What is needed later: a box, or a mask to take it from."""
+        box, where = row.get("bbox"), f"{self.file}: annotation {row.get('id')}"
+        if box is None and not row.get("segmentation"):
+            raise DataError(f"{where} has neither bbox nor segmentation; mend it, or remove it from the file")
+        numbers = [*(box if isinstance(box, list) else [] if box is None else [box]), row.get("area") or 0]
+        if (box is not None and len(numbers) != 5) or not all(isinstance(x, int | float) and isfinite(x) for x in numbers):
+            raise DataError(
+                f"{where} has bbox {box!r} and area {row.get('area')!r}, expected [x, y, width, height] and a number"
+            )
+
+        if row.get("iscrowd") not in (0, 1, None):
+            raise DataError(f"{where} has iscrowd {row['iscrowd']!r}, expected 0 or 1")
 
     def _check(self) -> None:
         """Raise DataError for annotations of no image or category, and for images that are not there."""
@@ -95,13 +151,20 @@ class CocoInstances(Dataset[InstanceSample]):
             raise DataError(
                 f"{self.file}: annotations of image {min(strays)} and {len(strays) - 1} others, which it does not list"
             )
-        unknown = {a["category_id"] for rows in self._annotations.values() for a in rows} - self._label.keys()
+        unknown = [a for rows in self._annotations.values() for a in rows if a["category_id"] not in self._label]
         if unknown:
-            raise DataError(f"{self.file}: category {min(unknown)} is annotated, but not listed under `categories`")
+            raise DataError(
+                f"{self.file}: category {unknown[0]['category_id']} is annotated, but not listed under `categories` (annotation "
+                f"{unknown[0].get('id')} and {len(unknown) - 1} others)"
+            )
+        ids = Counter(row["id"] for row in self._rows)
+        if len(ids) < len(self._rows):
+            raise DataError(f"{self.file} lists image {ids.most_common(1)[0][0]} more than once; its annotations belong to one")
         if not self._rows:
             raise DataError(f"{self.file} lists no images; expected those of {self.split}")
         there = {path.name for path in self.images.iterdir()}
-        lost = [row["file_name"] for row in self._rows if row["file_name"] not in there]
+        names = [row["file_name"] for row in self._rows]
+        lost = [name for name in names if name not in there and not (self.images / name).is_file()]
         if lost:
             raise DataError(f"COCO 2017: {len(lost)} of {len(self._rows)} images are not in {self.images} ({lost[0]}, ...)")
 
@@ -115,30 +178,29 @@ class CocoInstances(Dataset[InstanceSample]):
     def annotated(self, *, crowds: bool) -> list[int]:
         """Indices of the images with at least one object (`crowds`: or crowd)."""
         return [
-            i
-            for i, row in enumerate(self._rows)
-            if any(crowds or not a.get("iscrowd", 0) for a in self._annotations[row["id"]])
+            i for i, row in enumerate(self._rows) if any(crowds or not a.get("iscrowd") for a in self._annotations[row["id"]])
         ]
 
     def __getitem__(self, index: int) -> InstanceSample:
         row = self._rows[index]
         path = self.images / row["file_name"]
         image = read_rgb(path)
-        if image.shape[1:] != (row["height"], row["width"]):
+        height, width = image.shape[1:]
+        if (height, width) != (row.get("height", height), row.get("width", width)):
             raise DataError(
                 f"{path} is {image.shape[2]}x{image.shape[1]} and {self.file.name} says {row['width']}x{row['height']}; "
                 "boxes and masks would not fit: use the images that belong to the annotations"
             )
         found = self._annotations[row["id"]]
-        corner_size = torch.tensor([a["bbox"] for a in found], dtype=torch.float32).reshape(-1, 4)
+        masks = tuple(CocoMask(f"{self.file}: annotation {a.get('id')}", a.get("segmentation")) for a in found)
         return InstanceSample(
             image_3HW=image,
             image_id=row["id"],
-            boxes_N4=torch.cat([corner_size[:, :2], corner_size[:, :2] + corner_size[:, 2:]], 1),
+            boxes_N4=_stack([_corners(a, mask, height, width) for a, mask in zip(found, masks)]),
             labels_N=torch.tensor([self._label[a["category_id"]] for a in found], dtype=torch.long),
-            areas_N=torch.tensor([a["area"] for a in found], dtype=torch.float32),
-            crowd_N=torch.tensor([bool(a.get("iscrowd", 0)) for a in found], dtype=torch.bool),
-            masks=tuple(a["segmentation"] for a in found),
+            areas_N=torch.tensor([_area(a, mask, height, width) for a, mask in zip(found, masks)], dtype=torch.float32),
+            crowd_N=torch.tensor([bool(a.get("iscrowd")) for a in found], dtype=torch.bool),
+            masks=masks,
         )
 
 
@@ -167,6 +229,30 @@ class ToyInstances(ToyDataset[InstanceSample]):
             crowd_N=torch.zeros(len(ids), dtype=torch.bool),
             masks=tuple(masks),
         )
+
+
+def _stack(boxes: list[Tensor]) -> Tensor:
+    return torch.stack(boxes) if boxes else torch.empty(0, 4)
+
+
+def _corners(annotation: dict[str, Any], mask: CocoMask, height: int, width: int) -> Tensor:
+    """The annotated box; where there is none, that of the mask."""
+    if annotation.get("bbox") is not None:
+        x, y, across, down = torch.tensor(annotation["bbox"], dtype=torch.float32)
+        return torch.stack([x, y, x + across, y + down])
+    decoded = decode_mask(mask, height, width)
+    if not decoded.any():
+        raise DataError(f"{mask.where} has no bbox and an empty mask; mend it, or remove it from the file")
+    return _box(decoded.numpy())
+
+
+def _area(annotation: dict[str, Any], mask: CocoMask, height: int, width: int) -> float:
+    """The annotated area; where there is none, that of the mask, or of the box where there is no mask either."""
+    if annotation.get("area") is not None:
+        return float(annotation["area"])
+    if mask.mask:
+        return float(decode_mask(mask, height, width).sum())
+    return float(annotation["bbox"][2] * annotation["bbox"][3])
 
 
 def _box(mask_HW: np.ndarray) -> Tensor:

@@ -1,0 +1,69 @@
+"""Files that a program wrote and something else may have damaged: read whole, or refused with path, kind and what to do."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import TypeAdapter
+
+from .errors import CheckpointError, RadioDistillError
+
+__all__ = ["DAMAGE", "json_file", "parse_json", "typed", "written_as"]
+
+Value = TypeVar("Value")
+
+DAMAGE = (OSError, EOFError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, AssertionError, RuntimeError)
+"""What reading raises where a file is cut, or a value in it is missing or of another type."""
+
+
+@contextmanager
+def json_file(
+    path: Path, what: str, *, advice: str, error: type[RadioDistillError] = CheckpointError
+) -> Iterator[dict[str, Any]]:
+    """The map in a JSON file. What its values make fail inside the block is told as the file's fault, too.
+
+    what: what it should be (`a student's architecture`); advice: what to do. Raises `error`.
+    """
+    with written_as(path, what, advice=advice, error=error):
+        values = parse_json(path.read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            raise TypeError(f"it holds a {type(values).__name__}, expected a map of keys")
+        yield values
+
+
+@contextmanager
+def written_as(path: Path, what: str, *, advice: str, error: type[RadioDistillError] = CheckpointError) -> Iterator[None]:
+    """Whatever fails inside the block is told as the fault of the file: `PATH is not WHAT (REASON); ADVICE`."""
+    try:
+        yield
+    except DAMAGE as fault:
+        raise error(f"{path} is not {what} ({_reason(fault)}); {advice}") from fault
+
+
+def parse_json(text: str) -> Any:
+    """The value of a JSON text. Raises ValueError, also for nesting that Python cannot follow."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("lists or maps thousands deep") from None
+
+
+def typed(kind: type[Value], values: dict[str, Any]) -> Value:
+    """The dataclass `kind` of a map. Raises TypeError or ValueError for keys that are missing or unknown, and for other types."""
+    kind(**values)
+    return _adapter(kind).validate_python(values)
+
+
+@cache
+def _adapter(kind: type[Value]) -> TypeAdapter[Value]:
+    return TypeAdapter(kind)
+
+
+def _reason(fault: BaseException) -> str:
+    lines = str(fault).strip().splitlines() or [type(fault).__name__]
+    return f"it lacks {lines[0]}" if isinstance(fault, KeyError) else lines[0][:300]
