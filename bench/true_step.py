@@ -20,9 +20,9 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 from radio_distill.config.load import load_recipe
-from radio_distill.distill.build import build_parts, build_start
+from radio_distill.distill.build import build_start, build_teacher_side
 from radio_distill.distill.loop import prepare, train_step
-from radio_distill.distill.trainer import Trainer
+from radio_distill.distill.training import StageTraining
 from radio_distill.plan.cost import partition_cost
 from radio_distill.train import distributed
 from radio_distill.train.run import RunFolder
@@ -54,10 +54,10 @@ def run(arguments: argparse.Namespace, folder: Path) -> dict[str, str | float]:
         ],
     )
     world = distributed.init()
-    parts = build_parts(recipe, world, weights="random")
+    side = build_teacher_side(recipe, world, weights="random")
     run_folder = RunFolder(recipe, is_main=True)
-    student = build_start(recipe, world, parts, None)
-    trainer = Trainer(recipe, world, run_folder, parts, student)
+    student = build_start(recipe, world, side, None)
+    trainer = StageTraining(recipe, world, run_folder, side, student)
     trainer.streams.open({})
     batches = trainer.streams.next(world.device)
     prepare(trainer, 0, batches)

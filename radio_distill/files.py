@@ -56,11 +56,11 @@ def parse_json(text: str) -> Any:
 def typed(kind: type[Value], values: dict[str, Any]) -> Value:
     """The dataclass `kind` of a map. Raises TypeError or ValueError for keys that are missing or unknown, and for other types."""
     kind(**values)
-    return _adapter(kind).validate_python(values)
+    return _adapter(kind).validate_python(values)  # type: ignore[arg-type]  # classes can be hashed
 
 
 @cache
-def _adapter(kind: type[Value]) -> TypeAdapter[Value]:
+def _adapter(kind: Any) -> TypeAdapter[Any]:
     return TypeAdapter(kind)
 
 

@@ -12,7 +12,7 @@ import torch
 from radio_distill.balance import Balancer, Moments, fit, save_balancers
 from radio_distill.config.load import dump, load_card, load_recipe
 from radio_distill.config.recipe import PhiS, Recipe
-from radio_distill.distill.trainer import export_student
+from radio_distill.distill.training import export_student
 from radio_distill.runs import Meta
 from radio_distill.student.arch import AdaptorSlot
 from radio_distill.student.start import parametrise

@@ -3,7 +3,7 @@
 from .balancer import Balancer, check_balancers, identity, load_balancers, save_balancers
 from .dispersion import Dispersion
 from .methods import fit, fit_on_first_rank
-from .stats import Moments
+from .moments import Moments
 
 __all__ = [
     "Balancer",

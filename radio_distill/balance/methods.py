@@ -17,9 +17,9 @@ from ..config.recipe import BalanceKind
 from ..errors import TeacherError, TrainingError
 from .balancer import Balancer
 from .hadamard import hadamard
+from .moments import Moments
 from .phi_s import axes_of, phi_s
 from .standardize import global_std, per_channel_std
-from .stats import Moments
 from .whiten import FLOOR, hca, pca, zca
 
 __all__ = ["fit", "fit_on_first_rank"]

@@ -24,7 +24,7 @@ from .processes import ahead, read_in_processes
 from .sources import choose_streams, list_source
 from .stream import Bad, Feed
 from .views import ViewSpec, as_views
-from .worker import Part, Parts
+from .worker import Part, PartReader
 
 __all__ = ["Loader", "build_loader", "merge_positions"]
 
@@ -55,7 +55,7 @@ def build_loader(
     _check_division(partition, images, streams, world_size)
     header = {"streams": streams, "sources": {listing.name: listing.fingerprint(streams) for listing in listings}}
     mine = range(rank * streams // world_size, (rank + 1) * streams // world_size)
-    parts = Parts(
+    parts = PartReader(
         tuple(Feed(listing.name, listing.weight, listing.shards(streams)) for listing in listings),
         tuple(specs),
         data,
@@ -89,7 +89,9 @@ class Loader:
     starts at the position the loader was built with.
     """
 
-    def __init__(self, parts: Parts, partition: str, header: dict[str, Any], *, workers: int, micro_batch: int | None) -> None:
+    def __init__(
+        self, parts: PartReader, partition: str, header: dict[str, Any], *, workers: int, micro_batch: int | None
+    ) -> None:
         """Use `build_loader`."""
         self.streams: int = header["streams"]
         self.workers = workers

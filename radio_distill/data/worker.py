@@ -18,7 +18,7 @@ from .decode import BadImage
 from .stream import Bad, Feed, Sample, Stream
 from .views import Canvas, ViewCutter, ViewSpec
 
-__all__ = ["Part", "Parts"]
+__all__ = ["Part", "PartReader"]
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Part:
     """What was left out on the way."""
 
 
-class Parts(IterableDataset[Part | DataError]):
+class PartReader(IterableDataset[Part | DataError]):
     """Endless parts of one rank's batches; worker w of W runs the w-th of W blocks of the rank's streams.
 
     An error is yielded, not raised: it has to arrive in the training process with its message and nothing else.

@@ -36,13 +36,13 @@ from .bank import TeacherBank
 from .remote import RemoteTeachers
 from .targets import Encoder, TeacherService, name_non_finite, view_specs
 
-__all__ = ["Parts", "build_parts", "build_start", "build_teachers", "assignment_of"]
+__all__ = ["TeacherSide", "build_teacher_side", "build_start", "build_teachers", "assignment_of"]
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Parts:
+class TeacherSide:
     """The teacher side of a training: everything that is there before the student."""
 
     service: TeacherService
@@ -51,7 +51,7 @@ class Parts:
     streams: Streams
 
 
-def build_parts(recipe: Recipe, world: World, *, weights: Weights = "pretrained") -> Parts:
+def build_teacher_side(recipe: Recipe, world: World, *, weights: Weights = "pretrained") -> TeacherSide:
     """Load the teachers and find out who runs what; the streams are not open yet. weights: `random` for benchmarks."""
     encoder: Encoder
     if world.bridge is not None:
@@ -64,22 +64,22 @@ def build_parts(recipe: Recipe, world: World, *, weights: Weights = "pretrained"
     specs = {name: view_specs(recipe, partition, sizes, patch) for name, partition in recipe.partitions.items()}
     service = TeacherService(recipe, encoder, student_patch=patch)
     window = StatisticsWindow(recipe.balance, encoder.cards, world.device)
-    return Parts(service, window, assignment, Streams(recipe, assignment, world.rank, specs))
+    return TeacherSide(service, window, assignment, Streams(recipe, assignment, world.rank, specs))
 
 
-def build_start(recipe: Recipe, world: World, parts: Parts, found: Path | None) -> Student:
+def build_start(recipe: Recipe, world: World, side: TeacherSide, found: Path | None) -> Student:
     """The student with its first weights, ready for the engine. found: the checkpoint that will be resumed, when there is one."""
     torch.manual_seed(recipe.seed)
-    student, balancers = build_student(recipe.student, slots_of(recipe)), parts.service.balancers
+    student, balancers = build_student(recipe.student, slots_of(recipe)), side.service.balancers
     if not balancers:
-        balancers.update(given_balancers(recipe, parts.service, world))
+        balancers.update(given_balancers(recipe, side.service, world))
     if found is None:
         loaded = start_weights(student, _resolved(recipe.start))
         if world.is_main:
             log.info("starting from %s", recipe.start.source or "scratch")
         if not balancers and (loaded or recipe.balance.ahead):
             steps = recipe.balance.window if recipe.balance.ahead else 1
-            balancers.update(gather_balancers(parts, world, steps))
+            balancers.update(gather_balancers(side, world, steps))
         for name in loaded:  # they predict the teachers' own features; put them into this stage's balanced space
             balancer = balancers[name]
             matrix = balancer.weight if balancer.weight.ndim == 2 else balancer.weight.diag()
@@ -103,28 +103,28 @@ def given_balancers(recipe: Recipe, service: TeacherService, world: World) -> di
     return {name: balancer.to(world.device) for name, balancer in loaded.items()}
 
 
-def gather_balancers(parts: Parts, world: World, steps: int) -> dict[str, Balancer]:
+def gather_balancers(side: TeacherSide, world: World, steps: int) -> dict[str, Balancer]:
     """Balancers from the images of the first `steps` steps, with the teachers alone; the streams are closed afterwards.
 
     Raises TrainingError on the rank whose teacher gives a non-finite output.
     """
-    parts.streams.open({})
+    side.streams.open({})
     for step in range(steps):
-        watch(parts.service.recipe.engine.watchdog_minutes)
+        watch(side.service.recipe.engine.watchdog_minutes)
         agree.stop_if_asked(world.device)
-        for batch in parts.streams.next(world.device):
-            raw = parts.service.encode(batch)
+        for batch in side.streams.next(world.device):
+            raw = side.service.encode(batch)
             error = name_non_finite(batch, raw, rank=world.rank, step=step)
             if error is not None:
                 raise error
-            parts.window.observe(raw)
+            side.window.observe(raw)
         if step == 0 and steps > 1:
-            parts.window.refit({})  # fixes the mean directions that the dispersions of later summaries are measured to
+            side.window.refit({})  # fixes the mean directions that the dispersions of later summaries are measured to
         if world.is_main and (step + 1) % max(1, steps // 5) == 0 and steps > 1:
             log.info("statistics: %d of %d steps", step + 1, steps)
-    balancers = parts.window.refit({})
-    parts.streams.close()
-    parts.window.clear()
+    balancers = side.window.refit({})
+    side.streams.close()
+    side.window.clear()
     return balancers
 
 

@@ -16,7 +16,7 @@ from ..fingerprint import Fingerprint, fingerprints
 from ..runs import run_path
 from ..train import agree, distributed
 from ..train.ranks import run_ranks
-from .build import build_parts, gather_balancers
+from .build import build_teacher_side, gather_balancers
 from .serve import serve
 
 __all__ = ["main"]
@@ -33,7 +33,7 @@ def main(argv: list[str]) -> int:
         )
 
     def gather(world: distributed.World) -> int:
-        balancers = gather_balancers(build_parts(recipe, world), world, recipe.balance.window)
+        balancers = gather_balancers(build_teacher_side(recipe, world), world, recipe.balance.window)
         out = run_path(recipe) / "balancers"
         agree.on_main(lambda: _write(out, balancers, fingerprints(recipe)))
         return 0

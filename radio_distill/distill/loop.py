@@ -24,10 +24,10 @@ from ..train.ranks import run_ranks
 from ..train.run import RunFolder, open_run
 from ..train.snapshot import resume
 from ..types import Batch
-from .build import build_parts, build_start
+from .build import build_start, build_teacher_side
 from .serve import serve
 from .targets import check_finite, name_non_finite
-from .trainer import Trainer
+from .training import StageTraining
 
 __all__ = ["train"]
 
@@ -43,12 +43,12 @@ def train(recipe: Recipe) -> int:
     return run_ranks(recipe, stage, partial(serve, recipe))
 
 
-def build(recipe: Recipe, world: distributed.World, runs: list[RunFolder]) -> Trainer:
+def build(recipe: Recipe, world: distributed.World, runs: list[RunFolder]) -> StageTraining:
     """Everything the loop needs, resumed where the run folders say so. Most errors of a user come from here, before any work."""
-    parts, found = build_parts(recipe, world), latest_of_all([run.path for run in runs])
+    side, found = build_teacher_side(recipe, world), latest_of_all([run.path for run in runs])
     trainers, positions = [], {}
     for each, run, path in zip(recipe.each(), runs, found):
-        trainers.append(Trainer(each, world, run, parts, build_start(each, world, parts, path)))
+        trainers.append(StageTraining(each, world, run, side, build_start(each, world, side, path)))
         positions = resume(trainers[-1], path) if path is not None else {}
     trainer, *trainer.siblings = trainers
     for name, member in zip(["student", *recipe.students], trainers if recipe.students else []):
@@ -57,13 +57,13 @@ def build(recipe: Recipe, world: distributed.World, runs: list[RunFolder]) -> Tr
     return trainer
 
 
-def distil_step(t: Trainer, step: int, batches: list[Batch]) -> None:
+def distil_step(t: StageTraining, step: int, batches: list[Batch]) -> None:
     """One step of a distillation."""
     prepare(t, step, batches)
     train_step(t, step, batches)
 
 
-def prepare(t: Trainer, step: int, batches: list[Batch]) -> None:
+def prepare(t: StageTraining, step: int, batches: list[Batch]) -> None:
     """What changes between steps: seeds, learning rate, frozen trunk, windows, balancers."""
     torch.manual_seed(step_seed(t.recipe.seed, step))
     for member in t.members:
@@ -79,7 +79,7 @@ def prepare(t: Trainer, step: int, batches: list[Batch]) -> None:
         t.service.balancers.update(t.window.refit(t.service.balancers))
 
 
-def train_step(t: Trainer, step: int, batches: list[Batch]) -> None:
+def train_step(t: StageTraining, step: int, batches: list[Batch]) -> None:
     """One optimizer step over all micro-batches; raises TrainingError on every rank when anything is not finite."""
     counts = t.counts(batches)
     bad = torch.zeros((), dtype=torch.bool, device=t.world.device)
@@ -104,7 +104,7 @@ def train_step(t: Trainer, step: int, batches: list[Batch]) -> None:
         member.task.update_adaloss()
 
 
-def stop_all(t: Trainer, step: int, batches: list[Batch]) -> RadioDistillError:
+def stop_all(t: StageTraining, step: int, batches: list[Batch]) -> RadioDistillError:
     """Find out which teacher, loss or gradient is not finite on which rank; the same message on all ranks."""
     found: list[str] = []
     for batch in batches:

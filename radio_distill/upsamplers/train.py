@@ -128,12 +128,12 @@ class UpsamplerTraining(Training):
     artifact = "upsampler"
 
     def __init__(
-        self, recipe: UpsamplerRecipe, world: distributed.World, run: RunFolder, parts: Parts, task: UpsamplerTask
+        self, recipe: UpsamplerRecipe, world: distributed.World, run: RunFolder, inputs: Inputs, task: UpsamplerTask
     ) -> None:
         self.recipe, self.task = recipe, task
         super().__init__(
-            recipe, world, run, parts.streams, task, task,
-            micro_steps=parts.micro_steps, ema_decay=recipe.ema.decay, groups=task.parameter_groups(),
+            recipe, world, run, inputs.streams, task, task,
+            micro_steps=inputs.micro_steps, ema_decay=recipe.ema.decay, groups=task.parameter_groups(),
         )  # fmt: skip
 
     @property
@@ -185,7 +185,7 @@ class UpsamplerTraining(Training):
         viz.save_png(viz.panel({"image": images, "low": maps[0], "high": maps[1]}), path)
 
 
-class Parts:
+class Inputs:
     """The teacher, this rank's images, and how a step is divided."""
 
     def __init__(self, recipe: UpsamplerRecipe, world: distributed.World) -> None:
@@ -205,44 +205,44 @@ def train_upsampler(recipe: UpsamplerRecipe) -> int:
 
 def build(recipe: UpsamplerRecipe, world: distributed.World, run: RunFolder) -> UpsamplerTraining:
     """Everything the loop needs, resumed where the run folder says so."""
-    parts = Parts(recipe, world)
+    inputs = Inputs(recipe, world)
     found = latest(run.path)
-    balancer = load_balancers(found / "balancers")["teacher"] if found else statistics(recipe, world, parts)
+    balancer = load_balancers(found / "balancers")["teacher"] if found else statistics(recipe, world, inputs)
     torch.manual_seed(recipe.seed)
-    channels, side = parts.teacher.card.output.features, recipe.size // parts.teacher.patch_size
+    channels, side = inputs.teacher.card.output.features, recipe.size // inputs.teacher.patch_size
     sharpener = Sharpener(recipe.network, channels, (side, side), balancer)
     downsampler = form_of(recipe.network.reference).downsampler(recipe.downsampler, channels)
     task = UpsamplerTask(
-        recipe, parts.teacher, sharpener, form_of(recipe.loss.reference).loss(channels, downsampler, recipe.loss)
+        recipe, inputs.teacher, sharpener, form_of(recipe.loss.reference).loss(channels, downsampler, recipe.loss)
     ).to(world.device)
     if recipe.spectral:
         apply_spectral(task, init="one")
-    training = UpsamplerTraining(recipe, world, run, parts, task)
+    training = UpsamplerTraining(recipe, world, run, inputs, task)
     training.streams.open(resume(training, found) if found else {})
     return training
 
 
-def statistics(recipe: UpsamplerRecipe, world: distributed.World, parts: Parts) -> Balancer:
+def statistics(recipe: UpsamplerRecipe, world: distributed.World, inputs: Inputs) -> Balancer:
     """PHI-S of the teacher's maps at its own size: loaded, or from the images of the first `balance.window` steps."""
-    name, card = "teacher", parts.teacher.card
+    name, card = "teacher", inputs.teacher.card
     if recipe.balance.path:
         folder = Path(expand(recipe.balance.path))
         loaded = load_balancers(folder, {card.name: card.output.features})[card.name]
         agree.on_main(lambda: check_balancers(folder, {card.name: card}))
         return loaded
-    window = StatisticsWindow(recipe.balance, {name: parts.teacher.card}, world.device)
-    encode = chunked(parts.teacher, recipe.chunk)
-    parts.streams.open({})
+    window = StatisticsWindow(recipe.balance, {name: inputs.teacher.card}, world.device)
+    encode = chunked(inputs.teacher, recipe.chunk)
+    inputs.streams.open({})
     for step in range(recipe.balance.window):
         watch(recipe.engine.watchdog_minutes)
         agree.stop_if_asked(world.device)
-        for batch in parts.streams.next(world.device):
+        for batch in inputs.streams.next(world.device):
             pixels = resize_map(batch.views[BASE].images_B3HW.float() / 255, (recipe.size, recipe.size))
-            out = encode(parts.teacher.normalize(pixels))
+            out = encode(inputs.teacher.normalize(pixels))
             window.moments[name].update(out.features_BCHW)
         if world.is_main and (step + 1) % max(1, recipe.balance.window // 5) == 0:
             log.info("statistics: %d of %d steps", step + 1, recipe.balance.window)
-    parts.streams.close()
+    inputs.streams.close()
     return window.refit({})[name]
 
 

@@ -24,33 +24,33 @@ from ..train.run import RunFolder
 from ..train.streams import forwards
 from ..train.training import Training
 from ..types import Batch
-from .build import Parts
+from .build import TeacherSide
 from .task import Counts, DistillTask
 
-__all__ = ["Trainer", "export_student"]
+__all__ = ["StageTraining", "export_student"]
 
 
-class Trainer(Training):
+class StageTraining(Training):
     """Teachers, balancers, engine, EMA, streams, logs, and the step they stand at."""
 
     artifact = "student"
 
-    def __init__(self, recipe: Recipe, world: World, run: RunFolder, parts: Parts, student: Student) -> None:
+    def __init__(self, recipe: Recipe, world: World, run: RunFolder, side: TeacherSide, student: Student) -> None:
         self.recipe = recipe
-        self.service, self.window, self._reader = parts.service, parts.window, parts.streams
+        self.service, self.window, self._reader = side.service, side.window, side.streams
         self.task = DistillTask(recipe, student)
-        micro_steps = max(forwards(recipe, parts.assignment, rank) for rank in range(world.size))
+        micro_steps = max(forwards(recipe, side.assignment, rank) for rank in range(world.size))
         super().__init__(
-            recipe, world, run, parts.streams, self.task, student, micro_steps=micro_steps, ema_decay=recipe.ema.decay
+            recipe, world, run, side.streams, self.task, student, micro_steps=micro_steps, ema_decay=recipe.ema.decay
         )
         self.task.attach(self.service.balancers, self.ema)
         self.label = ""
         """What its lines on the console begin with, where there are several students."""
-        self.siblings: list[Trainer] = []
+        self.siblings: list[StageTraining] = []
         """Students of the same recipe that learn from the same targets."""
 
     @property
-    def members(self) -> list[Trainer]:
+    def members(self) -> list[StageTraining]:
         return [self, *self.siblings]
 
     def console_line(self, metrics: dict[str, float]) -> str:
