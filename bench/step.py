@@ -35,8 +35,8 @@ from torch.nn.utils import get_total_norm
 from torch.utils.flop_counter import FlopCounterMode
 
 from radio_distill.config.recipe import Recipe
-from radio_distill.student.arch import AdaptorSlot
-from radio_distill.student.student import build_student
+from radio_distill.network.arch import AdaptorSlot
+from radio_distill.student.build import build_student
 from radio_distill.train.distributed import World, init, shutdown
 from radio_distill.train.engine import Engine
 from radio_distill.train.optim import make_optimizer, set_step

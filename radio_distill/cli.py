@@ -67,11 +67,14 @@ def _add_commands_that_look(commands: Any) -> None:
     plan.add_argument("--utilisation", type=float, default=0.45, help="share of the reachable bf16 rate that is used (0.45)")
     plan.add_argument("--json", action="store_true", help="print JSON")
     plan.add_argument("--check", action="store_true", help="then look for all that it needs (doctor); exit code 1 if not here")
+    opening = "with --check: also run the commands and open the URLs of data.sources"
+    plan.add_argument("--open", action="store_true", help=opening)
     status = _add(commands, "status", "what a run is doing, from its folder alone; exit code 1 when it stopped before its end")
     status.add_argument("run", help="run folder")
     status.add_argument("--json", action="store_true", help="print JSON")
     doctor = _add(commands, "doctor", "is everything here that a recipe needs? no network; exit code 1 if not")
     _add_recipe(doctor, optional=True)
+    doctor.add_argument("--open", action="store_true", help="also run the commands and open the URLs of data.sources")
 
 
 def _add_commands_for_data(commands: Any) -> None:
@@ -202,7 +205,7 @@ def _plan(arguments: argparse.Namespace) -> int:
         cluster=Cluster(nodes, gpus, arguments.network, arguments.disk) if nodes else None,
     )
     print(to_json(plan) if arguments.json else text)
-    return refuse_if_missing(recipe) if arguments.check else 0
+    return refuse_if_missing(recipe, open_sources=arguments.open) if arguments.check else 0
 
 
 def _status(arguments: argparse.Namespace) -> int:
@@ -215,7 +218,8 @@ def _doctor(arguments: argparse.Namespace) -> int:
     from .config.load import load
     from .jobs import examine
 
-    return examine(load(arguments.recipe, arguments.overrides) if arguments.recipe else None)
+    recipe = load(arguments.recipe, arguments.overrides) if arguments.recipe else None
+    return examine(recipe, open_sources=arguments.open)
 
 
 def _shards(arguments: argparse.Namespace) -> int:

@@ -1,4 +1,6 @@
-"""`radio-distill doctor [RECIPE]`: is everything here that a training needs? Looks, opens files, asks no network."""
+"""`radio-distill doctor [RECIPE]`: is everything here that a training needs? Looks and opens files.
+
+Commands (`pipe:`) and URLs of the recipe are told, and neither run nor opened unless `--open` asks for it."""
 
 from __future__ import annotations
 
@@ -17,6 +19,7 @@ from .config.cards import TeacherCard
 from .config.checks import NO_IMAGES
 from .config.load import cards_of, list_recipes, load_card, load_upsampler_recipe
 from .config.recipe import Debias, ImageJob, Job, Recipe, Trained
+from .config.secrets import without_secrets
 from .config.upsampler_recipe import AnyRecipe, UpsamplerRecipe
 from .errors import CheckpointError, RadioDistillError
 from .listing import how_to_get, make_table, wide_console
@@ -65,8 +68,11 @@ def examine_machine() -> Iterator[Finding]:
     yield Finding("environment", ", ".join(f"{name}={os.environ.get(name, '(not set)')}" for name in VARIABLES))
 
 
-def examine_recipe(recipe: AnyRecipe) -> Iterator[Finding]:
-    """What the recipe asks for: teachers, upsamplers, start, balancers, images, packages, disk."""
+def examine_recipe(recipe: AnyRecipe, *, open_sources: bool = False) -> Iterator[Finding]:
+    """What the recipe asks for: teachers, upsamplers, start, balancers, images, packages, disk.
+
+    open_sources: run its commands and open its URLs, too.
+    """
     from .runs import latest
 
     resumed = latest(run_path(recipe))
@@ -80,7 +86,7 @@ def examine_recipe(recipe: AnyRecipe) -> Iterator[Finding]:
     if recipe.balance.path:
         by_name = cards if isinstance(recipe, Recipe) else {card.name: card for card in cards.values()}
         yield _balancers(Path(expand(recipe.balance.path)), by_name)
-    yield from _images(recipe)
+    yield from _images(recipe, open_sources)
     yield from examine_packages(recipe)
     yield _disk(recipe)
 
@@ -147,7 +153,7 @@ def _start(recipe: Recipe) -> Iterator[Finding]:
     yield Finding(f"start from {start.kind}", str(found) if found else advice, missing=found is None)
 
 
-def _images(recipe: ImageJob) -> Iterator[Finding]:
+def _images(recipe: ImageJob, open_sources: bool) -> Iterator[Finding]:
     from .data.reading import ShardError, read_shard
     from .data.sources import list_source
 
@@ -156,16 +162,35 @@ def _images(recipe: ImageJob) -> Iterator[Finding]:
     for name, source in recipe.data.sources.items():
         try:
             listing = list_source(name, source)
+            if (remote := _remote(listing)) and not open_sources:
+                yield Finding(f"images {name}", f"{listing.summary}{remote}{_cut(listing)}")
+                continue
             shards = listing.shards(1)
             samples = [sample for shard in (shards[0], shards[-1]) for sample in islice(read_shard(shard), 1)]
             cut = _cut(listing)
         except (RadioDistillError, ShardError, OSError) as error:
-            yield Finding(f"images {name}", str(error), missing=True)
+            yield Finding(f"images {name}", without_secrets(str(error)), missing=True)
             continue
         empty = not samples or any(sample.image is None for sample in samples)
         looks = ", but no image at the start of the first or last one" if empty else "; first and last can be read"
         left_out = f"; left out: {listing.left_out}" if listing.left_out else ""
         yield Finding(f"images {name}", f"{listing.summary}{looks}{cut}{left_out}", missing=empty)
+
+
+def _remote(listing: Listing) -> str:
+    """What of a source would have to be run or fetched; empty where all of it are files."""
+    from .data.sources import is_url
+
+    remote = [shard.url for shard in listing.tars if is_url(shard.url)]
+    if not remote:
+        return ""
+    commands = sum(url.startswith("pipe:") for url in remote)
+    does = " and ".join(
+        f"{verb} {count:,} {what}{'s' * (count > 1)}"
+        for verb, count, what in (("runs", commands, "command"), ("opens", len(remote) - commands, "URL"))
+        if count
+    )
+    return f"; training {does}, first {without_secrets(remote[0])!r}; not looked at: --open does it"
 
 
 def _cut(listing: Listing) -> str:
@@ -195,7 +220,7 @@ def examine_packages(recipe: Job) -> Iterator[Finding]:
 def _disk(recipe: AnyRecipe) -> Finding:
     from .plan.memory import checkpoint_bytes
     from .plan.upsampler import plan_upsampler
-    from .student.names import student_of
+    from .student.build import student_of
 
     folder = run_path(recipe)
     free = _free_gib(folder)

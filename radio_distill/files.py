@@ -7,11 +7,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
-
-from pydantic import TypeAdapter
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from .errors import CheckpointError, RadioDistillError
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
 
 __all__ = ["DAMAGE", "json_file", "parse_json", "typed", "written_as"]
 
@@ -61,6 +62,8 @@ def typed(kind: type[Value], values: dict[str, Any]) -> Value:
 
 @cache
 def _adapter(kind: Any) -> TypeAdapter[Any]:
+    from pydantic import TypeAdapter  # here: loading a student does without
+
     return TypeAdapter(kind)
 
 

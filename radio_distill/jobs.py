@@ -36,8 +36,8 @@ class Kind:
     """Run or resume it; returns 0 when it is finished, 75 (`preempt.STOPPED`) when it was asked to stop and has saved."""
     plan: Callable[..., tuple[Budget, str]]
     """What it costs on a machine (`world_size`, `gpu`, `utilisation`, `cluster`), as values and in words."""
-    examine: Callable[[Any], Iterator[Finding]]
-    """What it needs, and whether that is here."""
+    examine: Callable[..., Iterator[Finding]]
+    """What it needs, and whether that is here; `open_sources`: also what commands and URLs give."""
 
 
 def _train_stage(recipe: Recipe) -> int:
@@ -54,10 +54,10 @@ def _plan_stage(recipe: Recipe, *, cluster: Cluster | None, **machine: Any) -> t
     return found, render(found)
 
 
-def _examine_images(recipe: Recipe | UpsamplerRecipe) -> Iterator[Finding]:
+def _examine_images(recipe: Recipe | UpsamplerRecipe, *, open_sources: bool) -> Iterator[Finding]:
     from .doctor import examine_recipe
 
-    return examine_recipe(recipe)
+    return examine_recipe(recipe, open_sources=open_sources)
 
 
 def _train_upsampler(recipe: UpsamplerRecipe) -> int:
@@ -88,7 +88,7 @@ def _plan_vlm(recipe: VlmRecipe, *, cluster: Cluster | None, **machine: Any) -> 
     return found, render_vlm(found)
 
 
-def _examine_vlm(recipe: VlmRecipe) -> Iterator[Finding]:
+def _examine_vlm(recipe: VlmRecipe, *, open_sources: bool) -> Iterator[Finding]:  # its conversations are files
     from .doctor import examine_packages
     from .doctor_vlm import examine_vlm
 
@@ -108,19 +108,22 @@ def train(recipe: Job) -> int:
     return KINDS[type(recipe)].train(recipe)
 
 
-def examine(recipe: Job | None) -> int:
-    """Print what this machine has, and what the recipe needs of it; 1 when something that it needs is missing, else 0."""
+def examine(recipe: Job | None, *, open_sources: bool = False) -> int:
+    """Print what this machine has, and what the recipe needs of it; 1 when something that it needs is missing, else 0.
+
+    open_sources: run the commands and open the URLs of its sources, too.
+    """
     from .doctor import examine_machine, show
 
-    of_recipe = KINDS[type(recipe)].examine(recipe) if recipe is not None else ()
+    of_recipe = KINDS[type(recipe)].examine(recipe, open_sources=open_sources) if recipe is not None else ()
     return show([*examine_machine(), *of_recipe])
 
 
-def refuse_if_missing(recipe: Job) -> int:
+def refuse_if_missing(recipe: Job, *, open_sources: bool = False) -> int:
     """Print what the recipe needs and is not here; 1 when there is something, else 0. What a job asks before it starts."""
     from .doctor import show
 
-    missing = [finding for finding in KINDS[type(recipe)].examine(recipe) if finding.missing]
+    missing = [finding for finding in KINDS[type(recipe)].examine(recipe, open_sources=open_sources) if finding.missing]
     return show(missing) if missing else 0
 
 

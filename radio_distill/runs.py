@@ -11,10 +11,13 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from .config.recipe import Job
 from .errors import CheckpointError
 from .paths import expand
+
+if TYPE_CHECKING:
+    from .config.recipe import Job
 
 __all__ = ["Meta", "artifact_folder", "latest", "latest_of_all", "pointed", "read_meta", "run_path"]
 

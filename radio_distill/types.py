@@ -8,6 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
+from .network.arch import CLIP_MEAN, CLIP_STD
+from .network.output import VisionOutput
+
 if TYPE_CHECKING:
     from torch import Tensor, device
 
@@ -24,19 +27,6 @@ __all__ = [
     "Result",
     "Finding",
 ]
-
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-"""Per-channel mean and standard deviation of RGB in [0, 1] that CLIP normalises with, and RADIO after it."""
-
-
-class VisionOutput(NamedTuple):
-    """What every teacher, upsampled teacher, student, adaptor, export and baseline returns."""
-
-    summary_BC: Tensor | None
-    """One vector per image; None when the model has none (SAM)."""
-    features_BCHW: Tensor
-    """The map: one vector per patch."""
 
 
 @runtime_checkable

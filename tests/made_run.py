@@ -13,10 +13,11 @@ from radio_distill.balance import Balancer, Moments, fit, save_balancers
 from radio_distill.config.load import dump, load_card, load_recipe
 from radio_distill.config.recipe import PhiS, Recipe
 from radio_distill.distill.training import export_student
+from radio_distill.network.arch import AdaptorSlot
+from radio_distill.network.student import Student
 from radio_distill.runs import Meta
-from radio_distill.student.arch import AdaptorSlot
+from radio_distill.student.build import build_student
 from radio_distill.student.start import parametrise
-from radio_distill.student.student import Student, build_student
 
 TINY = [
     "student.overrides={patch_size: 4, embed_dim: 32, depth: 4, num_heads: 2, init_values: 0.3}",

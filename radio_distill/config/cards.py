@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict
 
+from .names import FolderName
 from .numbers import Free, Mean, Positive, Side, Std
 
 __all__ = ["TeacherCard", "TeacherInput", "TeacherOutput", "TextTower"]
@@ -45,7 +46,7 @@ class TextTower(Fields):
 
 
 class TeacherCard(Fields):
-    name: str
+    name: FolderName
     """Short name; the file is `teachers/NAME.yaml`."""
     family: str
     """`open_clip`, `timm`, `transformers`, `radio`, `run`, `toy`, or `custom` together with `loader`."""

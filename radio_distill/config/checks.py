@@ -10,6 +10,7 @@ from .cards import TeacherCard
 from .document import KeyPath, Problem
 from .engine_checks import engine_problems
 from .messages import did_you_mean
+from .names import name_problems
 from .recipe import (
     S2,
     Bilinear,
@@ -27,7 +28,6 @@ from .recipe import (
     Trained,
     Upsampler,
 )
-from .secrets import holds_secret
 from .upsampler import ENLARGING
 
 __all__ = ["NO_IMAGES", "check_recipe", "data_problems", "patch_size", "ranges", "summary_weight"]
@@ -41,6 +41,8 @@ def check_recipe(recipe: Recipe, load_card: Callable[[str], TeacherCard], *, tra
     """Everything in the recipe that does not fit together; empty when it can be run."""
     cards: dict[str, TeacherCard] = {}
     problems = list(_cards(recipe, load_card, cards))
+    for what, named in (("student", recipe.students), ("teacher", recipe.teachers), ("partition", recipe.partitions)):
+        problems += name_problems(what, named, (f"{what}s",))
     problems += _students(recipe)
     problems += _teachers(recipe, cards)
     for name, partition in recipe.partitions.items():
@@ -84,8 +86,6 @@ def _students(recipe: Recipe) -> Found:
     yield from _start(recipe.start, ("start",))
     for name, sibling in recipe.students.items():
         path = ("students", name)
-        if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
-            yield Problem(f"student {name!r}: its name is that of a folder; use letters, digits, - and _", path)
         if _patch(sibling) != patch_size(recipe):
             text = f"student {name!r} has patches of {_patch(sibling)} px and the recipe's student of {patch_size(recipe)}"
             yield Problem(
@@ -255,10 +255,6 @@ def optim_ranges(recipe: Job) -> Found:
 
 def data_problems(data: Data, partitions: dict[str, Partition], *, training: bool) -> Found:
     """What is wrong with the images of any training."""
-    for name, source in data.sources.items():
-        if any(map(holds_secret, [source.path] if isinstance(source.path, str) else source.path)):
-            text = f"'data.sources.{name}.path' holds a password or token, and recipes are copied into run folders and logs; "
-            yield Problem(f"{text}export it and write $NAME in its place", ("data", "sources", name, "path"))
     if training and not data.sources:
         yield Problem(NO_IMAGES, ("data", "sources"))
     streams = data.streams

@@ -12,7 +12,7 @@ from .cards import TeacherCard
 from .checks import check_recipe
 from .document import Problem, to_yaml
 from .recipe import Job, Recipe
-from .secrets import without_secrets
+from .secrets import secret_problems, without_secrets
 from .strict import find, keys_of, read
 from .upsampler_recipe import UpsamplerRecipe, check_upsampler
 from .vlm_recipe import VlmRecipe, check_vlm
@@ -46,17 +46,27 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = (), *, training: 
 
     `training` also asks for what only a training needs: `data.sources`. Raises RecipeError listing every error.
     """
-    return _load(Recipe, source, overrides, lambda recipe: check_recipe(recipe, load_card, training=training))
+    return _load(
+        Recipe,
+        source,
+        overrides,
+        lambda recipe: [*check_recipe(recipe, load_card, training=training), *secret_problems(recipe)],
+    )
 
 
 def load_upsampler_recipe(source: str | Path, overrides: Sequence[str] = (), *, training: bool = False) -> UpsamplerRecipe:
     """The same for the recipe of an upsampler (`upsampler/dfn_clip_3x`)."""
-    return _load(UpsamplerRecipe, source, overrides, lambda recipe: check_upsampler(recipe, load_card, training=training))
+    return _load(
+        UpsamplerRecipe,
+        source,
+        overrides,
+        lambda recipe: [*check_upsampler(recipe, load_card, training=training), *secret_problems(recipe)],
+    )
 
 
 def load_vlm_recipe(source: str | Path, overrides: Sequence[str] = (), *, training: bool = False) -> VlmRecipe:
     """The same for the recipe of a VLM's stage (`vlm/llava15_sft`)."""
-    return _load(VlmRecipe, source, overrides, lambda recipe: check_vlm(recipe, training=training))
+    return _load(VlmRecipe, source, overrides, lambda recipe: [*check_vlm(recipe, training=training), *secret_problems(recipe)])
 
 
 def load(source: str | Path, overrides: Sequence[str] = (), *, training: bool = False) -> Job:
@@ -84,7 +94,7 @@ def _load(kind: type[J], source: str | Path, overrides: Sequence[str], check: Ca
         )
     try:
         return read(kind, path, overrides, shipped=shipped("recipes"), error=RecipeError, check=check)
-    except RecipeError as error:  # it shows overrides as they were given
+    except RecipeError as error:  # it shows values as they were given
         raise RecipeError(without_secrets(str(error))) from None
 
 
@@ -109,7 +119,10 @@ def load_card(name: str | Path) -> TeacherCard:
         path = find(expand(str(name)), cards, what="teacher card")
     except ValueError as error:
         raise CardError(str(error)) from None
-    return read(TeacherCard, path, shipped=cards, error=CardError)
+    try:
+        return read(TeacherCard, path, shipped=cards, error=CardError, check=secret_problems)
+    except CardError as error:
+        raise CardError(without_secrets(str(error))) from None
 
 
 def list_cards() -> dict[str, TeacherCard]:

@@ -38,7 +38,7 @@ EXPECTED = {
     "greater_than_equal": "at least {ge:g}",
     "less_than": "less than {lt:g}",
     "less_than_equal": "at most {le:g}",
-    "string_pattern_mismatch": "a name for a folder: letters, digits, and . _ + -",
+    "string_pattern_mismatch": "a name for a folder: letters, digits, and . _ + - (at most 100, the first a letter or digit)",
     "too_long": "{max_length} values",
 }
 

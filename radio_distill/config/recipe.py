@@ -13,6 +13,7 @@ from pydantic import Field
 
 from ..types import CLIP_MEAN, CLIP_STD
 from .cards import Fields
+from .names import FolderName
 from .numbers import Count, Decay, Free, Mean, Positive, Rate, Scale, Seed, Share, Side, Std, Weight
 
 __all__ = ["Job", "Recipe"]
@@ -399,7 +400,7 @@ class Checkpoint(Fields):
 class Job(Fields):
     """What every training has: a name, a run folder, an optimizer, and how it runs."""
 
-    name: Annotated[str, Field(pattern=r"^\w[\w .+-]*$")]
+    name: FolderName
     """Name of the recipe; the run folder is `runs/NAME` unless `run` says otherwise."""
     title: str = ""
     """One line: what it reproduces."""

@@ -19,13 +19,14 @@ from ..config.load import cards_of
 from ..config.mosaic import images_per_mosaic
 from ..config.recipe import Recipe, Start
 from ..errors import RecipeError
+from ..network.student import Student
 from ..paths import expand
 from ..plan.cost import partition_cost
 from ..runs import artifact_folder
-from ..student.adaptors import fold_affine
-from ..student.names import slots_of, student_arch
+from ..student.build import build_student, slots_of
+from ..student.names import student_arch
+from ..student.plain import fold_affine
 from ..student.start import parametrise, start_weights
-from ..student.student import Student, build_student
 from ..teachers.base import Teacher, Weights, load_teacher
 from ..train import agree
 from ..train.distributed import World

@@ -19,8 +19,9 @@ from ..balance import Balancer
 from ..config.recipe import Recipe
 from ..errors import RecipeError
 from ..losses import AdaLoss, drop_coefficients, feature_terms, fidelity_sums, mesa_terms, summary_terms
+from ..network.student import Student, StudentTokens
+from ..student.build import seeded_draws
 from ..student.damp import set_damp_step
-from ..student.student import Student, StudentTokens
 from ..train import agree
 from ..train.ema import Ema
 from ..types import Batch, Losses, Target, Targets
@@ -81,7 +82,7 @@ class DistillTask(nn.Module):
         """Losses of one micro-batch. counts: per teacher, the global number of valid target positions of this partition."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.trunk_frozen), self._autocast(batch):
             tokens = self.student.forward_tokens(
-                _pixels(batch, "student"), seeds_B=batch.seeds_B, window=self.windows[batch.partition]
+                _pixels(batch, "student"), draws=seeded_draws(self.student, batch.seeds_B), window=self.windows[batch.partition]
             )
         reference = self._ema_tokens(batch) if self.mesa_on else None
         return self._losses(batch, targets, counts, tokens, reference)
@@ -200,7 +201,7 @@ class _Tokens(nn.Module):
         self.student = student
 
     def forward(self, images_B3HW: Tensor, seeds_B: Tensor) -> StudentTokens:
-        return self.student.forward_tokens(images_B3HW, seeds_B=seeds_B)
+        return self.student.forward_tokens(images_B3HW, draws=seeded_draws(self.student, seeds_B))
 
 
 def _pixels(batch: Batch, consumer: str) -> Tensor:

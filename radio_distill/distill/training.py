@@ -12,10 +12,10 @@ from .. import viz
 from ..balance import Balancer, load_balancers, save_balancers
 from ..config.recipe import Recipe
 from ..log.sinks import console_line
-from ..student.adaptors import fold_affine
+from ..network.student import Student
 from ..student.checkpoints import save_student
+from ..student.plain import fold_affine
 from ..student.spectral import fold_state, spectral_eps
-from ..student.student import Student
 from ..tensors import save_tensors
 from ..train import agree
 from ..train.distributed import World

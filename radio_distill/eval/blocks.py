@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import DataError
-from ..student.intermediates import forward_intermediates
-from ..student.student import Student
+from ..network.intermediates import forward_intermediates
+from ..network.student import Student
 from ..teachers.base import Teacher
 from ..teachers.run import RunNet
 from ..teachers.tokens import to_map

@@ -129,8 +129,8 @@ def _from_path(name: str, rest: str, options: dict[str, str], device: str) -> Op
 def _from_random(name: str, rest: str, options: dict[str, str], device: str) -> Opened:
     import torch
 
+    from ..network.student import Student
     from ..student.checkpoints import load_student
-    from ..student.student import Student
 
     arch = load_student(_artifact(Path(rest).expanduser(), rest)[0]).arch
     torch.manual_seed(0)
@@ -227,7 +227,7 @@ def _artifact(path: Path, name: str) -> tuple[Path, str]:
 
 
 def _student(label: str, student: nn.Module, options: dict[str, str], device: str) -> Opened:
-    from ..student.student import Student
+    from ..network.student import Student
 
     assert isinstance(student, Student)
     if "window" in options:

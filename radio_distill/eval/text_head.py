@@ -11,12 +11,12 @@ from torch import Tensor
 from ..config.cards import TeacherCard
 from ..config.load import load_card
 from ..errors import DataError
-from ..student.student import Student
+from ..network.student import Student
 from ..types import VisionOutput
 from .models import Opened
 
 if TYPE_CHECKING:
-    from ..student.adaptors import Adaptor
+    from ..network.adaptors import Adaptor
 
 __all__ = ["speaking"]
 

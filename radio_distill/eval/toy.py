@@ -19,7 +19,7 @@ from torch import Tensor
 from ..align import resize_map
 from ..balance import Moments
 from ..config.load import list_cards
-from ..student.student import Student
+from ..network.student import Student
 from ..teachers.base import load_teacher
 from ..types import Result, VisionModel, VisionOutput
 from .metrics.knn import knn_top1

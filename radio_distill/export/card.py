@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..student.arch import StudentArch
+from ..network.arch import StudentArch
 from .facts import Facts, Origin
 
 __all__ = ["model_card"]

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..errors import CheckpointError
-from ..student.arch import StudentArch
+from ..network.arch import StudentArch
 from .facts import Facts
 
 __all__ = ["NATIVE", "check", "notes", "reads_natively"]

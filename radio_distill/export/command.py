@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from ..errors import CheckpointError
+from ..network.arch import StudentArch
+from ..network.scale import feature_rms
 from ..paths import expand
-from ..student.arch import StudentArch
-from ..student.scale import feature_rms
 from ..teachers.text_tower import TextTower
 from .card import model_card
 from .checks import check, notes, reads_natively

@@ -16,20 +16,24 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ..errors import CheckpointError
+from ..network.arch import StudentArch
+from ..network.student import Student
 from ..paths import PACKAGE
-from ..student.arch import StudentArch
-from ..student.student import Student
 from ..tensors import save_tensors
 from .checks import reads_natively
 from .facts import Facts
 from .layout import adaptor_configs, mlp_ratio, reference_args
 
-__all__ = ["hf_config", "preprocessor_config", "write_hf"]
+__all__ = ["hf_config", "preprocessor_config", "write_code", "write_hf"]
 
 PREFIX = "radio_model."
 CODE = "modeling_radio_distill"
-CODE_FILES = (f"export/{CODE}.py", "student/packing.py", "student/token_merging.py", "teachers/text_tower.py")
-"""The modelling file and what it imports."""
+CODE_FILES = (
+    PACKAGE / f"export/{CODE}.py",
+    PACKAGE / "teachers/text_tower.py",
+    *sorted((PACKAGE / "network").glob("[!_]*.py")),
+)
+"""The modelling file and what it imports; they lie side by side in an export."""
 REFERENCE_VERSION = "c-radio_v4-h"
 """The reference's class wants the name of a release that it knows; every value that the name stands for is given as well."""
 
@@ -44,8 +48,13 @@ def write_hf(student: Student, facts: Facts, folder: Path, *, dtype: torch.dtype
         folder / "config.json", hf_config(student.arch, size, dtype) | {"text_towers": _text_towers(student.arch, facts)}
     )
     _write_json(folder / "preprocessor_config.json", preprocessor_config(size))
+    write_code(folder)
+
+
+def write_code(folder: Path) -> None:
+    """Copy the modelling file and the files of the student's network, as they are."""
     for path in CODE_FILES:
-        shutil.copyfile(PACKAGE / path, folder / Path(path).name)
+        shutil.copyfile(path, folder / path.name)
 
 
 def hf_config(arch: StudentArch, size: int, dtype: torch.dtype = torch.float32) -> dict[str, Any]:

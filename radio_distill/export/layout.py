@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..student.arch import AdaptorArch, HeadArch, StudentArch, TrunkArch
+from ..network.arch import AdaptorArch, HeadArch, StudentArch, TrunkArch
 from ..student.names import SIZES, Size
 
 __all__ = ["adaptor_configs", "model_name", "reference_args"]

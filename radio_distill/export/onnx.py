@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from ..errors import CheckpointError
-from ..student.student import Student
+from ..network.student import Student
 from .program import Flat, flat_names, program
 
 __all__ = ["write_onnx"]

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..student.student import Student
+from ..network.student import Student
 
 __all__ = ["Flat", "flat_names", "program", "write_program"]
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 
 from ..errors import CheckpointError
+from ..network.student import Student
 from ..student.checkpoints import load_reference
 from ..student.keys import to_reference
-from ..student.student import Student
 from ..tensors import refuse_non_finite, row_major
 from .layout import reference_args
 

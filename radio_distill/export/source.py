@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import CheckpointError
+from ..network.student import Student
 from ..student.load import load_student
 from ..student.plain import choose_adaptors, fold_layer_scale
-from ..student.student import Student
 from .facts import Facts, facts_of_export, facts_of_run
 
 __all__ = ["Source", "open_source"]

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..student.student import Student
+from ..network.student import Student
 from ..student.timm_layout import to_timm
 from ..tensors import save_tensors
 from .layout import mlp_ratio

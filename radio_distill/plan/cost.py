@@ -21,9 +21,9 @@ from ..config.mosaic import mosaic_of
 from ..config.recipe import Debias, Recipe, TeacherView, Trained
 from ..config.upsampler import Network
 from ..errors import CheckpointError
+from ..network.arch import HeadArch, TrunkArch
 from ..paths import expand
-from ..student.arch import HeadArch, TrunkArch
-from ..student.names import student_of
+from ..student.build import student_of
 from ..teachers.arch import Arch
 from ..teachers.base import load_teacher
 from ..upsamplers.cost import network_flops

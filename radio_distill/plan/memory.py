@@ -11,7 +11,7 @@ from functools import cache
 from ..config.cards import TeacherCard
 from ..config.mosaic import mosaic_of
 from ..config.recipe import Partition, Recipe, TeacherView, Trained
-from ..student.arch import HeadArch, StudentArch
+from ..network.arch import HeadArch, StudentArch
 from ..teachers.arch import Arch
 from ..teachers.base import load_teacher
 from ..upsamplers.cost import network_parameters

@@ -10,7 +10,7 @@ from ..config.load import cards_of
 from ..config.mosaic import images_per_mosaic
 from ..config.recipe import Dedicated, Recipe
 from ..errors import RecipeError
-from ..student.names import student_of
+from ..student.build import student_of
 from ..train.partition import Assignment, assign
 from ..train.placement import share_teachers, student_ranks
 from .budget import GIB, RESERVE_GIB, Budget, Machine, TeacherPlan, budget, fit_micro_batch, machine

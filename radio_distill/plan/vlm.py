@@ -15,8 +15,8 @@ from transformers import AutoConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from ..config.vlm_recipe import FromParts, VlmRecipe
 from ..errors import RecipeError
+from ..network.arch import StudentArch
 from ..paths import expand
-from ..student.arch import StudentArch
 from ..student.load import load_student
 from ..student.plain import choose_adaptors
 from ..vlm.lora import add_lora

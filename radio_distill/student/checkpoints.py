@@ -21,11 +21,11 @@ from torch import Tensor
 
 from ..errors import CheckpointError
 from ..files import DAMAGE, json_file, written_as
+from ..network.arch import StudentArch
+from ..network.student import Student
 from ..tensors import save_tensors
-from .arch import StudentArch
 from .reference import student_from_arch, student_from_hf_state, student_from_reference
 from .spectral import fold_state, spectral_eps
-from .student import Student
 
 __all__ = ["save_student", "load_student", "load_reference", "student_from_hf", "open_student"]
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from ..errors import CheckpointError
 from ..files import json_file
+from ..network.student import Student
 from .checkpoints import load_reference, open_student
-from .student import Student
 
 __all__ = ["load_student"]
 

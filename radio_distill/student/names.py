@@ -12,16 +12,14 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from ..config.load import cards_of
-from ..config.recipe import Recipe
 from ..errors import RecipeError
-from .arch import AdaptorArch, AdaptorSlot, HeadArch, StudentArch, TrunkArch, num_registers
+from ..network.arch import AdaptorArch, AdaptorSlot, HeadArch, StudentArch, TrunkArch, num_registers
 
 if TYPE_CHECKING:
     from ..config.recipe import Overrides
     from ..config.recipe import Student as Spec
 
-__all__ = ["SIZES", "Size", "resolve", "student_arch", "slots_of", "student_of"]
+__all__ = ["SIZES", "Size", "resolve", "student_arch"]
 
 
 @dataclass(frozen=True)
@@ -153,14 +151,3 @@ def _checked(slots: Sequence[AdaptorSlot]) -> Sequence[AdaptorSlot]:
         if not name or "." in name or hasattr(nn.ModuleDict, name) or name == "backbone":
             raise RecipeError(f"teacher name {name!r} cannot name an adaptor: it is reserved or contains a dot; rename it")
     return slots
-
-
-def student_of(recipe: Recipe) -> StudentArch:
-    """The architecture of the student that the recipe trains."""
-    return student_arch(recipe.student, slots_of(recipe))
-
-
-def slots_of(recipe: Recipe) -> list[AdaptorSlot]:
-    """One adaptor per teacher, in the recipe's order."""
-    outputs = {name: card.output for name, card in cards_of(recipe).items()}
-    return [AdaptorSlot(name, out.summary, out.features, use_summary=out.summary is not None) for name, out in outputs.items()]

@@ -8,13 +8,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
+from ..network.adaptors import Adaptor
+from ..network.student import Student
 from .reference import student_from_arch
-from .student import Student
 
-__all__ = ["choose_adaptors", "fold_layer_scale"]
+__all__ = ["choose_adaptors", "fold_affine", "fold_layer_scale"]
 
 
 def choose_adaptors(student: Student, names: Sequence[str] | None) -> Student:
@@ -54,3 +56,26 @@ def _fold(state: dict[str, Tensor], linear: str, scale: str) -> None:
     gamma = state.pop(scale)
     state[f"{linear}.weight"] = gamma[:, None] * state[f"{linear}.weight"]
     state[f"{linear}.bias"] = gamma * state[f"{linear}.bias"]
+
+
+@torch.no_grad()
+def fold_affine(adaptor: Adaptor, weight_CC: Tensor, bias_C: Tensor) -> None:
+    """Fold y -> weight @ y + bias on the predicted map into its last Linear, cell by cell of the upsampling, in place.
+
+    With a balancer's inverse the adaptor then predicts the teacher's own features (PHI-S, eq. 39-44). The Linear must be
+    plain (`spectral.fold` first).
+    """
+    last = adaptor.feat_mlp.last
+    assert "parametrizations" not in dict(last.named_children()), "fold the training parametrisations first"
+    cells = adaptor.upsample**2
+    weight = weight_CC.to(last.weight.device, torch.float64)
+    bias = bias_C.to(weight.device, torch.float64)
+    if weight.shape != (len(bias), last.out_features // cells):
+        raise ValueError(
+            f"an affine map of shape {tuple(weight.shape)} with bias {tuple(bias.shape)} does not fit a head of "
+            f"{last.out_features // cells} channels; give the inverse of the balancer this adaptor was trained with"
+        )
+    old_weight = last.weight.double().unflatten(0, (cells, -1))
+    old_bias = last.bias.double().unflatten(0, (cells, -1))
+    last.weight.copy_((weight @ old_weight).flatten(0, 1))
+    last.bias.copy_((old_bias @ weight.T + bias).flatten())

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
-from .arch import AdaptorArch, HeadArch, StudentArch, TrunkArch, num_registers
+from ..network.arch import AdaptorArch, HeadArch, StudentArch, TrunkArch, num_registers
+from ..network.student import Student
 from .keys import canonical, from_reference
 from .names import SIZES
 from .spectral import fold_state
-from .student import Student
 
 __all__ = ["student_from_reference", "student_from_hf_state", "student_from_arch"]
 

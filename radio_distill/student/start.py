@@ -18,12 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import CheckpointError
+from ..network.student import Student
 from ..paths import data_path, expand
 from .checkpoints import open_student, read_tensors
 from .damp import apply_damp
 from .keys import canonical
 from .spectral import apply_spectral
-from .student import Student
 
 if TYPE_CHECKING:
     from ..config.recipe import Start

@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..network.student import Student
 from ..tensors import save_tensors
 from .checkpoints import load_student
-from .student import Student
 
 __all__ = ["to_timm"]
 

@@ -5,7 +5,9 @@ Shapes: B batch, C channels, H W.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
+from functools import lru_cache
 from importlib import import_module
 from typing import Literal, Protocol
 
@@ -18,6 +20,8 @@ from ..errors import CardError, TeacherError
 from ..types import VisionOutput
 
 __all__ = ["Teacher", "chunked", "load_teacher", "Weights"]
+
+log = logging.getLogger(__name__)
 
 Weights = Literal["pretrained", "random", "meta"]
 """`pretrained`: what the card names; `random`: the true architecture, untrained; `meta`: shapes only, no memory."""
@@ -118,10 +122,18 @@ def load_teacher(card: TeacherCard, *, weights: Weights = "pretrained") -> Teach
         raise CardError(
             f"card {card.name!r}: unknown family {card.family!r}, expected one of {', '.join(FAMILIES)} or a `loader`"
         )
+    if card.loader:
+        _announce(card.name, target)
     net = _resolve(target, card)(card, weights)
     if weights == "meta" or next(net.parameters()).dtype == torch.float32:
         return Teacher(card, net)
     raise TeacherError(f"{card.name}: its loader gave {next(net.parameters()).dtype} weights, expected float32")
+
+
+@lru_cache(maxsize=256)
+def _announce(name: str, target: str) -> None:
+    """Say once a process whose code is about to be imported, `plan` included."""
+    log.info("teacher %r: importing and calling %s, the loader of its card", name, target)
 
 
 def _resolve(target: str, card: TeacherCard) -> Callable[[TeacherCard, Weights], nn.Module]:

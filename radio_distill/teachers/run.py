@@ -27,8 +27,8 @@ def build(card: TeacherCard, weights: Weights) -> nn.Module:
 
     Raises TeacherError when the source is no folder with a student.
     """
+    from ..network.student import Student
     from ..student.load import load_student
-    from ..student.student import Student
 
     read_params(card, FamilyParams)
     folder = resolve(card)

@@ -25,8 +25,8 @@ from transformers.models.llava.processing_llava import LlavaProcessor
 
 from ..config.vlm_recipe import FromParts
 from ..errors import CheckpointError, RecipeError
+from ..network.arch import StudentArch
 from ..paths import expand
-from ..student.arch import StudentArch
 from ..student.load import load_student
 from ..student.plain import choose_adaptors
 from ..types import CLIP_MEAN

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
-from ..student.arch import StudentArch
-from ..student.student import Student
-from ..student.token_merging import merge_tokens
+from ..network.arch import StudentArch
+from ..network.student import Student
+from ..network.token_merging import merge_tokens
 
 __all__ = ["StudentTower", "StudentTowerConfig", "to_tokens"]
 

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 from made_run import make_run
 
-from radio_distill.student.student import Student
+from radio_distill.network.student import Student
 
 
 @pytest.fixture(scope="session")

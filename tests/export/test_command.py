@@ -19,10 +19,11 @@ from radio_distill.balance import load_balancers
 from radio_distill.cli import main
 from radio_distill.errors import CheckpointError
 from radio_distill.export.command import export
-from radio_distill.student.student import Student
+from radio_distill.network.student import Student
+from radio_distill.paths import PACKAGE
 from radio_distill.types import Result
 
-CODE = {"modeling_radio_distill.py", "packing.py", "text_tower.py", "token_merging.py"}
+CODE = {"modeling_radio_distill.py", "text_tower.py", *(path.name for path in (PACKAGE / "network").glob("[!_]*.py"))}
 FILES = {"README.md", "SHA256SUMS", "config.json", "model.safetensors", "preprocessor_config.json", *CODE}
 
 

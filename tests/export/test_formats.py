@@ -11,11 +11,11 @@ import radio_distill
 from radio_distill.errors import CheckpointError
 from radio_distill.export.command import export
 from radio_distill.export.layout import model_name, reference_args
-from radio_distill.student.arch import TrunkArch
+from radio_distill.network.arch import TrunkArch
+from radio_distill.network.student import Student
 from radio_distill.student.checkpoints import load_reference
 from radio_distill.student.names import SIZES as NAMES
 from radio_distill.student.plain import fold_layer_scale
-from radio_distill.student.student import Student
 
 
 def same(loaded: Student, student: Student) -> None:

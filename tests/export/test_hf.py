@@ -13,8 +13,8 @@ from transformers import AutoConfig, AutoModel, CLIPImageProcessor
 
 import radio_distill
 from radio_distill.export.command import export
-from radio_distill.student.intermediates import forward_intermediates
-from radio_distill.student.student import Student
+from radio_distill.network.intermediates import forward_intermediates
+from radio_distill.network.student import Student
 
 ADAPTORS = ["toy_clip", "toy_siglip", "toy_dino", "toy_sam"]
 
@@ -210,9 +210,9 @@ def test_attention_heads(tmp_path: Path) -> None:
 def test_errors_of_the_modelling_file(folder: Path, remote: AutoModel) -> None:
     with pytest.raises(ValueError, match="no adaptor 'clip' in this model; adaptor_names takes toy_clip, toy_siglip"):
         AutoModel.from_pretrained(folder, trust_remote_code=True, adaptor_names=["clip"])
-    with pytest.raises(ValueError, match="image size 30x32 is not a multiple of 4; nearest is 32x32"):
+    with pytest.raises(ValueError, match="image size 30x32 is not a multiple of patch size 4; nearest is 32x32"):
         remote(torch.rand(1, 3, 30, 32))
-    with pytest.raises(ValueError, match=r"block indices .* do not exist; the model has 4 blocks"):
+    with pytest.raises(ValueError, match=r"block indices .* do not exist; the student has 4 blocks"):
         remote.forward_intermediates(torch.rand(1, 3, 32, 32), [9])
     with pytest.raises(ValueError, match="feature_fmt is 'BCHW', expected 'NLC' or 'NCHW'"):
         remote(torch.rand(1, 3, 32, 32), feature_fmt="BCHW")

@@ -13,9 +13,9 @@ from safetensors import safe_open
 
 from radio_distill.config.recipe import Student as Spec
 from radio_distill.export.command import FORMATS, export
-from radio_distill.student.arch import AdaptorSlot
+from radio_distill.network.arch import AdaptorSlot
+from radio_distill.student.build import build_student
 from radio_distill.student.checkpoints import load_reference, save_student
-from radio_distill.student.student import build_student
 
 pytestmark = pytest.mark.skipif("RADIO_DISTILL_LARGE" not in os.environ, reason="set RADIO_DISTILL_LARGE=1; takes gigabytes")
 SIZES = {"vit_large_patch16_224": (1024, 24, 16), "vit_huge_patch16_224": (1280, 32, 16)}

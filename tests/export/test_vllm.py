@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 
 from radio_distill.config.recipe import Student as Spec
 from radio_distill.export.command import export
-from radio_distill.student.arch import AdaptorSlot
+from radio_distill.network.arch import AdaptorSlot
+from radio_distill.student.build import build_student
 from radio_distill.student.checkpoints import save_student
-from radio_distill.student.student import build_student
 
 PYTHON = os.environ.get("RADIO_DISTILL_VLLM")
 SLOTS = [AdaptorSlot("clip", 64, 96, True), AdaptorSlot("dino", 96, 96, True), AdaptorSlot("sam", None, 64, False)]

@@ -15,8 +15,8 @@ from transformers import AutoModel
 
 from radio_distill import load_student
 from radio_distill.export.command import export
+from radio_distill.network.vitdet import global_period
 from radio_distill.student.checkpoints import save_student
-from radio_distill.student.vitdet import global_period
 from tests.conftest import golden_cases
 
 TOLERANCE = 1e-4

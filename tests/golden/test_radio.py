@@ -13,13 +13,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from radio_distill.network.draws import Draws
+from radio_distill.network.intermediates import forward_intermediates
+from radio_distill.network.student import Student
+from radio_distill.network.vitdet import global_period
 from radio_distill.student.checkpoints import load_reference, student_from_hf
-from radio_distill.student.draws import Draws
-from radio_distill.student.intermediates import forward_intermediates
 from radio_distill.student.keys import from_reference, to_reference
 from radio_distill.student.reference import student_from_reference
-from radio_distill.student.student import Student
-from radio_distill.student.vitdet import global_period
 from radio_distill.types import VisionOutput
 from tests.conftest import golden_cases
 

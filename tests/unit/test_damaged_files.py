@@ -20,11 +20,11 @@ from radio_distill.eval.outside_models import hf_teacher, is_radio
 from radio_distill.eval.worst_classes import read_worst
 from radio_distill.export.facts import facts_of_export
 from radio_distill.log.sinks import drop_metrics_after, read_metrics
+from radio_distill.network.arch import AdaptorSlot
 from radio_distill.results import read as read_results
-from radio_distill.student.arch import AdaptorSlot
+from radio_distill.student.build import build_student
 from radio_distill.student.checkpoints import load_student, open_student, save_student
 from radio_distill.student.load import load_student as load_any
-from radio_distill.student.student import build_student
 from radio_distill.train.lock import this_process
 from radio_distill.train.status import Status, read_status, render
 from radio_distill.types import Result

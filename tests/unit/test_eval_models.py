@@ -13,11 +13,11 @@ from radio_distill.config.load import load_card
 from radio_distill.config.recipe import Student as Spec
 from radio_distill.errors import CheckpointError, RadioDistillError, TeacherError
 from radio_distill.eval.models import load_model, open_model, openers
+from radio_distill.network.arch import AdaptorSlot
 from radio_distill.runs import Meta
-from radio_distill.student.arch import AdaptorSlot
+from radio_distill.student.build import build_student
 from radio_distill.student.checkpoints import save_student
 from radio_distill.student.keys import to_reference
-from radio_distill.student.student import build_student
 from radio_distill.teachers.base import load_teacher
 from radio_distill.types import VisionModel, VisionOutput
 
@@ -213,7 +213,7 @@ def test_a_radio_folder_is_a_student(tmp_path):
     values = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 4, "max_img_size": 32}
     torch.manual_seed(0)
     transformers.RadioModel(transformers.RadioConfig(**values, num_cls_tokens=1, num_registers=7)).save_pretrained(tmp_path)
-    from radio_distill.student.student import Student
+    from radio_distill.network.student import Student
 
     for name in (f"hf:{tmp_path}", str(tmp_path)):
         opened = open_model(name)

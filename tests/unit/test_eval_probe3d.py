@@ -155,8 +155,8 @@ def test_the_last_of_four_blocks_is_the_models_own_map(name):
 
 
 def test_a_student_gives_its_blocks_through_the_final_norm():
-    from radio_distill.student.arch import StudentArch, TrunkArch
-    from radio_distill.student.student import Student
+    from radio_distill.network.arch import StudentArch, TrunkArch
+    from radio_distill.network.student import Student
 
     torch.manual_seed(0)
     trunk = TrunkArch("toy", embed_dim=16, depth=8, num_heads=2, mlp_hidden=32, patch_size=8)

@@ -8,12 +8,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from radio_distill.config.recipe import Student as Spec
-from radio_distill.student.arch import AdaptorSlot
-from radio_distill.student.intermediates import forward_intermediates
-from radio_distill.student.scale import feature_rms, use_unit_scale
-from radio_distill.student.stages import forward_features
-from radio_distill.student.student import Student, build_student
-from radio_distill.student.token_merging import merge_tokens
+from radio_distill.network.arch import AdaptorSlot
+from radio_distill.network.intermediates import forward_intermediates
+from radio_distill.network.scale import feature_rms, use_unit_scale
+from radio_distill.network.stages import forward_features
+from radio_distill.network.student import Student
+from radio_distill.network.token_merging import merge_tokens
+from radio_distill.student.build import build_student
 
 SIZES = [(16, 32), (8, 8), (40, 12), (64, 16)]
 TINY = {"embed_dim": 32, "depth": 8, "num_heads": 2, "patch_size": 4}
@@ -64,7 +65,7 @@ def test_packed_batches_that_cannot_be() -> None:
     student = make().eval()
     with pytest.raises(ValueError, match="image size 10x16 is not a multiple of patch size 4; nearest is 8x16"):
         student.encode_packed([picture(10, 16)])
-    with pytest.raises(ValueError, match="encode_packed was given no images"):
+    with pytest.raises(ValueError, match="packed batches need at least one image"):
         student.encode_packed([])
     student.window_size = 2
     with pytest.raises(ValueError, match="packed batches attend to whole images; window_size is 2, expected None"):

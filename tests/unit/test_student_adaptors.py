@@ -4,8 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from radio_distill.student.adaptors import Adaptor, build_head, fold_affine
-from radio_distill.student.arch import AdaptorArch, HeadArch
+from radio_distill.network.adaptors import Adaptor, build_head
+from radio_distill.network.arch import AdaptorArch, HeadArch
+from radio_distill.student.plain import fold_affine
 
 KINDS = [("v1", 1), ("v2", 1), ("v2", 3), ("attention", 1), ("attention", 2)]
 

@@ -1,16 +1,14 @@
 """Sizes, tokens and errors of a student built from a recipe."""
 
-from importlib.util import find_spec
-
 import pytest
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
 from radio_distill.config.recipe import Heads, Student
 from radio_distill.errors import RecipeError
-from radio_distill.student.arch import AdaptorSlot, num_registers
+from radio_distill.network.arch import AdaptorSlot, num_registers
+from radio_distill.student.build import build_student
 from radio_distill.student.names import SIZES, student_arch
-from radio_distill.student.student import build_student
 from radio_distill.train.optim import parameter_groups
 
 TINY = {"embed_dim": 32, "depth": 3, "num_heads": 2, "patch_size": 4}
@@ -112,9 +110,3 @@ def test_reserved_teacher_names_are_refused(name: str) -> None:
 def test_a_teacher_name_occurs_once() -> None:
     with pytest.raises(RecipeError, match="'clip' occurs twice"):
         student_arch(tiny(), [SLOTS[0], SLOTS[0]])
-
-
-@pytest.mark.skipif(find_spec("flash_attn") is not None, reason="flash_attn is installed")
-def test_flash_attention_names_its_extra() -> None:
-    with pytest.raises(RecipeError, match=r'pip install "radio-distill\[flash\]"'):
-        build_student(tiny(attention="flash"), SLOTS)

@@ -13,13 +13,14 @@ from torch import Tensor
 
 from radio_distill.config.recipe import Student as Spec
 from radio_distill.errors import CheckpointError
-from radio_distill.student.arch import AdaptorSlot, HeadArch
+from radio_distill.network.arch import AdaptorSlot, HeadArch
+from radio_distill.network.intermediates import forward_intermediates
+from radio_distill.network.student import Student
+from radio_distill.student.build import build_student
 from radio_distill.student.checkpoints import load_reference, load_student, open_student, save_student, student_from_hf
-from radio_distill.student.intermediates import forward_intermediates
 from radio_distill.student.keys import to_reference
 from radio_distill.student.reference import student_from_reference
 from radio_distill.student.start import parametrise
-from radio_distill.student.student import Student, build_student
 
 TINY = {"embed_dim": 32, "depth": 3, "num_heads": 2, "patch_size": 4}
 SLOTS = [AdaptorSlot("clip", 10, 12, True), AdaptorSlot("sam", None, 6, False, 2), AdaptorSlot("dino", 8, 8, True)]

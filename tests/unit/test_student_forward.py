@@ -5,14 +5,16 @@ import torch
 from torch import Tensor
 
 from radio_distill.config.recipe import Student as Spec
-from radio_distill.student.arch import AdaptorSlot
+from radio_distill.network.arch import AdaptorSlot
+from radio_distill.network.draws import Draws
+from radio_distill.network.intermediates import forward_intermediates
+from radio_distill.network.student import Student
+from radio_distill.network.vit import Attention
+from radio_distill.network.vitdet import Windows, global_period, is_global
+from radio_distill.seeded import uniform
+from radio_distill.student.build import build_student, seeded_draws
 from radio_distill.student.damp import set_damp_step
-from radio_distill.student.draws import Draws
-from radio_distill.student.intermediates import forward_intermediates
 from radio_distill.student.start import parametrise
-from radio_distill.student.student import Student, build_student
-from radio_distill.student.vit import Attention
-from radio_distill.student.vitdet import Windows, global_period, is_global
 from radio_distill.types import VisionModel
 
 TINY = {"embed_dim": 32, "depth": 8, "num_heads": 2, "patch_size": 4}
@@ -63,7 +65,7 @@ def test_fused_kernels_get_4d_views_with_unit_stride(monkeypatch: pytest.MonkeyP
         seen.extend(qkv)
         return qkv[0]
 
-    monkeypatch.setattr("radio_distill.student.vit.F.scaled_dot_product_attention", spy)
+    monkeypatch.setattr("radio_distill.network.vit.F.scaled_dot_product_attention", spy)
     Attention(12, num_heads=3)(torch.randn(2, 5, 12))
     assert [(t.ndim, t.stride(-1)) for t in seen] == [(4, 1)] * 3
 
@@ -201,10 +203,12 @@ def test_indices_out_of_range_are_refused(indices: int | list[int]) -> None:
 def test_viewports_belong_to_the_sample() -> None:
     student = make().train()
     seeds = torch.tensor([5, 6, 7, 8])
-    together = student.forward_tokens(images(4), seeds).features_BCHW
-    alone = student.forward_tokens(images(4)[2:3], seeds[2:3]).features_BCHW
+    together = student.forward_tokens(images(4), draws=seeded_draws(student, seeds)).features_BCHW
+    alone = student.forward_tokens(images(4)[2:3], draws=seeded_draws(student, seeds[2:3])).features_BCHW
     torch.testing.assert_close(together[2:3], alone, atol=1e-5, rtol=1e-5)
-    assert not torch.allclose(together, student.forward_tokens(images(4), seeds + 1).features_BCHW, atol=1e-3)
+    assert not torch.allclose(
+        together, student.forward_tokens(images(4), draws=seeded_draws(student, seeds + 1)).features_BCHW, atol=1e-3
+    )
 
 
 def test_without_seeds_the_global_generator_draws() -> None:
@@ -218,7 +222,7 @@ def test_without_seeds_the_global_generator_draws() -> None:
 
 def test_a_share_of_the_samples_gets_no_positions() -> None:
     generator = make(pos_dropout=0.25).model.patch_generator
-    positions = generator.train_positions((4, 8), Draws.from_seeds(torch.arange(2000)))
+    positions = generator.train_positions((4, 8), Draws.of(uniform(torch.arange(2000), "cpe", n=5)))
     dropped = (positions == 0).flatten(1).all(1)
     assert dropped.float().mean() == pytest.approx(0.25, abs=0.04)  # 4 sigma
     assert not (positions[~dropped] == 0).any()
@@ -228,7 +232,8 @@ def test_eval_ignores_seeds() -> None:
     student = make().eval()
     with torch.no_grad():
         assert torch.equal(
-            student.forward_tokens(images(), torch.arange(2)).features_BCHW, student.encode(images()).features_BCHW
+            student.forward_tokens(images(), draws=seeded_draws(student, torch.arange(2))).features_BCHW,
+            student.encode(images()).features_BCHW,
         )
 
 
@@ -236,7 +241,7 @@ def test_frames_of_a_video_share_a_viewport() -> None:
     student = make().train()
     generator = student.model.patch_generator
     with student.cpe_video_mode(2):
-        draws = generator.seeded_draws(torch.arange(4))
+        draws = seeded_draws(student, torch.arange(4))
         positions = generator.train_positions((4, 8), draws)
         assert torch.equal(positions[0], positions[1])
         assert not torch.equal(positions[1], positions[2])
@@ -259,7 +264,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(window: int | None) -> 
         student = make(grad_checkpointing=recompute, damp=0.05).train()
         parametrise(student, Spec(spectral=True, damp=0.05))
         set_damp_step(student, 0, 3)
-        tokens = student.forward_tokens(images(), torch.arange(2), window=window)
+        tokens = student.forward_tokens(images(), draws=seeded_draws(student, torch.arange(2)), window=window)
         student.adaptor("clip").features(tokens.features_BCHW).square().mean().backward()
         gradients.append({name: p.grad for name, p in student.named_parameters() if p.grad is not None})
     assert gradients[0].keys() == gradients[1].keys()
@@ -271,6 +276,6 @@ def test_autocast_keeps_effective_weights_and_outputs_in_fp32() -> None:
     student = make().train()
     parametrise(student, Spec(spectral=True))
     with torch.autocast("cpu", torch.bfloat16):
-        tokens = student.forward_tokens(images(), torch.arange(2))
+        tokens = student.forward_tokens(images(), draws=seeded_draws(student, torch.arange(2)))
         assert student.model.blocks[0].attn.qkv.weight.dtype == torch.float32
     assert student.adaptor("clip").features(tokens.features_BCHW).dtype == torch.float32

@@ -7,10 +7,11 @@ import torch
 from torch import nn
 
 from radio_distill.config.recipe import Student as Spec
-from radio_distill.student.arch import AdaptorSlot
+from radio_distill.network.arch import AdaptorSlot
+from radio_distill.network.student import Student
+from radio_distill.student.build import build_student
 from radio_distill.student.damp import apply_damp, set_damp_step
 from radio_distill.student.spectral import SpectralNorm, apply_spectral, fold, fold_state, power_iterate
-from radio_distill.student.student import Student, build_student
 from radio_distill.train.optim import parameter_groups
 
 

@@ -10,9 +10,8 @@ from radio_distill.distill.bank import TeacherBank
 from radio_distill.distill.targets import TeacherService, name_non_finite, view_specs
 from radio_distill.distill.task import DistillTask
 from radio_distill.errors import RecipeError
-from radio_distill.student.names import slots_of
+from radio_distill.student.build import build_student, slots_of
 from radio_distill.student.start import parametrise
-from radio_distill.student.student import build_student
 from radio_distill.teachers.base import load_teacher
 from radio_distill.train.ema import Ema
 from radio_distill.types import Batch, View, VisionOutput

@@ -8,9 +8,10 @@ import torch
 from radio_distill.config.cards import TeacherCard
 from radio_distill.config.recipe import Student as Spec
 from radio_distill.errors import TeacherError
-from radio_distill.student.arch import AdaptorSlot
+from radio_distill.network.arch import AdaptorSlot
+from radio_distill.network.student import Student
+from radio_distill.student.build import build_student
 from radio_distill.student.checkpoints import save_student
-from radio_distill.student.student import Student, build_student
 from radio_distill.teachers.base import load_teacher
 
 

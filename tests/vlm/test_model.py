@@ -11,7 +11,7 @@ from PIL import Image
 from radio_distill import load_student
 from radio_distill.config.vlm_recipe import FromParts
 from radio_distill.errors import CheckpointError, DataError, RecipeError
-from radio_distill.student.token_merging import merge_tokens
+from radio_distill.network.token_merging import merge_tokens
 from radio_distill.toyworld import render_images
 from radio_distill.types import CLIP_MEAN
 from radio_distill.vlm.model import Vlm, build_vlm, load_vlm, save_vlm

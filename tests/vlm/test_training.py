@@ -14,9 +14,9 @@ from radio_distill import load_student
 from radio_distill.config.load import load_recipe, load_vlm_recipe
 from radio_distill.config.vlm_recipe import FromParts
 from radio_distill.eval.vlm_toy import score_toy
+from radio_distill.student.build import build_student
 from radio_distill.student.checkpoints import save_student
 from radio_distill.student.start import start_weights
-from radio_distill.student.student import build_student
 from radio_distill.vlm.batches import Samples, TextBatch, collate
 from radio_distill.vlm.conversations import Conversation
 from radio_distill.vlm.model import Vlm, build_vlm, load_vlm, vlm_folder

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from ...align import resize_map
 from ...errors import DataError
+from ...network.student import Student
 from ...paths import data_path, expand
-from ...student.student import Student
 from ..datasets.base import TOY, Dataset, Subset, open_dataset
 from ..datasets.instances import decode_mask
 from ..encode import precision

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import nullcontext
 from functools import partial
-from importlib.util import find_spec
+from importlib import import_module
 from typing import Literal
 
 import torch
@@ -22,13 +22,12 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
-from ..errors import RecipeError
 from .arch import TrunkArch
 from .draws import Draws
 from .patch_generator import PatchGenerator
 from .vitdet import Windows, global_period, is_global
 
-__all__ = ["AttentionKind", "attention_class", "Trunk"]
+__all__ = ["ATTENTION", "AttentionKind", "Trunk"]
 
 AttentionKind = Literal["sdpa", "flash"]
 
@@ -63,21 +62,10 @@ class FlashAttention(Attention):
     def attend(self, qkv_BN3hd: Tensor) -> Tensor:
         if qkv_BN3hd.dtype == torch.float32:
             return super().attend(qkv_BN3hd)
-        from flash_attn import flash_attn_qkvpacked_func
-
-        return flash_attn_qkvpacked_func(qkv_BN3hd)
+        return import_module("flash_attn").flash_attn_qkvpacked_func(qkv_BN3hd)
 
 
-def attention_class(kind: AttentionKind) -> type[Attention]:
-    """The attention module for `student.attention`; raises RecipeError when `flash` is not installed."""
-    if kind == "sdpa":
-        return Attention
-    if find_spec("flash_attn") is None:
-        raise RecipeError(
-            'student.attention is "flash" and the package flash_attn is not installed; '
-            'pip install "radio-distill[flash]", or use student.attention=sdpa'
-        )
-    return FlashAttention
+ATTENTION: dict[AttentionKind, type[Attention]] = {"sdpa": Attention, "flash": FlashAttention}
 
 
 class SwiGLU(nn.Module):
@@ -112,7 +100,7 @@ class Trunk(VisionTransformer):
             scale_mlp_norm=arch.mlp_norm,
             norm_layer=partial(nn.LayerNorm, eps=1e-6),
             mlp_layer=SwiGLU if arch.swiglu else Mlp,
-            attn_layer=attention_class(attention),
+            attn_layer=ATTENTION[attention],
         )
         for embedding in ("patch_embed", "cls_token", "pos_embed", "pos_drop"):
             setattr(self, embedding, None)

@@ -1,7 +1,6 @@
 """Images of different sizes in one sequence: the Linears see all tokens at once, attention sees one image at a time.
 
-Nothing is padded and no mask is built, so the numbers are those of one image after the other. Travels with an export,
-beside the modelling file: it needs torch alone.
+Nothing is padded and no mask is built, so the numbers are those of one image after the other.
 
 Shapes: N_i tokens of image i, N their sum, D width, h heads, d head width.
 """

@@ -11,8 +11,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..seeded import uniform
-
 __all__ = ["Draws", "viewport_grid"]
 
 MIN_SCALE = math.sqrt(0.1)  # of each side, so at least a tenth of the area
@@ -28,15 +26,8 @@ class Draws(NamedTuple):
     drop_B: Tensor
 
     @staticmethod
-    def from_seeds(seeds_B: Tensor) -> Draws:
-        """A function of each sample's int64 seed alone: the same on every device, rank and in every batch."""
-        u_B5 = uniform(seeds_B, "cpe", n=5)
-        return Draws(u_B5[:, 0], u_B5[:, 1], u_B5[:, 2:4], u_B5[:, 4])
-
-    @staticmethod
-    def random(batch: int, device: torch.device) -> Draws:
-        """From torch's generator of `device`."""
-        u_B5 = torch.rand(batch, 5, device=device)
+    def of(u_B5: Tensor) -> Draws:
+        """From five numbers per sample."""
         return Draws(u_B5[:, 0], u_B5[:, 1], u_B5[:, 2:4], u_B5[:, 4])
 
 

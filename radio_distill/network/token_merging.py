@@ -1,8 +1,7 @@
 """Token merging: fewer tokens for a language model, similar ones averaged (ToMe, https://arxiv.org/abs/2210.09461, section 3).
 
 In a round every second token (set A) picks the most similar of the others (set B) by cosine, and the r best pairs are
-merged. Rounds are repeated until the wanted number is left, so it can be any number down to 1. Travels with an export,
-beside the modelling file: it needs torch alone.
+merged. Rounds are repeated until the wanted number is left, so it can be any number down to 1.
 
 Shapes: B batch, N tokens, K tokens that are left, C channels.
 """

@@ -11,8 +11,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from ..types import VisionOutput
 from .normalizers import IntermediateNormalizer
+from .output import VisionOutput
 from .student import Student
 
 __all__ = ["Intermediates", "forward_intermediates"]

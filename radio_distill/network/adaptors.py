@@ -15,11 +15,11 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from ..types import VisionOutput
 from .arch import AdaptorArch, HeadArch
-from .vit import AttentionKind, attention_class
+from .output import VisionOutput
+from .vit import ATTENTION, AttentionKind
 
-__all__ = ["Adaptor", "build_head", "fold_affine"]
+__all__ = ["Adaptor", "build_head"]
 
 NUM_HEADS = 16  # of the attention head, at every width (reference)
 
@@ -77,7 +77,7 @@ class AttentionHead(nn.Module):
         norm: Any = partial(nn.LayerNorm, eps=1e-6)
         blocks = [
             # 1e-5: the reference's initial LayerScale
-            Block(arch.in_dim, NUM_HEADS, init_values=1e-5, norm_layer=norm, attn_layer=attention_class(attention))
+            Block(arch.in_dim, NUM_HEADS, init_values=1e-5, norm_layer=norm, attn_layer=ATTENTION[attention])
             for _ in range(arch.inner)
         ]
         self.blocks = nn.Sequential(*blocks)
@@ -139,26 +139,3 @@ class Adaptor(nn.Module):
     def _dtype(self) -> torch.dtype:
         bias = self.feat_mlp.last.bias  # never parametrised, unlike the weights
         return bias.dtype
-
-
-@torch.no_grad()
-def fold_affine(adaptor: Adaptor, weight_CC: Tensor, bias_C: Tensor) -> None:
-    """Fold y -> weight @ y + bias on the predicted map into its last Linear, cell by cell of the upsampling, in place.
-
-    With a balancer's inverse the adaptor then predicts the teacher's own features (PHI-S, eq. 39-44). The Linear must be
-    plain (`spectral.fold` first).
-    """
-    last = adaptor.feat_mlp.last
-    assert "parametrizations" not in dict(last.named_children()), "fold the training parametrisations first"
-    cells = adaptor.upsample**2
-    weight = weight_CC.to(last.weight.device, torch.float64)
-    bias = bias_C.to(weight.device, torch.float64)
-    if weight.shape != (len(bias), last.out_features // cells):
-        raise ValueError(
-            f"an affine map of shape {tuple(weight.shape)} with bias {tuple(bias.shape)} does not fit a head of "
-            f"{last.out_features // cells} channels; give the inverse of the balancer this adaptor was trained with"
-        )
-    old_weight = last.weight.double().unflatten(0, (cells, -1))
-    old_bias = last.bias.double().unflatten(0, (cells, -1))
-    last.weight.copy_((weight @ old_weight).flatten(0, 1))
-    last.bias.copy_((old_bias @ weight.T + bias).flatten())

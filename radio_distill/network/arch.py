@@ -6,9 +6,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from ..types import CLIP_MEAN, CLIP_STD
+__all__ = ["CLIP_MEAN", "CLIP_STD", "AdaptorSlot", "HeadArch", "AdaptorArch", "TrunkArch", "StudentArch", "num_registers"]
 
-__all__ = ["AdaptorSlot", "HeadArch", "AdaptorArch", "TrunkArch", "StudentArch", "num_registers"]
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+"""Per-channel mean and standard deviation of RGB in [0, 1] that CLIP normalises with, and RADIO after it."""
 
 HeadKind = Literal["v1", "v2", "attention"]
 

@@ -7,25 +7,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ..types import VisionOutput
 from .adaptors import Adaptor
-from .arch import AdaptorSlot, StudentArch
+from .arch import StudentArch
 from .draws import Draws
-from .names import student_arch
 from .normalizers import FeatureNormalizer, InputConditioner, IntermediateNormalizer
+from .output import VisionOutput
 from .packing import run_packed
 from .vit import AttentionKind, Trunk
 from .vitdet import Windows
 
-if TYPE_CHECKING:
-    from ..config.recipe import Student as Spec
-
-__all__ = ["Student", "StudentTokens", "build_student"]
+__all__ = ["Student", "StudentTokens"]
 
 
 class StudentTokens(NamedTuple):
@@ -33,17 +29,6 @@ class StudentTokens(NamedTuple):
 
     class_tokens_BNC: Tensor
     features_BCHW: Tensor
-
-
-def build_student(spec: Spec, slots: Sequence[AdaptorSlot]) -> Student:
-    """Build the student of a recipe with random weights, also on the meta device (`with torch.device("meta")`).
-
-    Linears of the trunk and all biases are initialised as in timm's ViT (truncated normal, 0.02), the position table and
-    tokens N(0, 1/D). Load weights first (`start_weights`), then `parametrise` for training. Raises RecipeError.
-    """
-    student = Student(student_arch(spec, slots), attention=spec.attention)
-    student.model.set_grad_checkpointing(spec.grad_checkpointing)
-    return student
 
 
 class Student(nn.Module):
@@ -55,7 +40,7 @@ class Student(nn.Module):
         super().__init__()
         self.arch = arch
         dim = arch.trunk.embed_dim
-        self.input_conditioner = InputConditioner(arch.mean, arch.std)
+        self.input_conditioner: nn.Module = InputConditioner(arch.mean, arch.std)
         self.model = Trunk(arch.trunk, attention=attention, num_global=arch.num_global)
         self.register_buffer("summary_idxs", torch.tensor(arch.summary_idxs, dtype=torch.int64))
         self.adaptors = nn.ModuleDict({a.name: Adaptor(a, attention) for a in arch.adaptors})
@@ -81,28 +66,27 @@ class Student(nn.Module):
 
     def encode_adaptors(self, images_B3HW: Tensor, *, window: int | None = None) -> dict[str, VisionOutput]:
         """Encode once and predict every teacher: the outputs of all adaptors by name, and 'backbone'."""
-        tokens = self.forward_tokens(images_B3HW, window=window)
+        return self.predict(self.forward_tokens(images_B3HW, window=window))
+
+    def predict(self, tokens: StudentTokens) -> dict[str, VisionOutput]:
+        """The outputs of all adaptors by name, and 'backbone', from what `forward_tokens` gave."""
         predictions = {name: adaptor(*tokens) for name, adaptor in self.adaptors.items()}
         return {"backbone": self._backbone(tokens), **predictions}
 
     def forward_tokens(
         self,
         images_B3HW: Tensor,
-        seeds_B: Tensor | None = None,
         *,
         draws: Draws | None = None,
         window: int | None = None,
     ) -> StudentTokens:
         """Encode float images in [0, 1] as class tokens (B, N, D) and the map (B, D, H, W).
 
-        In train mode position embeddings come from random viewports: a function of `seeds_B` (int64, one per image) when
-        given, so that rank and batch do not matter, else of torch's generator; `draws` gives the numbers themselves.
+        In train mode position embeddings come from random viewports: those of `draws`, else of torch's generator.
         `window` (tokens per side) switches to windowed attention. Raises ValueError for a size that does not divide.
         """
         window = window or self.window_size
         pixels = self.condition(images_B3HW, window)
-        if draws is None and seeds_B is not None and self.training:
-            draws = self.model.patch_generator.seeded_draws(seeds_B)
         for last in self.model.block_outputs(pixels, draws=draws, window=window):
             prefix, patches = last
         return self.split(prefix, patches, pixels, window)
@@ -117,13 +101,18 @@ class Student(nn.Module):
         Raises ValueError without images, for a size that does not divide, and in windowed mode.
         """
         if not images:
-            raise ValueError("encode_packed was given no images, expected at least one of shape (3, H, W)")
+            raise ValueError("packed batches need at least one image of shape (3, H, W); none was given")
         if self.window_size is not None:
             raise ValueError(f"packed batches attend to whole images; window_size is {self.window_size}, expected None")
         pixels = [self.condition(image[None]) for image in images]
         sequences = run_packed(self.model.blocks, [self.model.patch_generator(x)[0] for x in pixels])
         skip = self.model.patch_generator.num_skip
         return [self.split(y[None, :skip], y[None, skip:], x, None) for x, y in zip(pixels, sequences)]
+
+    def make_preprocessor_external(self) -> nn.Module:
+        """Take the pixel normalisation out of the student and return it: the caller then normalises."""
+        conditioner, self.input_conditioner = self.input_conditioner, nn.Identity()
+        return conditioner
 
     def adaptor(self, name: str) -> Adaptor:
         """The adaptor of one teacher."""

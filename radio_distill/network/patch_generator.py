@@ -45,6 +45,8 @@ class PatchGenerator(nn.Module):
         self.crops = arch.max_size != arch.nominal_size
         """The reference's rule: a table of just the nominal size is resized, never cropped."""
         self.pos_dropout = arch.pos_dropout
+        self.draws_viewports = True
+        """Whether positions come from random viewports in train mode."""
         self.frames_per_video = 1
         """This many consecutive images share one viewport in training."""
         dim = arch.embed_dim
@@ -58,13 +60,13 @@ class PatchGenerator(nn.Module):
         return self.num_cls_tokens + self.num_registers
 
     def forward(self, pixels_B3HW: Tensor, draws: Draws | None = None) -> Tensor:
-        """Embed conditioned pixels as tokens (B, S + L, D); in train mode with random viewports.
+        """Embed conditioned pixels as tokens (B, S + L, D); in train mode with random viewports (`draws_viewports`).
 
         The viewports come from `draws`, else from torch's generator.
         """
         grid = pixels_B3HW.shape[-2] // self.patch_size, pixels_B3HW.shape[-1] // self.patch_size
         patches_BLD = self.embedder(self.cut(pixels_B3HW))
-        if self.training:
+        if self.training and self.draws_viewports:
             positions = self.train_positions(grid, draws or self._draw(len(pixels_B3HW), pixels_B3HW.device))
         else:
             positions = self.eval_positions(grid)
@@ -110,16 +112,12 @@ class PatchGenerator(nn.Module):
         positions = sampled_DN.unflatten(1, (len(points_Brc2), grid[0])).permute(1, 2, 3, 0).flatten(1, 2)
         return positions.to(self.pos_embed.dtype).repeat_interleave(self.frames_per_video, dim=0)
 
-    def seeded_draws(self, seeds_B: Tensor) -> Draws:
-        """Draws from per-image seeds; a video takes its first frame's."""
-        self._check_video(len(seeds_B))
-        return Draws.from_seeds(seeds_B[:: self.frames_per_video])
-
     def _draw(self, batch: int, device: torch.device) -> Draws:
-        self._check_video(batch)
-        return Draws.random(batch // self.frames_per_video, device)
+        self.check_video(batch)
+        return Draws.of(torch.rand(batch // self.frames_per_video, 5, device=device))
 
-    def _check_video(self, batch: int) -> None:
+    def check_video(self, batch: int) -> None:
+        """Raise ValueError when a batch of so many images is not a number of whole videos."""
         if batch % self.frames_per_video:
             raise ValueError(
                 f"a batch of {batch} images cannot be cut in videos of {self.frames_per_video} frames; "
