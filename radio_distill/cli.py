@@ -191,13 +191,14 @@ def _list(arguments: argparse.Namespace) -> int:
 
 def _plan(arguments: argparse.Namespace) -> int:
     from .config.load import load
-    from .jobs import KINDS, refuse_if_missing
+    from .jobs import plan as plan_of
+    from .jobs import refuse_if_missing
     from .plan.budget import to_json
     from .plan.scale import Cluster
 
     nodes, gpus = arguments.nodes, arguments.gpus or (8 if arguments.nodes else 1)
     recipe = load(arguments.recipe, arguments.overrides)
-    plan, text = KINDS[type(recipe)].plan(
+    plan, text = plan_of(
         recipe,
         world_size=gpus * (nodes or 1),
         gpu=arguments.gpu,

@@ -26,12 +26,12 @@ from .listing import how_to_get, make_table, wide_console
 from .paths import cache_dir, data_path, expand
 from .runs import run_path
 from .types import Finding
-from .weight_files import cached_weights, hub_id, local_weights
+from .weight_files import cached_weights, hub_id, local_weights, needs_weights
 
 if TYPE_CHECKING:
     from .data.sources import Listing
 
-__all__ = ["examine_machine", "examine_recipe", "examine_packages", "show"]
+__all__ = ["examine_code", "examine_machine", "examine_recipe", "examine_packages", "show"]
 
 PACKAGES = ("torch", "torchvision", "deepspeed", "timm", "open_clip_torch", "transformers", "webdataset", "pydantic")
 VARIABLES = ("HF_HOME", "HF_HUB_OFFLINE", "WANDB_MODE", "CUDA_VISIBLE_DEVICES", "DS_ACCELERATOR", "OMP_NUM_THREADS")
@@ -79,7 +79,8 @@ def examine_recipe(recipe: AnyRecipe, *, open_sources: bool = False) -> Iterator
     cards = cards_of(recipe) if isinstance(recipe, Recipe) else {recipe.teacher: load_card(recipe.teacher)}
     for name, card in cards.items():
         path = local_weights(card)
-        yield Finding(f"teacher {name}", str(path) if path else how_to_get(card), missing=path is None)
+        missing = path is None and needs_weights(card)
+        yield Finding(f"teacher {name}", str(path or (how_to_get(card) if missing else card.loader)), missing=missing)
     if isinstance(recipe, Recipe):
         yield from _upsamplers(recipe, cards)
         yield from _start(recipe) if resumed is None else [Finding("resume", str(resumed))]
@@ -88,6 +89,7 @@ def examine_recipe(recipe: AnyRecipe, *, open_sources: bool = False) -> Iterator
         yield _balancers(Path(expand(recipe.balance.path)), by_name)
     yield from _images(recipe, open_sources)
     yield from examine_packages(recipe)
+    yield from examine_code(recipe)
     yield _disk(recipe)
 
 
@@ -215,6 +217,18 @@ def examine_packages(recipe: Job) -> Iterator[Finding]:
             here = find_spec(module) is not None
             text = "installed" if here else f'pip install "radio-distill[{extra}]", {otherwise}'
             yield Finding(f"package {module}", text, missing=not here)
+
+
+def examine_code(recipe: Job) -> Iterator[Finding]:
+    """Of every function of the user's that the recipe names, whether it can be imported; imports it."""
+    from .plan.code import user_code
+
+    for code in user_code(recipe):
+        try:
+            code.load()
+            yield Finding(f"code of {code.key}", code.target)
+        except RadioDistillError as error:
+            yield Finding(f"code of {code.key}", str(error), missing=True)
 
 
 def _disk(recipe: AnyRecipe) -> Finding:

@@ -34,6 +34,7 @@ from .config.load import cards_of, load_card
 from .config.recipe import Debias, Job, Recipe, Trained
 from .config.upsampler_recipe import UpsamplerRecipe
 from .errors import RadioDistillError
+from .loaders import look_here
 from .paths import PACKAGE, cache_dir, expand
 from .runs import artifact_folder
 from .weight_files import local_weights
@@ -140,6 +141,7 @@ def code_digest(target: str) -> str | None:
     Beside it: in the same package, or for a module without one in the same folder. Nothing is imported or run. None when the
     module has no source file on the path.
     """
+    look_here()
     invalidate_caches()
     module = target.partition(":")[0]
     files = dict(_sources(module))

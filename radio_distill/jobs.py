@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from .plan.scale import Cluster
     from .types import Finding
 
-__all__ = ["KINDS", "Kind", "examine", "main", "refuse_if_missing", "train"]
+__all__ = ["KINDS", "Kind", "examine", "main", "plan", "refuse_if_missing", "train"]
 
 
 @dataclass(frozen=True)
@@ -89,11 +89,12 @@ def _plan_vlm(recipe: VlmRecipe, *, cluster: Cluster | None, **machine: Any) -> 
 
 
 def _examine_vlm(recipe: VlmRecipe, *, open_sources: bool) -> Iterator[Finding]:  # its conversations are files
-    from .doctor import examine_packages
+    from .doctor import examine_code, examine_packages
     from .doctor_vlm import examine_vlm
 
     yield from examine_vlm(recipe)
     yield from examine_packages(recipe)
+    yield from examine_code(recipe)
 
 
 KINDS: dict[type[Job], Kind] = {
@@ -105,7 +106,18 @@ KINDS: dict[type[Job], Kind] = {
 
 def train(recipe: Job) -> int:
     """Run or resume a recipe of any kind in this process, as one rank; returns what `Kind.train` does."""
+    from .plan.code import import_code
+
+    import_code(recipe)
     return KINDS[type(recipe)].train(recipe)
+
+
+def plan(recipe: Job, **machine: Any) -> tuple[Budget, str]:
+    """What a recipe of any kind costs, as `Kind.plan` says; code of the user's that it names is imported, so that a slip is told."""
+    from .plan.code import import_code
+
+    import_code(recipe)
+    return KINDS[type(recipe)].plan(recipe, **machine)
 
 
 def examine(recipe: Job | None, *, open_sources: bool = False) -> int:

@@ -13,7 +13,7 @@ from .config.load import list_cards, list_recipes, load_recipe, load_upsampler_r
 from .config.recipe import Recipe
 from .config.upsampler_recipe import UpsamplerRecipe
 from .config.vlm_recipe import VlmRecipe
-from .weight_files import hub_id, local_weights
+from .weight_files import hub_id, local_weights, needs_weights
 
 __all__ = ["how_to_get", "make_table", "print_tables", "wide_console"]
 
@@ -40,7 +40,7 @@ def teachers_table() -> Table:
     for name, card in list_cards().items():
         size = f"{card.input.size}/{card.input.patch}" + ("+" if card.input.resizable else "")
         dims = f"{card.output.summary or '-'}, {card.output.features}"
-        here = "yes" if local_weights(card) else "no"
+        here = "yes" if local_weights(card) or not needs_weights(card) else "no"
         table.add_row(name, card.family, size, dims, "yes" if card.text else "-", here, card.licence, card.note)
     table.caption = (
         "input: px/patch, + any multiple; dims: summary, features; text: usable for zero-shot; here: weights on this machine"

@@ -1,14 +1,17 @@
 """The losses: pure functions of predictions and targets, in float32 whatever the autocast around them.
 
 All give sums and counts per image and never a mean: the caller divides by the count over all ranks, so that masks, uneven
-batches and the number of ranks do not change the gradient.
+batches and the number of ranks do not change the gradient. `feature_loss` and `summary_loss` are what the rows of
+config/terms.py name; a further term is a function beside them and a row there.
 
 Shapes: B batch, C channels, H W grid, T teachers.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,12 +19,84 @@ from torch import Tensor
 
 from .balance.balancer import Balancer
 from .balance.dispersion import angle
-from .config.recipe import FeatureLoss
+from .config.recipe import FeatureLoss, Recipe
+from .config.terms import Term, terms_of
+from .errors import RecipeError
+from .loaders import check_call, import_named
 from .seeded import uniform
 
-__all__ = ["AdaLoss", "drop_coefficients", "feature_terms", "fidelity_sums", "mesa_terms", "summary_terms"]
+__all__ = [
+    "AdaLoss",
+    "LossFunction",
+    "Pair",
+    "drop_coefficients",
+    "evaluate",
+    "feature_loss",
+    "feature_terms",
+    "fidelity_sums",
+    "load_terms",
+    "mesa_terms",
+    "summary_loss",
+    "summary_terms",
+]
 
 EPS = 1e-6  # shortest vector that has a direction
+
+
+class Pair(NamedTuple):
+    """What a loss term compares: one head's prediction and what the teacher says, balanced, float32, on one grid."""
+
+    pred: Tensor
+    """(B, C, H, W) of a term on features, (B, C) of one on summaries; gradients pass."""
+    target: Tensor
+    """Of the same shape; no gradient. Where the mask is false it means nothing and may be anything."""
+    mask_B1HW: Tensor | None
+    """bool: which positions the teacher saw (`data.shift_std`); None: all, and for summaries."""
+    balancer: Balancer
+    """Of the teacher: `inverse` gives its own units."""
+
+
+LossFunction = Callable[..., Tensor]
+"""function(pair, **options) -> (B,): of every image its loss, or its sum over valid positions, as `Term.per` says."""
+
+
+def load_terms(recipe: Recipe) -> dict[Term, LossFunction]:
+    """The terms of a recipe with their functions, imported.
+
+    Raises RecipeError when one of the user's is not there or does not take the pair and its options.
+    """
+    return {term: _load(term, term.options(recipe)) for term in terms_of(recipe)}
+
+
+def _load(term: Term, options: Mapping[str, Any]) -> LossFunction:
+    by, expected = f"loss.terms.{term.name}.loader", "a function (pair, **options) that returns the loss of every image, (B,)"
+    function = import_named(term.loader, by=by, expected=expected, error=RecipeError)
+    check_call(function, None, by=by, options=options, error=RecipeError)
+    return function
+
+
+def evaluate(term: Term, function: LossFunction, pair: Pair, options: Mapping[str, Any]) -> Tensor:
+    """What a term's function says of every image, (B,). Raises RecipeError when it gives anything else."""
+    pair = pair._replace(pred=pair.pred.float(), target=pair.target.float())
+    with _float32(pair.pred):
+        value = function(pair, **options)
+    if not isinstance(value, Tensor) or value.shape != pair.pred.shape[:1] or not value.is_floating_point():
+        found = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise RecipeError(
+            f"loss.terms.{term.name}: {term.loader} returned {found}, expected the loss of each of {len(pair.pred)} images: "
+            f"floating-point numbers of shape ({len(pair.pred)},)"
+        )
+    return value
+
+
+def feature_loss(pair: Pair, spec: FeatureLoss) -> Tensor:
+    """`feature_terms` of a pair: sums over valid positions, (B,)."""
+    return feature_terms(pair.pred, pair.target, pair.mask_B1HW, spec)[0]
+
+
+def summary_loss(pair: Pair, kind: Literal["cosine", "angle"]) -> Tensor:
+    """`summary_terms` of a pair, (B,)."""
+    return summary_terms(pair.pred, pair.target, kind, pair.balancer.dispersion)
 
 
 def feature_terms(pred_BCHW: Tensor, target_BCHW: Tensor, mask_B1HW: Tensor | None, spec: FeatureLoss) -> tuple[Tensor, Tensor]:
@@ -30,7 +105,7 @@ def feature_terms(pred_BCHW: Tensor, target_BCHW: Tensor, mask_B1HW: Tensor | No
     Per position: mse and smooth-L1 are means over channels, the cosine is taken per token. Masked positions give no loss
     and no count.
     """
-    with torch.autocast(pred_BCHW.device.type, enabled=False):
+    with _float32(pred_BCHW):
         pred, target = pred_BCHW.float(), target_BCHW.float()
         loss_BHW = pred.new_zeros(len(pred), *pred.shape[2:])
         if spec.mse:
@@ -46,7 +121,7 @@ def summary_terms(
     pred_BC: Tensor, target_BC: Tensor, kind: Literal["cosine", "angle"], dispersion: Tensor | float = 1.0
 ) -> Tensor:
     """Loss on each summary, (B,). `cosine`: 1 - cosine. `angle`: squared angle over the teacher's dispersion (V4 eq. 3-7)."""
-    with torch.autocast(pred_BC.device.type, enabled=False):
+    with _float32(pred_BC):
         pred, target = pred_BC.float(), target_BC.float()
         if kind == "cosine":
             return 1 - _cosine(pred, target)
@@ -58,7 +133,7 @@ def mesa_terms(student_BCHW: Tensor, ema_BCHW: Tensor, mask_B1HW: Tensor | None)
 
     Both maps lie on the same grid (`align.resample_to`); the mask says where they overlap. No gradient reaches the EMA.
     """
-    with torch.autocast(student_BCHW.device.type, enabled=False):
+    with _float32(student_BCHW):
         difference = _layer_norm(student_BCHW.float()) - _layer_norm(ema_BCHW.detach().float())
         return _sum_positions(difference.square().mean(1), mask_B1HW)
 
@@ -72,7 +147,7 @@ def fidelity_sums(
     fidelity = variance / error (FeatSharp eq. 7), with both summed over ranks and steps first: 1 is as good as predicting
     the mean, higher is better. error / count is the teacher's raw squared error per position, summed over channels.
     """
-    with torch.autocast(pred_BCHW.device.type, enabled=False):
+    with _float32(pred_BCHW):
         pred, target = pred_BCHW.float(), target_BCHW.float()
         error_BHW = balancer.raw_square_C(pred - target).sum(1)
         variance_BHW = balancer.raw_square_C(target - balancer.centre_C[:, None, None]).sum(1)
@@ -120,6 +195,12 @@ class AdaLoss:
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Go on from `state_dict`."""
         self.means = dict(state)
+
+
+def _float32(x: Tensor) -> AbstractContextManager[object]:
+    """No autocast on the device of `x`; `meta` tensors, which `plan` counts on, have none."""
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
 def _sum_positions(loss_BHW: Tensor, mask_B1HW: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -7,9 +7,10 @@ from pathlib import Path
 
 from .config.cards import TeacherCard
 from .errors import RadioDistillError
+from .loaders import is_ours
 from .paths import data_path, expand
 
-__all__ = ["cached_weights", "hub_id", "local_weights"]
+__all__ = ["cached_weights", "hub_id", "local_weights", "needs_weights"]
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".tar")
 
@@ -17,13 +18,18 @@ WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".tar")
 def local_weights(card: TeacherCard) -> Path | None:
     """Where the card's weights are on this machine, the hub's cache included; None when they are not."""
     source = _expand_or_none(card.source)
-    if source is None:
+    if not source:  # a variable that is not set, or a loader that needs no file
         return None
     for path in (Path(source), data_path("teachers") / source):
         if path.exists():
             return path
     hub = hub_id(source)
     return cached_weights(hub, card.revision) if hub else None
+
+
+def needs_weights(card: TeacherCard) -> bool:
+    """Whether the teacher cannot be built without what its `source` names; a user's `loader` needs a file only where it names one."""
+    return card.loader is None or is_ours(card.loader) or Path(card.source).suffix in WEIGHT_SUFFIXES
 
 
 def hub_id(source: str) -> str | None:

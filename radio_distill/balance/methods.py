@@ -8,13 +8,15 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..config.recipe import BalanceKind
-from ..errors import TeacherError, TrainingError
+from ..config.recipe import BalanceKind, CustomBalance
+from ..errors import RecipeError, TeacherError, TrainingError
+from ..loaders import check_call, import_named
 from .balancer import Balancer
 from .hadamard import hadamard
 from .moments import Moments
@@ -22,7 +24,7 @@ from .phi_s import axes_of, phi_s
 from .standardize import global_std, per_channel_std
 from .whiten import FLOOR, hca, pca, zca
 
-__all__ = ["fit", "fit_on_first_rank"]
+__all__ = ["fit", "fit_on_first_rank", "import_method"]
 
 log = logging.getLogger(__name__)
 
@@ -44,11 +46,15 @@ def fit(method: BalanceKind, moments: Moments, name: str, *, previous: Balancer 
     already learn its targets are not handed another basis.
 
     The balancer is float32 and lies on the moments' device. Raises TrainingError for fewer than two vectors, TeacherError for
-    features that are not finite or do not vary, RecipeError for a width without a Hadamard matrix.
+    features that are not finite or do not vary, RecipeError for a width without a Hadamard matrix and for what is wrong with a
+    function of the user's.
     """
     mean_C, covariance_CC, count = moments.mean_C.cpu(), moments.covariance_CC.cpu(), moments.count.cpu()
     _check(method, moments, name)
-    weight, inverse, offset_C = _solve(method.kind, mean_C, covariance_CC, count, previous)
+    if isinstance(method, CustomBalance):
+        weight, inverse, offset_C = _solve_custom(method, mean_C, covariance_CC)
+    else:
+        weight, inverse, offset_C = _solve(method.kind, mean_C, covariance_CC, count, previous)
     if method.kind in FLOORED and _has_null_directions(method.kind, covariance_CC):
         _warn_of_null_directions(method.kind, name)
     balancer = Balancer(
@@ -74,7 +80,8 @@ def fit_on_first_rank(
 
     Two machines may give eigenvectors that differ within repeated eigenvalues, so only one rank solves.
     """
-    if not dist.is_initialized() or dist.get_rank(group) == 0:
+    # what a function of the user's raises, every rank has to raise: all of them call it, and take the first one's answer
+    if not dist.is_initialized() or dist.get_rank(group) == 0 or method.kind == "custom":
         balancer = fit(method, moments, name, previous=previous)
     else:
         _check(method, moments, name)  # whatever the first rank raises is raised everywhere: nobody waits for it
@@ -97,6 +104,37 @@ def _solve(
         std_C = global_std(mean_C, covariance_CC, count).expand_as(mean_C)
         return 1 / std_C, std_C, mean_C.mean().expand_as(mean_C)
     return torch.ones_like(mean_C), torch.ones_like(mean_C), torch.zeros_like(mean_C)
+
+
+def import_method(method: CustomBalance) -> Callable[..., Any]:
+    """The function that `balance.method.loader` names. Raises RecipeError when it is not there or does not take the options."""
+    by = "balance.method.loader"
+    expected = "a function (mean_C, covariance_CC, **options) that returns W, (C, C) or (C,), and the offset, (C,)"
+    function = import_named(method.loader, by=by, expected=expected, error=RecipeError)
+    check_call(function, None, None, by=by, options=method.options, error=RecipeError)
+    return function
+
+
+def _solve_custom(method: CustomBalance, mean_C: Tensor, covariance_CC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The same of the user's function, which gives (W, offset): W as a matrix, so that all ranks know its shape, and its inverse.
+
+    Raises RecipeError when the function is not there, or W and offset are not finite, of other shapes, or W has no inverse.
+    """
+    by, channels = "balance.method.loader", len(mean_C)
+    answer = import_method(method)(mean_C.clone(), covariance_CC.clone(), **method.options)
+    if not (isinstance(answer, tuple) and len(answer) == 2 and all(isinstance(x, Tensor) for x in answer)):
+        raise RecipeError(f"{by}: {method.loader} returned a {type(answer).__name__}, expected two tensors: W and the offset")
+    weight, offset_C = (x.double() for x in answer)
+    weight = weight.diag() if weight.shape == (channels,) else weight
+    if weight.shape != (channels, channels) or offset_C.shape != (channels,):
+        shapes = f"{tuple(answer[0].shape)} and {tuple(answer[1].shape)}"
+        raise RecipeError(
+            f"{by}: {method.loader} returned shapes {shapes}, expected ({channels}, {channels}) or ({channels},), and ({channels},)"
+        )
+    inverse, failed = torch.linalg.inv_ex(weight)
+    if failed or not all(x.isfinite().all() for x in (weight, inverse, offset_C)):
+        raise RecipeError(f"{by}: W of {method.loader} has no inverse, or holds values that are not finite")
+    return weight, inverse, offset_C
 
 
 def _has_null_directions(kind: str, covariance_CC: Tensor) -> bool:

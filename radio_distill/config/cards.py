@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict
+from typing import Annotated
 
+from pydantic import AfterValidator, BaseModel, ConfigDict
+from pydantic_core import PydanticCustomError
+
+from ..loaders import is_named
 from .names import FolderName
 from .numbers import Free, Mean, Positive, Side, Std
 
-__all__ = ["TeacherCard", "TeacherInput", "TeacherOutput", "TextTower"]
+__all__ = ["CUSTOM", "Loader", "TeacherCard", "TeacherInput", "TeacherOutput", "TextTower"]
+
+
+def _named(value: str) -> str:
+    if not is_named(value):
+        raise PydanticCustomError("loader", "package.module:name")
+    return value
+
+
+Loader = Annotated[str, AfterValidator(_named)]
+"""`package.module:name` of a function of the user's (loaders.py)."""
 
 
 class Fields(BaseModel):
@@ -45,13 +59,18 @@ class TextTower(Fields):
     """open_clip's pretrained tag, where it has one."""
 
 
+CUSTOM = "custom"
+"""The family of teachers that a `loader` builds."""
+
+
 class TeacherCard(Fields):
     name: FolderName
     """Short name; the file is `teachers/NAME.yaml`."""
-    family: str
+    family: str = CUSTOM
     """`open_clip`, `timm`, `transformers`, `radio`, `run`, `toy`, or `custom` together with `loader`."""
-    source: str
-    """Where the weights come from: a hub id, `timm:NAME`, or a local path (`${VAR}/...` is expanded)."""
+    source: str = ""
+    """Where the weights come from: a hub id, `timm:NAME`, or a local path (`${VAR}/...` is expanded). What a `loader` makes of it
+    is its own affair; it may be left out there."""
     revision: str | None = None
     """Commit or tag of a hub repository."""
     licence: str
@@ -64,7 +83,7 @@ class TeacherCard(Fields):
     """The text tower that makes the teacher's adaptor usable for zero-shot; null when there is none."""
     params: Free = {}
     """Facts that only this family reads (constructor name, number of prefix tokens, ...)."""
-    loader: str | None = None
-    """`package.module:function` called with the card, for a family that is not built in."""
+    loader: Loader | None = None
+    """`package.module:function` called as function(card, weights), for a family that is not built in (docs/teachers.md)."""
     note: str = ""
     """One line for `radio-distill list`."""

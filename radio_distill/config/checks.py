@@ -22,15 +22,15 @@ from .recipe import (
     Recipe,
     Start,
     Student,
-    Teacher,
     TeacherView,
     Tile,
     Trained,
     Upsampler,
 )
+from .terms import TERMS, weights_of
 from .upsampler import ENLARGING
 
-__all__ = ["NO_IMAGES", "check_recipe", "data_problems", "patch_size", "ranges", "summary_weight"]
+__all__ = ["NO_IMAGES", "check_recipe", "data_problems", "patch_size", "ranges"]
 
 NO_IMAGES = "'data.sources' is empty; say where the images are: data.sources.train.path=FOLDER"
 
@@ -49,6 +49,7 @@ def check_recipe(recipe: Recipe, load_card: Callable[[str], TeacherCard], *, tra
         problems += _partition(recipe, name, partition, cards)
     problems += _bias_maps(recipe)
     problems += _loss(recipe)
+    problems += _terms(recipe)
     problems += engine_problems(recipe)
     problems += ranges(recipe)
     problems += data_problems(recipe.data, recipe.partitions, training=training)
@@ -64,11 +65,6 @@ def _patch(student: Student) -> int:
     override = student.overrides.patch_size
     in_name = re.search(r"patch(\d+)", student.model)
     return int(override or (in_name.group(1) if in_name else 14))
-
-
-def summary_weight(teacher: Teacher, card: TeacherCard) -> float:
-    """The weight in effect: 0 for a teacher that has no summary."""
-    return 0.0 if card.output.summary is None else teacher.summary_weight
 
 
 def _cards(recipe: Recipe, load_card: Callable[[str], TeacherCard], cards: dict[str, TeacherCard]) -> Found:
@@ -120,11 +116,11 @@ def _teachers(recipe: Recipe, cards: dict[str, TeacherCard]) -> Found:
     if not recipe.partitions:
         yield Problem("'partitions' is empty; give at least one", ("partitions",))
     used = {teacher for partition in recipe.partitions.values() for teacher in partition.teachers}
-    for name, teacher in recipe.teachers.items():
+    for name in recipe.teachers:
         path = ("teachers", name)
         if name not in used:
             yield Problem(f"teacher {name!r} is in no partition; add it to one, or remove it with teachers.{name}=null", path)
-        if name in cards and summary_weight(teacher, cards[name]) == 0 == teacher.feature_weight:
+        if name in cards and not any(weights_of(recipe, name, cards[name]).values()):
             yield Problem(f"teacher {name!r} has no loss: its weights are 0 or it has no summary; raise one or remove it", path)
 
 
@@ -214,9 +210,10 @@ def _mosaic(recipe: Recipe, partition: Partition, name: str, card: TeacherCard, 
         yield Problem(f"teacher {name!r}: mosaic images of {partition.size} px are no multiple of its patch {patch}", here)
     if not isinstance(view.upsampler, Bilinear):
         yield Problem(f"teacher {name!r}: a mosaic cannot be upsampled by {view.upsampler.kind!r}; use bilinear", here)
-    if summary_weight(recipe.teachers[name], card) > 0:
-        text = f"teacher {name!r}: a mosaic has one summary for many images; set teachers.{name}.summary_weight=0"
-        yield Problem(text, here)
+    for term, weight in weights_of(recipe, name, card).items():
+        if term.head == "summary" and weight > 0:
+            key = f"teachers.{name}.summary_weight" if term in TERMS else f"loss.terms.{term.name}.teachers.{name}"
+            yield Problem(f"teacher {name!r}: a mosaic has one summary for many images; set {key}=0", here)
 
 
 def _loss(recipe: Recipe) -> Found:
@@ -231,6 +228,19 @@ def _loss(recipe: Recipe) -> Found:
     if balance.window == 0 and balance.path is None and balance.method.kind != "none":
         text = "'balance.window' is 0 and there is no 'balance.path': no statistics; give one, or balance.method.kind=none"
         yield Problem(text, ("balance", "window"))
+
+
+def _terms(recipe: Recipe) -> Found:
+    taken = [*(term.name for term in TERMS), "mesa"]
+    for name, term in recipe.loss.terms.items():
+        path = ("loss", "terms", name)
+        if name in taken or not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+            text = f"loss term {name!r}: expected a name of letters, digits, - and _, and none of {', '.join(taken)}"
+            yield Problem(f"{text}; rename it", path)
+        for teacher in term.teachers:
+            if teacher not in recipe.teachers:
+                text = f"loss term {name!r} names teacher {teacher!r}{did_you_mean(teacher, recipe.teachers)}"
+                yield Problem(text, (*path, "teachers", teacher))
 
 
 def ranges(recipe: ImageJob) -> Found:
@@ -249,6 +259,11 @@ def ranges(recipe: ImageJob) -> Found:
 def optim_ranges(recipe: Job) -> Found:
     """Numbers of any optimizer that are out of range."""
     optim = recipe.optim
+    if optim.kind == "custom" and optim.loader is None:
+        yield Problem("'optim.loader' is missing: optim.kind=custom needs package.module:function", ("optim", "kind"))
+    if optim.kind != "custom" and (optim.loader is not None or optim.options):
+        what = "loader" if optim.loader is not None else "options"
+        yield Problem(f"'optim.{what}' has no effect on optim.kind={optim.kind}; set optim.kind=custom", ("optim", what))
     if optim.min_lr > optim.lr:
         yield Problem(f"'optim.min_lr' is {optim.min_lr}, more than 'optim.lr' {optim.lr}", ("optim", "min_lr"))
 

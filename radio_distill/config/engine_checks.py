@@ -86,6 +86,9 @@ OWNED = {
 def engine_problems(recipe: Job) -> Found:
     """What the engine of any training would refuse once teachers and statistics have run."""
     yield from _zero3(recipe)
+    if recipe.optim.kind == "custom" and recipe.engine.zero > 0:
+        text = f"'engine.zero' is {recipe.engine.zero}: it cuts parameters into flat pieces, and optim.loader is handed whole matrices"
+        yield Problem(f"{text}; set engine.zero=0", ("engine", "zero"))
     for key, value in recipe.engine.deepspeed.items():
         yield from _deepspeed(key, value)
     if isinstance(recipe, Recipe):

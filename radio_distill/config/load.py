@@ -8,12 +8,12 @@ from typing import Any, TypeVar
 
 from ..errors import CardError, RecipeError
 from ..paths import expand, shipped
-from .cards import TeacherCard
+from .cards import CUSTOM, TeacherCard
 from .checks import check_recipe
-from .document import Problem, to_yaml
+from .document import KeyPath, Problem, to_yaml
 from .recipe import Job, Recipe
 from .secrets import secret_problems, without_secrets
-from .strict import find, keys_of, read
+from .strict import find, read, values_of
 from .upsampler_recipe import UpsamplerRecipe, check_upsampler
 from .vlm_recipe import VlmRecipe, check_vlm
 
@@ -36,6 +36,9 @@ J = TypeVar("J", bound=Job)
 
 KINDS: dict[type[Job], str] = {Recipe: "a stage", UpsamplerRecipe: "an upsampler", VlmRecipe: "a VLM"}
 """What a recipe of each kind describes."""
+
+CARDS: tuple[KeyPath, ...] = (("teachers", "*", "card"), ("teacher",))
+"""Where a recipe may name a card by its path: of a stage's teachers, of an upsampler's."""
 
 HOW_IT_RUNS = ("engine", "log", "checkpoint", "run")
 """What a resumed run may change (`run`: its folder may have been moved); everything else says what is learned."""
@@ -93,7 +96,7 @@ def _load(kind: type[J], source: str | Path, overrides: Sequence[str], check: Ca
             f"{source} is the recipe of {KINDS[found]}, expected that of {KINDS[kind]}; `radio-distill train {source}` trains it"
         )
     try:
-        return read(kind, path, overrides, shipped=shipped("recipes"), error=RecipeError, check=check)
+        return read(kind, path, overrides, shipped=shipped("recipes"), error=RecipeError, check=check, files=CARDS)
     except RecipeError as error:  # it shows values as they were given
         raise RecipeError(without_secrets(str(error))) from None
 
@@ -107,7 +110,7 @@ def _find(source: str | Path) -> Path:
 
 def _kind(path: Path, *, otherwise: type[Job]) -> type[Job]:
     """The kind of recipe that more of the file's keys belong to; `otherwise` when they do not tell."""
-    keys = keys_of(path, shipped=shipped("recipes")) - set(Job.model_fields)
+    keys = {key for values in values_of(path, shipped=shipped("recipes")) for key in values} - set(Job.model_fields)
     matches = {kind: len(keys & set(kind.model_fields)) for kind in KINDS}
     return max(matches, key=lambda kind: (matches[kind], kind is otherwise))
 
@@ -120,9 +123,18 @@ def load_card(name: str | Path) -> TeacherCard:
     except ValueError as error:
         raise CardError(str(error)) from None
     try:
-        return read(TeacherCard, path, shipped=cards, error=CardError, check=secret_problems)
+        return read(TeacherCard, path, shipped=cards, error=CardError, check=_check_card)
     except CardError as error:
         raise CardError(without_secrets(str(error))) from None
+
+
+def _check_card(card: TeacherCard) -> list[Problem]:
+    problems = secret_problems(card)
+    if card.loader is not None:
+        return problems
+    needed = {"family": card.family == CUSTOM, "source": not card.source}
+    about = {key: TeacherCard.model_fields[key].description for key in needed}
+    return [*problems, *(Problem(f"{key!r} is missing: {about[key]}", (key,)) for key, lacks in needed.items() if lacks)]
 
 
 def list_cards() -> dict[str, TeacherCard]:
@@ -152,9 +164,21 @@ def dump(recipe: Job) -> str:
 
 
 def resume_conflicts(before: Job, after: Job) -> list[str]:
-    """What `after` would change about what is learned: `optim.lr: 0.001 -> 0.002`. Empty when a run may go on with it."""
-    old, new = (_flat(recipe.model_dump(mode="json", exclude=set(HOW_IT_RUNS))) for recipe in (before, after))
+    """What `after` would change about what is learned: `optim.lr: 0.001 -> 0.002`. Empty when a run may go on with it.
+
+    Of a card that is named by its path only the file's name is compared: a project that has moved is the same.
+    """
+    old, new = (_flat(_by_name(recipe.model_dump(mode="json", exclude=set(HOW_IT_RUNS)))) for recipe in (before, after))
     return [f"{key}: {old.get(key)} -> {new.get(key)}" for key in {**old, **new} if old.get(key) != new.get(key)]
+
+
+def _by_name(values: dict[str, Any]) -> dict[str, Any]:
+    """The values of a recipe with the paths of cards cut to the names of the files."""
+    cards = [values, *(teacher for teacher in values.get("teachers", {}).values())]
+    for at, key in ((at, key) for at in cards for key in ("card", "teacher")):
+        if isinstance(at.get(key), str):
+            at[key] = Path(at[key]).name
+    return values
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """A recipe: one stage of training, as one YAML file, one run folder, one job.
 
 *What is learned* (student, teachers, partitions, balance, loss, optim, ema, data) stands apart from *how it runs*
-(engine, log, checkpoint): a resumed run may change only the second group. Numbers carry their source as in
-docs/recipe.md: PHI = PHI-S paper, FS = FeatSharp paper, V4 = C-RADIOv4 report, OURS = not published, our choice.
+(engine, log, checkpoint): a resumed run may change only the second group. Numbers carry their source:
+PHI = PHI-S paper, FS = FeatSharp paper, V4 = C-RADIOv4 report, OURS = not published, our choice.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from ..types import CLIP_MEAN, CLIP_STD
-from .cards import Fields
+from .cards import Fields, Loader
 from .names import FolderName
 from .numbers import Count, Decay, Free, Mean, Positive, Rate, Scale, Seed, Share, Side, Std, Weight
 
@@ -230,8 +230,17 @@ class NoBalance(Fields):
     kind: Literal["none"]
 
 
+class CustomBalance(Fields):
+    kind: Literal["custom"]
+    loader: Loader
+    """`package.module:function` of yours, called as function(mean_C, covariance_CC, **options) (docs/training.md)."""
+    options: Free = {}
+    """What the function gets besides."""
+
+
 BalanceKind = Annotated[
-    PhiS | GlobalStandardize | Standardize | PCAWhiten | ZCAWhiten | HCAWhiten | NoBalance, Field(discriminator="kind")
+    PhiS | GlobalStandardize | Standardize | PCAWhiten | ZCAWhiten | HCAWhiten | NoBalance | CustomBalance,
+    Field(discriminator="kind"),
 ]
 
 
@@ -267,6 +276,21 @@ class Mesa(Fields):
     """First step at which it counts (OURS: the end of the frozen-trunk phase)."""
 
 
+class LossTerm(Fields):
+    loader: Loader
+    """`package.module:function` of yours, called as function(pair, **options) (docs/training.md)."""
+    head: Literal["features", "summary"] = "features"
+    """What is compared with the teacher: the map that the student predicts for it, or the summary."""
+    per: Literal["image", "position"] = "image"
+    """What the function gives for an image. `image`: its loss. `position`: the sum over the valid positions of its map."""
+    weight: Weight = 1.0
+    """Weight of the term, for every teacher."""
+    teachers: dict[str, Weight] = {}
+    """Another weight for some teachers, by their name in `teachers`; 0: not for that one."""
+    options: Free = {}
+    """What the function gets besides."""
+
+
 class Loss(Fields):
     features: FeatureLoss = FeatureLoss()
     """The loss on feature maps."""
@@ -278,11 +302,19 @@ class Loss(Fields):
     """Per image keep the teacher with the highest loss and drop each other one with this probability (UNIC)."""
     mesa: Mesa = Mesa()
     """Self-consistency with the EMA student."""
+    terms: dict[str, LossTerm] = {}
+    """Terms of your own, by the name that logs give them."""
 
 
 class Optim(Fields):
-    kind: Literal["lamb", "adamw", "nadam"] = "lamb"
-    """LAMB (PHI Table 10), exact under ZeRO-1/2 sharding; AdamW as the option without surprises; NAdam for upsamplers (FS)."""
+    kind: Literal["lamb", "adamw", "nadam", "custom"] = "lamb"
+    """LAMB (PHI Table 10), exact under ZeRO-1/2 sharding; AdamW as the option without surprises; NAdam for upsamplers (FS);
+    `custom`: what `loader` makes."""
+    loader: Loader | None = None
+    """`package.module:function` of yours, called as function(groups, lr=..., **options) (docs/training.md). Needs `kind: custom`
+    and `engine.zero: 0`."""
+    options: Free = {}
+    """What the function gets besides; `betas`, `eps` and the like are the other kinds'."""
     steps: Positive = 300_000
     """Optimizer steps of this stage."""
     lr: Rate = 1e-3

@@ -14,11 +14,11 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from ..errors import RadioDistillError
-from .document import Document, Problem, Where, parse, parse_override
+from .document import Document, KeyPath, Problem, Where, parse, parse_override
 from .messages import MOST, did_you_mean, explain
 from .schema import child, models_of
 
-__all__ = ["find", "keys_of", "read"]
+__all__ = ["find", "read", "values_of"]
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -34,12 +34,17 @@ def read(
     shipped: Mapping[str, Path],
     error: type[RadioDistillError],
     check: Callable[[Model], list[Problem]] = lambda _: [],
+    files: Sequence[KeyPath] = (),
 ) -> Model:
     """Read `path` and its parents, apply the overrides, and validate; `check` may add what the types cannot say.
 
-    `shipped` are the files that `extends` may name without a path. Raises `error` with one line per problem.
+    `shipped` are the files that `extends` may name without a path. `files` are the keys (`*`: any) whose value may be the path of
+    a YAML file: like that of `extends` it is relative to the file that it stands in (in an override: to the current folder), and
+    absolute in what comes back. Raises `error` with one line per problem.
     """
-    layers = [*_chain(path, shipped, ()), *map(parse_override, overrides)]
+    layers = [*_chain(path, shipped, (), files), *map(parse_override, overrides)]
+    for layer in layers[len(layers) - len(overrides) :]:
+        _make_absolute(layer.values, files, Path.cwd())
     merged = layers[0]
     for layer in layers[1:]:
         merged = _overlay(merged, layer, model)
@@ -57,9 +62,9 @@ def read(
     return result
 
 
-def keys_of(path: Path, *, shipped: Mapping[str, Path]) -> set[str]:
-    """The keys at the top of `path` and its parents, whatever is wrong with their values."""
-    return {key for document in _chain(path, shipped, ()) for key in document.values}
+def values_of(path: Path, *, shipped: Mapping[str, Path]) -> list[dict[str, Any]]:
+    """The values of `path` and its parents, one map a file, whatever is wrong with them."""
+    return [document.values for document in _chain(path, shipped, (), ())]
 
 
 def find(name: str | Path, shipped: Mapping[str, Path], *, what: str, beside: Path | None = None) -> Path:
@@ -79,13 +84,25 @@ def display(path: Path) -> str:
     return str(path) if relative.startswith("..") else relative
 
 
-def _chain(path: Path, shipped: Mapping[str, Path], inner: tuple[Path, ...]) -> list[Document]:
+def _make_absolute(values: Any, keys: Sequence[KeyPath], folder: Path) -> None:
+    """Put `folder` before every relative path of a YAML file at one of `keys`, in place; names and `${VAR}/...` stay."""
+    for first, *rest in keys:
+        for key in (values if first == "*" else [first]) if isinstance(values, dict) else ():
+            value = values.get(key)
+            if rest:
+                _make_absolute(value, [tuple(rest)], folder)
+            elif isinstance(value, str) and value.endswith((".yaml", ".yml")) and not value.startswith(("${", "~")):
+                values[key] = os.path.normpath(folder / value)
+
+
+def _chain(path: Path, shipped: Mapping[str, Path], inner: tuple[Path, ...], files: Sequence[KeyPath]) -> list[Document]:
     """The documents from the outermost parent to `path` itself."""
     name = display(path)
     try:
         document = parse(path.read_text(encoding="utf-8"), name)
     except (OSError, UnicodeDecodeError) as error:
         return [Document(Where(name), {}, problems=[Problem(f"cannot be read: {error}")], broken=True)]
+    _make_absolute(document.values, files, path.absolute().parent)
     parent = document.values.pop("extends", None)
     if parent is None:
         return [document]
@@ -99,7 +116,7 @@ def _chain(path: Path, shipped: Mapping[str, Path], inner: tuple[Path, ...]) -> 
     if outer.resolve() in chain:
         document.problems.append(Problem(f"{display(outer)} extends itself through this line", where=where))
         return [document]
-    return [*_chain(outer, shipped, chain), document]
+    return [*_chain(outer, shipped, chain, files), document]
 
 
 def _overlay(below: Document, above: Document, model: type[BaseModel]) -> Document:

@@ -51,7 +51,7 @@ class UpsamplerBalance(Balance):
 
 
 class UpsamplerOptim(Optim):
-    kind: Literal["lamb", "adamw", "nadam"] = "nadam"
+    kind: Literal["lamb", "adamw", "nadam", "custom"] = "nadam"
     """NAdam (FS)."""
     steps: Positive = 3000
     """3,000, or 9,000 in the long schedule (FS)."""

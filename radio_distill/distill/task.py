@@ -17,8 +17,9 @@ from torch.func import functional_call
 from ..align import resample_to
 from ..balance import Balancer
 from ..config.recipe import Recipe
+from ..config.terms import Term
 from ..errors import RecipeError
-from ..losses import AdaLoss, drop_coefficients, feature_terms, fidelity_sums, mesa_terms, summary_terms
+from ..losses import AdaLoss, Pair, drop_coefficients, evaluate, fidelity_sums, load_terms, mesa_terms
 from ..network.student import Student, StudentTokens
 from ..student.build import seeded_draws
 from ..student.damp import set_damp_step
@@ -29,8 +30,8 @@ from ..types import Batch, Losses, Target, Targets
 __all__ = ["DistillTask", "Counts"]
 
 Counts = dict[str, Tensor | float]
-Terms = dict[str, Tensor]
-"""Per-image losses (B,) of one teacher, by kind: 'summary', 'features'."""
+Terms = dict[Term, Tensor]
+"""Per-image losses (B,) of one teacher, by the row of the table (config/terms.py)."""
 
 
 class DistillTask(nn.Module):
@@ -40,6 +41,8 @@ class DistillTask(nn.Module):
         super().__init__()
         self.recipe = recipe
         self.student = student
+        self.terms = load_terms(recipe)
+        """Every loss term with its function."""
         self.trunk_frozen = False
         """While True only the heads get gradients (the first `optim.freeze_trunk` steps)."""
         self.windows: dict[str, int | None] = {}
@@ -104,11 +107,11 @@ class DistillTask(nn.Module):
         terms = {name: self._terms(batch, name, target, counts[name], tokens, parts) for name, target in targets.items()}
         self._drop_teachers(terms, batch.seeds_B)
         total = tokens.features_BCHW.new_zeros((), dtype=torch.float32)
-        for name, kinds in terms.items():
-            for kind, values_B in kinds.items():
-                term = values_B.sum()
-                parts[f"loss/{batch.partition}/{name}/{kind}"] = term.detach()
-                total = total + self._weight(name, kind) * self._balanced(f"{name}/{kind}", term)
+        for name, losses_B in terms.items():
+            for term, loss_B in losses_B.items():
+                value = loss_B.sum()
+                parts[f"loss/{batch.partition}/{name}/{term.name}"] = value.detach()
+                total = total + term.weight(self.recipe, name) * self._balanced(f"{name}/{term.name}", value)
         if reference is not None:
             mesa = self._mesa(batch, tokens, reference)
             parts[f"loss/{batch.partition}/mesa"] = mesa.detach()
@@ -120,19 +123,29 @@ class DistillTask(nn.Module):
         self, batch: Batch, name: str, target: Target, count: Tensor | float, tokens: StudentTokens, parts: dict[str, Tensor]
     ) -> Terms:
         """Per-image losses of one adaptor; adds the sums that make its fidelity to `parts`."""
-        adaptor, balancer = self.student.adaptor(name), self.balancers[name]
+        balancer, images = self.balancers[name], self.recipe.partitions[batch.partition].images
         features, mask = self._predict(batch, name, target, tokens)
-        sums_B, _ = feature_terms(features, target.features_BCHW, mask, self.recipe.loss.features)
-        terms = {"features": sums_B / count}
-        if target.summary_BC is not None and self._weight(name, "summary") > 0:
-            with self._autocast(batch):
-                summary = adaptor.summary(tokens.class_tokens_BNC[:, adaptor.token])
-            images = self.recipe.partitions[batch.partition].images
-            terms["summary"] = summary_terms(summary, target.summary_BC, self.recipe.loss.summary, balancer.dispersion) / images
+        pairs = {"features": Pair(features, target.features_BCHW, mask, balancer)}
+        terms: Terms = {}
+        for term, function in self.terms.items():
+            if not term.is_computed(self.recipe, name):
+                continue
+            if term.head == "summary" and target.summary_BC is not None and "summary" not in pairs:
+                summary = self._predict_summary(batch, name, tokens)
+                pairs["summary"] = Pair(summary, target.summary_BC, None, balancer)
+            if term.head in pairs:
+                sums_B = evaluate(term, function, pairs[term.head], term.options(self.recipe))
+                terms[term] = sums_B / (count if term.per == "position" else images)
         with torch.no_grad():
             error, variance, _ = fidelity_sums(features, target.features_BCHW, balancer, mask)
         parts[f"error/{batch.partition}/{name}"], parts[f"variance/{batch.partition}/{name}"] = error, variance
         return terms
+
+    def _predict_summary(self, batch: Batch, name: str, tokens: StudentTokens) -> Tensor:
+        """The adaptor's summary, (B, C)."""
+        adaptor = self.student.adaptor(name)
+        with self._autocast(batch):
+            return adaptor.summary(tokens.class_tokens_BNC[:, adaptor.token])
 
     def _predict(self, batch: Batch, name: str, target: Target, tokens: StudentTokens) -> tuple[Tensor, Tensor | None]:
         """The adaptor's map on the target's grid. The *backbone* map is resized, then the head runs (RADIO issue #122)."""
@@ -162,12 +175,16 @@ class DistillTask(nn.Module):
         """Move AdaLoss's means by this step's terms, summed over ranks. A collective, when AdaLoss is on."""
         if self.adaloss is None:
             return
-        names = [f"{a.name}/{kind}" for a in self.student.arch.adaptors for kind in ("features", "summary") if getattr(a, kind)]
-        values = torch.stack([torch.as_tensor(self.step_terms.get(n, 0.0), dtype=torch.float32) for n in names]).to(
-            self._device
-        )
-        agree.sum_ranks(values)
-        self.adaloss.update({n: v for n, v in zip(names, values) if self._weight(*n.rsplit("/", 1)) > 0})
+        weights = {
+            f"{adaptor.name}/{term.name}": term.weight(self.recipe, adaptor.name)
+            for adaptor in self.student.arch.adaptors
+            for term in self.terms
+            if getattr(adaptor, term.head)
+        }
+        values = [torch.as_tensor(self.step_terms.get(name, 0.0), dtype=torch.float32) for name in weights]
+        summed = torch.stack(values).to(self._device)
+        agree.sum_ranks(summed)
+        self.adaloss.update({name: x for (name, weight), x in zip(weights.items(), summed) if weight > 0})
         self.step_terms = {}
 
     @property
@@ -182,15 +199,11 @@ class DistillTask(nn.Module):
         """UNIC's teacher dropping: scale every teacher's terms by its coefficient, per image."""
         if self.recipe.loss.drop_teachers == 0:
             return
-        losses_BT = torch.stack([torch.stack(list(kinds.values())).sum(0).detach() for kinds in terms.values()], dim=1)
+        losses_BT = torch.stack([torch.stack(list(of_one.values())).sum(0).detach() for of_one in terms.values()], dim=1)
         keep_BT = drop_coefficients(losses_BT, seeds_B, self.recipe.loss.drop_teachers)
-        for keep_B, kinds in zip(keep_BT.unbind(1), terms.values()):
-            for kind in kinds:
-                kinds[kind] = kinds[kind] * keep_B
-
-    def _weight(self, name: str, kind: str) -> float:
-        teacher = self.recipe.teachers[name]
-        return teacher.summary_weight if kind == "summary" else teacher.feature_weight
+        for keep_B, of_one in zip(keep_BT.unbind(1), terms.values()):
+            for term in of_one:
+                of_one[term] = of_one[term] * keep_B
 
 
 class _Tokens(nn.Module):

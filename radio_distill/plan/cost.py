@@ -7,7 +7,8 @@ Training costs three forwards (one more with recomputed blocks), a frozen teache
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -15,12 +16,15 @@ from typing import Any
 
 import torch
 
+from ..balance import identity
 from ..config.cards import TeacherCard
 from ..config.load import cards_of
 from ..config.mosaic import mosaic_of
 from ..config.recipe import Debias, Recipe, TeacherView, Trained
+from ..config.terms import Term, weights_of
 from ..config.upsampler import Network
 from ..errors import CheckpointError
+from ..losses import LossFunction, Pair, evaluate, load_terms
 from ..network.arch import HeadArch, TrunkArch
 from ..paths import expand
 from ..student.build import student_of
@@ -40,7 +44,10 @@ __all__ = [
     "trained_network",
     "vit_flops",
     "teacher_costs",
+    "term_flops",
 ]
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -59,13 +66,17 @@ class PartitionCost:
     """The EMA student's forward, where the loss needs it (MESA)."""
     passes: int
     """Forwards that a training step of the student is worth: 3, or 4 with recomputed blocks."""
+    losses_forward: float = 0.0
+    """Matrix products of the loss terms: those of the user's own, the built-in ones have none."""
     others: float = 0.0
     """Training of further students that learn from the same teacher pass."""
 
     @property
     def student_training(self) -> float:
         """Training of all students."""
-        return self.passes * self.student_forward + 3 * self.heads_forward + self.ema_forward + self.others
+        return (
+            self.passes * self.student_forward + 3 * (self.heads_forward + self.losses_forward) + self.ema_forward + self.others
+        )
 
     @property
     def total(self) -> float:
@@ -91,8 +102,8 @@ def partition_cost(recipe: Recipe, partition: str) -> PartitionCost:
     grid = cell.size // arch.trunk.patch_size
     student = trunk_flops(arch.trunk, grid)
     adaptors = {adaptor.name: adaptor for adaptor in arch.adaptors}
-    heads = balance = 0.0
-    teachers = {}
+    heads = balance = losses = 0.0
+    teachers, terms = {}, load_terms(recipe)
     for name, view in cell.teachers.items():
         card = cards[name]
         mosaic = mosaic_of(card, cell.size).images if view.mosaic else 1
@@ -101,9 +112,13 @@ def partition_cost(recipe: Recipe, partition: str) -> PartitionCost:
         teachers[name] = teacher_images(view) * teacher_flops(card, card.input.size if view.mosaic else side) / mosaic
         teachers[name] += upsampler_flops(view, card, side // card.input.patch)
         balance += 2 * tokens * card.output.features**2
-        heads += head_flops(adaptors[name].features, grid**2 if view.grid == "student" else tokens)
+        loss_tokens = grid**2 if view.grid == "student" else tokens
+        heads += head_flops(adaptors[name].features, loss_tokens)
         summary = adaptors[name].summary
         heads += head_flops(summary, 1) if summary else 0.0
+        for term, weight in weights_of(recipe, name, card).items():
+            if weight > 0:
+                losses += term_flops(term, terms[term], term.options(recipe), card, round(loss_tokens**0.5))
     return PartitionCost(
         student_forward=student,
         heads_forward=heads,
@@ -111,7 +126,25 @@ def partition_cost(recipe: Recipe, partition: str) -> PartitionCost:
         balance=balance,
         ema_forward=student if recipe.loss.mesa.weight > 0 else 0.0,
         passes=4 if recipe.student.grad_checkpointing else 3,
+        losses_forward=losses,
     )
+
+
+def term_flops(term: Term, function: LossFunction, options: Mapping[str, Any], card: TeacherCard, grid: int) -> float:
+    """A loss term on one image with a grid x grid map, counted on `meta` tensors; 0, with a warning, where it does not run on them."""
+    shape = (1, card.output.features, grid, grid) if term.head == "features" else (1, card.output.summary or 0)
+    pred, target = (torch.empty(shape, device="meta") for _ in range(2))
+    pair = Pair(pred, target, None, identity(card.output.features).to("meta"))
+    try:
+        return count_flops(lambda: evaluate(term, function, pair, options))
+    except (NotImplementedError, RuntimeError) as error:
+        _warn_uncounted(term.loader, str(error).splitlines()[0])
+        return 0.0
+
+
+@cache
+def _warn_uncounted(loader: str, reason: str) -> None:
+    log.warning("the FLOPs of loss term %s are not counted: it does not run on tensors without values (%s)", loader, reason)
 
 
 def trunk_flops(trunk: TrunkArch, grid: int) -> float:

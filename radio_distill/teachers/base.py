@@ -5,23 +5,19 @@ Shapes: B batch, C channels, H W.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
-from functools import lru_cache
-from importlib import import_module
 from typing import Literal, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..config.cards import TeacherCard
+from ..config.cards import CUSTOM, TeacherCard
 from ..errors import CardError, TeacherError
+from ..loaders import check_call, import_named
 from ..types import VisionOutput
 
-__all__ = ["Teacher", "chunked", "load_teacher", "Weights"]
-
-log = logging.getLogger(__name__)
+__all__ = ["Teacher", "chunked", "load_teacher", "teacher_builder", "Weights"]
 
 Weights = Literal["pretrained", "random", "meta"]
 """`pretrained`: what the card names; `random`: the true architecture, untrained; `meta`: shapes only, no memory."""
@@ -117,30 +113,29 @@ def load_teacher(card: TeacherCard, *, weights: Weights = "pretrained") -> Teach
     Raises TeacherError when the weights are not there (nothing is downloaded unless the card's source is a hub id and
     HF_HUB_OFFLINE is not set), CardError when the family or loader is unknown.
     """
+    where = f"teacher card {card.name!r}"
+    build = teacher_builder(card)
+    check_call(build, card, weights, by=where, options={}, error=CardError)
+    net = build(card, weights)
+    if not isinstance(net, nn.Module):
+        raise TeacherError(f"{where}: its loader returned a {type(net).__name__}, expected an nn.Module (docs/teachers.md)")
+    dtype = next((p.dtype for p in net.parameters()), torch.float32)
+    if weights != "meta" and dtype != torch.float32:
+        raise TeacherError(f"{card.name}: its loader gave {dtype} weights, expected float32")
+    return Teacher(card, net)
+
+
+def teacher_builder(card: TeacherCard) -> Callable[[TeacherCard, Weights], nn.Module]:
+    """What builds the network of a card: its `loader`, or its family's. Raises CardError when that cannot be imported."""
     target = card.loader or FAMILIES.get(card.family)
+    if target is None and card.family == CUSTOM:
+        raise CardError(
+            f"card {card.name!r} needs the code that builds its teacher, and came from a folder, which may not name code: use "
+            "the card file with the `loader` itself (--model teacher:CARD.yaml+featsharp:FOLDER)"
+        )
     if target is None:
         raise CardError(
             f"card {card.name!r}: unknown family {card.family!r}, expected one of {', '.join(FAMILIES)} or a `loader`"
         )
-    if card.loader:
-        _announce(card.name, target)
-    net = _resolve(target, card)(card, weights)
-    if weights == "meta" or next(net.parameters()).dtype == torch.float32:
-        return Teacher(card, net)
-    raise TeacherError(f"{card.name}: its loader gave {next(net.parameters()).dtype} weights, expected float32")
-
-
-@lru_cache(maxsize=256)
-def _announce(name: str, target: str) -> None:
-    """Say once a process whose code is about to be imported, `plan` included."""
-    log.info("teacher %r: importing and calling %s, the loader of its card", name, target)
-
-
-def _resolve(target: str, card: TeacherCard) -> Callable[[TeacherCard, Weights], nn.Module]:
-    module, _, function = target.partition(":")
-    try:
-        return getattr(import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise CardError(
-            f"card {card.name!r}: loader {target!r} cannot be imported ({error}); expected package.module:function"
-        ) from error
+    expected = "a function (card, weights) that returns an nn.Module"
+    return import_named(target, by=f"teacher card {card.name!r}", expected=expected, error=CardError)

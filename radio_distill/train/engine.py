@@ -26,7 +26,7 @@ from ..errors import CheckpointError
 from ..tensors import all_reduce
 from .distributed import World
 from .engine_config import deepspeed_config
-from .optim import AdamW, Lamb, make_optimizer, schedule, set_step
+from .optim import Lamb, make_optimizer, schedule, set_step
 
 __all__ = ["Engine", "to_universal"]
 
@@ -58,7 +58,9 @@ class Engine:
             optimizer.attach_zero(wrapped.optimizer)
         return cls(wrapped, optimizer, recipe.optim, world, zero=recipe.engine.zero, micro_steps=micro_steps)
 
-    def __init__(self, wrapped: Any, optimizer: AdamW, spec: Optim, world: World, *, zero: int, micro_steps: int) -> None:
+    def __init__(
+        self, wrapped: Any, optimizer: torch.optim.Optimizer, spec: Optim, world: World, *, zero: int, micro_steps: int
+    ) -> None:
         self.world = world
         self.zero = zero
         self.micro_steps = micro_steps

@@ -1,4 +1,4 @@
-"""LAMB, AdamW and NAdam, their parameter groups, and the learning-rate schedule.
+"""LAMB, AdamW, NAdam or an optimizer of the user's, their parameter groups, and the learning-rate schedule.
 
 The first two are one rule with two step lengths (g gradient, w weight, t the number of the update, from 1):
 
@@ -18,8 +18,9 @@ make the first updates after 5000 of them 3 times too long: m is corrected as if
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -27,12 +28,28 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..config.recipe import Optim
+from ..errors import RecipeError
+from ..loaders import check_call, import_named
 from ..tensors import all_reduce
 
-__all__ = ["AdamW", "Lamb", "NAdam", "make_optimizer", "parameter_groups", "schedule", "set_step"]
+__all__ = [
+    "AdamW",
+    "Lamb",
+    "NAdam",
+    "Together",
+    "import_optimizer",
+    "make_optimizer",
+    "named_groups",
+    "parameter_groups",
+    "schedule",
+    "set_step",
+]
 
 # Not decayed though they are matrices: position table, class and register tokens (timm's and the reference's names).
 NO_DECAY = frozenset({"pos_embed", "cls_token", "reg_token"})
+
+# What takes pixels or tokens in, or gives tokens out: no hidden layer, though its weight may be a matrix.
+EMBEDDINGS = NO_DECAY | {"patch_generator", "patch_embed", "embed_tokens", "lm_head"}
 
 
 def in_adaptors(name: str) -> bool:
@@ -65,11 +82,81 @@ def _decays(name: str, parameter: Tensor) -> bool:
     return parameter.ndim >= 2 and NO_DECAY.isdisjoint(name.split("."))
 
 
-def make_optimizer(module: nn.Module, spec: Optim, *, groups: list[dict[str, Any]] | None = None) -> AdamW:
-    """The recipe's optimizer over all trainable parameters of `module`, in `groups` when they are given."""
+def named_groups(module: nn.Module, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """`parameter_groups`, cut finer for an optimizer that treats kinds of parameters differently, as Muon does.
+
+    A group's `part` is what stood before: `trunk` and `heads` of a student. Its `kind` is one of `matrices` (weights (rows, columns)
+    of hidden layers), `embeddings` (patch embedding, position table, tokens), `kernels` (of convolutions) and `vectors` (biases,
+    norms, scales). `name` is both and, where weights do not decay, `no_decay`: `trunk/matrices`, `trunk/vectors/no_decay`;
+    `names` are the parameters'.
+    """
+    name_of = {parameter: name for name, parameter in module.named_parameters()}
+    found: dict[str, dict[str, Any]] = {}
+    for group in groups:
+        part, _, rest = group["name"].partition("/")
+        for parameter in group["params"]:
+            kind = _kind(name_of[parameter], parameter)
+            name = "/".join([part, kind, *([rest] if rest else [])])
+            new = {**group, "name": name, "part": part, "kind": kind, "rate": group.get("rate", 1.0), "params": [], "names": []}
+            fine = found.setdefault(name, new)
+            fine["params"].append(parameter)
+            fine["names"].append(name_of[parameter])
+    return list(found.values())
+
+
+def _kind(name: str, parameter: Tensor) -> str:
+    if not EMBEDDINGS.isdisjoint(name.split(".")):
+        return "embeddings"
+    if parameter.numel() == max(parameter.shape, default=1):  # a spectral scale is (1, 1)
+        return "vectors"
+    return "matrices" if parameter.ndim == 2 else "kernels"
+
+
+def make_optimizer(module: nn.Module, spec: Optim, *, groups: list[dict[str, Any]] | None = None) -> torch.optim.Optimizer:
+    """The recipe's optimizer over all trainable parameters of `module`, in `groups` when they are given.
+
+    Raises RecipeError for what is wrong with an optimizer of the user's.
+    """
     if groups is None:
         groups = parameter_groups(module, spec.weight_decay, freeze_trunk=spec.freeze_trunk)
+    if spec.kind == "custom":
+        return _custom(spec, named_groups(module, groups))
     return {"lamb": Lamb, "adamw": AdamW, "nadam": NAdam}[spec.kind](groups, lr=spec.lr, betas=spec.betas, eps=spec.eps)
+
+
+def import_optimizer(spec: Optim) -> Callable[..., Any]:
+    """The function that `optim.loader` names. Raises RecipeError when it is not there or does not take the options."""
+    expected = "a function (groups, lr=..., **options) that returns an optimizer, or a list of them"
+    function = import_named(str(spec.loader), by="optim.loader", expected=expected, error=RecipeError)
+    check_call(function, [], by="optim.loader", options={"lr": spec.lr, **spec.options}, error=RecipeError)
+    return function
+
+
+def _custom(spec: Optim, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    made = import_optimizer(spec)(groups, lr=spec.lr, **spec.options)
+    optimizers = made if isinstance(made, list | tuple) else [made]
+    for optimizer in optimizers:
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            what = type(optimizer).__name__
+            raise RecipeError(
+                f"optim.loader: {spec.loader} returned a {what}, expected a torch.optim.Optimizer, or a list of them"
+            )
+    given = {p: name for group in groups for name, p in zip(group["names"], group["params"])}
+    taken = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+    lost = [name for p, name in given.items() if sum(p is other for other in taken) != 1]
+    if lost:
+        raise RecipeError(
+            f"optim.loader: {spec.loader} has {len(lost)} of {len(given)} parameters in no group or in several "
+            f"({', '.join(lost[:3])}); every group it gets has to go into one optimizer"
+        )
+    keys = ("name", "freeze", "rate")
+    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+        if not all(key in group for key in keys):
+            raise RecipeError(
+                f"optim.loader: {spec.loader} made a group without {', '.join(keys)}; hand the groups on as they are, or a copy "
+                "with other values: {**group, 'weight_decay': 0.1}"
+            )
+    return optimizers[0] if len(optimizers) == 1 else Together(optimizers)
 
 
 def schedule(spec: Optim) -> Callable[[int], float]:
@@ -87,10 +174,16 @@ def schedule(spec: Optim) -> Callable[[int], float]:
 
 
 def set_step(optimizer: torch.optim.Optimizer, step: int, lr: float) -> None:
-    """Prepare update `step` (from 0): the learning rate of every group, and the number of the update as the group counts it."""
+    """Prepare update `step` (from 0): the learning rate of every group, and the number of the update as the group counts it.
+
+    A frozen group gets no gradient: what does not know of `step` leaves it alone, too, and starts to count when it thaws.
+    """
     for group in optimizer.param_groups:
         group["lr"] = lr * group["rate"]
         group["step"] = step + 1 - group["freeze"]
+        if group["step"] < 1:
+            for parameter in group["params"]:
+                parameter.grad = None
 
 
 class AdamW(torch.optim.Optimizer):
@@ -182,6 +275,32 @@ def _nesterov(beta: float, t: int) -> float:
 
 def _nesterov_product(beta: float, t: int) -> float:
     return math.prod(_nesterov(beta, i) for i in range(1, t + 1))
+
+
+class Together(torch.optim.Optimizer):
+    """Several optimizers as one, for the engine: each steps its own groups; learning rates, moments and checkpoints are one's."""
+
+    def __init__(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+        super().__init__([group for optimizer in optimizers for group in optimizer.param_groups], {})
+        self._parts = [(optimizer, len(optimizer.param_groups)) for optimizer in optimizers]
+        self._hand_out()
+
+    def _hand_out(self) -> None:
+        """Give every optimizer its share of the groups, and the one state, which is kept by parameter."""
+        groups = iter(self.param_groups)
+        for optimizer, count in self._parts:
+            optimizer.param_groups, optimizer.state = list(islice(groups, count)), self.state
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One update by each of them."""
+        for optimizer, _ in self._parts:
+            optimizer.step()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from `state_dict`."""
+        super().load_state_dict(state_dict)
+        self._hand_out()
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..balance import Balancer, identity
-from ..config.cards import TeacherCard
+from ..config.cards import CUSTOM, TeacherCard
 from ..config.upsampler import Network
 from ..config.upsampler_recipe import Downsampler
 from ..errors import CheckpointError, TeacherError
@@ -111,7 +111,7 @@ def load_upsampler(path: str | Path) -> SavedUpsampler:
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{folder / WEIGHTS} cannot be read ({error}); write the upsampler again") from error
     with written_as(folder / FACTS, "the description of an upsampler", advice="write it again"):
-        card, network = TeacherCard(**facts["teacher"]), Network(**facts["network"])
+        card, network = _without_code(TeacherCard(**facts["teacher"])), Network(**facts["network"])
         reduction, grid = Downsampler(**facts["downsampler"]), facts["size"] // card.input.patch
         channels = card.output.features
         sharpener = Sharpener(network, channels, (grid, grid), _balancer(folder, facts, tensors, channels))
@@ -123,7 +123,7 @@ def load_upsampler(path: str | Path) -> SavedUpsampler:
         for module in (sharpener, downsampler):
             module.eval().requires_grad_(False)
         return SavedUpsampler(
-            sharpener, downsampler, network, card, facts["size"], reduction, facts["provenance"], _recorded(folder, facts, card)
+            sharpener, downsampler, network, card, facts["size"], reduction, facts["provenance"], _recorded(folder, facts)
         )
 
 
@@ -151,7 +151,7 @@ def _trained_for(saved: SavedUpsampler) -> Fingerprint:
     return saved.fingerprint or fingerprint(saved.card)
 
 
-def _recorded(folder: Path, facts: dict[str, Any], card: TeacherCard) -> Fingerprint:
+def _recorded(folder: Path, facts: dict[str, Any]) -> Fingerprint:
     if "fingerprint" in facts:
         return Fingerprint.from_dict(facts["fingerprint"])
     log.warning(
@@ -159,7 +159,12 @@ def _recorded(folder: Path, facts: dict[str, Any], card: TeacherCard) -> Fingerp
         "its weights and the code of a loader are not",
         *(folder / FACTS,),
     )
-    return known_fingerprint(card)
+    return known_fingerprint(TeacherCard(**facts["teacher"]))
+
+
+def _without_code(card: TeacherCard) -> TeacherCard:
+    """The card as facts: a folder, which may be a stranger's, does not get to name code that is imported."""
+    return card if card.loader is None else card.model_copy(update={"loader": None, "family": CUSTOM})
 
 
 def _facts(folder: Path) -> dict[str, Any]:

@@ -80,10 +80,10 @@ def test_a_teacher_without_a_summary_needs_no_weight():
     ("override", "expected"),
     [
         ("balance.method.kind=phis",
-         "'balance.method.kind' is 'phis', expected one of 'phi_s', 'global_standardize', 'standardize', 'pca', 'zca', 'hca', 'none'"
+         "'balance.method.kind' is 'phis', expected one of 'phi_s', 'global_standardize', 'standardize', 'pca', 'zca', 'hca', 'none', 'custom'"
          "; did you mean 'phi_s'?"),
         ("balance.method=pca", "'balance.method' is 'pca', expected a map with `kind`, such as {kind: ...}"),
-        ("optim.kind=lamp", "'optim.kind' is 'lamp', expected one of 'lamb', 'adamw', 'nadam'; did you mean 'lamb'?"),
+        ("optim.kind=lamp", "'optim.kind' is 'lamp', expected one of 'lamb', 'adamw', 'nadam', 'custom'; did you mean 'lamb'?"),
         ("loss.feature_wieght=2", "unknown key 'loss.feature_wieght', did you mean 'teachers.NAME.feature_weight'?"),
         ("lr=1", "unknown key 'lr', did you mean 'optim.lr'?"),
         ("data.sources.x.path=3", "'data.sources.x.path' is 3, expected text or a list"),

@@ -1,11 +1,16 @@
 """LAMB against timm's, AdamW against torch's, parameter groups, and thawing."""
 
+from copy import deepcopy
+
+import pytest
 import torch
 from timm.optim import Lamb as TimmLamb
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from radio_distill.train.optim import AdamW, Lamb, NAdam, parameter_groups, set_step
+from radio_distill.config.recipe import Optim
+from radio_distill.errors import RecipeError
+from radio_distill.train.optim import AdamW, Lamb, NAdam, Together, make_optimizer, named_groups, parameter_groups, set_step
 
 DECAYS = [0.02, 0.02, 0.0, 0.0]
 
@@ -122,3 +127,121 @@ def test_nadam_is_torchs_nadam():
         mine.step()
         reference.step()
     torch.testing.assert_close(ours, theirs)
+
+
+def test_named_groups_tell_hidden_matrices_from_everything_else() -> None:
+    task = Task()
+    found = named_groups(task, parameter_groups(task, 0.02, freeze_trunk=5))
+    assert {g["name"]: [name.removeprefix("student.") for name in g["names"]] for g in found} == {
+        "heads/matrices": ["adaptors.clip.weight"],
+        "heads/vectors/no_decay": ["adaptors.clip.bias"],
+        "trunk/matrices": ["qkv.parametrizations.weight.original"],
+        "trunk/vectors": ["qkv.parametrizations.weight.0.scale"],
+        "trunk/embeddings/no_decay": ["pos_embed", "cls_token.token"],
+        "trunk/vectors/no_decay": ["gamma", "qkv.bias", "norm.weight", "norm.bias"],
+    }
+    names = {p: name for name, p in task.named_parameters()}
+    assert all([names[p] for p in g["params"]] == g["names"] for g in found)
+    assert {(g["part"], g["kind"], g["freeze"]) for g in found if g["kind"] == "matrices"} == {
+        ("heads", "matrices", 0),
+        ("trunk", "matrices", 5),
+    }
+
+
+def muon_and_adamw(groups, *, lr: float, momentum: float = 0.95):
+    """What a user's `optim.loader` is: Muon for hidden matrices of the trunk, AdamW for the rest."""
+    hidden = [g for g in groups if g["part"] == "trunk" and g["kind"] == "matrices"]
+    rest = [g for g in groups if g not in hidden]
+    return [torch.optim.Muon(hidden, lr=lr, momentum=momentum), torch.optim.AdamW(rest, lr=lr)]
+
+
+def forget(groups, *, lr: float):
+    return torch.optim.SGD(groups[1:], lr=lr)
+
+
+def strip(groups, *, lr: float):
+    return torch.optim.SGD([p for g in groups for p in g["params"]], lr=lr)
+
+
+def nothing(groups, *, lr: float):
+    return None
+
+
+def custom(name: str, **options: object) -> Optim:
+    return Optim(kind="custom", loader=f"{__name__}:{name}", lr=0.1, options=options, freeze_trunk=0)
+
+
+def steps(task: nn.Module, optimizer: torch.optim.Optimizer, count: range) -> None:
+    for step in count:
+        generator = torch.Generator().manual_seed(step)
+        for p in task.parameters():
+            p.grad = torch.randn(p.shape, generator=generator) if p.requires_grad else None
+        set_step(optimizer, step, 0.1 / (step + 1))
+        optimizer.step()
+
+
+def test_muon_moves_hidden_matrices_and_adamw_the_rest_as_each_does_alone() -> None:
+    torch.manual_seed(0)
+    ours, theirs = Task(), Task()
+    theirs.load_state_dict(ours.state_dict())
+    optimizer = make_optimizer(ours, custom("muon_and_adamw", momentum=0.9))
+    assert isinstance(optimizer, Together)
+    steps(ours, optimizer, range(3))
+
+    decays = {p: g["weight_decay"] for g in parameter_groups(theirs, 0.02) for p in g["params"]}
+    hidden = theirs.student.qkv.parametrizations.weight.original
+    alone = [torch.optim.Muon([{"params": [hidden], "weight_decay": 0.02}], lr=0.1, momentum=0.9)]
+    alone.append(torch.optim.AdamW([{"params": [p], "weight_decay": decays[p]} for p in decays if p is not hidden], lr=0.1))
+    for step in range(3):
+        generator = torch.Generator().manual_seed(step)
+        for p in theirs.parameters():
+            p.grad = torch.randn(p.shape, generator=generator) if p.requires_grad else None
+        for one in alone:
+            for group in one.param_groups:
+                group["lr"] = 0.1 / (step + 1)
+            one.step()
+    torch.testing.assert_close(list(ours.parameters()), list(theirs.parameters()), rtol=0, atol=0)
+
+
+def test_together_goes_on_from_its_state_as_if_it_had_not_stopped() -> None:
+    torch.manual_seed(0)
+    whole, again = Task(), Task()
+    first = make_optimizer(whole, custom("muon_and_adamw"))
+    steps(whole, first, range(2))
+    again.load_state_dict(whole.state_dict())
+    second = make_optimizer(again, custom("muon_and_adamw"))
+    second.load_state_dict(deepcopy(first.state_dict()))
+    steps(whole, first, range(2, 4))
+    steps(again, second, range(2, 4))
+    torch.testing.assert_close(list(again.parameters()), list(whole.parameters()), rtol=0, atol=0)
+
+
+def test_an_optimizer_that_knows_no_freezing_leaves_a_frozen_trunk_alone() -> None:
+    task = Task()
+    spec = custom("muon_and_adamw").model_copy(update={"freeze_trunk": 2})
+    optimizer = make_optimizer(task, spec)
+    before = {name: p.detach().clone() for name, p in task.named_parameters()}
+    steps(task, optimizer, range(2))
+    moved = {name for name, p in task.named_parameters() if not torch.equal(p, before[name])}
+    assert moved == {"student.adaptors.clip.weight", "student.adaptors.clip.bias"}  # and no weight decay on the trunk
+    steps(task, optimizer, range(2, 3))
+    assert optimizer.state[task.student.gamma]["step"] == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("forget", r"1 of 10 parameters in no group or in several \(student.adaptors.clip.weight\); every group"),
+        ("strip", r"made a group without name, freeze, rate; hand the groups on as they are"),
+        ("nothing", r"returned a NoneType, expected a torch.optim.Optimizer, or a list of them"),
+        ("no_such", r"test_optim.py has no 'no_such', expected a function \(groups, lr=..., \*\*options\)"),
+    ],
+)
+def test_an_optimizer_of_the_users_that_cannot_work_is_refused(name: str, expected: str) -> None:
+    with pytest.raises(RecipeError, match=expected):
+        make_optimizer(Task(), custom(name))
+
+
+def test_options_that_the_users_function_lacks_are_named() -> None:
+    with pytest.raises(RecipeError, match=r"optim.loader: .*muon_and_adamw.* cannot be called with .*momentun"):
+        make_optimizer(Task(), custom("muon_and_adamw", momentun=0.9))
