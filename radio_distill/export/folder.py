@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ..errors import CheckpointError
 
-__all__ = ["faults", "write_folder", "SUMS"]
+__all__ = ["SUMS", "faults", "weights_changed", "write_folder"]
 
 SUMS = "SHA256SUMS"
 
@@ -45,6 +45,14 @@ def faults(folder: Path) -> list[str]:
     lines = [f"{name} is missing" for name in sorted(told.keys() - here.keys())]
     lines += [f"{name} is not in {SUMS}" for name in sorted(here.keys() - told.keys())]
     return lines + [f"{name} has changed" for name in sorted(told.keys() & here.keys()) if _digest(here[name]) != told[name]]
+
+
+def weights_changed(folder: Path) -> bool:
+    """Whether a file of weights of an export is another than the one that was written; False where nothing tells."""
+    if not (folder / SUMS).is_file():
+        return False
+    told = dict(line.split("  ", 1)[::-1] for line in (folder / SUMS).read_text().splitlines())
+    return any(path.name not in told or _digest(path) != told[path.name] for path in folder.glob("*.safetensors"))
 
 
 def _write_sums(folder: Path) -> None:

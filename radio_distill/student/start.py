@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import math
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,9 +19,10 @@ from torch import Tensor
 from ..errors import CheckpointError
 from ..network.student import Student
 from ..paths import data_path, expand
-from .checkpoints import open_student, read_tensors
+from .checkpoints import read_tensors
 from .damp import apply_damp
-from .keys import canonical
+from .keys import canonical, fold_layer_scale
+from .load import load_student
 from .spectral import apply_spectral
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def start_weights(student: Student, start: Start) -> set[str]:
     if start.kind == "timm":
         state = _from_timm(student, source)
     else:
-        state = _from_student(student, open_student(source, ema=start.ema))
+        state = _from_student(student, load_student(source, ema=start.ema))
     return _load(student, _fit(student, state))
 
 
@@ -184,18 +184,6 @@ def _bicubic(grid: Tensor, side: int) -> Tensor:
     if grid.shape[-1] == side:
         return grid
     return F.interpolate(grid, size=(side, side), mode="bicubic", align_corners=True)
-
-
-def fold_layer_scale(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Multiply every LayerScale gain into the Linear before it and drop it; the function stays the same."""
-    out = dict(state)
-    for key in state:
-        if match := re.fullmatch(r"(model\.blocks\.\d+)\.ls([12])\.gamma", key):
-            gain = out.pop(key)
-            last = "attn.proj" if match[2] == "1" else "mlp.w3" if f"{match[1]}.mlp.w3.weight" in state else "mlp.fc2"
-            out[f"{match[1]}.{last}.weight"] = state[f"{match[1]}.{last}.weight"] * gain[:, None]
-            out[f"{match[1]}.{last}.bias"] = state[f"{match[1]}.{last}.bias"] * gain
-    return out
 
 
 def _load(student: Student, state: dict[str, Tensor]) -> set[str]:

@@ -15,7 +15,7 @@ from radio_distill.network.arch import TrunkArch
 from radio_distill.network.student import Student
 from radio_distill.student.checkpoints import load_reference
 from radio_distill.student.names import SIZES as NAMES
-from radio_distill.student.plain import fold_layer_scale
+from radio_distill.student.plain import without_layer_scale
 
 
 def same(loaded: Student, student: Student) -> None:
@@ -140,7 +140,7 @@ def test_timm_reads_the_hugging_face_weights(run: Path, student: Student, tmp_pa
     from radio_distill.export.timm import timm_state
 
     folder = export(run, tmp_path / "hf")
-    theirs, ours = _convert_radio(load_file(folder / "model.safetensors")), timm_state(fold_layer_scale(student))
+    theirs, ours = _convert_radio(load_file(folder / "model.safetensors")), timm_state(without_layer_scale(student))
     assert theirs.keys() == ours.keys()
     for key, value in theirs.items():
         torch.testing.assert_close(ours[key], value)
