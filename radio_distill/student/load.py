@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, RadioDistillError
 from ..files import json_file
+from ..hub import Repository
 from ..network.student import Student
 from ..runs import artifact_folder
 from .checkpoints import load_reference, load_saved, student_from_hf
@@ -63,14 +64,9 @@ def _refuse_other_formats(folder: Path) -> None:
 
 
 def _download(hub_id: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
     if hub_id.count("/") != 1:
         raise CheckpointError(f"{hub_id} does not exist; expected a file, a folder or a hub id OWNER/NAME")
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=["*.json", "*.safetensors"]))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise CheckpointError(
-            f"{hub_id} is neither a path nor a hub id that can be downloaded now ({type(error).__name__})"
-        ) from error
+        return Repository(hub_id).folder(["*.json", "*.safetensors"])
+    except RadioDistillError as error:
+        raise CheckpointError(f"{hub_id} is no path here, and as a hub id it gives nothing: {error}") from error

@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, RadioDistillError
+from ..hub import Repository
 from ..network.student import Student
 from ..paths import data_path, expand
 from .checkpoints import read_tensors
@@ -141,8 +142,12 @@ def _timm_state(name: str) -> dict[str, Tensor]:
     import timm
 
     try:
+        config = timm.get_pretrained_cfg(name)
+        if config is not None and config.hf_hub_id:
+            files = (config.hf_hub_filename,) if config.hf_hub_filename else ("model.safetensors", "pytorch_model.bin")
+            Repository(config.hf_hub_id).need(*files)
         return timm.create_model(name, pretrained=True, num_classes=0).state_dict()
-    except (RuntimeError, OSError, ValueError) as error:
+    except (RuntimeError, OSError, ValueError, RadioDistillError) as error:
         raise CheckpointError(
             f"start.source {name!r} is no file and timm cannot load it ({error}); check the name or the network"
         ) from error
