@@ -97,7 +97,7 @@ class Evaluate:
         from .eval.__main__ import main as evaluate
 
         models = [word for model in self.models for word in ("--model", model)]
-        code = evaluate(["--suite", self.suite, *models, "--out", f"runs/results-{self.suite}.jsonl", *self.options])
+        code = evaluate(["--suite", self.suite, *models, "--out", f"runs/results-{Path(self.suite).stem}.jsonl", *self.options])
         if code:
             raise RadioDistillError(f"suite {self.suite} ended with exit code {code}; see the lines above")
         return code

@@ -18,7 +18,7 @@ from .document import Document, KeyPath, Problem, Where, parse, parse_override
 from .messages import MOST, did_you_mean, explain
 from .schema import child, models_of
 
-__all__ = ["find", "read", "values_of"]
+__all__ = ["display", "find", "read", "values_of"]
 
 Model = TypeVar("Model", bound=BaseModel)
 

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import RadioDistillError
 from ..fingerprint import code_digest, known_fingerprint
+from ..loaders import check_call, import_named
 from ..paths import shipped
 from ..types import VisionModel
 
@@ -180,14 +181,9 @@ def _from_hf(name: str, rest: str, options: dict[str, str], device: str) -> Open
 def _from_function(name: str, rest: str, options: dict[str, str], device: str) -> Opened:
     from torch import nn
 
-    module, _, function = rest.partition(":")
-    try:
-        make = getattr(import_module(module), function)
-    except (ImportError, AttributeError) as error:
-        raise RadioDistillError(
-            f"model {name!r}: {error}; expected package.module:function that can be imported (PYTHONPATH), or {FORMS}"
-        ) from error
-    model = make()
+    make = import_named(rest, by=f"model {name!r}", expected="a function that returns a VisionModel")
+    check_call(make, by=f"model {name!r}", options={}, error=RadioDistillError)
+    model, module = make(), rest.partition(":")[0]
     if not isinstance(model, VisionModel):
         raise RadioDistillError(
             f"model {name!r} returned a {type(model).__name__}, expected a VisionModel: "
