@@ -32,7 +32,7 @@ class Shift(NamedTuple):
 
 
 def draw_crop(rng: random.Random, height: int, width: int, crop: Crop) -> Box:
-    """Draw a crop whose area and aspect ratio lie in the recipe's ranges (recipe.md 1.6; Inception crop).
+    """Draw a crop whose area and aspect ratio lie in the recipe's ranges (the Inception crop).
 
     Where ten draws do not fit into the image: the largest centred crop with the nearest allowed ratio.
     """
