@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from ..balance import Balancer, identity
 from ..config.cards import CUSTOM, TeacherCard
+from ..config.load import list_cards
 from ..config.upsampler import Network
 from ..config.upsampler_recipe import Downsampler
 from ..errors import CheckpointError, TeacherError
@@ -163,8 +164,10 @@ def _recorded(folder: Path, facts: dict[str, Any]) -> Fingerprint:
 
 
 def _without_code(card: TeacherCard) -> TeacherCard:
-    """The card as facts: a folder, which may be a stranger's, does not get to name code that is imported."""
-    return card if card.loader is None else card.model_copy(update={"loader": None, "family": CUSTOM})
+    """The card as facts: a folder, which may be a stranger's, does not get to name code that is imported, but what shipped cards name."""
+    if card.loader is None or card.loader in {shipped.loader for shipped in list_cards().values()}:
+        return card
+    return card.model_copy(update={"loader": None, "family": CUSTOM})
 
 
 def _facts(folder: Path) -> dict[str, Any]:
