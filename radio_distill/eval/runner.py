@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch.distributed as dist
 
 from ..errors import DataError, RadioDistillError
+from ..files import digest_of
 from ..results import append, read
 from ..types import Result
 from .encode import Resize, precision
@@ -118,7 +118,7 @@ def _measure(suite: Suite, name: str, task: Task, opened: Opened, context: Conte
         "model": opened.label,
         "model_id": opened.id,
         "dataset": f"{scored.name}/{scored.split}#{identities[0].content}",
-        "data_digest": hashlib.sha256(" ".join(i.digest for i in identities).encode()).hexdigest()[:12],
+        "data_digest": digest_of(" ".join(i.digest for i in identities))[:12],
         "version": task.version,
         "config_hash": digest(task, context.resolution),
         "seed": context.seed,

@@ -12,7 +12,6 @@ A user's own lies anywhere (`--suite FILE.yaml`); its data sets and tasks may be
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -27,6 +26,7 @@ from ..config.document import Problem
 from ..config.messages import did_you_mean
 from ..config.strict import display, find, read, values_of
 from ..errors import CardError
+from ..files import digest_of
 from ..loaders import import_named, is_named
 from ..paths import shipped
 from .task import Task
@@ -187,7 +187,7 @@ def _with_tasks(theirs: list[type[Task]]) -> type[SuiteCard]:
 def digest(task: Task, resolution: int | None = None) -> str:
     """Hash of everything that was asked of a task: its card, and a resolution where another than its own was."""
     asked = {**task.model_dump(mode="json"), **({"--resolution": resolution} if resolution else {})}
-    return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:12]
+    return digest_of(asked)[:12]
 
 
 def _check(card: SuiteCard) -> list[Problem]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 from ..config.load import dump, load_card, load_job
 from ..config.recipe import Recipe
 from ..errors import CardError
-from ..files import json_file
+from ..files import digest_of, json_file
 from ..types import Result
 from .folder import weights_changed
 
@@ -141,7 +140,7 @@ def facts_of_run(checkpoint: Path) -> Facts:
 def _stage(recipe: Recipe) -> Stage:
     return Stage(
         recipe=recipe.name,
-        sha256=hashlib.sha256(dump(recipe).encode()).hexdigest(),
+        sha256=digest_of(dump(recipe)),
         sources=tuple(recipe.data.sources),
         steps=recipe.optim.steps,
         batches=" + ".join(f"{p.images} at {p.size} px" for p in recipe.partitions.values()),

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..config.recipe import Job, Recipe
 from ..errors import RadioDistillError
-from ..files import parse_json
+from ..files import parse_json, replace_text
 
 __all__ = ["Sinks", "console_line", "hours_left", "read_metrics", "drop_metrics_after"]
 
@@ -94,9 +94,7 @@ def drop_metrics_after(folder: Path, step: int) -> None:
     if not path.exists():
         return
     rows = [row for row in read_metrics(folder) if row["step"] <= step]
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    os.replace(temporary, path)
+    replace_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def _parse(line: str) -> dict[str, float] | None:

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import pickle
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ..errors import CheckpointError
-from ..files import DAMAGE, json_file, written_as
+from ..files import DAMAGE, appearing, json_file, replace_text, written_as
 from ..network.arch import StudentArch
 from ..network.student import Student
 from ..tensors import save_tensors
@@ -42,9 +41,9 @@ def save_student(student: Student, folder: Path, *, state: Mapping[str, Tensor] 
     folder.mkdir(parents=True, exist_ok=True)
     plain = fold_state(student.state_dict() if state is None else state, eps=spectral_eps(student))
     tensors = {key: _plain(value) for key, value in plain.items()}
-    _write(folder / WEIGHTS, lambda path: save_tensors(path, tensors))
-    text = json.dumps(student.arch.to_dict(), indent=1) + "\n"
-    _write(folder / ARCHITECTURE, lambda path: path.write_text(text))
+    with appearing(folder / WEIGHTS) as path:
+        save_tensors(path, tensors)
+    replace_text(folder / ARCHITECTURE, json.dumps(student.arch.to_dict(), indent=1) + "\n")
 
 
 def load_saved(folder: Path) -> Student:
@@ -123,9 +122,3 @@ def _unpickle(path: Path) -> dict[str, Any]:
 def _plain(value: Tensor) -> Tensor:
     value = value.detach().to("cpu")
     return (value.float() if value.is_floating_point() else value).contiguous()
-
-
-def _write(path: Path, write: Callable[[Path], object]) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    write(temporary)
-    temporary.replace(path)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-from pathlib import Path
 from types import TracebackType
 
 from ..config.load import dump, load_job, resume_conflicts
 from ..config.recipe import Job
 from ..errors import CheckpointError
+from ..files import replace_text
 from ..fingerprint import Fingerprint, fingerprints
 from ..runs import run_path
 from . import agree
@@ -100,8 +99,8 @@ class RunFolder:
                 )
         self.teachers = fingerprints(recipe)
         self._check_teachers(is_resumed=path.exists())
-        _replace(path, dump(recipe))
-        _replace(
+        replace_text(path, dump(recipe))
+        replace_text(
             self.path / TEACHERS, json.dumps({name: was.to_dict() for name, was in self.teachers.items()}, indent=1) + "\n"
         )
 
@@ -130,12 +129,6 @@ class RunFolder:
                 f"{self.path} was started with other teachers; their cards, weights or loaders have changed:\n{lines}\n"
                 "put them back, or set run= to another folder for a run of its own (start.kind=run continues from these weights)"
             )
-
-
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
 
 
 def open_run(recipe: Job, world: World) -> RunFolder:

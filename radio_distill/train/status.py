@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from ..errors import CheckpointError
-from ..files import json_file, typed
+from ..files import json_file, replace_text, typed
 from ..log.sinks import hours_left, read_metrics
 from .lock import Owner, is_held
 
@@ -65,10 +64,8 @@ def start_status(run: Path, recipe: str, *, steps: int, ranks: int, owner: Owner
 
 def write_status(run: Path, status: Status) -> None:
     """Replace status.json. A disk that is full or away is no reason to stop a training here: the next save will tell."""
-    temporary = run / f".{FILE}.tmp"
     with suppress(OSError):
-        temporary.write_text(json.dumps(asdict(status), indent=1))
-        os.replace(temporary, run / FILE)
+        replace_text(run / FILE, json.dumps(asdict(status), indent=1))
 
 
 def read_status(run: Path) -> Status:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +26,7 @@ from ..config.load import list_cards
 from ..config.upsampler import Network
 from ..config.upsampler_recipe import Downsampler
 from ..errors import CheckpointError, TeacherError
-from ..files import json_file, written_as
+from ..files import appearing, json_file, written_as
 from ..fingerprint import Difference, Fingerprint, fingerprint, known_fingerprint
 from ..paths import expand
 from ..student.spectral import fold_state
@@ -92,10 +91,9 @@ def save_upsampler(saved: SavedUpsampler, folder: Path, *, state: Mapping[str, T
         "provenance": saved.provenance,
     }
     folder.mkdir(parents=True, exist_ok=True)
-    save_tensors(folder / f"{WEIGHTS}.part", plain)
-    (folder / f"{FACTS}.part").write_text(json.dumps(facts, indent=1) + "\n")
-    for name in (WEIGHTS, FACTS):
-        os.replace(folder / f"{name}.part", folder / name)
+    with appearing(folder / WEIGHTS) as weights, appearing(folder / FACTS) as words:
+        save_tensors(weights, plain)
+        words.write_text(json.dumps(facts, indent=1) + "\n")
 
 
 def load_upsampler(path: str | Path) -> SavedUpsampler:
