@@ -69,6 +69,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch", type=_positive, help="images of one forward pass (32)")
     parser.add_argument("--workers", type=int, help="processes that read images (default: by the machine)")
     parser.add_argument(
+        "--save-minutes", type=_minutes, help="how often a probe in training is saved, so that a killed command goes on (5)"
+    )
+    parser.add_argument(
         "--ranks", type=_positive, default=1, help="processes to start on this machine (1); or use torchrun, srun"
     )
     parser.add_argument("--dry-run", action="store_true", help="tell what was found and how long it would take, and stop")
@@ -94,6 +97,16 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"{text!r}, expected a whole number of at least 1")
     return int(text)
+
+
+def _minutes(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1e6:
+        raise argparse.ArgumentTypeError(f"{text!r}, expected minutes; 0: after every step")
+    return value
 
 
 def _run_card(arguments: argparse.Namespace) -> int:
@@ -161,6 +174,7 @@ def _context(arguments: argparse.Namespace, several: bool) -> Context:
         root=arguments.data or "none", device=device, cache=FeatureCache(cache_dir() / "features"), limit=arguments.limit,
         resolution=arguments.resolution, batch=arguments.batch or 32, workers=workers, seed=arguments.seed or 0, ranks=ranks,
         pictures=arguments.out.parent / "eval_pictures" / Path(arguments.suite).stem,
+        probes=cache_dir() / "probes", save_s=60 * (5 if arguments.save_minutes is None else arguments.save_minutes),
     )  # fmt: skip
 
 
@@ -187,7 +201,7 @@ def _without_ranks(argv: Sequence[str]) -> list[str]:
 
 def _run_function(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     run, options = FUNCTIONS[arguments.suite]
-    for option in ("data", "preset", "task", "limit", "resolution", "seed", "batch", "workers", "dry_run"):
+    for option in ("data", "preset", "task", "limit", "resolution", "seed", "batch", "workers", "save_minutes", "dry_run"):
         if getattr(arguments, option) and option not in options:
             parser.error(f"--{option.replace('_', '-')} has no effect in suite {arguments.suite}; leave it out")
     if arguments.overrides:

@@ -81,7 +81,11 @@ class Subset(Dataset[S]):
 
     @property
     def keys(self) -> Sequence[str]:
-        return [self.whole.keys[i] for i in self.indices]
+        keys = self.whole.keys
+        return [keys[i] for i in self.indices]
+
+    def __len__(self) -> int:
+        return len(self.indices)
 
     def files(self, index: int) -> Sequence[str | Path]:
         return self.whole.files(self.indices[index])
