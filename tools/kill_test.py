@@ -13,7 +13,6 @@ Prints a table; exit code 1 when something differs, hangs or does not end. Linux
 from __future__ import annotations
 
 import argparse
-import contextlib
 import hashlib
 import json
 import os
@@ -27,6 +26,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -58,6 +58,11 @@ MOST_KILLS = 5
 MOST_TRIES = 12
 """Starts that end with an error although nobody killed them: another one may hold the folder for a moment."""
 UNFINISHED = (".tmp-*", "*.part", "*.tmp", ".*.part")
+FIRST = "training-1"
+"""Its student is exported, scored, and made the tower of a VLM."""
+MOST_ROUNDS = 10_000
+LIVE: set[int] = set()
+"""Groups of processes that this one has started."""
 PATIENCE_S = 90
 """For processes whose launcher or neighbour was killed to end by themselves."""
 
@@ -90,7 +95,9 @@ class Outcome:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=30, help="no trial starts after these (30)")
+    parser.add_argument(
+        "--minutes", type=float, default=30, help="how long to kill; making the undisturbed runs comes before it (30)"
+    )
     parser.add_argument("--seed", type=int, default=random.randrange(1 << 31), help="of the moments (random; it is printed)")
     parser.add_argument(
         "--jobs", type=int, default=os.cpu_count() or 1, help="trials side by side (as many as there are cores)"
@@ -98,6 +105,16 @@ def main() -> int:
     parser.add_argument("--only", help="names of jobs, with commas between them")
     arguments = parser.parse_args()
     root = Path(tempfile.mkdtemp(prefix="kill_test-"))
+
+    def give_up(number: int, _: Any) -> None:
+        for group in list(LIVE):
+            with suppress(ProcessLookupError):
+                os.killpg(group, signal.SIGKILL)
+        shutil.rmtree(root, ignore_errors=True)
+        os._exit(128 + number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, give_up)
     try:
         return test(root, arguments)
     finally:
@@ -106,7 +123,6 @@ def main() -> int:
 
 def test(root: Path, arguments: argparse.Namespace) -> int:
     """Make what the jobs need, run them undisturbed, and then again and again with kills."""
-    deadline = time.monotonic() + 60 * arguments.minutes
     jobs = make_jobs(root)
     names = arguments.only.split(",") if arguments.only else list(jobs)
     if unknown := set(names) - set(jobs):
@@ -114,20 +130,17 @@ def test(root: Path, arguments: argparse.Namespace) -> int:
         return 2
     say(f"seed {arguments.seed}; {', '.join(names)}")
     prepare(root)
-    needed = [
-        *names,
-        *(["training-1"] if "training-1" not in names else []),
-    ]  # its student is exported, scored and made a tower
     expected: dict[str, dict[str, Any]] = {}
     seconds: dict[str, float] = {}
-    for name in sorted(needed, key=lambda name: name != "training-1"):
-        start = time.monotonic()
-        expected[name] = undisturbed(jobs[name], root / "whole" / name)
-        seconds[name] = time.monotonic() - start
-        say(f"{name}: {seconds[name]:.0f} s undisturbed, {len(expected[name])} things to compare")
     outcomes: dict[str, list[Outcome]] = {name: [] for name in names}
 
-    def one(number: int) -> None:
+    def whole(name: str) -> None:
+        begin = time.monotonic()
+        expected[name] = undisturbed(jobs[name], root / "whole" / name)
+        seconds[name] = time.monotonic() - begin
+        say(f"{name}: {seconds[name]:.0f} s undisturbed, {len(expected[name])} things to compare")
+
+    def killed(number: int) -> None:
         name = names[number % len(names)]
         if time.monotonic() > deadline:
             return
@@ -137,15 +150,18 @@ def test(root: Path, arguments: argparse.Namespace) -> int:
         outcomes[name].append(outcome)
         say(f"{name}: {outcome.kills.total()} kills, {outcome.trouble or 'exact'}")
 
+    whole(FIRST)
     with ThreadPoolExecutor(arguments.jobs) as pool:
-        list(pool.map(one, range(100_000)))
+        list(pool.map(whole, [name for name in names if name != FIRST]))
+        deadline = time.monotonic() + 60 * arguments.minutes
+        list(pool.map(killed, range(len(names) * MOST_ROUNDS)))
     print(table(outcomes))
     return int(any(outcome.trouble for found in outcomes.values() for outcome in found))
 
 
 def make_jobs(root: Path) -> dict[str, Job]:
     """All that is killed, by name."""
-    photos, student, toy = f"data.sources.toy.path={root}/photos", root / "whole/training-1/run", root / "toy"
+    photos, student, toy = f"data.sources.toy.path={root}/photos", root / "whole" / FIRST / "run", root / "toy"
     conversations = f"data.sources.toy={{path: {toy}/captions.json, images: {toy}/images}}"
 
     def training(ranks: int) -> Job:
@@ -271,10 +287,12 @@ def start(job: Job, work: Path) -> subprocess.Popen[bytes]:
         "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "RADIO_DISTILL_CACHE": str(work / "cache"),
     }  # fmt: skip
     with (work / "log.txt").open("ab") as log:
-        return subprocess.Popen(
+        process = subprocess.Popen(
             [sys.executable, "-m", "radio_distill", *job.command(work)],
             env=environment, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True,
         )  # fmt: skip
+    LIVE.add(process.pid)
+    return process
 
 
 def wait_for(moment: str, process: subprocess.Popen[bytes], work: Path, seconds: float, rng: random.Random) -> bool:
@@ -312,7 +330,7 @@ def kill(job: Job, process: subprocess.Popen[bytes], rng: random.Random) -> None
 
 
 def kill_group(process: subprocess.Popen[bytes]) -> None:
-    with contextlib.suppress(ProcessLookupError):
+    with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     while members(process.pid):
