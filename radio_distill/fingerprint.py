@@ -1,4 +1,4 @@
-"""Which teacher is this? One fingerprint of everything that changes what a teacher gives, and what differs between two.
+"""The fingerprint of a teacher: everything that changes its output; and what differs between two fingerprints.
 
     facts    of the card: family, loader, input, output, params; not its name, licence or notes
     weights  SHA-256 of the content: a file may be moved or renamed

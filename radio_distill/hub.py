@@ -1,4 +1,4 @@
-"""Files of a model repository on the Hugging Face hub, through its local cache; a hub that does not answer is said within seconds.
+"""Get files of a model repository from the Hugging Face hub or its local cache, and give up within seconds when the hub does not answer.
 
 `huggingface_hub` asks up to six times for every file that is not in its cache: 25 s each where connections are refused, and
 minutes where nothing answers. So the hub is asked once, for the list of files; without an answer only the cache is read.

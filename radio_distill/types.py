@@ -1,4 +1,4 @@
-"""The values that travel along the line: data -> teachers -> balancers -> student -> losses -> results.
+"""The types that modules pass to each other: batches, targets, outputs, results.
 
 Shapes: B batch, C channels, H W rows and columns (pixels of an image, cells of a feature map).
 """

@@ -1,4 +1,4 @@
-"""Which part of an image a sample shows, and which part each consumer sees when crops are shifted independently.
+"""Random crops: which part of an image a sample shows, and how it is shifted for the student and for each teacher.
 
 All in fractions of the image's sides, so that it does not matter at which scale the image is decoded.
 """

@@ -1,4 +1,4 @@
-"""The `fidelity` suite: how well trained upsamplers agree with their teacher from other views of images they have not seen.
+"""The `fidelity` suite: how well upsampled maps, warped into other views, agree with the teacher on those views (held-out images).
 
     python -m radio_distill.eval --suite fidelity --model runs/upsampler_siglip_3x --model runs/upsampler_siglip_3x_featup
 

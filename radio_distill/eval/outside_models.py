@@ -1,4 +1,4 @@
-"""Models of timm and transformers as rows of a table, without a card: sizes and normalisation come from the libraries' own files.
+"""Evaluate models of timm and transformers without a card: sizes and normalisation come from the libraries' own files.
 
 Shapes: B batch, C channels, H W pixels, N tokens, p side of a patch.
 """

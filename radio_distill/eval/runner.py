@@ -1,4 +1,4 @@
-"""Run a suite: every model, every task whose results are not in the file yet; what is measured is written down at once."""
+"""Run a suite: for every model, every task whose results are not in the file yet; each result is appended as soon as it is measured."""
 
 from __future__ import annotations
 
@@ -53,7 +53,8 @@ def run_suite(suite: Suite, models: Sequence[str], context: Context, out: Path) 
 
     A result that is there already, of the same model, data, settings and seed, is not measured again. Raises DataError listing
     all that is missing before anything is computed. A model that cannot be opened, and a task that fails for one model, whatever
-    it raised, do not stop the others, unless they fail on some ranks alone: those that they do not fail on wait for the others.
+    it raised, do not stop the others. A task that fails on every rank is recorded and skipped; one that fails on some ranks only
+    ends the run, because the others would wait forever.
     What an image costs at the sizes of the tasks is written down, too, but is not in the outcome.
     """
     from .models import openers

@@ -1,4 +1,4 @@
-"""What a suite is made of. A task finds its data sets, then measures one model; whatever may vary is a field of its card.
+"""The interface of a task: it finds its data sets, then measures one model; every setting is a field of the suite's card.
 
 eval/SUITE.yaml -> tasks -> task.datasets(context), task.run(model, context) -> scores -> results.jsonl
 """

@@ -1,4 +1,4 @@
-"""What is known about the making of a student: plain values, read from a run and kept from export to export."""
+"""How a student was made (run, recipes, teachers, licences, results), as plain values that are read from a run and copied from export to export."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Make a student plain before it leaves: LayerScale folded into the Linears before it, adaptors chosen.
+"""Simplify a student for export: fold LayerScale into the Linears before it, keep the adaptors that were asked for.
 
 Spectral reparametrisation, weight noise and the balancers' inverse are folded already in what a run writes.
 """

@@ -1,6 +1,7 @@
-"""Where a student's first weights come from: nowhere, a timm ViT, a RADIO checkpoint or an earlier run.
+"""A student's initial weights: random, or from a timm ViT, a RADIO checkpoint or an earlier run.
 
-Every source is brought to the student's own names and shapes (`fit`); whatever does not fit is kept as it was and logged.
+Names and shapes of every source are converted to the student's own. Adaptors that the source does not have keep their random weights, and the
+log names them; a trunk that does not fit is an error.
 
 Shapes: D width, P patch side.
 """
@@ -204,7 +205,7 @@ def _load(student: Student, state: dict[str, Tensor]) -> set[str]:
             )
     partial = {key.split(".")[1] for key in wrong if key.startswith("adaptors.")}
     for name in sorted(partial):
-        log.warning("adaptor %s does not fit the start checkpoint: it starts from scratch", name)
+        log.warning("the start checkpoint has no adaptor %s of this shape; it starts from random weights", name)
     fitting = {
         k: v
         for k, v in state.items()

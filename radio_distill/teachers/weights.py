@@ -1,4 +1,4 @@
-"""Where a teacher's weights come from: a local file or folder, or the hub; and loading them without leniency.
+"""Read a teacher's weights from a local file or folder or from the hub, and load them: a missing, extra or misshapen tensor is an error.
 
 Only tensors are read: safetensors, or PyTorch files with `weights_only=True`. No code of a checkpoint ever runs.
 """

@@ -2,7 +2,7 @@
 
     batches -> one_step(training, step, batches) -> log -> pictures -> checkpoint
 
-What a step is, the caller says (`distill/loop.py`, `mean_step`); the loop owns time.
+The caller defines what a step does (`distill/loop.py`, `mean_step`); the loop decides when to log, save and stop.
 """
 
 from __future__ import annotations

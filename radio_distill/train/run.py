@@ -1,4 +1,4 @@
-"""The run folder: made once, resumed exactly, never overwritten by something else, used by one job at a time."""
+"""The run folder: create it, or resume the run in it; another recipe is refused, and so is a second job at the same time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Save a training and go on from it: what is in a checkpoint, and how it is put back.
+"""Save the whole state of a training as a checkpoint, and restore it.
 
 At the same world size a resumed run equals an uninterrupted one bit for bit (CPU, fp32). At another one weights, moments,
 EMA, balancers, statistics and data position are the same, and only the order of sums differs (checkpoints of ZeRO-0 load

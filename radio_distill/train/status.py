@@ -1,7 +1,7 @@
 """`radio-distill status RUN`: what a run is doing, from its folder alone (`status.json`, `metrics.jsonl`, `lock`).
 
 Rank 0 writes `status.json` when the run starts, at every log line and save, and when it ends. A process that is killed
-writes nothing more: then the lock tells that nobody is at work.
+writes nothing more; then the free lock shows that no process is running.
 """
 
 from __future__ import annotations

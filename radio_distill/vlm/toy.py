@@ -1,4 +1,4 @@
-"""What a toy VLM is trained from: a tiny language model, and conversations about generated scenes (`radio-distill vlm toy OUT`).
+"""Make the parts of a toy VLM (`radio-distill vlm toy OUT`): a tiny language model, and conversations about generated scenes.
 
 Scenes are those of the toy world; images that questions are scored on are drawn from another seed (`HELD_OUT_SEED`).
 """
