@@ -162,7 +162,8 @@ def _tasks_of_users(path: Path) -> list[type[Task]]:
     """The classes that kinds of the form `package.module:Class` name, each with that kind."""
     tasks = [values.get("tasks") for values in values_of(path, shipped=shipped("eval"))]
     given = [task for of_file in tasks if isinstance(of_file, dict) for task in of_file.values() if isinstance(task, dict)]
-    return [_task(kind, path) for kind in dict.fromkeys(task.get("kind") for task in given) if is_named(kind)]
+    kinds = dict.fromkeys(str(task.get("kind")) for task in given)
+    return [_task(kind, path) for kind in kinds if is_named(kind)]
 
 
 def _task(kind: str, path: Path) -> type[Task]:
@@ -172,7 +173,8 @@ def _task(kind: str, path: Path) -> type[Task]:
         raise CardError(f"{display(path)}: {kind} is a {type(found).__name__}, expected {expected}")
     if lacks := sorted(getattr(found, "__abstractmethods__", ())):
         raise CardError(f"{display(path)}: {kind} lacks {', '.join(lacks)}, which every task has (radio_distill/eval/task.py)")
-    return create_model(found.__name__, __base__=found, __module__=found.__module__, kind=(Literal[kind], ...))  # type: ignore[valid-type]
+    of_kind: Any = (Literal[kind], ...)  # type: ignore[valid-type]
+    return create_model(found.__name__, __base__=found, __module__=found.__module__, kind=of_kind)
 
 
 def _with_tasks(theirs: list[type[Task]]) -> type[SuiteCard]:

@@ -91,6 +91,7 @@ def test_the_teacher_of_the_docs_plans_and_is_not_missing(page, capsys):
     assert load_teacher(card).encode(torch.zeros(1, 3, 96, 96)).features_BCHW.shape == (1, 64, 12, 12)
     assert local_weights(card) is None
     assert not needs_weights(card)
+    assert needs_weights(card.model_copy(update={"source": "mine.safetensors"}))
     assert main(["plan", "with_patches.yaml"]) == 0
     main(["doctor", "with_patches.yaml"])
     shown = " ".join(capsys.readouterr().out.split())
