@@ -27,6 +27,7 @@ from ..config.messages import did_you_mean
 from ..config.strict import display, find, read, values_of
 from ..errors import CardError
 from ..files import digest_of
+from ..fingerprint import code_digest
 from ..loaders import import_named, is_named
 from ..paths import shipped
 from .task import Task
@@ -187,8 +188,10 @@ def _with_tasks(theirs: list[type[Task]]) -> type[SuiteCard]:
 
 
 def digest(task: Task, resolution: int | None = None) -> str:
-    """Hash of everything that was asked of a task: its card, and a resolution where another than its own was."""
+    """Hash of everything that was asked of a task: its card, a resolution where another than its own was, a user's code."""
     asked = {**task.model_dump(mode="json"), **({"--resolution": resolution} if resolution else {})}
+    if is_named(kind := asked.get("kind")):
+        asked["--code"] = code_digest(kind)
     return digest_of(asked)[:12]
 
 

@@ -16,7 +16,7 @@ from radio_distill.config.load import cards_of, dump, load_card, load_recipe, re
 from radio_distill.errors import CardError, DataError, RecipeError
 from radio_distill.eval.__main__ import main as evaluate
 from radio_distill.eval.datasets.base import open_dataset
-from radio_distill.eval.suites import load_suite
+from radio_distill.eval.suites import digest, load_suite
 from radio_distill.plan.code import import_code
 from radio_distill.results import read
 from radio_distill.teachers.base import load_teacher
@@ -142,6 +142,23 @@ def test_the_suite_of_the_docs_measures_a_data_set_and_a_task_of_its_own(page, t
     assert load_suite("roads.yaml").preset == "custom"
     assert load_suite("roads.yaml", "smoke").preset == "smoke"
     assert load_suite("roads.yaml").tasks["roads"].steps == 20000
+
+
+def test_results_of_a_task_or_data_set_that_was_edited_are_others(page, tmp_path):
+    page("eval.md")
+    road_images(tmp_path / "data")
+
+    def known() -> tuple[str, str]:
+        return digest(load_suite("roads.yaml").tasks["brightness"]), open_dataset(
+            "road_data:Roads", "val", "data", kind="segmentation"
+        ).id
+
+    before = known()
+    assert known() == before
+    for name, changed in (("road_tasks.py", (True, False)), ("road_data.py", (True, True))):
+        with open(name, "a") as file:
+            file.write("# edited\n")
+        assert tuple(a != b for a, b in zip(known(), before)) == changed
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -131,6 +132,7 @@ def _dataset_of_users(name: str, split: str, root: Path) -> Dataset[Any]:
     for what in ("name", "split"):
         if not isinstance(getattr(dataset, what, None), str):
             raise DataError(f"{by} has no {what!r}, under which its results are filed; set it in the class or in __init__")
+    dataset.tables = (*dataset.tables, Path(inspect.getfile(reader)))  # what reads the files is part of the identity
     if len(dataset) == 0:
         raise DataError(f"{by}: no items of split {split!r} in {root}; check the folder given as --data")
     return dataset
