@@ -122,7 +122,7 @@ class Repository:
             ) from error
         except Exception as error:  # as above
             raise RadioDistillError(
-                f"{what} of hub repository {self.name!r} could not be downloaded: {_reason(error.__cause__ or error)}; run it again to go on"
+                f"{what} of hub repository {self.name!r} could not be downloaded: {_reason(error.__cause__ or error)}; run the command again to continue the download"
             ) from error
 
 

@@ -76,7 +76,7 @@ def latest_of_all(runs: Sequence[Path]) -> list[Path | None]:
     missing = next((path for path in found if not (path / "meta.json").is_file()), None)
     if missing is not None:
         raise CheckpointError(
-            f"{missing} is missing, and the students of a recipe go on together from {first.name}; put it back, or start a run of "
+            f"{missing} is missing, and the students of a recipe resume together from {first.name}; put it back, or start a run of "
             "its own for the others: run=ANOTHER_FOLDER start.kind=run"
         )
     return list(found)

@@ -133,7 +133,7 @@ class Result:
     config_hash: str = ""
     seed: int = 0
     preset: str = ""
-    """Preset of the suite's card; only numbers of `paper` may stand beside published ones."""
+    """Preset of the suite's card; only numbers of `paper` may be compared with published ones."""
     headline: bool = True
     """A number of the paper's tables; only they count in the MTL gain."""
     model_id: str = ""

@@ -69,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch", type=_positive, help="images of one forward pass (32)")
     parser.add_argument("--workers", type=int, help="processes that read images (default: by the machine)")
     parser.add_argument(
-        "--save-minutes", type=_minutes, help="how often a probe in training is saved, so that a killed command goes on (5)"
+        "--save-minutes", type=_minutes, help="how often a probe in training is saved, so that a killed command can resume (5)"
     )
     parser.add_argument(
         "--ranks", type=_positive, default=1, help="processes to start on this machine (1); or use torchrun, srun"
@@ -125,7 +125,7 @@ def _run_card(arguments: argparse.Namespace) -> int:
             return 0
         outcome = run_suite(suite, arguments.model, context, arguments.out)
         if suite.preset == CUSTOM:
-            _say("preset custom: these numbers cannot stand beside published ones", context)
+            _say("preset custom: these numbers cannot be compared with published ones", context)
         _say(table(outcome.results), context)
         for failure in outcome.failures if context.ranks.rank == 0 else ():
             print(f"error: {failure}", file=sys.stderr)

@@ -124,7 +124,7 @@ class FeatureCache:
         if missing:
             left = sum(len(shards.images(i)) for i in missing)
             if left < shards.count:
-                log.info("%s: %d of %d images are there, going on", asked["model"], shards.count - left, shards.count)
+                log.info("%s: %d of %d images are there, computing the rest", asked["model"], shards.count - left, shards.count)
             own = [int(i) for i in np.array_split(missing, ranks.world)[ranks.rank]]
             _Extraction(self, asked, shards, missing, unread, leads=ranks.rank == 0).run(own, produce)
         ranks.barrier()

@@ -143,7 +143,9 @@ def _write(path: Path, state: dict[str, Any]) -> None:
         torch.save(state, part)
         os.replace(part, path)
     except (OSError, RuntimeError) as error:  # torch's writer says RuntimeError for a full disk
-        log.warning("how far the probe has come cannot be kept (%s); it goes on, and would start anew when interrupted", error)
+        log.warning(
+            "the probe's state cannot be saved (%s); training continues, and would restart from step 0 if interrupted", error
+        )
         with suppress(OSError):
             part.unlink()
 

@@ -69,7 +69,7 @@ AnyTask = Annotated[
 """Every kind of task."""
 
 PAPER, CUSTOM = "paper", "custom"
-"""The preset whose numbers may stand beside published ones; the name of anything that a user has changed."""
+"""The preset whose numbers may be compared with published ones; the name of anything that a user has changed."""
 
 NOT_SUITES = ("published",)
 """Other files in the folder of the suites."""

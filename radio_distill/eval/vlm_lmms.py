@@ -63,7 +63,7 @@ def run_lmms(
         )
         if done.returncode or not (place / "scores.json").is_file():
             raise RadioDistillError(
-                f"lmms-eval failed on {', '.join(tasks)} (exit code {done.returncode}); its own message stands above"
+                f"lmms-eval failed on {', '.join(tasks)} (exit code {done.returncode}); see its own message above"
             )
         scores = json.loads((place / "scores.json").read_text())
     return {name: _score(b, scores[b.task]) for name, b in benchmarks.items()}

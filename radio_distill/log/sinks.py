@@ -50,7 +50,7 @@ class Sinks:
         try:
             self._wandb.log(values, step=step)
         except Exception as error:
-            log.warning("wandb does not answer (%s) and is left alone from here; metrics.jsonl goes on", error)
+            log.warning("wandb does not answer (%s): nothing more is sent to it; metrics.jsonl is still written", error)
             self._wandb = None
 
     def close(self) -> None:
@@ -138,5 +138,5 @@ def _wandb(recipe: Job, folder: Path) -> Any:
             config=config,
         )
     except Exception as error:  # wandb being unreachable must not cost a training
-        log.warning("wandb could not start (%s); metrics.jsonl goes on. WANDB_MODE=offline avoids this.", error)
+        log.warning("wandb could not start (%s); metrics.jsonl is still written. WANDB_MODE=offline avoids this.", error)
         return None

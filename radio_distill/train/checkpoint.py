@@ -100,7 +100,7 @@ def read_rank(checkpoint: Path, rank: int) -> dict[str, Any]:
         written = read_meta(checkpoint).world_size
         raise CheckpointError(
             f"{path} is missing or cannot be read ({error}), and the checkpoint was written by {written} ranks; remove the checkpoint "
-            "to go on from the one before it"
+            "to resume from the one before it"
         ) from error
 
 

@@ -118,7 +118,7 @@ class RunFolder:
             before = {name: Fingerprint.from_dict(values) for name, values in json.loads(path.read_text()).items()}
         except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
             raise CheckpointError(
-                f"{path} cannot be read ({error!r}), so nobody can tell whether the teachers are the same; delete it if they are"
+                f"{path} cannot be read ({error!r}), so it is not known whether the teachers are the same; delete it if they are"
             ) from error
         changed = [
             f"{name}.{d}" for name, now in self.teachers.items() if name in before for d in before[name].differences(now)

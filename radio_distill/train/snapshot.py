@@ -46,7 +46,7 @@ def refuse_non_finite(t: Training) -> None:
     ]
     bad = [text for rank in agree.gather(found) for text in rank]
     if bad:
-        stands = f"the checkpoint of step {t.saved_step} stands" if t.saved_step >= 0 else "there is no checkpoint yet"
+        stands = f"the checkpoint of step {t.saved_step} is intact" if t.saved_step >= 0 else "there is no checkpoint yet"
         raise TrainingError(
             f"weights are not finite after step {t.step} ({'; '.join(bad)}); nothing was saved, {stands}. "
             "Lower optim.lr or set optim.clip, then start again"

@@ -93,7 +93,7 @@ def render(run: Path, status: Status) -> str:
     lines.append(f"  last save  {saved}")
     lines.append(f"  job        {status.owner}; {status.ranks} rank{'s' if status.ranks > 1 else ''}")
     if status.state not in (*WORKING, "finished"):
-        lines.append("  the same command goes on from the last save")
+        lines.append("  run the same command again to resume from the last save")
     return "\n".join(lines)
 
 
