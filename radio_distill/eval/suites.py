@@ -190,7 +190,7 @@ def _with_tasks(theirs: list[type[Task]]) -> type[SuiteCard]:
 def digest(task: Task, resolution: int | None = None) -> str:
     """Hash of everything that was asked of a task: its card, a resolution where another than its own was, a user's code."""
     asked = {**task.model_dump(mode="json"), **({"--resolution": resolution} if resolution else {})}
-    if is_named(kind := asked.get("kind")):
+    if is_named(kind := str(asked.get("kind"))):
         asked["--code"] = code_digest(kind)
     return digest_of(asked)[:12]
 
