@@ -1,4 +1,4 @@
-"""Map geometry: put one feature map onto the grid of another.
+"""Resample a feature map onto the grid of another.
 
 One convention everywhere: cell i of n covers [i/n, (i+1)/n] of its box and its value stands for the cell's centre
 (half-pixel, `align_corners=False`). Enlarging is bilinear; reducing widens the kernel to the size of a target cell, so that

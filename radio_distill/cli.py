@@ -152,7 +152,7 @@ def _add_submit(commands: Any) -> None:
     submit.add_argument("--tasks", type=_positive, default=1, help="ranks on each machine when --gpus=0 (1)")
     submit.add_argument("--cpus", type=_positive, default=12, help="CPUs of each rank (12)")
     submit.add_argument(
-        "--hours", type=float, default=48.0, help="time limit; a job that reaches it saves and goes on later (48)"
+        "--hours", type=float, default=48.0, help="time limit; a job that reaches it saves and resumes later (48)"
     )
     submit.add_argument("--partition", help="Slurm's partition")
     submit.add_argument("--account", help="Slurm's account")

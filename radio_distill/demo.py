@@ -106,9 +106,9 @@ def _train(stage: str, folder: Path, source: Path, *, before: str | None) -> Non
         ]
     code = launch(recipe, overrides, RANKS)
     if code == STOPPED:
-        raise TrainingError(f"{stage} was asked to stop before its end and has saved; run the demo again to go on")
+        raise TrainingError(f"{stage} was asked to stop before its end and has saved; run the demo again to resume")
     if code:
-        raise TrainingError(f"{stage} ended with exit code {code}; see the lines above, then run the demo again to go on")
+        raise TrainingError(f"{stage} ended with exit code {code}; see the lines above, then run the demo again to resume")
 
 
 def _upsamplers(folder: Path, source: Path) -> None:

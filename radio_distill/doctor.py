@@ -1,6 +1,6 @@
-"""`radio-distill doctor [RECIPE]`: is everything here that a training needs? Looks and opens files.
+"""`radio-distill doctor [RECIPE]`: check that everything a training needs is on this machine, by looking at files and opening some.
 
-Commands (`pipe:`) and URLs of the recipe are told, and neither run nor opened unless `--open` asks for it."""
+Commands (`pipe:`) and URLs of the recipe are listed; they are run or opened only with `--open`."""
 
 from __future__ import annotations
 

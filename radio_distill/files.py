@@ -1,25 +1,82 @@
-"""Files that a program wrote and something else may have damaged: read whole, or refused with path, kind and what to do."""
+"""Files: written whole or not at all, known by their content, and read whole or refused with path, kind and what to do."""
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
+from uuid import uuid4
 
 from .errors import CheckpointError, RadioDistillError
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
 
-__all__ = ["DAMAGE", "json_file", "parse_json", "typed", "written_as"]
+__all__ = [
+    "DAMAGE",
+    "UNFINISHED",
+    "appearing",
+    "digest_of",
+    "digest_of_file",
+    "replace_text",
+    "json_file",
+    "parse_json",
+    "typed",
+    "written_as",
+]
 
 Value = TypeVar("Value")
 
 DAMAGE = (OSError, EOFError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, AssertionError, RuntimeError)
 """What reading raises where a file is cut, or a value in it is missing or of another type."""
+
+
+UNFINISHED = ".tmp-"
+"""What the name of every file and folder begins with that is being written; left over, it is of a process that was killed."""
+
+
+@contextmanager
+def appearing(path: Path, *, sync: bool = False) -> Iterator[Path]:
+    """A temporary path beside `path`: the file or folder that the block makes there gets the name `path` when it is complete.
+
+    A file replaces the one of that name; a folder takes the place of none or of an empty one, else OSError. When the block
+    fails nothing is left. sync: the file is on the disk before it gets its name.
+    """
+    temporary = path.with_name(f"{UNFINISHED}{uuid4().hex[:12]}-{path.name}")  # several machines may write here
+    try:
+        yield temporary
+        if sync:
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary, ignore_errors=True)
+        temporary.unlink(missing_ok=True)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a text file that is there with all of its content, or as it was."""
+    with appearing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def digest_of(value: object) -> str:
+    """SHA-256, 64 hex digits, of a text, or of plain values as JSON with sorted keys."""
+    text = value if isinstance(value, str) else json.dumps(value, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def digest_of_file(path: Path) -> str:
+    """SHA-256 of a file's content, 64 hex digits, as `sha256sum` prints."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Which teacher is this? One fingerprint of everything that changes what a teacher gives, and what differs between two.
+"""The fingerprint of a teacher: everything that changes its output; and what differs between two fingerprints.
 
     facts    of the card: family, loader, input, output, params; not its name, licence or notes
     weights  SHA-256 of the content: a file may be moved or renamed
@@ -18,7 +18,6 @@ import ast
 import hashlib
 import json
 import logging
-import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -34,6 +33,7 @@ from .config.load import cards_of, load_card
 from .config.recipe import Debias, Job, Recipe, Trained
 from .config.upsampler_recipe import UpsamplerRecipe
 from .errors import RadioDistillError
+from .files import digest_of, digest_of_file, replace_text
 from .loaders import look_here
 from .paths import PACKAGE, cache_dir, expand
 from .runs import artifact_folder
@@ -82,7 +82,7 @@ class Fingerprint:
         """One short word for all of it; equal for teachers without a difference, wherever their weights lie."""
         where = [self.weights] if self.weights else [self.source, self.revision]
         text = json.dumps([dict(self.facts), where, self.code], sort_keys=True, default=str)
-        return hashlib.sha256(text.encode()).hexdigest()[:12]
+        return digest_of(text)[:12]
 
     def differences(self, now: Fingerprint) -> list[Difference]:
         """What another teacher has that this one had not; empty when they are the same as far as both are known."""
@@ -199,7 +199,7 @@ def _digest(files: list[Path]) -> str | None:
     digests = sorted(_file_digest(file) for file in files)
     if len(digests) < 2:
         return digests[0] if digests else None
-    return hashlib.sha256("".join(digests).encode()).hexdigest()
+    return digest_of("".join(digests))
 
 
 def _file_digest(path: Path) -> str:
@@ -213,23 +213,20 @@ def _file_digest(path: Path) -> str:
 
 @lru_cache(maxsize=1024)
 def _read_once(path: str, size: int, *state: int) -> str:
-    known = cache_dir() / "digests" / hashlib.sha256(repr((path, size, state)).encode()).hexdigest()[:32]
+    known = cache_dir() / "digests" / digest_of(repr((path, size, state)))[:32]
     try:
         return known.read_text()
     except OSError:
         pass
     if size >= LARGE:
         log.info("reading %.0f GiB of %s, to know these weights again", size / 2**30, path)
-    with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    content = digest_of_file(Path(path))
     try:
         known.parent.mkdir(parents=True, exist_ok=True)
-        part = known.with_name(f".{known.name}.{os.getpid()}")
-        part.write_text(digest)
-        part.replace(known)
+        replace_text(known, content)
     except OSError:  # a cache that cannot be written to costs time only
         log.debug("cannot write %s", known)
-    return digest
+    return content
 
 
 def _sources(module: str) -> Iterator[tuple[str, Path]]:

@@ -1,4 +1,4 @@
-"""What can be done with a recipe, by its kind: train it, work out its cost, look for what it needs.
+"""Every kind of recipe (stage, upsampler, VLM) and the functions that train it, plan its cost and check what it needs.
 
 `python -m radio_distill.train RECIPE [key=value ...]` runs `main`: one rank of a training of any kind, started by Slurm,
 torchrun or `radio-distill train`. A kind of recipe is a model in `config/` and one entry of `KINDS`.

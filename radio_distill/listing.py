@@ -1,4 +1,4 @@
-"""`radio-distill list`: what can be used, as tables. Reads cards, recipes and the local cache; no network."""
+"""`radio-distill list`: tables of teachers, recipes, upsamplers, VLMs and students. Reads cards, recipes and the local cache; no network."""
 
 from __future__ import annotations
 

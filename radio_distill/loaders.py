@@ -94,7 +94,7 @@ def _imported(name: str, target: str, by: str, error: type[RadioDistillError]) -
         if fault.name is not None and (name == fault.name or name.startswith(f"{fault.name}.")):
             advice = f"run it from the folder that holds {name.partition('.')[0]}, set PYTHONPATH, or install it"
             raise error(
-                f"{by} is {target!r}, but there is no module {fault.name!r} in {os.getcwd()} or installed; {advice}"
+                f"{by}: {target!r} cannot be imported: there is no module {fault.name!r} in {os.getcwd()} or installed; {advice}"
             ) from None
         raise error(_failed(by, target, fault)) from fault
     except (Exception, SystemExit) as fault:

@@ -1,4 +1,4 @@
-"""Run folders as anyone may read them: where a recipe's run lies, which checkpoint is its newest, what that holds.
+"""Read run folders: where a recipe's run lies, which checkpoint is the newest, what is in it.
 
 Writing them is the business of `train/`; this file needs no DeepSpeed and no PyTorch.
 """
@@ -65,7 +65,7 @@ def pointed(run: Path) -> str:
 
 
 def latest_of_all(runs: Sequence[Path]) -> list[Path | None]:
-    """The newest complete checkpoint of the first run, and those of the same step of the runs that make its steps with it.
+    """The newest complete checkpoint of the first run, and the checkpoint of the same step from every student trained with it.
 
     Raises CheckpointError when one of them has none of that step.
     """
@@ -76,7 +76,7 @@ def latest_of_all(runs: Sequence[Path]) -> list[Path | None]:
     missing = next((path for path in found if not (path / "meta.json").is_file()), None)
     if missing is not None:
         raise CheckpointError(
-            f"{missing} is missing, and the students of a recipe go on together from {first.name}; put it back, or start a run of "
+            f"{missing} is missing, and the students of a recipe resume together from {first.name}; put it back, or start a run of "
             "its own for the others: run=ANOTHER_FOLDER start.kind=run"
         )
     return list(found)

@@ -97,7 +97,7 @@ class Evaluate:
         from .eval.__main__ import main as evaluate
 
         models = [word for model in self.models for word in ("--model", model)]
-        code = evaluate(["--suite", self.suite, *models, "--out", f"runs/results-{self.suite}.jsonl", *self.options])
+        code = evaluate(["--suite", self.suite, *models, "--out", f"runs/results-{Path(self.suite).stem}.jsonl", *self.options])
         if code:
             raise RadioDistillError(f"suite {self.suite} ended with exit code {code}; see the lines above")
         return code
@@ -165,9 +165,9 @@ def _executor(logs: Path) -> Any:
         raise RadioDistillError(f"no Slurm here ({error}); call it where sbatch works, or look with --dry-run") from error
 
 
-def _found(recipe: str) -> str:
-    """A path is made absolute: the job may start elsewhere."""
-    return os.path.abspath(recipe) if Path(recipe).is_file() else recipe
+def _found(name: str) -> str:
+    """A path of a recipe or suite is made absolute: the job may start elsewhere."""
+    return os.path.abspath(name) if Path(name).is_file() else name
 
 
 def _suite(text: str) -> Evaluate:
@@ -177,4 +177,4 @@ def _suite(text: str) -> Evaluate:
         raise RecipeError(
             f"--eval {text!r}: expected SUITE=MODEL[,MODEL...] [OPTIONS], such as 'toy=runs/stage1,teacher:toy_dino --limit 50'"
         )
-    return Evaluate(suite, tuple(models.split(",")), tuple(options))
+    return Evaluate(_found(suite), tuple(models.split(",")), tuple(options))

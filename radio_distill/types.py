@@ -1,4 +1,4 @@
-"""The values that travel along the line: data -> teachers -> balancers -> student -> losses -> results.
+"""The types that modules pass to each other: batches, targets, outputs, results.
 
 Shapes: B batch, C channels, H W rows and columns (pixels of an image, cells of a feature map).
 """
@@ -133,7 +133,7 @@ class Result:
     config_hash: str = ""
     seed: int = 0
     preset: str = ""
-    """Preset of the suite's card; only numbers of `paper` may stand beside published ones."""
+    """Preset of the suite's card; only numbers of `paper` may be compared with published ones."""
     headline: bool = True
     """A number of the paper's tables; only they count in the MTL gain."""
     model_id: str = ""

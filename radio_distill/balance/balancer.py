@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ..config.cards import TeacherCard
 from ..errors import CheckpointError
-from ..files import parse_json
+from ..files import appearing, parse_json
 from ..fingerprint import Fingerprint, fingerprint
 from ..tensors import broadcast, row_major, save_tensors
 
@@ -137,13 +137,11 @@ def save_balancers(folder: Path, balancers: dict[str, Balancer], teachers: Mappi
     """
     folder.mkdir(parents=True, exist_ok=True)
     for name, balancer in balancers.items():
-        path = folder / f"{name}.safetensors"
-        part = path.with_suffix(".part")
         metadata = {"kind": balancer.kind, "facts": json.dumps(balancer.facts)}
         if teachers and name in teachers:
             metadata["fingerprint"] = json.dumps(teachers[name].to_dict())
-        save_tensors(part, balancer.tensors(), metadata)
-        part.replace(path)
+        with appearing(folder / f"{name}.safetensors") as path:
+            save_tensors(path, balancer.tensors(), metadata)
 
 
 def check_balancers(folder: Path, cards: Mapping[str, TeacherCard]) -> None:

@@ -1,4 +1,4 @@
-"""What the types of a recipe cannot say: which values do not fit each other. Pure arithmetic on recipe and cards."""
+"""Checks across the fields of a recipe and its cards: values that are fine alone and do not fit each other. Pure arithmetic."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""YAML text to plain values that remember where they stand: file and line of every key.
+"""Parse YAML into plain values, and remember file and line of every key for error messages.
 
 Differences from plain YAML 1.1, each because it bites in recipes: `1e-3` is a number, only `true` and `false` are
 booleans, there are no dates and no octal numbers, keys are always text, a key may not occur twice.

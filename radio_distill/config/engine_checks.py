@@ -1,4 +1,4 @@
-"""What cannot run together in the engine, told before any GPU hour: ZeRO stages, DeepSpeed's own keys, packages.
+"""Settings of the engine that cannot run together (ZeRO stages, DeepSpeed's own keys, missing packages), refused before a job starts.
 
 DeepSpeed accepts unknown top-level keys in silence and has defaults that change the result, so its JSON is made from the recipe
 (`train/engine_config.py`). What users may still tune goes through `engine.deepspeed`, checked here.

@@ -1,4 +1,4 @@
-"""How the views of an image differ that an upsampler is trained on. FS = FeatSharp (paper or code), OURS = our choice."""
+"""How the views that an upsampler is trained on differ from their image. FS = FeatSharp (paper or code), OURS = our choice."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""pydantic's validation errors in the words of the person who wrote the file: key, value, what was expected, nearest name."""
+"""Turn pydantic's validation errors into messages about the user's file: key, value, what was expected, nearest known name."""
 
 from __future__ import annotations
 

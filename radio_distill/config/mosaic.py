@@ -1,4 +1,4 @@
-"""How many small images one image of a large-input teacher shows (RADIOv2.5: SAM): one rule for checks, costs and service."""
+"""How many small images one mosaic for a large-input teacher holds (RADIOv2.5: SAM); checks, cost model and training all ask here."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Names that a recipe or a card gives, and that become names of files and folders."""
+"""Which names a recipe or card may give to things whose name becomes a file or folder."""
 
 from __future__ import annotations
 

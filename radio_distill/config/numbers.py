@@ -1,7 +1,7 @@
 """The numbers of recipes and cards: every one is finite, has a range, and is no `true` or `false`.
 
-Fields are annotated with these types (`steps: Positive`) and with nothing else, so that a typing slip (`lr: .inf`,
-`steps: true`, `size: 1e12`) is told where it stands, before it costs a run.
+Number fields are annotated with these types only (`steps: Positive`), so that a typing slip (`lr: .inf`, `steps: true`,
+`size: 1e12`) is reported with file and line before it costs a run.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Values of an upsampler's recipe that go together: three named forms of FeatSharp, and what a kind without tiles leaves out.
+"""Presets of an upsampler's recipe: three named forms of FeatSharp, and what a kind without tiles leaves out.
 
-They stand in for values that nobody wrote: what a file or the command line says comes first, then what the kind implies,
-then the preset, then the defaults of the fields. FS = FeatSharp paper, CODE = its public configuration and code.
+They fill in values that nobody wrote. Order of precedence: the file or command line, what the kind implies, the preset, the
+defaults of the fields. FS = FeatSharp paper, CODE = its public configuration and code.
 """
 
 from __future__ import annotations

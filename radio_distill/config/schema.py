@@ -1,4 +1,4 @@
-"""Questions about a pydantic model that pydantic itself does not answer: what stands at a path, which keys a map may have."""
+"""Look into pydantic models: which field lies at a path (`optim.lr`), which keys a map may have."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The strict loader: a chain of YAML files and overrides, merged, checked, and all that is wrong told at once.
+"""The strict loader: merge a chain of YAML files and overrides, check the result, and report all errors at once.
 
 A file may name one parent with `extends:`. Maps are merged key by key, everything else is replaced; `key: null` removes an
 inherited map; where a map is one of several alternatives by `kind`, another `kind` starts it anew. Overrides come last.
@@ -18,7 +18,7 @@ from .document import Document, KeyPath, Problem, Where, parse, parse_override
 from .messages import MOST, did_you_mean, explain
 from .schema import child, models_of
 
-__all__ = ["find", "read", "values_of"]
+__all__ = ["display", "find", "read", "values_of"]
 
 Model = TypeVar("Model", bound=BaseModel)
 

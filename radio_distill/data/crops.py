@@ -1,4 +1,4 @@
-"""Which part of an image a sample shows, and which part each consumer sees when crops are shifted independently.
+"""Random crops: which part of an image a sample shows, and how it is shifted for the student and for each teacher.
 
 All in fractions of the image's sides, so that it does not matter at which scale the image is decoded.
 """
@@ -32,7 +32,7 @@ class Shift(NamedTuple):
 
 
 def draw_crop(rng: random.Random, height: int, width: int, crop: Crop) -> Box:
-    """Draw a crop whose area and aspect ratio lie in the recipe's ranges (recipe.md 1.6; Inception crop).
+    """Draw a crop whose area and aspect ratio lie in the recipe's ranges (the Inception crop).
 
     Where ten draws do not fit into the image: the largest centred crop with the nearest allowed ratio.
     """

@@ -1,7 +1,7 @@
 """Mosaics: k x k small images in one image of a teacher that only takes a large one, and back (RADIOv2.5: SAM).
 
 Every image lies at a random whole-patch offset in its cell, so that the teacher's position artefacts average out
-(recipe.md 1.3), and its features can be cut out again without interpolation. Runs on any device.
+and its features can be cut out again without interpolation. Runs on any device.
 
 Shapes: B images, M mosaics = ceil(B / k^2), C channels, h w patch grid of a mosaic, S side of an image in pixels.
 """

@@ -1,4 +1,4 @@
-"""Loader processes: started from a clean server, deaf to what is meant for the trainer, gone when the trainer is."""
+"""Loader processes: forked from a server without CUDA or threads; they ignore the trainer's signals and end when it ends."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Seeds and orders that are a function of names and numbers alone, never of a process, a rank or a clock."""
+"""Seeds and permutations computed from names and numbers alone, so that they never depend on a process, a rank or a clock."""
 
 from __future__ import annotations
 

@@ -10,7 +10,6 @@ import json
 import logging
 import os
 import random
-import shutil
 import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from pathlib import Path
 
 from ..config.recipe import Source
 from ..errors import DataError
-from ..files import json_file
+from ..files import appearing, json_file
 from .files import INDEX
 from .reading import Raw, ShardError, whole_samples
 from .sources import Listing, is_url, list_source
@@ -88,17 +87,14 @@ def make_shards(source: Path | str, out: Path | str, *, count: int = 1000, seed:
     random.Random(seed).shuffle(samples)
     num = ceil(len(samples) / count)
     cuts = [i * len(samples) // num for i in range(num + 1)]
-    unfinished = out.with_name(out.name + ".part")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
     names = [f"{i:06d}.tar" for i in range(num)]
-    for name, (start, stop) in zip(names, pairwise(cuts)):
-        _write(unfinished / name, samples[start:stop], start)
     index = {"shards": {name: stop - start for name, (start, stop) in zip(names, pairwise(cuts))}}
-    (unfinished / INDEX).write_text(json.dumps(index, indent=1) + "\n")
-    if out.exists():
-        out.rmdir()
-    unfinished.rename(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with appearing(out) as folder:
+        folder.mkdir()
+        for name, (start, stop) in zip(names, pairwise(cuts)):
+            _write(folder / name, samples[start:stop], start)
+        (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n")
     log.info("%d samples in %d shards in %s", len(samples), num, out)
     return [out / name for name in names]
 

@@ -29,7 +29,7 @@ from .seeding import stable_hash
 __all__ = ["Canvas", "ViewCutter", "ViewSpec", "as_views", "mosaic", "resize_into", "unmosaic"]
 
 HIGH_RESOLUTION = 768
-"""From this side on, images smaller than half of it are skipped: they would be enlarged more than twice (recipe.md 1.6)."""
+"""From this side on, images smaller than half of it are skipped: they would be enlarged more than twice."""
 
 
 WHOLE_4 = np.array([0, 0, 1, 1], np.float32)

@@ -1,4 +1,4 @@
-"""Build what a training needs from its recipe: teachers, student, balancers, who runs what.
+"""Build a stage from its recipe: teachers, student, balancers, and which rank runs which of them.
 
 Start order, logged: resume the run folder; else the recipe's `start`; else scratch.
 """

@@ -1,4 +1,4 @@
-"""`radio-distill stats RECIPE`: the statistics window alone, without a student; writes balancers for `balance.path`.
+"""`radio-distill stats RECIPE`: gather the teachers' statistics without training a student; writes balancers for `balance.path`.
 
 The recipe's own images, crops and teachers over `balance.window` steps; under torchrun or srun every rank does its part.
 """

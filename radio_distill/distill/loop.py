@@ -122,5 +122,5 @@ def stop_all(t: StageTraining, step: int, batches: list[Batch]) -> RadioDistillE
     )
     keys = ", ".join(key for batch in batches for key in batch.keys[:4])
     return TrainingError(
-        f"non-finite value at step {step}; nothing was updated, the last checkpoint stands.\n  {detail}\n  samples of rank {t.world.rank}: {keys}"
+        f"non-finite value at step {step}; nothing was updated, the last checkpoint is intact.\n  {detail}\n  samples of rank {t.world.rank}: {keys}"
     )

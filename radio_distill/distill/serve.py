@@ -1,4 +1,4 @@
-"""What a dedicated teacher rank does: answer the requests of its block's students until all of them have said goodbye."""
+"""A dedicated teacher rank: it answers the requests of its block's student ranks until all of them have said goodbye."""
 
 from __future__ import annotations
 

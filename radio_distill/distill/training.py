@@ -1,4 +1,4 @@
-"""The state of a distillation: teachers, balancers and the student beside what every training has."""
+"""The state of a distillation: teachers, balancers and student, on top of the state that every training has."""
 
 from __future__ import annotations
 

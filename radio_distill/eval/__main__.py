@@ -17,10 +17,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
+from ..config.messages import did_you_mean
 from ..errors import RadioDistillError
 from ..results import append, read, table
 from ..types import Result
-from .suites import CUSTOM, PAPER, Suite, load_suite, suite_names
+from .suites import CUSTOM, PAPER, Suite, load_suite, presets_of, suite_names
 
 if TYPE_CHECKING:
     from .task import Context
@@ -54,7 +55,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m radio_distill.eval", description=main.__doc__, allow_abbrev=False)
-    parser.add_argument("--suite", choices=[*suite_names(), *FUNCTIONS], required=True)
+    suites = f"{', '.join([*suite_names(), *FUNCTIONS])}; or a card of yours, FILE.yaml (docs/eval.md)"
+    parser.add_argument("--suite", type=_suite, required=True, help=suites)
     forms = "run folder, checkpoint, export, teacher:NAME, timm:NAME, hf:FOLDER, random:FOLDER, package.module:function"
     parser.add_argument("--model", action="append", required=True, help=f"{forms}; may be repeated")
     parser.add_argument("--data", help="folder that holds the data sets (docs/eval.md tells the layouts), or toy; "
@@ -66,6 +68,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, help="seed of whatever is drawn at random (0)")
     parser.add_argument("--batch", type=_positive, help="images of one forward pass (32)")
     parser.add_argument("--workers", type=int, help="processes that read images (default: by the machine)")
+    parser.add_argument(
+        "--save-minutes", type=_minutes, help="how often a probe in training is saved, so that a killed command can resume (5)"
+    )
     parser.add_argument(
         "--ranks", type=_positive, default=1, help="processes to start on this machine (1); or use torchrun, srun"
     )
@@ -79,10 +84,29 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _suite(text: str) -> str:
+    names = [*suite_names(), *FUNCTIONS]
+    if text not in names and not text.endswith((".yaml", ".yml")):
+        raise argparse.ArgumentTypeError(f"no suite {text!r}{did_you_mean(text, names)}; or the path of a card, FILE.yaml")
+    if Path(text).stem in FUNCTIONS and text not in names:
+        raise argparse.ArgumentTypeError(f"{text!r} has the name of the suite {Path(text).stem}; rename the file")
+    return text
+
+
 def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"{text!r}, expected a whole number of at least 1")
     return int(text)
+
+
+def _minutes(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1e6:
+        raise argparse.ArgumentTypeError(f"{text!r}, expected minutes; 0: after every step")
+    return value
 
 
 def _run_card(arguments: argparse.Namespace) -> int:
@@ -101,7 +125,7 @@ def _run_card(arguments: argparse.Namespace) -> int:
             return 0
         outcome = run_suite(suite, arguments.model, context, arguments.out)
         if suite.preset == CUSTOM:
-            _say("preset custom: these numbers cannot stand beside published ones", context)
+            _say("preset custom: these numbers cannot be compared with published ones", context)
         _say(table(outcome.results), context)
         for failure in outcome.failures if context.ranks.rank == 0 else ():
             print(f"error: {failure}", file=sys.stderr)
@@ -116,7 +140,8 @@ def _run_card(arguments: argparse.Namespace) -> int:
 
 def _asked(arguments: argparse.Namespace) -> Suite:
     """The suite with its preset and tasks. Raises RadioDistillError when `--data` is no folder."""
-    preset = arguments.preset or ("smoke" if arguments.data == "toy" else PAPER)
+    quick = arguments.data == "toy" and "smoke" in presets_of(arguments.suite)
+    preset = arguments.preset or ("smoke" if quick else PAPER)
     suite = load_suite(arguments.suite, preset, arguments.overrides).only(arguments.task or [])
     if arguments.data is None and any(task.reads_data for task in suite.tasks.values()):
         raise RadioDistillError("--data is missing; expected the folder that holds the data sets, or toy for generated scenes")
@@ -148,7 +173,8 @@ def _context(arguments: argparse.Namespace, several: bool) -> Context:
     return Context(
         root=arguments.data or "none", device=device, cache=FeatureCache(cache_dir() / "features"), limit=arguments.limit,
         resolution=arguments.resolution, batch=arguments.batch or 32, workers=workers, seed=arguments.seed or 0, ranks=ranks,
-        pictures=arguments.out.parent / "eval_pictures" / arguments.suite,
+        pictures=arguments.out.parent / "eval_pictures" / Path(arguments.suite).stem,
+        probes=cache_dir() / "probes", save_s=60 * (5 if arguments.save_minutes is None else arguments.save_minutes),
     )  # fmt: skip
 
 
@@ -175,7 +201,7 @@ def _without_ranks(argv: Sequence[str]) -> list[str]:
 
 def _run_function(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     run, options = FUNCTIONS[arguments.suite]
-    for option in ("data", "preset", "task", "limit", "resolution", "seed", "batch", "workers", "dry_run"):
+    for option in ("data", "preset", "task", "limit", "resolution", "seed", "batch", "workers", "save_minutes", "dry_run"):
         if getattr(arguments, option) and option not in options:
             parser.error(f"--{option.replace('_', '-')} has no effect in suite {arguments.suite}; leave it out")
     if arguments.overrides:

@@ -146,12 +146,19 @@ def _hooked(teacher: Teacher, blocks: Sequence[nn.Module], norm: nn.Module, imag
             )
             stack.callback(hook.remove)
         teacher.net(pixels)
-    return [_to_map(norm(x), grid, len(pixels)) for x in taken]
+    return [_to_map(norm(x), grid, len(pixels), getattr(teacher.net, "num_prefix", None)) for x in taken]
 
 
-def _to_map(x: Tensor, grid: tuple[int, int], batch: int) -> Tensor:
-    """A map (B, C, H, W) of tokens (B, N, C) or (N, B, C) whose last ones are the patches, or of a map (B, H, W, C)."""
+def _to_map(x: Tensor, grid: tuple[int, int], batch: int, prefix: int | None) -> Tensor:
+    """A map (B, C, H, W) of tokens (B, N, C) or (N, B, C), or of a map (B, H, W, C).
+
+    prefix: tokens before the patches at the network's end (there may be others behind them: YOLOS's detection tokens); None:
+    the patches are last. A block that runs before those tokens are put there (CaiT, XCiT) has the patches alone.
+    """
     if x.ndim == 4:
         return x.movedim(-1, 1)
     tokens_BNC = x if len(x) == batch else x.transpose(0, 1)
-    return to_map(tokens_BNC[:, -grid[0] * grid[1] :], grid)
+    num = grid[0] * grid[1]
+    last = tokens_BNC.shape[1] - num
+    first = last if prefix is None else min(prefix, last)
+    return to_map(tokens_BNC[:, first : first + num], grid)

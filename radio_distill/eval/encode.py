@@ -1,4 +1,4 @@
-"""Images of a data set through a model: read and resized in worker processes, encoded in batches, kept in the feature cache.
+"""Encode a data set with a model: images are read and resized in worker processes, encoded in batches, kept in the feature cache.
 
 data set -> workers (read, resize, stack images of one size) -> model -> features on disk
 

@@ -1,4 +1,4 @@
-"""What a suite would do: the data sets it found, the images it would encode, and about how long that takes here."""
+"""`--dry-run` of a suite: the data sets it found, the images it would encode, and about how long that takes on this machine."""
 
 from __future__ import annotations
 

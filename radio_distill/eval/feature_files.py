@@ -21,7 +21,6 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import IO, Any
-from uuid import uuid4
 
 import numpy as np
 import torch
@@ -29,6 +28,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..errors import DataError
+from ..files import appearing
 
 __all__ = ["Features", "Shards", "hold", "write_file"]
 
@@ -211,12 +211,6 @@ def _save(array: Array, file: IO[bytes]) -> None:
 
 def write_file(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     """Write a file under another name, make sure that it is on the disk, and rename it."""
-    temporary = path.with_name(f".tmp-{uuid4().hex}-{path.name}")  # ranks of several machines write here
-    try:
-        with temporary.open("wb") as f:
-            write(f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with appearing(path, sync=True) as temporary, temporary.open("wb") as file:
+        write(file)
+        file.flush()

@@ -10,7 +10,6 @@ Shapes: B images of a batch.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -27,6 +26,7 @@ import torch
 from torch import Tensor
 
 from ..errors import DataError
+from ..files import digest_of
 from ..types import VisionOutput
 from .feature_files import Array, Features, Shards, hold, write_file
 
@@ -100,7 +100,7 @@ class FeatureCache:
         if count < 1:
             raise DataError(f"{key.dataset} has {count} images, expected at least one")
         asked = {**asdict(key), "size": list(key.size), "count": count, "maps": maps, "half": half, "exponents": half}
-        folder = self.root / hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:24]
+        folder = self.root / digest_of(asked)[:24]
         shards = Shards(folder, count, ROWS[maps])
         if ranks.rank == 0:
             _tidy(folder, shards)
@@ -124,7 +124,7 @@ class FeatureCache:
         if missing:
             left = sum(len(shards.images(i)) for i in missing)
             if left < shards.count:
-                log.info("%s: %d of %d images are there, going on", asked["model"], shards.count - left, shards.count)
+                log.info("%s: %d of %d images are there, computing the rest", asked["model"], shards.count - left, shards.count)
             own = [int(i) for i in np.array_split(missing, ranks.world)[ranks.rank]]
             _Extraction(self, asked, shards, missing, unread, leads=ranks.rank == 0).run(own, produce)
         ranks.barrier()

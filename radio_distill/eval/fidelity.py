@@ -1,4 +1,4 @@
-"""The `fidelity` suite: how well trained upsamplers agree with their teacher from other views of images they have not seen.
+"""The `fidelity` suite: how well upsampled maps, warped into other views, agree with the teacher on those views (held-out images).
 
     python -m radio_distill.eval --suite fidelity --model runs/upsampler_siglip_3x --model runs/upsampler_siglip_3x_featup
 
@@ -10,8 +10,6 @@ Shapes: B images, J views, C channels, h w the teacher's grid, H W the upsampled
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -25,6 +23,7 @@ from ..config.jitter import Jitter
 from ..config.upsampler import Network
 from ..data.held_out import HeldOut
 from ..data.jitter import draw_matrices, warp_views
+from ..files import digest_of
 from ..fingerprint import fingerprint
 from ..homography import warp
 from ..teachers.base import Teacher, chunked, load_teacher
@@ -63,7 +62,7 @@ class FidelityProtocol:
     def digest(self) -> str:
         """Of everything above."""
         facts = {**asdict(self), "jitter": self.jitter.model_dump()}
-        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
+        return digest_of(facts)[:12]
 
 
 class Measured(NamedTuple):

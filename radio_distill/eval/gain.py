@@ -127,7 +127,7 @@ def _delta(task: str, model: Row, baseline: Row) -> Delta:
         if other.protocol is None and score.protocol is not None and score.preset != "paper":
             raise DataError(
                 f"{task} of {row.model} was measured with preset {score.preset or 'none'}, and only numbers of preset paper "
-                "(whole data sets, exactly as the suite's card says) may stand beside published ones; evaluate with "
+                "(whole data sets, exactly as the suite's card says) may be compared with published ones; evaluate with "
                 "--preset paper, or compare with a run"
             )
     if ours.higher_is_better != theirs.higher_is_better:

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import RadioDistillError
 from ..fingerprint import code_digest, known_fingerprint
+from ..loaders import check_call, import_named
 from ..paths import shipped
 from ..types import VisionModel
 
@@ -113,15 +114,14 @@ def _open(name: str, form: str, rest: str, options: dict[str, str], device: str)
 
 
 def _from_path(name: str, rest: str, options: dict[str, str], device: str) -> Opened:
+    from ..student.load import load_student
+    from .outside_models import is_radio
+
     path = Path(rest).expanduser()
-    if path.is_file():
-        from ..student.checkpoints import load_reference
-
-        return _student(str(path), load_reference(path), options, device)
-    if (path / "config.json").is_file():
-        return _from_hf(name, rest, {}, device) if not options else _student(rest, _hf_student(path), options, device)
-    from ..student.checkpoints import load_student
-
+    if (path / "config.json").is_file() and not is_radio(path) and not options:
+        return _from_hf(name, rest, {}, device)
+    if path.is_file() or (path / "config.json").is_file() or any(path.glob("*.pth.tar")):
+        return _student(rest, load_student(path), options, device)
     folder, label = _artifact(path, rest)
     return _student(label, load_student(folder), options, device)
 
@@ -130,9 +130,9 @@ def _from_random(name: str, rest: str, options: dict[str, str], device: str) -> 
     import torch
 
     from ..network.student import Student
-    from ..student.checkpoints import load_student
+    from ..student.load import load_student
 
-    arch = load_student(_artifact(Path(rest).expanduser(), rest)[0]).arch
+    arch = load_student(rest).arch
     torch.manual_seed(0)
     return _student(f"random:{rest}", Student(arch), options, device)
 
@@ -171,7 +171,9 @@ def _from_hf(name: str, rest: str, options: dict[str, str], device: str) -> Open
     if not (folder / "config.json").is_file():
         raise RadioDistillError(f"model {name!r}: {folder / 'config.json'} does not exist; expected a folder of transformers")
     if is_radio(folder):
-        return _student(name, _hf_student(folder), {}, device)
+        from ..student.load import load_student
+
+        return _student(name, load_student(folder), {}, device)
     trusted = options.get("trust_remote_code", "false").lower() in ("true", "1", "yes")
     return _teacher(name, hf_teacher(folder, trust_remote_code=trusted).to(device))
 
@@ -179,14 +181,9 @@ def _from_hf(name: str, rest: str, options: dict[str, str], device: str) -> Open
 def _from_function(name: str, rest: str, options: dict[str, str], device: str) -> Opened:
     from torch import nn
 
-    module, _, function = rest.partition(":")
-    try:
-        make = getattr(import_module(module), function)
-    except (ImportError, AttributeError) as error:
-        raise RadioDistillError(
-            f"model {name!r}: {error}; expected package.module:function that can be imported (PYTHONPATH), or {FORMS}"
-        ) from error
-    model = make()
+    make = import_named(rest, by=f"model {name!r}", expected="a function that returns a VisionModel")
+    check_call(make, by=f"model {name!r}", options={}, error=RadioDistillError)
+    model, module = make(), rest.partition(":")[0]
     if not isinstance(model, VisionModel):
         raise RadioDistillError(
             f"model {name!r} returned a {type(model).__name__}, expected a VisionModel: "
@@ -237,12 +234,6 @@ def _student(label: str, student: nn.Module, options: dict[str, str], device: st
         student.window_size, label = int(window), f"{label}?window={window}"
     facts = {"arch": student.arch.to_dict(), "window": student.window_size}
     return Opened(label, student.eval().requires_grad_(False).to(device), facts, student.state_dict)
-
-
-def _hf_student(folder: Path) -> nn.Module:
-    from ..student.checkpoints import student_from_hf
-
-    return student_from_hf(folder)
 
 
 def _teacher(label: str, teacher: Teacher) -> Opened:

@@ -1,4 +1,4 @@
-"""Models of timm and transformers as rows of a table, without a card: sizes and normalisation come from the libraries' own files.
+"""Evaluate models of timm and transformers without a card: sizes and normalisation come from the libraries' own files.
 
 Shapes: B batch, C channels, H W pixels, N tokens, p side of a patch.
 """
@@ -151,12 +151,13 @@ class _Tokens(nn.Module):
     def __init__(self, card: TeacherCard, tower: Any) -> None:
         super().__init__()
         self.card, self.tower = card, tower
+        self.num_prefix: int = card.params["prefix_tokens"]
 
     def forward(self, pixels_B3HW: Tensor) -> VisionOutput:
         grid = check_size(self.card, pixels_B3HW)
         out = _run(self.tower, pixels_B3HW)
-        tokens, prefix = out.last_hidden_state, self.card.params["prefix_tokens"]
-        patches = tokens[:, prefix : prefix + grid[0] * grid[1]]
+        tokens = out.last_hidden_state
+        patches = tokens[:, self.num_prefix : self.num_prefix + grid[0] * grid[1]]
         summary = summarize(self.card.params["summary"], tokens, patches, getattr(out, "pooler_output", None))
         return VisionOutput(summary, patch_map(self.card, patches, grid))
 

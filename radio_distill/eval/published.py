@@ -1,4 +1,4 @@
-"""The paper's tables (`eval/published.yaml`): what the FeatSharp paper prints, as reference rows and as the list of its tasks."""
+"""Figures printed in the FeatSharp paper (`eval/published.yaml`): reference rows for our tables, and the list of its tasks."""
 
 from __future__ import annotations
 

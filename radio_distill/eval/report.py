@@ -6,7 +6,6 @@ Everything is read from the run folders: recipe, metrics.jsonl, results.jsonl, p
 from __future__ import annotations
 
 import base64
-import os
 import re
 from collections.abc import Iterable
 from html import escape
@@ -17,6 +16,7 @@ from ..config.recipe import Recipe
 from ..config.upsampler_recipe import UpsamplerRecipe
 from ..config.vlm_recipe import VlmRecipe
 from ..errors import CheckpointError, DataError
+from ..files import replace_text
 from ..log.sinks import read_metrics
 from ..results import read
 from ..types import Result
@@ -91,15 +91,9 @@ def write_report(folder: Path, baseline: str | None = None) -> Path:
     words.append(to_markdown(sections(results)).strip())
     if gains or broken:
         words += ["## Gain", f"```\n{render(gains)}\n```" if gains else broken]
-    _replace(folder / "report.md", "\n\n".join(word for word in words if word) + "\n")
-    return _replace(folder / "report.html", page)
-
-
-def _replace(path: Path, text: str) -> Path:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
-    return path
+    replace_text(folder / "report.md", "\n\n".join(word for word in words if word) + "\n")
+    replace_text(folder / "report.html", page)
+    return folder / "report.html"
 
 
 Metrics = list[dict[str, float]]

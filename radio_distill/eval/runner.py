@@ -1,24 +1,27 @@
-"""Run a suite: every model, every task whose results are not in the file yet; what is measured is written down at once."""
+"""Run a suite: for every model, every task whose results are not in the file yet; each result is appended as soon as it is measured."""
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 import torch.distributed as dist
 
 from ..errors import DataError, RadioDistillError
+from ..files import digest_of
 from ..results import append, read
 from ..types import Result
+from ..version import __version__
 from .encode import Resize, precision
 from .model_cost import COST, cost_of, device_name
+from .progress import ProbeFiles
 from .suites import CUSTOM, PAPER, Suite, digest
 from .task import Context, Score, Task
 
@@ -50,7 +53,8 @@ def run_suite(suite: Suite, models: Sequence[str], context: Context, out: Path) 
 
     A result that is there already, of the same model, data, settings and seed, is not measured again. Raises DataError listing
     all that is missing before anything is computed. A model that cannot be opened, and a task that fails for one model, whatever
-    it raised, do not stop the others, unless they fail on some ranks alone: those that they do not fail on wait for the others.
+    it raised, do not stop the others. A task that fails on every rank is recorded and skipped; one that fails on some ranks only
+    ends the run, because the others would wait forever.
     What an image costs at the sizes of the tasks is written down, too, but is not in the outcome.
     """
     from .models import openers
@@ -118,24 +122,39 @@ def _measure(suite: Suite, name: str, task: Task, opened: Opened, context: Conte
         "model": opened.label,
         "model_id": opened.id,
         "dataset": f"{scored.name}/{scored.split}#{identities[0].content}",
-        "data_digest": hashlib.sha256(" ".join(i.digest for i in identities).encode()).hexdigest()[:12],
+        "data_digest": digest_of(" ".join(i.digest for i in identities))[:12],
         "version": task.version,
         "config_hash": digest(task, context.resolution),
         "seed": context.seed,
         "preset": preset_of(suite, context, datasets),
         "precision": precision(context),
     }
-    before = _before(out, known, context)
+    before, files = _before(out, known, context), _probe_files(known, context)
     if before:
+        if files is not None:  # whoever measured it may have been killed before this
+            files.drop()
         log.info("%s of %s is in %s", name, opened.label, out)
         return before
     side = task.size(context)
     own = Resize("exact", side).fit(opened.model).square[0] if side else side
     log.info("%s of %s%s", name, opened.label, f", which takes {own} px and not {side}" if own != side else "")
-    results = [_result(known, score, items=len(scored), side=task.size(context)) for score in task.run(opened, context)]
+    scores = task.run(opened, replace(context, files=files))
+    results = [_result(known, score, items=len(scored), side=task.size(context)) for score in scores]
     if context.ranks.rank == 0:
         append(out, results)
+    if files is not None:
+        files.drop()
     return results
+
+
+def _probe_files(known: Mapping[str, Any], context: Context) -> ProbeFiles | None:
+    """Where the probes of a task keep how far they have come: as the results, of one model, data, settings and seed; and of one
+    number of ranks and version of the code, so that going on gives the same numbers."""
+    if context.probes is None:
+        return None
+    facts = {**known, "world": context.ranks.world, "device": context.device.type, "code": [__version__, torch.__version__]}
+    del facts["suite"], facts["model"], facts["preset"]  # names of what the others say
+    return ProbeFiles(context.probes, facts, every_s=context.save_s, ranks=context.ranks)
 
 
 def _fails_everywhere(what: str, context: Context) -> bool:

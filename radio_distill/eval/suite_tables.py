@@ -108,7 +108,7 @@ def _notes(results: Sequence[Result]) -> list[str]:
         notes.append(f"Lower is better: {', '.join(down)}.")
     others = [preset for preset in dict.fromkeys(r.preset for r in results) if preset not in ("", PAPER)]
     if others:
-        notes.append(f"Preset {' and '.join(others)}: these numbers cannot stand beside published ones.")
+        notes.append(f"Preset {' and '.join(others)}: these numbers cannot be compared with published ones.")
     return notes
 
 

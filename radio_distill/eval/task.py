@@ -1,4 +1,4 @@
-"""What a suite is made of. A task finds its data sets, then measures one model; whatever may vary is a field of its card.
+"""The interface of a task: it finds its data sets, then measures one model; every setting is a field of the suite's card.
 
 eval/SUITE.yaml -> tasks -> task.datasets(context), task.run(model, context) -> scores -> results.jsonl
 """
@@ -17,6 +17,7 @@ from ..config.cards import Fields
 from ..data.identity import Identity
 from ..errors import DataError
 from .features import ALONE, FeatureCache, Ranks
+from .progress import KEEPS_NOTHING, ProbeFiles, Progress
 
 if TYPE_CHECKING:
     import torch
@@ -67,7 +68,17 @@ class Context:
     ranks: Ranks = field(default=ALONE)
     pictures: Path | None = None
     """Folder for qualitative pictures; None: none are kept."""
+    probes: Path | None = None
+    """Folder where probes in training keep how far they have come; None: they keep nothing, and start anew."""
+    save_s: float = 300
+    """Seconds between two savings of a probe."""
+    files: ProbeFiles | None = None
+    """Those of the task that is being measured."""
     _identities: dict[tuple[Any, ...], Identity] = field(default_factory=dict, compare=False, repr=False)
+
+    def progress(self, name: str) -> Progress:
+        """How far a probe of the task has come; `name`: among those of the task. All ranks call it alike."""
+        return KEEPS_NOTHING if self.files is None else self.files.progress(name)
 
     def identity(self, dataset: Dataset[Any]) -> Identity:
         """What a data set is by its content, looked at once an evaluation. All ranks call it alike.

@@ -1,4 +1,4 @@
-"""The summary that a text tower understands: a teacher's own, or what a student's adaptor predicts of it."""
+"""The image vector to compare with a text tower's: a teacher's own summary, or what a student's adaptor predicts of it."""
 
 from __future__ import annotations
 

@@ -7,8 +7,6 @@ Shapes: N scenes, C channels, H W feature grid, S pixels of a side.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from dataclasses import dataclass
 from functools import cache
 
@@ -19,6 +17,7 @@ from torch import Tensor
 from ..align import resize_map
 from ..balance import Moments
 from ..config.load import list_cards
+from ..files import digest_of
 from ..network.student import Student
 from ..teachers.base import load_teacher
 from ..types import Result, VisionModel, VisionOutput
@@ -164,8 +163,7 @@ def _resized(images_N3SS: Tensor, size: tuple[int, int]) -> Tensor:
 def _result(
     task: str, metric: str, value: float, model: str, protocol: ToyProtocol, resolution: int, *, unit: str = "percent"
 ) -> Result:
-    digest = hashlib.sha256(json.dumps(protocol.__dict__, sort_keys=True).encode()).hexdigest()[:12]
     return Result(
         suite="toy", task=task, metric=metric, value=value, unit=unit, higher_is_better=True, model=model,
-        dataset="toyworld", count=protocol.test, resolution=resolution, config_hash=digest,
+        dataset="toyworld", count=protocol.test, resolution=resolution, config_hash=digest_of(protocol.__dict__)[:12],
     )  # fmt: skip

@@ -8,13 +8,12 @@ python -m radio_distill.eval --suite vlm --model runs/toy_vlm_sft --data toy    
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import CardError
-from ..files import json_file
+from ..files import digest_of, json_file
 from ..types import Result
 from ..vlm.model import vlm_folder
 from .metrics.vlm import to_table_units
@@ -103,7 +102,7 @@ def evaluate(
 def _result(
     task: str, metric: str, value: float, count: int, model: str, dataset: str, resolution: int, protocol: Protocol, unit: str
 ) -> Result:
-    digest = hashlib.sha256(json.dumps(protocol.__dict__, sort_keys=True).encode()).hexdigest()[:12]
+    digest = digest_of(protocol.__dict__)[:12]
     return Result(
         suite="vlm", task=task, metric=metric, value=value, unit=unit, higher_is_better=True, model=model, dataset=dataset,
         count=count, resolution=resolution, version=protocol.harness, config_hash=digest,

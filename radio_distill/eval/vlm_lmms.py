@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import subprocess
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DataError, RadioDistillError
+from ..files import digest_of
 from ..paths import expand
 from .vlm_toy import Score
 
@@ -63,7 +63,7 @@ def run_lmms(
         )
         if done.returncode or not (place / "scores.json").is_file():
             raise RadioDistillError(
-                f"lmms-eval failed on {', '.join(tasks)} (exit code {done.returncode}); its own message stands above"
+                f"lmms-eval failed on {', '.join(tasks)} (exit code {done.returncode}); see its own message above"
             )
         scores = json.loads((place / "scores.json").read_text())
     return {name: _score(b, scores[b.task]) for name, b in benchmarks.items()}
@@ -110,7 +110,7 @@ def _offline(root: Path) -> dict[str, str]:
     """No network, and a cache of `datasets` that belongs to these copies: it knows pictures by path, and equal copies by content."""
     from huggingface_hub.constants import HF_HOME
 
-    place = Path(HF_HOME) / "datasets-of-copies" / hashlib.sha256(str(root).encode()).hexdigest()[:12]
+    place = Path(HF_HOME) / "datasets-of-copies" / digest_of(str(root))[:12]
     return OFFLINE | {"HF_DATASETS_CACHE": str(place)}
 
 

@@ -131,6 +131,11 @@ def _what(arch: StudentArch, facts: Facts) -> str:
         )
     if facts.stages:
         text += f"\n\nRun `{facts.name}`, step {facts.step}; recipe `{facts.stages[0].recipe}`."
+    if facts.saved_again:
+        text += (
+            "\n\n**Another program saved these weights after the run, perhaps after more training:** the run's results do not "
+            "stand for them, and data and licences of that training are not known here."
+        )
     return text
 
 

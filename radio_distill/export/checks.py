@@ -1,4 +1,4 @@
-"""What the consumers of an export cannot read: told at export with the consumer's name, before anybody is surprised.
+"""What each consumer of an export (transformers, vLLM, ...) cannot read of a student: logged when it is exported.
 
 Known by reading and running the consumers named here; the versions are in docs/export.md.
 """

@@ -1,22 +1,24 @@
-"""What is known about the making of a student: plain values, read from a run and kept from export to export."""
+"""How a student was made (run, recipes, teachers, licences, results), as plain values that are read from a run and copied from export to export."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from ..config.load import dump, load_card, load_job
 from ..config.recipe import Recipe
 from ..errors import CardError
-from ..files import json_file
+from ..files import digest_of, json_file
 from ..types import Result
+from .folder import weights_changed
 
-__all__ = ["PROVENANCE", "Facts", "Origin", "Stage", "facts_of_export", "facts_of_run"]
+__all__ = ["IN_CONFIG", "PROVENANCE", "Facts", "Origin", "Stage", "facts_of_export", "facts_of_run"]
 
 PROVENANCE = "provenance.json"
+IN_CONFIG = "provenance"
+"""Field of config.json with the same facts: it stays where transformers saves a model again, and provenance.json does not."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,8 @@ class Facts:
     start: str | None = None
     """Where the weights of the first stage came from, when not from scratch."""
     results: tuple[Result, ...] = ()
+    saved_again: bool = False
+    """Another program saved it since, perhaps after more training; the results of the run no longer stand for it."""
 
     @property
     def size(self) -> int | None:
@@ -85,23 +89,38 @@ class Facts:
 
 
 def facts_of_export(path: Path) -> Facts:
-    """What the export at `path` (its folder, or a file in it) tells; of anything else only its name is known."""
-    file = (path if path.is_dir() else path.parent) / PROVENANCE
-    if not file.is_file():
-        return Facts(path.name.removesuffix(".tar").removesuffix(".pth"))
+    """What the export at `path` (its folder, or a file in it) tells; of anything else only its name is known.
+
+    A folder that transformers saved tells it in config.json. Where the weights are no longer those that were exported, the
+    run's results are left out.
+    """
+    folder = path if path.is_dir() else path.parent
     advice = "it tells the teachers' licences: export again from the run"
-    with json_file(file, "what an export writes", advice=advice) as export:
-        values = export["facts"]
-        return Facts(
-            name=values["name"],
-            step=values["step"],
-            stages=tuple(
-                Stage(**{**s, "sources": tuple(s["sources"]), "windows": tuple(s["windows"])}) for s in values["stages"]
-            ),
-            teachers={name: None if o is None else Origin(**o) for name, o in values["teachers"].items()},
-            start=values["start"],
-            results=tuple(Result(**_known(r)) for r in values["results"]),
-        )
+    if (folder / PROVENANCE).is_file():
+        with json_file(folder / PROVENANCE, "what an export writes", advice=advice) as export:
+            facts = _facts(export["facts"])
+        return _saved_again(facts) if weights_changed(folder) else facts
+    if (folder / "config.json").is_file():
+        with json_file(folder / "config.json", "what an export writes", advice=advice) as config:
+            if isinstance(config.get(IN_CONFIG), dict) and "student" in config:
+                return _saved_again(_facts(config[IN_CONFIG]))
+    return Facts(path.name.removesuffix(".tar").removesuffix(".pth"))
+
+
+def _facts(values: Mapping[str, Any]) -> Facts:
+    return Facts(
+        name=values["name"],
+        step=values["step"],
+        stages=tuple(Stage(**{**s, "sources": tuple(s["sources"]), "windows": tuple(s["windows"])}) for s in values["stages"]),
+        teachers={name: None if o is None else Origin(**o) for name, o in values["teachers"].items()},
+        start=values["start"],
+        results=tuple(Result(**_known(r)) for r in values["results"]),
+        saved_again=values.get("saved_again", False),
+    )
+
+
+def _saved_again(facts: Facts) -> Facts:
+    return replace(facts, results=(), saved_again=True)
 
 
 def facts_of_run(checkpoint: Path) -> Facts:
@@ -121,7 +140,7 @@ def facts_of_run(checkpoint: Path) -> Facts:
 def _stage(recipe: Recipe) -> Stage:
     return Stage(
         recipe=recipe.name,
-        sha256=hashlib.sha256(dump(recipe).encode()).hexdigest(),
+        sha256=digest_of(dump(recipe)),
         sources=tuple(recipe.data.sources),
         steps=recipe.optim.steps,
         batches=" + ".join(f"{p.images} at {p.size} px" for p in recipe.partitions.values()),

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 from ..errors import CheckpointError
+from ..files import appearing, digest_of_file
 
-__all__ = ["faults", "write_folder", "SUMS"]
+__all__ = ["SUMS", "faults", "weights_changed", "write_folder"]
 
 SUMS = "SHA256SUMS"
 
@@ -22,17 +21,12 @@ def write_folder(out: Path, fill: Callable[[Path], None]) -> Path:
     """
     if out.exists() or out.is_symlink():
         raise CheckpointError(f"{out} exists; exports never write over anything: delete it, or choose another --out")
-    temporary = out.with_name(f".{out.name}.part-{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed and had this one's number
-    temporary.mkdir(parents=True)
-    try:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with appearing(out) as temporary:  # its rename refuses a folder that somebody filled in the meantime
+        temporary.mkdir()
         fill(temporary)
         _write_sums(temporary)
         _sync(temporary)
-        temporary.rename(out)  # refuses a folder that somebody filled in the meantime
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
     return out
 
 
@@ -44,18 +38,23 @@ def faults(folder: Path) -> list[str]:
     here = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file() and path.name != SUMS}
     lines = [f"{name} is missing" for name in sorted(told.keys() - here.keys())]
     lines += [f"{name} is not in {SUMS}" for name in sorted(here.keys() - told.keys())]
-    return lines + [f"{name} has changed" for name in sorted(told.keys() & here.keys()) if _digest(here[name]) != told[name]]
+    return lines + [
+        f"{name} has changed" for name in sorted(told.keys() & here.keys()) if digest_of_file(here[name]) != told[name]
+    ]
+
+
+def weights_changed(folder: Path) -> bool:
+    """Whether a file of weights of an export is another than the one that was written; False where nothing tells."""
+    if not (folder / SUMS).is_file():
+        return False
+    told = dict(line.split("  ", 1)[::-1] for line in (folder / SUMS).read_text().splitlines())
+    return any(path.name not in told or digest_of_file(path) != told[path.name] for path in folder.glob("*.safetensors"))
 
 
 def _write_sums(folder: Path) -> None:
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    lines = [f"{_digest(path)}  {path.relative_to(folder).as_posix()}\n" for path in files]
+    lines = [f"{digest_of_file(path)}  {path.relative_to(folder).as_posix()}\n" for path in files]
     (folder / SUMS).write_text("".join(lines))
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _sync(folder: Path) -> None:

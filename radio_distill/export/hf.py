@@ -21,7 +21,7 @@ from ..network.student import Student
 from ..paths import PACKAGE
 from ..tensors import save_tensors
 from .checks import reads_natively
-from .facts import Facts
+from .facts import IN_CONFIG, Facts
 from .layout import adaptor_configs, mlp_ratio, reference_args
 
 __all__ = ["hf_config", "preprocessor_config", "write_code", "write_hf"]
@@ -44,9 +44,8 @@ def write_hf(student: Student, facts: Facts, folder: Path, *, dtype: torch.dtype
     save_tensors(folder / "model.safetensors", tensors, {"format": "pt"})
     _read_back(folder / "model.safetensors", tensors)
     size = preferred_size(student, facts)
-    _write_json(
-        folder / "config.json", hf_config(student.arch, size, dtype) | {"text_towers": _text_towers(student.arch, facts)}
-    )
+    more = {"text_towers": _text_towers(student.arch, facts), IN_CONFIG: facts.to_dict()}
+    _write_json(folder / "config.json", hf_config(student.arch, size, dtype) | more)
     _write_json(folder / "preprocessor_config.json", preprocessor_config(size))
     write_code(folder)
 

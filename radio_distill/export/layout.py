@@ -1,4 +1,4 @@
-"""A student in the words of the reference: the `args` that its training checkpoints and Hugging Face folders carry."""
+"""Describe a student as the reference does: the `args` in its training checkpoints and Hugging Face folders."""
 
 from __future__ import annotations
 

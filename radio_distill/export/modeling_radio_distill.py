@@ -20,6 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -27,6 +28,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 # mypy: disable-error-code="import-not-found, import-untyped"
 from .arch import StudentArch
 from .intermediates import forward_intermediates
+from .normalizers import InputConditioner
 from .scale import use_unit_scale
 from .student import Student
 from .text_tower import open_text_tower
@@ -78,6 +80,7 @@ class RadioDistillModel(PreTrainedModel):
     _no_split_modules = ["Block"]
     _keep_in_fp32_modules_strict = ["input_conditioner", "adaptors"]
     _keys_to_ignore_on_load_unexpected = [r"radio_model\.adaptors\."]
+    _keys_to_ignore_on_load_missing = [r"radio_model\.input_conditioner\."]  # taken out and saved: the config has it, too
 
     def __init__(self, config: RadioDistillConfig) -> None:
         super().__init__(config)
@@ -93,8 +96,40 @@ class RadioDistillModel(PreTrainedModel):
             adaptor.load_text_tower = partial(_load_text_tower, config._name_or_path, name)
         self.post_init()
 
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls, place: Any, *args: Any, output_loading_info: bool = False, **options: Any
+    ) -> Any:
+        """As in transformers, but a model whose weights are not all there, or do not all find their place, is refused."""
+        loaded: Any = super().from_pretrained(place, *args, output_loading_info=True, **options)
+        model, told = loaded
+        if missing := sorted(told["missing_keys"]):
+            raise ValueError(
+                f"{place} lacks {len(missing)} weights of this model, first {missing[0]!r}; an adaptor that was not loaded when "
+                "the model was saved is not there: take adaptor_names from the export itself"
+            )
+        if left := sorted(told["unexpected_keys"]):
+            raise ValueError(
+                f"{place} has {len(left)} weights that this model has no place for, first {left[0]!r}; what transformers' own class "
+                f"saved comes back with `radio-distill export {place} --out NEW`"
+            )
+        return (model, told) if output_loading_info else model
+
+    def save_pretrained(self, *args: Any, **options: Any) -> Any:
+        """As in transformers; adaptors that were not loaded leave the configuration, as their weights are not here to save."""
+        config, built = self.config, set(self.adaptors)
+        config.student = {**config.student, "adaptors": [a for a in config.student["adaptors"] if a["name"] in built]}
+        for field in ("adaptor_configs", "text_towers"):
+            kept = {name: value for name, value in (getattr(config, field, None) or {}).items() if name in built}
+            setattr(config, field, kept)
+        return super().save_pretrained(*args, **options)
+
     def _init_weights(self, module: nn.Module) -> None:
-        """Weights always come from the folder."""
+        """Weights come from the folder; the constants of the pixels, where they were taken out, from the configuration."""
+        if isinstance(module, InputConditioner):
+            for name in ("mean", "std"):
+                values = getattr(self.radio_model.arch, name)
+                getattr(module, f"norm_{name}").data = torch.tensor(values, dtype=torch.float32).view(3, 1, 1)
 
     def forward(self, x: Tensor, feature_fmt: Format = "NLC", window: int | None = None) -> Any:
         """Encode float images in [0, 1]; sides must be multiples of the patch, see `get_nearest_supported_resolution`.

@@ -9,7 +9,7 @@ from pathlib import Path
 from ..errors import CheckpointError
 from ..network.student import Student
 from ..student.load import load_student
-from ..student.plain import choose_adaptors, fold_layer_scale
+from ..student.plain import choose_adaptors, without_layer_scale
 from .facts import Facts, facts_of_export, facts_of_run
 
 __all__ = ["Source", "open_source"]
@@ -32,10 +32,10 @@ def open_source(path: Path, adaptors: Sequence[str] | None = None) -> Source:
     checkpoint = _checkpoint(path)  # once: a training may save the next one meanwhile
     if checkpoint is None:
         student = choose_adaptors(load_student(path), adaptors)
-        return Source(fold_layer_scale(student), facts_of_export(path))
+        return Source(without_layer_scale(student), facts_of_export(path))
     student = choose_adaptors(load_student(checkpoint), adaptors)
     _check_balancers(student, checkpoint)
-    return Source(fold_layer_scale(student), facts_of_run(checkpoint))
+    return Source(without_layer_scale(student), facts_of_run(checkpoint))
 
 
 def _checkpoint(path: Path) -> Path | None:

@@ -31,13 +31,21 @@ def write_timm(student: Student, folder: Path, *, size: int, dtype: torch.dtype)
 
 
 def timm_state(student: Student) -> dict[str, Tensor]:
-    """The trunk's tensors under timm's names; every class token is kept."""
-    tokens, out = student.model.patch_generator.cls_token.token.detach(), to_timm(student)
-    out.setdefault("patch_embed.proj.bias", tokens.new_zeros(tokens.shape[1]))  # timm always has one
-    out["cls_token"] = tokens[None, :1]
+    """The trunk's tensors under the names of timm's NaFlexViT, so that nobody has to convert them; every class token is kept.
+
+    LayerScale is 1 and there: transformers' TimmWrapper drops `init_values: null`, and would fill in the release's.
+    """
+    tokens, grid = student.model.patch_generator.cls_token.token.detach(), student.arch.trunk.grid_size
+    trunk = to_timm(student)
+    out = {key: x for key, x in trunk.items() if key.startswith(("blocks.", "norm."))}
+    out["embeds.proj.weight"] = trunk["patch_embed.proj.weight"].permute(0, 2, 3, 1).flatten(1)  # row, column, channel
+    out["embeds.proj.bias"] = trunk.get("patch_embed.proj.bias", tokens.new_zeros(tokens.shape[1]))  # timm always has one
+    out["embeds.pos_embed"] = trunk["pos_embed"].unflatten(1, (grid, grid))
+    out["embeds.cls_token"] = tokens[None, :1]
     if len(tokens) > 1:
-        out["reg_token"] = tokens[None, 1:]
-    return out
+        out["embeds.reg_token"] = tokens[None, 1:]
+    arch = student.arch.trunk
+    return out | {f"blocks.{i}.ls{j}.gamma": torch.ones(arch.embed_dim) for i in range(arch.depth) for j in (1, 2)}
 
 
 def timm_config(student: Student, size: int) -> dict[str, Any]:
@@ -54,7 +62,7 @@ def timm_config(student: Student, size: int) -> dict[str, Any]:
             "depth": trunk.depth,
             "num_heads": trunk.num_heads,
             "mlp_ratio": mlp_ratio(trunk),
-            "init_values": None,
+            "init_values": 1.0,
             "final_norm": trunk.final_norm,
             "reg_tokens": trunk.num_prefix - 1,
             "pos_embed_grid_size": [trunk.grid_size, trunk.grid_size],

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..config.recipe import Job, Recipe
 from ..errors import RadioDistillError
-from ..files import parse_json
+from ..files import parse_json, replace_text
 
 __all__ = ["Sinks", "console_line", "hours_left", "read_metrics", "drop_metrics_after"]
 
@@ -50,7 +50,7 @@ class Sinks:
         try:
             self._wandb.log(values, step=step)
         except Exception as error:
-            log.warning("wandb does not answer (%s) and is left alone from here; metrics.jsonl goes on", error)
+            log.warning("wandb does not answer (%s): nothing more is sent to it; metrics.jsonl is still written", error)
             self._wandb = None
 
     def close(self) -> None:
@@ -94,9 +94,7 @@ def drop_metrics_after(folder: Path, step: int) -> None:
     if not path.exists():
         return
     rows = [row for row in read_metrics(folder) if row["step"] <= step]
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    os.replace(temporary, path)
+    replace_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def _parse(line: str) -> dict[str, float] | None:
@@ -140,5 +138,5 @@ def _wandb(recipe: Job, folder: Path) -> Any:
             config=config,
         )
     except Exception as error:  # wandb being unreachable must not cost a training
-        log.warning("wandb could not start (%s); metrics.jsonl goes on. WANDB_MODE=offline avoids this.", error)
+        log.warning("wandb could not start (%s); metrics.jsonl is still written. WANDB_MODE=offline avoids this.", error)
         return None

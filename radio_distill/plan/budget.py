@@ -1,4 +1,4 @@
-"""What every plan says, of a stage, an upsampler or a VLM: time, memory and disk of a training on a number of GPUs.
+"""The part of a plan that every kind of recipe shares: time, memory and disk of a training on a number of GPUs.
 
 Times assume that a share (`utilisation`) of a GPU's reachable dense bf16 rate is used; 0.45 is cautious.
 """

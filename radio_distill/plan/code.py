@@ -1,4 +1,4 @@
-"""Which code of the user's a recipe asks for; imported before anything is computed, so that a slip costs seconds and no GPU hours."""
+"""Import the user's code that a recipe names before anything is computed, so that an error there costs seconds and no GPU hours."""
 
 from __future__ import annotations
 

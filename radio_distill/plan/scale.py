@@ -1,4 +1,4 @@
-"""What a training does to a cluster: gradients, targets, images and checkpoints over stated bandwidths, on paper.
+"""The traffic of a training on a cluster (gradients, targets, images, checkpoints) at stated bandwidths, on paper.
 
 Nothing here was measured on a cluster; every assumption is in the plan's own text, so that it can be replaced by a measurement.
 """

@@ -1,6 +1,6 @@
 """`radio-distill plan` of an upsampler's recipe: what its training costs, and what the network costs in use.
 
-Arithmetic as in plan.py; no weights are read.
+Arithmetic as in plan/stage.py; no weights are read.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Students on disk: our own folder (`student.safetensors` + `student.json`), and the RADIO layouts.
+"""Students on disk: our own folder (`student.safetensors` + `student.json`), and the RADIO layouts. `load.py` tells them apart.
 
 Nothing here unpickles arbitrary objects.
 """
@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import pickle
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +19,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ..errors import CheckpointError
-from ..files import DAMAGE, json_file, written_as
+from ..files import DAMAGE, appearing, json_file, replace_text, written_as
 from ..network.arch import StudentArch
 from ..network.student import Student
 from ..tensors import save_tensors
 from .reference import student_from_arch, student_from_hf_state, student_from_reference
 from .spectral import fold_state, spectral_eps
 
-__all__ = ["save_student", "load_student", "load_reference", "student_from_hf", "open_student"]
+__all__ = ["save_student", "load_saved", "load_reference", "student_from_hf", "read_tensors"]
 
 WEIGHTS = "student.safetensors"
 ARCHITECTURE = "student.json"
@@ -42,12 +41,12 @@ def save_student(student: Student, folder: Path, *, state: Mapping[str, Tensor] 
     folder.mkdir(parents=True, exist_ok=True)
     plain = fold_state(student.state_dict() if state is None else state, eps=spectral_eps(student))
     tensors = {key: _plain(value) for key, value in plain.items()}
-    _write(folder / WEIGHTS, lambda path: save_tensors(path, tensors))
-    text = json.dumps(student.arch.to_dict(), indent=1) + "\n"
-    _write(folder / ARCHITECTURE, lambda path: path.write_text(text))
+    with appearing(folder / WEIGHTS) as path:
+        save_tensors(path, tensors)
+    replace_text(folder / ARCHITECTURE, json.dumps(student.arch.to_dict(), indent=1) + "\n")
 
 
-def load_student(folder: Path) -> Student:
+def load_saved(folder: Path) -> Student:
     """Load what `save_student` wrote, on the CPU in fp32; raises CheckpointError."""
     for name in (ARCHITECTURE, WEIGHTS):
         if not (folder / name).is_file():
@@ -75,7 +74,7 @@ def load_reference(path: Path, adaptor_names: Sequence[str] | None = None, *, em
 
 
 def student_from_hf(folder: Path, adaptor_names: Sequence[str] | None = None) -> Student:
-    """Load a Hugging Face folder (config.json, model*.safetensors) of the reference's class or of transformers' `radio`."""
+    """Load a Hugging Face folder (config.json, model*.safetensors): an export, the reference's class or transformers' `radio`."""
     files = sorted(folder.glob("model*.safetensors"))
     there = {"config.json": (folder / "config.json").is_file(), "model.safetensors": bool(files)}
     if not all(there.values()):
@@ -86,21 +85,6 @@ def student_from_hf(folder: Path, adaptor_names: Sequence[str] | None = None) ->
     state = {key: value for file in files for key, value in _load_file(file).items()}
     with json_file(folder / "config.json", "the config of a RADIO model", advice="copy the whole folder again") as config:
         return student_from_hf_state(config, state, adaptor_names)
-
-
-def open_student(source: str | Path, *, ema: bool = True) -> Student:
-    """Load a student from whatever `source` is: a run's folder, a Hugging Face folder or hub id, or a reference checkpoint.
-
-    A hub id (`owner/name`) is downloaded unless HF_HUB_OFFLINE is set. Raises CheckpointError.
-    """
-    path = Path(source).expanduser()
-    if path.is_file():
-        return load_reference(path, ema=ema)
-    if not path.is_dir():
-        path = _download(str(source))
-    if (path / ARCHITECTURE).is_file():
-        return load_student(path)
-    return student_from_hf(path)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -135,26 +119,6 @@ def _unpickle(path: Path) -> dict[str, Any]:
     return content
 
 
-def _download(hub_id: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    if hub_id.count("/") != 1:
-        raise CheckpointError(f"{hub_id} does not exist; expected a file, a folder or a hub id OWNER/NAME")
-    try:
-        return Path(snapshot_download(hub_id, allow_patterns=["config.json", "*.safetensors"]))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise CheckpointError(
-            f"{hub_id} is neither a path nor a hub id that can be downloaded now ({type(error).__name__})"
-        ) from error
-
-
 def _plain(value: Tensor) -> Tensor:
     value = value.detach().to("cpu")
     return (value.float() if value.is_floating_point() else value).contiguous()
-
-
-def _write(path: Path, write: Callable[[Path], object]) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    write(temporary)
-    temporary.replace(path)

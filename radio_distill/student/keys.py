@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-__all__ = ["from_reference", "to_reference", "canonical"]
+__all__ = ["from_reference", "to_reference", "canonical", "fold_layer_scale"]
 
 HEADS = {"_heads": "head_mlp", "_feature_projections": "feat_mlp"}
 PREFIXES = {
@@ -66,6 +66,21 @@ def canonical(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if not UNUSED.match(key):
             out[key] = value
     return _pack_swiglu(out)
+
+
+def fold_layer_scale(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Multiply every LayerScale gain of the trunk into the Linear before it and drop it; the function stays the same.
+
+    y = gamma * (W x + b) is (gamma W) x + gamma b.
+    """
+    out = dict(state)
+    for key in state:
+        if match := re.fullmatch(r"(model\.blocks\.\d+)\.ls([12])\.gamma", key):
+            gain = out.pop(key)
+            last = "attn.proj" if match[2] == "1" else "mlp.w3" if f"{match[1]}.mlp.w3.weight" in state else "mlp.fc2"
+            out[f"{match[1]}.{last}.weight"] = state[f"{match[1]}.{last}.weight"] * gain[:, None]
+            out[f"{match[1]}.{last}.bias"] = state[f"{match[1]}.{last}.bias"] * gain
+    return out
 
 
 def _pack_swiglu(state: dict[str, Tensor]) -> dict[str, Tensor]:

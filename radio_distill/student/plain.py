@@ -1,4 +1,4 @@
-"""Make a student plain before it leaves: LayerScale folded into the Linears before it, adaptors chosen.
+"""Simplify a student for export: fold LayerScale into the Linears before it, keep the adaptors that were asked for.
 
 Spectral reparametrisation, weight noise and the balancers' inverse are folded already in what a run writes.
 """
@@ -14,9 +14,10 @@ from torch import Tensor
 from ..errors import CheckpointError
 from ..network.adaptors import Adaptor
 from ..network.student import Student
+from .keys import fold_layer_scale
 from .reference import student_from_arch
 
-__all__ = ["choose_adaptors", "fold_affine", "fold_layer_scale"]
+__all__ = ["choose_adaptors", "fold_affine", "without_layer_scale"]
 
 
 def choose_adaptors(student: Student, names: Sequence[str] | None) -> Student:
@@ -36,26 +37,16 @@ def choose_adaptors(student: Student, names: Sequence[str] | None) -> Student:
     )
 
 
-def fold_layer_scale(student: Student) -> Student:
+def without_layer_scale(student: Student) -> Student:
     """The same function without LayerScale in the trunk, which most consumers ignore in silence.
 
-    y = gamma * (W x + b) is (gamma W) x + gamma b. DINOv2-style trunks keep it: theirs is a class of its own everywhere.
+    DINOv2-style trunks keep it: theirs is a class of its own everywhere.
     """
     trunk = student.arch.trunk
     if trunk.layer_scale is None or trunk.is_dino:
         return student
-    state = student.state_dict()
-    for index in range(trunk.depth):
-        block = f"model.blocks.{index}"
-        _fold(state, f"{block}.attn.proj", f"{block}.ls1.gamma")
-        _fold(state, f"{block}.mlp.{'w3' if trunk.swiglu else 'fc2'}", f"{block}.ls2.gamma")
-    return student_from_arch(replace(student.arch, trunk=replace(trunk, layer_scale=None)), state)
-
-
-def _fold(state: dict[str, Tensor], linear: str, scale: str) -> None:
-    gamma = state.pop(scale)
-    state[f"{linear}.weight"] = gamma[:, None] * state[f"{linear}.weight"]
-    state[f"{linear}.bias"] = gamma * state[f"{linear}.bias"]
+    arch = replace(student.arch, trunk=replace(trunk, layer_scale=None))
+    return student_from_arch(arch, fold_layer_scale(student.state_dict()))
 
 
 @torch.no_grad()

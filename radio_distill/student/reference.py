@@ -17,7 +17,7 @@ from torch import Tensor
 from ..errors import CheckpointError
 from ..network.arch import AdaptorArch, HeadArch, StudentArch, TrunkArch, num_registers
 from ..network.student import Student
-from .keys import canonical, from_reference
+from .keys import canonical, fold_layer_scale, from_reference
 from .names import SIZES
 from .spectral import fold_state
 
@@ -102,8 +102,16 @@ def _from_our_config(values: Mapping[str, Any], state: Mapping[str, Tensor], ada
     stored = {a.name: a for a in arch.adaptors}
     if missing := [name for name in adaptor_names or () if name not in stored]:
         raise CheckpointError(f"no adaptor {missing[0]!r} in this checkpoint; it has {', '.join(stored) or 'none'}")
-    chosen = stored if adaptor_names is None else {name: stored[name] for name in stored if name in adaptor_names}
+    saved = {key.split(".")[1] for key in state if key.startswith("adaptors.")}
+    for name in stored.keys() - saved:
+        log.warning("adaptor %s was not saved with this model; the student comes without it", name)
+    wanted = saved if adaptor_names is None else saved & set(adaptor_names)
+    chosen = {name: adaptor for name, adaptor in stored.items() if name in wanted}
+    if arch.trunk.layer_scale is None:  # transformers' own class trains one, and saves it
+        state = fold_layer_scale(state)
     kept = {key: x for key, x in state.items() if not key.startswith("adaptors.") or key.split(".")[1] in chosen}
+    for name, constants in (("mean", arch.mean), ("std", arch.std)):  # a tower may be saved without: its caller normalises
+        kept.setdefault(f"input_conditioner.norm_{name}", torch.tensor(constants).view(3, 1, 1))
     return student_from_arch(replace(arch, adaptors=tuple(chosen.values())), kept)
 
 

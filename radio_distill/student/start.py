@@ -1,6 +1,7 @@
-"""Where a student's first weights come from: nowhere, a timm ViT, a RADIO checkpoint or an earlier run.
+"""A student's initial weights: random, or from a timm ViT, a RADIO checkpoint or an earlier run.
 
-Every source is brought to the student's own names and shapes (`fit`); whatever does not fit is kept as it was and logged.
+Names and shapes of every source are converted to the student's own. Adaptors that the source does not have keep their random weights, and the
+log names them; a trunk that does not fit is an error.
 
 Shapes: D width, P patch side.
 """
@@ -9,7 +10,6 @@ from __future__ import annotations
 
 import logging
 import math
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,12 +17,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, RadioDistillError
+from ..hub import Repository
 from ..network.student import Student
 from ..paths import data_path, expand
-from .checkpoints import open_student, read_tensors
+from .checkpoints import read_tensors
 from .damp import apply_damp
-from .keys import canonical
+from .keys import canonical, fold_layer_scale
+from .load import load_student
 from .spectral import apply_spectral
 
 if TYPE_CHECKING:
@@ -49,7 +51,7 @@ def start_weights(student: Student, start: Start) -> set[str]:
     if start.kind == "timm":
         state = _from_timm(student, source)
     else:
-        state = _from_student(student, open_student(source, ema=start.ema))
+        state = _from_student(student, load_student(source, ema=start.ema))
     return _load(student, _fit(student, state))
 
 
@@ -141,8 +143,12 @@ def _timm_state(name: str) -> dict[str, Tensor]:
     import timm
 
     try:
+        config = timm.get_pretrained_cfg(name)
+        if config is not None and config.hf_hub_id:
+            files = (config.hf_hub_filename,) if config.hf_hub_filename else ("model.safetensors", "pytorch_model.bin")
+            Repository(config.hf_hub_id).need(*files)
         return timm.create_model(name, pretrained=True, num_classes=0).state_dict()
-    except (RuntimeError, OSError, ValueError) as error:
+    except (RuntimeError, OSError, ValueError, RadioDistillError) as error:
         raise CheckpointError(
             f"start.source {name!r} is no file and timm cannot load it ({error}); check the name or the network"
         ) from error
@@ -186,18 +192,6 @@ def _bicubic(grid: Tensor, side: int) -> Tensor:
     return F.interpolate(grid, size=(side, side), mode="bicubic", align_corners=True)
 
 
-def fold_layer_scale(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Multiply every LayerScale gain into the Linear before it and drop it; the function stays the same."""
-    out = dict(state)
-    for key in state:
-        if match := re.fullmatch(r"(model\.blocks\.\d+)\.ls([12])\.gamma", key):
-            gain = out.pop(key)
-            last = "attn.proj" if match[2] == "1" else "mlp.w3" if f"{match[1]}.mlp.w3.weight" in state else "mlp.fc2"
-            out[f"{match[1]}.{last}.weight"] = state[f"{match[1]}.{last}.weight"] * gain[:, None]
-            out[f"{match[1]}.{last}.bias"] = state[f"{match[1]}.{last}.bias"] * gain
-    return out
-
-
 def _load(student: Student, state: dict[str, Tensor]) -> set[str]:
     """Copy what fits; the trunk's blocks must. Returns the names of the adaptors that did."""
     own = student.state_dict()
@@ -211,7 +205,7 @@ def _load(student: Student, state: dict[str, Tensor]) -> set[str]:
             )
     partial = {key.split(".")[1] for key in wrong if key.startswith("adaptors.")}
     for name in sorted(partial):
-        log.warning("adaptor %s does not fit the start checkpoint: it starts from scratch", name)
+        log.warning("the start checkpoint has no adaptor %s of this shape; it starts from random weights", name)
     fitting = {
         k: v
         for k, v in state.items()

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..network.student import Student
 from ..tensors import save_tensors
-from .checkpoints import load_student
+from .load import load_student
 
 __all__ = ["to_timm"]
 
@@ -38,9 +38,7 @@ def to_timm(student: Student) -> dict[str, Tensor]:
 
 def main(run: str, path: str) -> None:
     """Write the trunk of a run's student as fp16."""
-    from ..runs import artifact_folder
-
-    tensors = to_timm(load_student(artifact_folder(Path(run))))
+    tensors = to_timm(load_student(run))
     save_tensors(Path(path), {key: x.to(torch.float16) for key, x in tensors.items()}, {"licence": "Apache-2.0"})
 
 

@@ -78,11 +78,12 @@ class SequenceNet(nn.Module):
         self.card = card
         self.params = params
         self.model = model
+        self.num_prefix = params.prefix_tokens
 
     def forward(self, pixels_B3HW: Tensor) -> VisionOutput:
         grid = check_size(self.card, pixels_B3HW)
         out = self.model(pixel_values=pixels_B3HW)
-        tokens, num_prefix = out.last_hidden_state, self.params.prefix_tokens
-        patches = tokens[:, num_prefix:]
+        tokens = out.last_hidden_state
+        patches = tokens[:, self.num_prefix :]
         summary = summarize(self.params.summary, tokens, patches, getattr(out, "pooler_output", None))
         return VisionOutput(summary, patch_map(self.card, patches, grid))

@@ -7,7 +7,6 @@ set), or from the folder that an export keeps beside its adaptors.
 from __future__ import annotations
 
 import json
-from importlib import import_module
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from ..config.cards import TeacherCard
 from ..errors import CardError, TeacherError
+from ..loaders import import_named
 from . import text_tower
 from .text_tower import TextTower
 from .tokens import construct
@@ -44,8 +44,7 @@ def load_text_tower(card: TeacherCard) -> TextTower:
         raise CardError(
             f"card {card.name!r}: unknown kind {card.text.kind!r} of text tower, expected one of {', '.join(KINDS)}"
         )
-    module, _, function = target.partition(":")
-    tower: TextTower = getattr(import_module(module), function)(card)
+    tower: TextTower = import_named(target, by=f"card {card.name!r}", error=CardError)(card)
     width = tower.encode([""]).shape[1]
     if width != card.output.summary:
         raise TeacherError(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from ..config.cards import TeacherCard
-from ..errors import CardError, TeacherError
+from ..errors import CardError, RadioDistillError, TeacherError
+from ..hub import Repository
 from .text import fill
 from .text_tower import TEXT_CLASSES, TextTower, build, make_tokenizer
 from .tokens import construct
@@ -19,9 +20,12 @@ def from_card(card: TeacherCard) -> TextTower:
     assert card.text is not None
     revision = card.revision if card.text.model == card.source else None
     card = card.model_copy(update={"source": card.text.model, "revision": revision})
-    place = str(resolve(card))
+    source = resolve(card)
+    place = str(source)
     what = f"text tower of {card.name!r} ({place})"
     try:
+        if isinstance(source, str):
+            Repository(source, revision).need("config.json")
         whole = AutoConfig.from_pretrained(place, revision=revision)
         if whole.model_type not in TEXT_CLASSES:
             raise CardError(f"{what} is a {whole.model_type!r}, expected a model of type {', '.join(TEXT_CLASSES)}")
@@ -29,7 +33,9 @@ def from_card(card: TeacherCard) -> TextTower:
         with construct("pretrained"):
             net = build("transformers", config)
         tokenizer = make_tokenizer("transformers", config, place, net)
-    except (OSError, ValueError) as error:
+    except CardError:
+        raise
+    except (OSError, ValueError, RadioDistillError) as error:
         raise TeacherError(
             f"{what}: {str(error).splitlines()[0]}; `text.model` of the card takes a folder with config.json, weights and "
             "tokenizer, or a hub id, which is downloaded where HF_HUB_OFFLINE is not set"

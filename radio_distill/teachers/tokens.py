@@ -1,4 +1,4 @@
-"""What all families share: reading a card's `params`, refusing a wrong image size, and turning tokens into a map.
+"""Functions shared by all families of teachers: read a card's `params`, refuse a wrong image size, turn tokens into a map.
 
 Shapes: B batch, C channels, H W pixels, N tokens, P prefix tokens (class and registers).
 """

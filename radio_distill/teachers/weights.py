@@ -1,4 +1,4 @@
-"""Where a teacher's weights come from: a local file or folder, or the hub; and loading them without leniency.
+"""Read a teacher's weights from a local file or folder or from the hub, and load them: a missing, extra or misshapen tensor is an error.
 
 Only tensors are read: safetensors, or PyTorch files with `weights_only=True`. No code of a checkpoint ever runs.
 """
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ..config.cards import TeacherCard
 from ..errors import RadioDistillError, TeacherError
 from ..files import DAMAGE, json_file
+from ..hub import Repository
 from ..paths import expand
 
 __all__ = ["check_keys", "load", "read", "resolve"]
@@ -63,14 +64,14 @@ def read(card: TeacherCard, files: Sequence[str] = HF_FILES, *, prefix: Prefix =
     source = resolve(card)
     if isinstance(source, Path) and source.is_file():
         return _strip(_shards(card, source, prefix, partial(_beside, source.parent)), prefix)
-    get = partial(_beside, source) if isinstance(source, Path) else partial(_download, card, source)
+    if isinstance(source, str):
+        return _strip(_from_hub(card, Repository(source, card.revision), files, prefix), prefix)
     for name in files:
-        path = get(name)
-        if path is not None:
-            return _strip(_shards(card, path, prefix, get), prefix)
-    where = f"folder {source}" if isinstance(source, Path) else f"hub repository {source!r} or its local cache"
-    advice = "put one there" if isinstance(source, Path) else "unset HF_HUB_OFFLINE to download it, or use a local path"
-    raise TeacherError(f"teacher {card.name!r}: none of {', '.join(files)} in {where}; {advice} (`source` of the card)")
+        if (source / name).is_file():
+            return _strip(_shards(card, source / name, prefix, partial(_beside, source)), prefix)
+    raise TeacherError(
+        f"teacher {card.name!r}: none of {', '.join(files)} in folder {source}; put one there (`source` of the card)"
+    )
 
 
 def load(card: TeacherCard, net: nn.Module, state: dict[str, Tensor]) -> None:
@@ -94,6 +95,15 @@ def check_keys(card: TeacherCard, missing: Iterable[str], unexpected: Iterable[s
             f"teacher {card.name!r}: {card.source} is not this network: {' and '.join(faults)}; "
             "check `params` of the card, or whether the file belongs to it"
         )
+
+
+def _from_hub(card: TeacherCard, repository: Repository, files: Sequence[str], prefix: Prefix) -> dict[str, Tensor]:
+    try:
+        return _shards(card, repository.need(*files), prefix, repository.get)
+    except TeacherError:
+        raise
+    except RadioDistillError as error:
+        raise TeacherError(f"teacher {card.name!r}: {error} (`source` of the card)") from error
 
 
 def _shards(card: TeacherCard, path: Path, prefix: Prefix, get: Callable[[str], Path | None]) -> dict[str, Tensor]:
@@ -151,23 +161,3 @@ def _strip(state: dict[str, Tensor], prefix: Prefix) -> dict[str, Tensor]:
 def _beside(folder: Path, name: str) -> Path | None:
     path = folder / name
     return path if path.is_file() else None
-
-
-def _download(card: TeacherCard, repo: str, name: str) -> Path | None:
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        return Path(hf_hub_download(repo, name, revision=card.revision))
-    except (EntryNotFoundError, LocalEntryNotFoundError):
-        return None
-    except GatedRepoError as error:
-        raise TeacherError(
-            f"teacher {card.name!r}: {repo} is given out under {card.licence} only to those who accept it; "
-            "accept it on its hub page, then log in with `hf auth login`"
-        ) from error
-    except (HfHubHTTPError, OSError) as error:
-        raise TeacherError(
-            f"teacher {card.name!r}: {repo} could not be downloaded ({str(error).splitlines()[0]}); "
-            "check the network, or set the card's `source` to a local path"
-        ) from error

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import io
 import json
-import shutil
 import tarfile
-import tempfile
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from ..errors import DataError
+from ..files import appearing
 from .render import ToySample, render
 
 __all__ = ["write_toyworld"]
@@ -31,16 +30,12 @@ def write_toyworld(out: str | Path, *, count: int, size: int, seed: int, shards:
     if not 1 <= shards <= count:
         raise DataError(f"{count} scenes cannot fill {shards} shards; expected 1 to {count} shards")
     out.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-    try:
+    with appearing(out) as partial:
+        partial.mkdir()
         for shard, indices in enumerate(np.array_split(np.arange(count), shards)):
             with tarfile.open(partial / f"toyworld-{shard:05d}.tar", "w") as tar:
                 for index in indices.tolist():
                     _add(tar, f"{index:08d}", render(seed, index, size=size), dense=dense)
-        partial.chmod(0o755)
-        partial.rename(out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _add(tar: tarfile.TarFile, key: str, sample: ToySample, *, dense: bool) -> None:

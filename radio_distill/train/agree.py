@@ -1,4 +1,4 @@
-"""Decisions that all ranks take together. Every function is a collective: all ranks call it, in the same order."""
+"""Agree on values across ranks (any, all, sum, stop). Every function is a collective: all ranks call it, in the same order."""
 
 from __future__ import annotations
 

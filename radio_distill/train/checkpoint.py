@@ -28,6 +28,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ..errors import CheckpointError
+from ..files import replace_text
 from ..runs import STEP, Meta, latest, read_meta
 from ..tensors import save_tensors
 from .integrity import Gather, alone, facts_of, record
@@ -84,7 +85,7 @@ def write(
         if final.exists():  # the same step saved twice (a stop signal right after a regular save)
             shutil.rmtree(final)
         os.replace(temporary, final)
-        _point(folder / "latest", final.name)
+        replace_text(folder / "latest", final.name + "\n")
         _delete_old(folder, final.name, keep_last)
     barrier()
     return final
@@ -99,7 +100,7 @@ def read_rank(checkpoint: Path, rank: int) -> dict[str, Any]:
         written = read_meta(checkpoint).world_size
         raise CheckpointError(
             f"{path} is missing or cannot be read ({error}), and the checkpoint was written by {written} ranks; remove the checkpoint "
-            "to go on from the one before it"
+            "to resume from the one before it"
         ) from error
 
 
@@ -150,12 +151,6 @@ def _sync(folder: Path) -> None:
         descriptor = os.open(path, os.O_RDONLY)
         os.fsync(descriptor)
         os.close(descriptor)
-
-
-def _point(pointer: Path, name: str) -> None:
-    temporary = pointer.with_suffix(".tmp")
-    temporary.write_text(name + "\n")
-    os.replace(temporary, pointer)
 
 
 def _delete_old(folder: Path, newest: str, keep_last: int) -> None:

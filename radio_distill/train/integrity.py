@@ -1,7 +1,7 @@
-"""Whether a checkpoint is as it was written: `files.json` holds the size and CRC-32 of its files.
+"""Detect damaged checkpoints: `files.json` holds the size and CRC-32 of every file.
 
-Every rank reads back what it wrote itself, rank 0 gathers and writes the file. It is looked at when a run is resumed, all ranks
-sharing the work, so that a file that was cut or altered costs one checkpoint interval and not the run.
+At a save every rank reads back the files that it wrote, and rank 0 gathers the checksums. At a resume the ranks share the work of
+checking them, so that a file that was cut or altered costs one checkpoint interval and not the run.
 """
 
 from __future__ import annotations

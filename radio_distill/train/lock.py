@@ -84,7 +84,7 @@ class RunLock:
             )
 
     def release(self) -> None:
-        """Say that the process came to its end, and give the lock back."""
+        """Record that the process ended regularly, and release the lock."""
         if not self._file.closed:
             self._over.set()
             if self.is_ours():

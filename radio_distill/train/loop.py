@@ -2,7 +2,7 @@
 
     batches -> one_step(training, step, batches) -> log -> pictures -> checkpoint
 
-What a step is, the caller says (`distill/loop.py`, `mean_step`); the loop owns time.
+The caller defines what a step does (`distill/loop.py`, `mean_step`); the loop decides when to log, save and stop.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def fit(t: Training, one_step: Callable[[Any, int, list[Batch]], None]) -> int:
             for member in reversed(t.members):  # the recipe's own student last: a resume goes by its checkpoints
                 save(member)
         if stop and t.step < steps:
-            log.info("stopped after step %d as asked; the same command goes on from here", t.step)
+            log.info("stopped after step %d on request; run the same command again to resume", t.step)
             note(t, "stopped")
             return preempt.STOPPED
     note(t, "finished")
@@ -103,7 +103,7 @@ def mean_step(t: Training, step: int, batches: list[Any], count: Tensor) -> None
     if not t.update(bad):
         keys = agree.gather([key for batch in batches for key in batch.keys[:4]])
         raise TrainingError(
-            f"non-finite loss or gradient of {t.job.name} at step {step}; nothing was updated, the last checkpoint stands. "
+            f"non-finite loss or gradient of {t.job.name} at step {step}; nothing was updated, the last checkpoint is intact. "
             f"Look at these samples, lower optim.lr, or set engine.precision=fp32: {keys}"
         )
 

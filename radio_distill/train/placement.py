@@ -1,4 +1,4 @@
-"""Who trains and who teaches when teachers have ranks of their own (`engine.placement`).
+"""Which ranks train and which run teachers when teachers have ranks of their own (`engine.placement`).
 
 The job's ranks form equal blocks of consecutive ranks, in each of which students come first: with 6 student and 2 teacher
 ranks a block is a node of 8 GPUs, and targets never leave it. A block's teacher ranks serve all of its student ranks; they

@@ -1,4 +1,4 @@
-"""What asks for a stop: SIGUSR1 (Slurm, before the time limit), SIGTERM (preemption), SIGINT (Ctrl-C), a launcher that is gone.
+"""Notice requests to stop: SIGUSR1 (Slurm, before the time limit), SIGTERM (preemption), SIGINT (Ctrl-C), a launcher that is gone.
 
 A handler only sets a flag; ranks agree at the end of a step, save and exit with 75. `listen` must run before torch is imported,
 because imports take seconds and a signal in that time would kill the process.

@@ -1,16 +1,15 @@
-"""The run folder: made once, resumed exactly, never overwritten by something else, used by one job at a time."""
+"""The run folder: create it, or resume the run in it; another recipe is refused, and so is a second job at the same time."""
 
 from __future__ import annotations
 
 import json
 import logging
-import os
-from pathlib import Path
 from types import TracebackType
 
 from ..config.load import dump, load_job, resume_conflicts
 from ..config.recipe import Job
 from ..errors import CheckpointError
+from ..files import replace_text
 from ..fingerprint import Fingerprint, fingerprints
 from ..runs import run_path
 from . import agree
@@ -100,8 +99,8 @@ class RunFolder:
                 )
         self.teachers = fingerprints(recipe)
         self._check_teachers(is_resumed=path.exists())
-        _replace(path, dump(recipe))
-        _replace(
+        replace_text(path, dump(recipe))
+        replace_text(
             self.path / TEACHERS, json.dumps({name: was.to_dict() for name, was in self.teachers.items()}, indent=1) + "\n"
         )
 
@@ -119,7 +118,7 @@ class RunFolder:
             before = {name: Fingerprint.from_dict(values) for name, values in json.loads(path.read_text()).items()}
         except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
             raise CheckpointError(
-                f"{path} cannot be read ({error!r}), so nobody can tell whether the teachers are the same; delete it if they are"
+                f"{path} cannot be read ({error!r}), so it is not known whether the teachers are the same; delete it if they are"
             ) from error
         changed = [
             f"{name}.{d}" for name, now in self.teachers.items() if name in before for d in before[name].differences(now)
@@ -130,12 +129,6 @@ class RunFolder:
                 f"{self.path} was started with other teachers; their cards, weights or loaders have changed:\n{lines}\n"
                 "put them back, or set run= to another folder for a run of its own (start.kind=run continues from these weights)"
             )
-
-
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
 
 
 def open_run(recipe: Job, world: World) -> RunFolder:

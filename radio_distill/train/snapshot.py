@@ -1,4 +1,4 @@
-"""Save a training and go on from it: what is in a checkpoint, and how it is put back.
+"""Save the whole state of a training as a checkpoint, and restore it.
 
 At the same world size a resumed run equals an uninterrupted one bit for bit (CPU, fp32). At another one weights, moments,
 EMA, balancers, statistics and data position are the same, and only the order of sums differs (checkpoints of ZeRO-0 load
@@ -46,7 +46,7 @@ def refuse_non_finite(t: Training) -> None:
     ]
     bad = [text for rank in agree.gather(found) for text in rank]
     if bad:
-        stands = f"the checkpoint of step {t.saved_step} stands" if t.saved_step >= 0 else "there is no checkpoint yet"
+        stands = f"the checkpoint of step {t.saved_step} is intact" if t.saved_step >= 0 else "there is no checkpoint yet"
         raise TrainingError(
             f"weights are not finite after step {t.step} ({'; '.join(bad)}); nothing was saved, {stands}. "
             "Lower optim.lr or set optim.clip, then start again"

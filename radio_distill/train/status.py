@@ -1,21 +1,20 @@
 """`radio-distill status RUN`: what a run is doing, from its folder alone (`status.json`, `metrics.jsonl`, `lock`).
 
 Rank 0 writes `status.json` when the run starts, at every log line and save, and when it ends. A process that is killed
-writes nothing more: then the lock tells that nobody is at work.
+writes nothing more; then the free lock shows that no process is running.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from ..errors import CheckpointError
-from ..files import json_file, typed
+from ..files import json_file, replace_text, typed
 from ..log.sinks import hours_left, read_metrics
 from .lock import Owner, is_held
 
@@ -65,10 +64,8 @@ def start_status(run: Path, recipe: str, *, steps: int, ranks: int, owner: Owner
 
 def write_status(run: Path, status: Status) -> None:
     """Replace status.json. A disk that is full or away is no reason to stop a training here: the next save will tell."""
-    temporary = run / f".{FILE}.tmp"
     with suppress(OSError):
-        temporary.write_text(json.dumps(asdict(status), indent=1))
-        os.replace(temporary, run / FILE)
+        replace_text(run / FILE, json.dumps(asdict(status), indent=1))
 
 
 def read_status(run: Path) -> Status:
@@ -96,7 +93,7 @@ def render(run: Path, status: Status) -> str:
     lines.append(f"  last save  {saved}")
     lines.append(f"  job        {status.owner}; {status.ranks} rank{'s' if status.ranks > 1 else ''}")
     if status.state not in (*WORKING, "finished"):
-        lines.append("  the same command goes on from the last save")
+        lines.append("  run the same command again to resume from the last save")
     return "\n".join(lines)
 
 

@@ -1,4 +1,4 @@
-"""This rank's share of the images: one loader per partition it runs, and where each of them stands."""
+"""This rank's loaders, one per partition that it runs, and the position of each in the data."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every training has while it runs, of a student or of an upsampler: engine, EMA, streams, logs, and the step it stands at."""
+"""State shared by every training (of a student, an upsampler or a VLM): engine, EMA, data, logs, current step."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ class Training(ABC):
 
     @property
     def members(self) -> Sequence[Training]:
-        """This training, and those that make the same steps with it; each writes a run folder of its own."""
+        """This training, and those of the other students in its recipe, if any; each writes a run folder of its own."""
         return [self]
 
     def update(self, bad: Tensor) -> bool:

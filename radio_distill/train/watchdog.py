@@ -1,7 +1,7 @@
-"""A process that hangs must not hang a job: it shows where it is, and ends.
+"""The watchdog: a rank that is silent for too long prints the stacks of its threads and exits, so that the job ends.
 
-`run_ranks` (serve.py) is watched as a whole, from before a rank joins its job; training, statistics and a teacher's answers
-restart the watchdog at every step of theirs.
+`run_ranks` (ranks.py) starts it before a rank joins its job; every step of training and statistics, and every answer of a
+teacher rank, restarts it.
 """
 
 from __future__ import annotations

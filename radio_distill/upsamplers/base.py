@@ -73,7 +73,7 @@ def trained_upsampler(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> Trained:
-    """Load the upsampler that a recipe names, once it is sure to be the one that it asks for; errors as `build_upsampler`."""
+    """Load the upsampler that a recipe names, and check that teacher, size, kind and factor match; errors as `build_upsampler`."""
     from .folder import check_teacher, load_upsampler
     from .upsampled import Trained
 

@@ -80,7 +80,7 @@ def _guided(name: str, width: int, factor: int, grid: int, patch: int, image: in
         return 0.0
     if name in ("jbu", "featup"):
         sides = [grid * scale for scale in accumulate(prime_factors(factor), mul)]
-        # kernels from 3 -> 32 -> 32 channels and 49 products of 32, then blocks of 64 taps (docs/performance.md, 1.3)
+        # kernels from 3 -> 32 -> 32 channels and 49 products of 32, then blocks of 64 taps
         return float(sum(side**2 * (2 * (3 + 32 + 49) * 32 + 128 * width) for side in sides))
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.utils.flop_counter import FlopCounterMode

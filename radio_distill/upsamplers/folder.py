@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,10 +22,11 @@ from torch import Tensor, nn
 
 from ..balance import Balancer, identity
 from ..config.cards import CUSTOM, TeacherCard
+from ..config.load import list_cards
 from ..config.upsampler import Network
 from ..config.upsampler_recipe import Downsampler
 from ..errors import CheckpointError, TeacherError
-from ..files import json_file, written_as
+from ..files import appearing, json_file, written_as
 from ..fingerprint import Difference, Fingerprint, fingerprint, known_fingerprint
 from ..paths import expand
 from ..student.spectral import fold_state
@@ -91,10 +91,9 @@ def save_upsampler(saved: SavedUpsampler, folder: Path, *, state: Mapping[str, T
         "provenance": saved.provenance,
     }
     folder.mkdir(parents=True, exist_ok=True)
-    save_tensors(folder / f"{WEIGHTS}.part", plain)
-    (folder / f"{FACTS}.part").write_text(json.dumps(facts, indent=1) + "\n")
-    for name in (WEIGHTS, FACTS):
-        os.replace(folder / f"{name}.part", folder / name)
+    with appearing(folder / WEIGHTS) as weights, appearing(folder / FACTS) as words:
+        save_tensors(weights, plain)
+        words.write_text(json.dumps(facts, indent=1) + "\n")
 
 
 def load_upsampler(path: str | Path) -> SavedUpsampler:
@@ -163,8 +162,10 @@ def _recorded(folder: Path, facts: dict[str, Any]) -> Fingerprint:
 
 
 def _without_code(card: TeacherCard) -> TeacherCard:
-    """The card as facts: a folder, which may be a stranger's, does not get to name code that is imported."""
-    return card if card.loader is None else card.model_copy(update={"loader": None, "family": CUSTOM})
+    """The card as facts: a folder, which may be a stranger's, does not get to name code that is imported, but what shipped cards name."""
+    if card.loader is None or card.loader in {shipped.loader for shipped in list_cards().values()}:
+        return card
+    return card.model_copy(update={"loader": None, "family": CUSTOM})
 
 
 def _facts(folder: Path) -> dict[str, Any]:

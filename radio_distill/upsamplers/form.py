@@ -1,4 +1,4 @@
-"""Of what an upsampler is built: of our parts, or of those of FeatSharp's published code (`published.py`) where the two differ."""
+"""Choose the parts of an upsampler: ours, or those of FeatSharp's published code (`published.py`) where the two differ."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a toy VLM is trained from: a tiny language model, and conversations about generated scenes (`radio-distill vlm toy OUT`).
+"""Make the parts of a toy VLM (`radio-distill vlm toy OUT`): a tiny language model, and conversations about generated scenes.
 
 Scenes are those of the toy world; images that questions are scored on are drawn from another seed (`HELD_OUT_SEED`).
 """
@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import re
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ..errors import DataError
+from ..files import appearing
 from ..toyworld import render, sample_scene
 from .prompt import VICUNA
 from .toy_questions import TRAIN_SEED, ask
@@ -40,15 +39,12 @@ def write_toy(out: str | Path, *, count: int = 1500, size: int = 96, seed: int =
     out = Path(out)
     if out.exists():
         raise DataError(f"{out} exists and is not overwritten; choose another folder or remove it")
-    partial = out.with_name(f".{out.name}.part-{os.getpid()}")
-    (partial / "images").mkdir(parents=True)
-    try:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with appearing(out) as partial:
+        (partial / "images").mkdir(parents=True)
         write_toy_lm(partial / "lm")
         _write_conversations(partial, count, size, seed)
         write_copies(partial / "benchmarks", count=min(60, count), size=size)
-        partial.rename(out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     log.info("wrote %s: lm, captions.json and questions.json about %d images", out, count)
 
 

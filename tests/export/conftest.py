@@ -14,6 +14,6 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def student(run: Path) -> Student:
     """What the run holds: the truth that every format is compared with."""
-    from radio_distill.student.checkpoints import load_student
+    from radio_distill.student.load import load_student
 
-    return load_student(run / "checkpoints" / "step-00000007" / "student").eval().requires_grad_(False)
+    return load_student(run / "checkpoints" / "step-00000007" / "student")

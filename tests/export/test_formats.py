@@ -15,7 +15,7 @@ from radio_distill.network.arch import TrunkArch
 from radio_distill.network.student import Student
 from radio_distill.student.checkpoints import load_reference
 from radio_distill.student.names import SIZES as NAMES
-from radio_distill.student.plain import fold_layer_scale
+from radio_distill.student.plain import without_layer_scale
 
 
 def same(loaded: Student, student: Student) -> None:
@@ -108,6 +108,21 @@ def test_timm_gives_the_tokens_at_any_size(tmp_path: Path, option: str) -> None:
         close(tokens[:, model.num_prefix_tokens :].transpose(1, 2).reshape(want.features_BCHW.shape), want.features_BCHW)
 
 
+@torch.no_grad()
+def test_transformers_wrapper_of_timm_models_gives_the_same_tokens(run: Path, student: Student, tmp_path: Path) -> None:
+    from transformers import AutoModel
+
+    folder = export(run, tmp_path / "timm", "timm")
+    model, told = AutoModel.from_pretrained(folder, output_loading_info=True)
+    assert type(model).__name__ == "TimmWrapperModel"
+    assert not told["missing_keys"]
+    assert not told["unexpected_keys"]
+    for size in SIZES:
+        want = student.encode(pictures(size)).features_BCHW
+        tokens = model.eval()(student.input_conditioner(pictures(size))).last_hidden_state
+        close(tokens[:, -want[0, 0].numel() :].transpose(1, 2).reshape(want.shape), want)
+
+
 def test_timm_knows_how_pixels_are_normalised(run: Path, student: Student, tmp_path: Path) -> None:
     import timm
 
@@ -134,14 +149,19 @@ def test_timm_refuses_what_it_does_not_have(tmp_path: Path, option: str, what: s
 @torch.no_grad()
 def test_timm_reads_the_hugging_face_weights(run: Path, student: Student, tmp_path: Path) -> None:
     """timm's own converter of the reference's Hugging Face layout."""
+    import timm
     from safetensors.torch import load_file
-    from timm.models.naflexvit import _convert_radio
+    from timm.models.naflexvit import checkpoint_filter_fn
 
     from radio_distill.export.timm import timm_state
 
     folder = export(run, tmp_path / "hf")
-    theirs, ours = _convert_radio(load_file(folder / "model.safetensors")), timm_state(fold_layer_scale(student))
-    assert theirs.keys() == ours.keys()
+    model = timm.create_model(f"local-dir:{export(run, tmp_path / 'timm', 'timm')}")
+    theirs, ours = (
+        checkpoint_filter_fn(load_file(folder / "model.safetensors"), model),
+        timm_state(without_layer_scale(student)),
+    )
+    assert theirs.keys() == {key for key in ours if ".ls" not in key}
     for key, value in theirs.items():
         torch.testing.assert_close(ours[key], value)
 

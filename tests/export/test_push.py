@@ -14,6 +14,7 @@ from radio_distill.errors import CheckpointError
 from radio_distill.export.command import export
 from radio_distill.export.folder import faults, write_folder
 from radio_distill.export.push import push
+from radio_distill.files import UNFINISHED
 
 
 class Client:
@@ -141,7 +142,7 @@ def test_a_writer_that_is_killed_leaves_nothing_that_looks_complete(tmp_path: Pa
         write_folder(out, fill)
     os.waitpid(child, 0)
     (left,) = tmp_path.iterdir()
-    assert left.name.startswith(".out.part-")
+    assert left.name.startswith(UNFINISHED)
     assert faults(left) == ["it has no SHA256SUMS"]
     write_folder(out, lambda folder: (folder / "a").write_text("a") and None)
     assert faults(out) == []

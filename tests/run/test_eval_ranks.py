@@ -20,6 +20,7 @@ from radio_distill.eval.datasets.base import Dataset, open_dataset
 from radio_distill.eval.features import FeatureCache, Ranks
 from radio_distill.eval.models import Opened
 from radio_distill.eval.probes.fit import fit
+from radio_distill.eval.progress import Progress
 from radio_distill.eval.runner import run_suite
 from radio_distill.eval.suites import Suite
 from radio_distill.eval.task import Context, Score, Task
@@ -115,3 +116,46 @@ def train(rank: int) -> None:
 
 def test_a_parameter_that_one_rank_alone_has_a_use_for_is_trained_and_all_hold_one_probe() -> None:
     launch(train, 2)
+
+
+def go_on(rank: int, folder: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    ranks = Ranks(rank, 2, dist.barrier)
+
+    def trained(progress: Progress, stop: int) -> dict[str, torch.Tensor] | None:
+        torch.manual_seed(0)
+        probe = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Dropout(), nn.Linear(4, 1))
+        data = torch.randn(
+            9, 4, 3, generator=torch.Generator().manual_seed(rank)
+        )  # each rank has BatchNorm statistics of its own
+        torch.manual_seed(rank)  # and random numbers
+        try:
+            fit(
+                probe,
+                iter(data[progress.step : stop]),
+                lambda net, batch: net(batch).square().mean(),
+                steps=9,
+                optimizer=torch.optim.AdamW(probe.parameters(), lr=0.1),
+                factor=lambda step: 1 - step / 9,
+                progress=progress,
+            )
+        except StopIteration:
+            return None
+        return probe.state_dict()
+
+    path = Path(folder) / "p.pt"
+    want = trained(Progress(None, every_s=0, ranks=ranks), stop=9)
+    assert want is not None
+    assert trained(Progress(path, every_s=0, ranks=ranks), stop=4) is None
+    again = Progress(path, every_s=0, ranks=ranks)
+    assert again.step == 4
+    found = trained(again, stop=9)
+    assert found is not None
+    assert all(torch.equal(found[name], want[name]) for name in want)
+    mine = path if rank == 0 else path.with_name("none.pt")  # a folder that the other rank does not see
+    assert Progress(mine, every_s=0, ranks=ranks).step == 0
+    dist.destroy_process_group()
+
+
+def test_a_probe_of_two_ranks_goes_on_with_what_each_of_them_had(tmp_path: Path) -> None:
+    torch.multiprocessing.start_processes(go_on, (str(tmp_path),), nprocs=2, start_method="fork")

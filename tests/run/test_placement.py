@@ -22,7 +22,7 @@ from radio_distill.distill.bank import TeacherBank
 from radio_distill.distill.loop import train
 from radio_distill.errors import RadioDistillError
 from radio_distill.runs import artifact_folder
-from radio_distill.student.checkpoints import load_student
+from radio_distill.student.load import load_student
 from radio_distill.toyworld import render_images
 from radio_distill.train import preempt
 from radio_distill.train.status import read_status

@@ -142,7 +142,7 @@ def test_ranks_save_when_their_launcher_is_killed_and_another_world_size_goes_on
     wait_for_step(first, 1, process)
     process.kill()
     _, errors = process.communicate(timeout=120)  # the ranks hold the pipe until they end
-    assert "as asked; the same command goes on from here" in errors
+    assert "on request; run the same command again to resume" in errors
     assert json.loads((first / "status.json").read_text())["state"] == "stopped"
     first.rename(run)
     again = train(photos, run, ranks=1)
@@ -210,7 +210,7 @@ def test_a_teacher_that_is_not_finite_on_one_rank_stops_all_before_anything_is_s
     done = subprocess.run(arguments, capture_output=True, text=True, timeout=240, env=environment)
     assert done.returncode == 2
     assert "teacher 'toy_clip' gave non-finite features at step 0 on rank 1 (partition 'low')" in done.stderr
-    assert "nothing was updated, the last checkpoint stands" in done.stderr
+    assert "nothing was updated, the last checkpoint is intact" in done.stderr
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 

@@ -155,7 +155,7 @@ def test_two_ranks_save_when_asked_and_one_goes_on_with_the_same_losses(photos, 
     process.send_signal(signal.SIGUSR1)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == STOPPED, errors[-3000:]
-    assert "as asked; the same command goes on from here" in errors
+    assert "on request; run the same command again to resume" in errors
     again = train(photos, run)
     assert again.returncode == 0, again.stderr[-3000:]
     assert "saved on 2 ranks, now 1" in again.stderr

@@ -6,7 +6,7 @@ import torch
 from radio_distill.balance.hadamard import hadamard, is_reachable
 from radio_distill.errors import RecipeError
 
-# recipe.md's widths of real models
+# Widths of real models
 WIDTHS = [384, 768, 896, 1024, 1152, 1280, 1408, 1536, 1664, 1792, 2048, 2304, 2560, 3072, 3200, 3584, 3840, 4096]
 
 

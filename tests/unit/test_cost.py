@@ -199,7 +199,7 @@ def test_a_progressive_network_costs_its_levels_at_their_own_sizes() -> None:
 
 @pytest.mark.parametrize("kind", ["jbu", "sapa", "resfu"])
 def test_light_upsamplers_cost_next_to_nothing_beside_a_block(kind: str) -> None:
-    """docs/performance.md, 1.3: 5.4 kFLOP of kernels and 128 C of products a pixel for jbu."""
+    """5.4 kFLOP of kernels and 128 C of products a pixel for jbu."""
     cell = network_flops(Network(kind="featup" if kind == "jbu" else kind, factor=2), 1280, 27, 14) / 54**2
     assert cell < 0.002 * 96.7e6
     if kind == "jbu":

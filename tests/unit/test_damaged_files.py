@@ -23,8 +23,8 @@ from radio_distill.log.sinks import drop_metrics_after, read_metrics
 from radio_distill.network.arch import AdaptorSlot
 from radio_distill.results import read as read_results
 from radio_distill.student.build import build_student
-from radio_distill.student.checkpoints import load_student, open_student, save_student
-from radio_distill.student.load import load_student as load_any
+from radio_distill.student.checkpoints import save_student
+from radio_distill.student.load import load_student
 from radio_distill.train.lock import this_process
 from radio_distill.train.status import Status, read_status, render
 from radio_distill.types import Result
@@ -135,12 +135,12 @@ Read = Callable[[Path], Any]
 READERS: dict[str, tuple[Callable[[Path], None], str, Read]] = {
     "student": (student_folder, "student.json", load_student),
     "weights of a student": (student_folder, "student.safetensors", load_student),
-    "reference": (reference, "a.pth.tar", lambda folder: open_student(folder / "a.pth.tar")),
+    "reference": (reference, "a.pth.tar", lambda folder: load_student(folder / "a.pth.tar")),
     "status": (run, "status.json", show_run),
     "metrics": (run, "metrics.jsonl", show_run),
     "results": (results, "results.jsonl", lambda folder: read_results(folder / "results.jsonl")),
     "provenance": (export, "provenance.json", facts_of_export),
-    "format of an export": (export, "provenance.json", load_any),
+    "format of an export": (export, "provenance.json", load_student),
     "upsampler": (lambda folder: make(folder), "upsampler.json", load_upsampler),
     "weights of an upsampler": (lambda folder: make(folder), "upsampler.safetensors", load_upsampler),
     "worst classes": (worst, "a.json", lambda folder: list(read_worst(folder))),

@@ -273,7 +273,7 @@ def test_a_function_of_a_module_makes_a_model(tmp_path, monkeypatch):
     with pytest.raises(RadioDistillError, match=r"returned a int, expected a VisionModel: encode\(images\), nearest_size"):
         open_model("models_made_here:wrong")
     with pytest.raises(
-        RadioDistillError, match=r"has no attribute 'missing'; expected package.module:function that can be imported"
+        RadioDistillError, match=r"models_made_here.py has no 'missing', expected a function that returns a VisionModel"
     ):
         open_model("models_made_here:missing")
 

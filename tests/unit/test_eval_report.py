@@ -36,7 +36,7 @@ def test_students_come_before_teachers_and_published_rows_last() -> None:
 def test_other_presets_have_no_published_rows_and_say_so(preset: str) -> None:
     (section,) = sections([result("ade20k", "miou", 51.0, preset=preset)])
     assert [row[0] for row in section.rows] == [f"runs/stage3@500 ({preset})"]
-    assert f"Preset {preset}: these numbers cannot stand beside published ones." in section.notes
+    assert f"Preset {preset}: these numbers cannot be compared with published ones." in section.notes
 
 
 def test_what_is_no_headline_is_in_no_table() -> None:

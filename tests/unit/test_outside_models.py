@@ -11,6 +11,8 @@ import transformers
 
 from radio_distill.config.cards import TeacherCard
 from radio_distill.errors import CardError, CheckpointError, TeacherError
+from radio_distill.eval.blocks import with_blocks
+from radio_distill.eval.models import open_model
 from radio_distill.eval.outside_models import hf_teacher
 from radio_distill.teachers.base import load_teacher
 
@@ -75,6 +77,15 @@ def test_of_every_kind_of_transformers_the_map_is_that_of_the_patches(tmp_path, 
     ]
     torch.testing.assert_close(ours.summary_BC, pooled, rtol=1e-4, atol=1e-5)
     assert teacher.card.params["prefix_tokens"] == prefix
+
+
+@pytest.mark.parametrize("kind", ["Yolos", "Dinov2WithRegisters", "SiglipVision"])
+def test_the_blocks_that_a_dpt_head_reads_are_those_of_the_patches(tmp_path, kind):
+    saved(tmp_path, kind, **{**SMALL, "num_hidden_layers": 4, **SEQUENCES[kind][2]})
+    opened = open_model(f"hf:{tmp_path}")
+    x = torch.rand(2, 3, *opened.model.nearest_size(48, 80))
+    own, maps = opened.model.encode(x).features_BCHW, with_blocks(opened).model.encode(x).features_BCHW
+    torch.testing.assert_close(maps[:, -own.shape[1] :], own, rtol=1e-4, atol=1e-5)
 
 
 MERGED = r"gives \d+ tokens for .* patches of \d pixels \(it merges them, as Swin does"

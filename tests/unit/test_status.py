@@ -56,7 +56,7 @@ def test_a_failure_is_shown_with_its_reason_and_gives_1(opened, tmp_path, capsys
     assert "failed, step 3 of 40" in shown
     assert "reason     TrainingError: non-finite value at step 3" in shown
     assert "last save  nothing yet" in shown
-    assert "the same command goes on from the last save" in shown
+    assert "run the same command again to resume from the last save" in shown
 
 
 def test_a_killed_job_is_not_taken_for_a_running_one(opened, tmp_path, capsys):

@@ -17,8 +17,9 @@ from radio_distill.network.arch import AdaptorSlot, HeadArch
 from radio_distill.network.intermediates import forward_intermediates
 from radio_distill.network.student import Student
 from radio_distill.student.build import build_student
-from radio_distill.student.checkpoints import load_reference, load_student, open_student, save_student, student_from_hf
+from radio_distill.student.checkpoints import load_reference, save_student, student_from_hf
 from radio_distill.student.keys import to_reference
+from radio_distill.student.load import load_student
 from radio_distill.student.reference import student_from_reference
 from radio_distill.student.start import parametrise
 
@@ -101,7 +102,7 @@ def test_an_average_can_be_saved_in_place_of_the_weights(tmp_path: Path) -> None
 
 
 def test_a_missing_or_broken_folder_is_named(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"student.json does not exist; expected a folder written by a run"):
+    with pytest.raises(CheckpointError, match=r"holds no checkpoint; expected a run folder"):
         load_student(tmp_path)
     save_student(make(), tmp_path)
     (tmp_path / "student.json").write_text("{}")
@@ -133,7 +134,7 @@ def test_ema_weights_are_preferred(tmp_path: Path) -> None:
     path = write(tmp_path / "x.pth.tar", args=argparse.Namespace(**args), state_dict=state, state_dict_ema=reference(ema)[1])
     same(ema, load_reference(path))
     same(raw, load_reference(path, ema=False))
-    same(ema, open_student(path))
+    same(ema, load_student(path))
 
 
 def test_adaptors_can_be_chosen() -> None:
@@ -295,14 +296,18 @@ def test_files_with_other_objects_are_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="other objects are refused because they could run code"):
         load_reference(path)
     with pytest.raises(CheckpointError, match="no-such-file does not exist; expected a file, a folder or a hub id"):
-        open_student(tmp_path / "no-such-file")
-    with pytest.raises(CheckpointError, match=r"has no config.json and model.safetensors"):
-        open_student(tmp_path)
+        load_student(tmp_path / "no-such-file")
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"has no model.safetensors; expected a Hugging Face folder"):
+        load_student(tmp_path / "hf")
 
 
 def test_a_hub_id_needs_the_network() -> None:
-    with pytest.raises(CheckpointError, match="nobody/nothing is neither a path nor a hub id that can be downloaded now"):
-        open_student("nobody/nothing")
+    with pytest.raises(
+        CheckpointError, match=r"nobody/nothing is no path here, and as a hub id it gives nothing: .*HF_HUB_OFFLINE is set"
+    ):
+        load_student("nobody/nothing")
 
 
 # --- transformers --------------------------------------------------------------------------------------------------------

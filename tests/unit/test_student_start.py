@@ -106,7 +106,7 @@ def test_an_adaptor_of_another_shape_starts_from_scratch(tmp_path: Path, caplog:
     save_student(make(CLIP, DINO, seed=1), tmp_path)
     wider = AdaptorSlot("clip", 10, 13, True)
     assert start_weights(make(wider, DINO), Start(kind="run", source=str(tmp_path))) == {"dino"}
-    assert "adaptor clip does not fit the start checkpoint: it starts from scratch" in caplog.text
+    assert "the start checkpoint has no adaptor clip of this shape; it starts from random weights" in caplog.text
 
 
 def test_scratch_changes_nothing() -> None:

@@ -58,5 +58,5 @@ def test_students_go_on_from_the_step_of_the_first(tmp_path: Path):
         (run / "checkpoints" / "latest").write_text(f"step-{steps[-1]:08d}\n")
     assert latest_of_all(runs) == [run / "checkpoints" / "step-00000004" for run in runs]
     (runs[1] / "checkpoints" / "step-00000004" / "meta.json").unlink()
-    with pytest.raises(CheckpointError, match="is missing, and the students of a recipe go on together from step-00000004"):
+    with pytest.raises(CheckpointError, match="is missing, and the students of a recipe resume together from step-00000004"):
         latest_of_all(runs)

@@ -107,7 +107,7 @@ def test_a_folder_without_weights_says_what_it_looked_for(tmp_path: Path) -> Non
 def test_without_a_network_a_hub_id_says_what_to_do(source: str) -> None:
     assert os.environ["HF_HUB_OFFLINE"] == "1"
     with pytest.raises(
-        TeacherError, match=r"in hub repository '(someone|timm)/.*; unset HF_HUB_OFFLINE to download it, or use a"
+        TeacherError, match=r"in hub repository '(someone|timm)/.*: HF_HUB_OFFLINE is set \(unset it to download\), and"
     ):
         load_teacher(card(source))
 

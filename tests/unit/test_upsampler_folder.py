@@ -1,6 +1,7 @@
 """Upsamplers on disk: what is written is read back bit for bit, folded and averaged where asked, and damage is told."""
 
 import json
+import sys
 
 import pytest
 import torch
@@ -9,8 +10,9 @@ from safetensors.torch import load_file, save_file
 
 from radio_distill.config.load import load_card
 from radio_distill.config.recipe import Debias, Trained
-from radio_distill.errors import CheckpointError, TeacherError
+from radio_distill.errors import CardError, CheckpointError, TeacherError
 from radio_distill.student.spectral import apply_spectral
+from radio_distill.teachers.base import load_teacher
 from radio_distill.upsamplers.base import trained_upsampler
 from radio_distill.upsamplers.folder import load_upsampler, read_network, save_upsampler
 
@@ -152,3 +154,24 @@ def test_another_teacher_is_refused_with_how_to_train(tmp_path):
     )
     with pytest.raises(TeacherError, match=expected):
         trained_upsampler(sharp(weights=weights), load_card("toy_siglip"), 84)
+
+
+def test_an_upsamplers_folder_cannot_name_code(tmp_path, monkeypatch):
+    (tmp_path / "evil_loader.py").write_text("raise SystemExit('ran')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    make(tmp_path / "u")
+    facts = tmp_path / "u" / "upsampler.json"
+    for loader, family in (
+        ("evil_loader:make", "custom"),
+        ("radio_distill.demo:main", "custom"),
+        ("radio_distill.teachers.sam:build", "toy"),
+    ):
+        stored = json.loads(facts.read_text())
+        stored["teacher"]["loader"] = loader
+        facts.write_text(json.dumps(stored))
+        card = load_upsampler(tmp_path / "u").card
+        assert (card.loader, card.family) == (loader if family == "toy" else None, family)
+        if family == "custom":
+            with pytest.raises(CardError, match="came from a folder, which may not name code: use the card file"):
+                load_teacher(card)
+    assert "evil_loader" not in sys.modules

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from importlib import import_module
+from collections.abc import Callable, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from ...config.messages import did_you_mean
 from ...data.identity import Identity, identify
 from ...errors import DataError
+from ...loaders import check_call, import_named, is_named
 from .registry import READERS, TOY_READERS
 
 __all__ = ["TOY", "Dataset", "Subset", "missing", "open_dataset"]
@@ -81,7 +82,11 @@ class Subset(Dataset[S]):
 
     @property
     def keys(self) -> Sequence[str]:
-        return [self.whole.keys[i] for i in self.indices]
+        keys = self.whole.keys
+        return [keys[i] for i in self.indices]
+
+    def __len__(self) -> int:
+        return len(self.indices)
 
     def files(self, index: int) -> Sequence[str | Path]:
         return self.whole.files(self.indices[index])
@@ -91,13 +96,15 @@ class Subset(Dataset[S]):
 
 
 def open_dataset(name: str, split: str, root: str | Path, *, kind: str) -> Dataset:  # type: ignore[type-arg]
-    """A data set by name, listed and checked.
+    """A data set by name, or by the `package.module:Class` of one of the user's, listed and checked.
 
     root: the folder that holds the data sets, or `toy`: then generated scenes with the same `kind` of sample (an entry of
     registry.py) stand in. Raises DataError that says which path was looked for, the layout, and where users get it.
     """
     if str(root) == TOY:
         return _reader(TOY_READERS[kind])(split)
+    if is_named(name):
+        return _dataset_of_users(name, split, Path(root).expanduser())
     if name not in READERS:
         raise DataError(f"no data set {name!r}{did_you_mean(name, READERS)}; expected one of {', '.join(READERS)}")
     return _reader(READERS[name])(Path(root).expanduser(), split)
@@ -109,6 +116,23 @@ def missing(path: Path, *, dataset: str, layout: str, source: str) -> DataError:
     return DataError(f"{dataset}: {path} is missing; expected\n  {lines}\nunder the folder given as --data. {source}")
 
 
-def _reader(place: str):  # type: ignore[no-untyped-def]
-    module, _, attribute = place.partition(":")
-    return getattr(import_module(f"{__package__}.{module}"), attribute)
+def _reader(place: str) -> Callable[..., Dataset[Any]]:
+    return import_named(f"{__package__}.{place}", by="registry.py", error=DataError)
+
+
+def _dataset_of_users(name: str, split: str, root: Path) -> Dataset[Any]:
+    by, expected = f"data set {name!r}", "a class that extends radio_distill.eval.datasets.base.Dataset"
+    reader = import_named(name, by=by, expected=f"{expected}, called with (root, split)", error=DataError)
+    if lacks := sorted(getattr(reader, "__abstractmethods__", ())):
+        raise DataError(f"{by} lacks {', '.join(lacks)}, which every data set has (docs/eval.md)")
+    check_call(reader, root, split, by=by, options={}, error=DataError)
+    dataset = reader(root, split)
+    if not isinstance(dataset, Dataset):
+        raise DataError(f"{by} gave a {type(dataset).__name__}, expected {expected}")
+    for what in ("name", "split"):
+        if not isinstance(getattr(dataset, what, None), str):
+            raise DataError(f"{by} has no {what!r}, under which its results are filed; set it in the class or in __init__")
+    dataset.tables = (*dataset.tables, Path(inspect.getfile(reader)))  # what reads the files is part of the identity
+    if len(dataset) == 0:
+        raise DataError(f"{by}: no items of split {split!r} in {root}; check the folder given as --data")
+    return dataset

@@ -111,7 +111,7 @@ def _numbered(names: Sequence[str], where: object) -> dict[str, int]:
     if sorted(found.values()) != list(range(CLASSES)):
         low, high = min(names, key=int, default="none"), max(names, key=int, default="none")
         raise DataError(
-            f"{where}: {len(names)} names that are numbers, {low} to {high}; they tell ImageNet's classes only when they are 0 to "
+            f"{where}: {len(names)} names that are numbers, {low} to {high}; they are ImageNet's classes only when they run from 0 to "
             "999, each once; name them by their WordNet ids (n01440764), or use suite transfer for other sets of images"
         )
     return found

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ...data.decode import BadImage, read_pixels, read_stored
 from ...errors import DataError, RadioDistillError
+from ...files import appearing
 from .object_views import Photograph
 
 __all__ = ["COPY", "downsample", "of_view", "read_camera", "read_photograph"]
@@ -149,10 +150,8 @@ def main(arguments: list[str] | None = None) -> int:
     todo = [path for path in paths if not path.with_name(COPY + path.name).exists()]
     try:
         for path in todo:
-            copy = path.with_name(COPY + path.name)
-            temporary = copy.with_name(f".{copy.name}")
-            downsample(path).save(temporary, "PNG" if path.suffix == ".png" else "JPEG")
-            temporary.replace(copy)
+            with appearing(path.with_name(COPY + path.name)) as copy:
+                downsample(path).save(copy, "PNG" if path.suffix == ".png" else "JPEG")
     except RadioDistillError as error:
         print(error, file=sys.stderr)
         return 1

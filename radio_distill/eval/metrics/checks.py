@@ -1,4 +1,4 @@
-"""What every metric asks of its inputs; the message says what was given, what was expected, and what to do."""
+"""Checks of inputs shared by all metrics; the message says what was given, what was expected, and what to do."""
 
 from __future__ import annotations
 

@@ -32,17 +32,18 @@ class Item(NamedTuple, Generic[S]):
 
 
 def training_batches(
-    dataset: Dataset[S], transform: Transform[S, T], *, batch: int, context: Context, shuffle: bool = True
+    dataset: Dataset[S], transform: Transform[S, T], *, batch: int, context: Context, shuffle: bool = True, first: int = 0
 ) -> Generator[list[T], None, None]:
     """This rank's shares of batches, without end. Raises DataError when ranks cannot share a batch evenly.
 
-    shuffle: every epoch has an order of its own; False: all have the data set's.
+    shuffle: every epoch has an order of its own; False: all have the data set's. first: number of the first batch; those
+    before it are not read.
     """
     ranks = context.ranks
     if batch % ranks.world:
         raise DataError(f"a batch of {batch} cannot be shared evenly by {ranks.world} ranks; start a number that divides it")
     share = batch // ranks.world
-    draws = _Draws(dataset, transform, batch, range(ranks.rank * share, (ranks.rank + 1) * share), context.seed, shuffle)
+    draws = _Draws(dataset, transform, batch, range(ranks.rank * share, (ranks.rank + 1) * share), context.seed, shuffle, first)
     batches, stop = read_in_processes(draws, context.workers)
     try:
         yield from batches
@@ -64,16 +65,23 @@ class _Draws(IterableDataset[list[Any]]):
     """Draw k of a training is item k mod n of the epoch's permutation, augmented by a generator of its own."""
 
     def __init__(
-        self, dataset: Dataset[Any], transform: Transform[Any, Any], batch: int, share: range, seed: int, shuffle: bool
+        self,
+        dataset: Dataset[Any],
+        transform: Transform[Any, Any],
+        batch: int,
+        share: range,
+        seed: int,
+        shuffle: bool,
+        first: int,
     ) -> None:
         self.dataset, self.transform, self.batch, self.share = dataset, transform, batch, share
-        self.seed, self.shuffle = seed, shuffle
+        self.seed, self.shuffle, self.first = seed, shuffle, first
 
     def __iter__(self) -> Iterator[list[Any]]:
         worker = get_worker_info()
         first, step = (worker.id, worker.num_workers) if worker else (0, 1)
         epoch, order = -1, np.empty(0, int)
-        for number in count(first, step):
+        for number in count(self.first + first, step):
             items = []
             for draw in (number * self.batch + i for i in self.share):
                 if draw // len(self.dataset) != epoch:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ...errors import TrainingError
 from ...tensors import all_reduce
+from ..progress import KEEPS_NOTHING, Progress
 
 __all__ = ["fit"]
 
@@ -28,11 +29,13 @@ def fit(
     optimizer: torch.optim.Optimizer,
     factor: Callable[[int], float],
     max_norm: float | None = None,
+    progress: Progress = KEEPS_NOTHING,
 ) -> float:
     """Train `probe` for `steps` steps and leave it in eval mode; returns the mean loss of the last tenth of them.
 
-    batches: this rank's own. loss: of this rank's batch, a mean. factor: of the learning rates, by step. max_norm: gradients
-    are clipped to this norm. Ranks average their gradients, so that equal shares give what one rank with all of them gives.
+    batches: this rank's own, from step `progress.step` on. loss: of this rank's batch, a mean. factor: of the learning rates, by step. max_norm: gradients
+    are clipped to this norm. progress: where an earlier call was interrupted, and where this one keeps how far it has come; the
+    result is the same to the last bit. Ranks average their gradients, so that equal shares give what one rank with all of them gives.
     Raises TrainingError on all ranks when a loss is not finite; looks after every tenth of the steps.
     """
     ranks = dist.get_world_size() if dist.is_initialized() else 1
@@ -41,9 +44,12 @@ def fit(
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     probe.train()
-    tenth, mean = max(1, steps // 10), 0.0
+    start, tenth, mean = 0, max(1, steps // 10), 0.0
     last: deque[Tensor] = deque(maxlen=tenth)
-    for step in range(steps):
+    if progress.step:
+        start, (losses, mean) = progress.step, progress.restore(probe, optimizer, schedule)
+        last.extend(losses)
+    for step in range(start, steps):
         value = loss(probe, next(batches))
         optimizer.zero_grad(set_to_none=True)
         value.backward()  # type: ignore[no-untyped-call]
@@ -58,6 +64,9 @@ def fit(
         last.append(value.detach())
         if (step + 1) % tenth == 0 or step + 1 == steps:
             mean = _finite_mean(last, ranks, step + 1)
+        if progress.due(step + 1, steps):
+            _finite_mean(last, ranks, step + 1)  # weights that are not finite are not kept
+            progress.save(step + 1, probe, optimizer, schedule, last, mean)
     probe.eval()
     if ranks > 1:
         for buffer in probe.buffers():  # gloo has no SyncBatchNorm; whoever scores has the same probe

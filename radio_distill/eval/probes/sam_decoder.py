@@ -15,7 +15,8 @@ from PIL import Image
 from torch import Tensor
 
 from ...align import resize_map
-from ...errors import DataError, TeacherError
+from ...errors import DataError, RadioDistillError, TeacherError
+from ...hub import Repository
 
 __all__ = ["SamDecoder"]
 
@@ -45,8 +46,10 @@ class SamDecoder:
         from transformers import SamModel
 
         try:
+            if not Path(source).is_dir():
+                source = Repository(str(source)).folder(["config.json", "*.safetensors"])
             return cls(SamModel.from_pretrained(source, use_safetensors=True, dtype=torch.float32))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RadioDistillError) as error:
             raise TeacherError(
                 f"SAM decoder {str(source)!r} cannot be read ({str(error).splitlines()[0]}); expected a folder of transformers "
                 "with config.json and model.safetensors (facebook/sam-vit-huge): give its path as `sam_coco.decoder`"

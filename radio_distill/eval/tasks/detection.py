@@ -103,7 +103,8 @@ class Detection(Task):
         channels = frozen_map(opened.model, black, context).shape[1]
         arch = Architecture(self.dim, self.heads, self.ffn, self.points, self.encoder, self.decoder, self.queries, self.factors)
         detector = Detector(arch, channels, len(train.classes)).to(context.device)
-        examples = training_batches(train, Jitter(side, self.scales), batch=self.batch, context=context)
+        progress = context.progress("detector")
+        examples = training_batches(train, Jitter(side, self.scales), batch=self.batch, context=context, first=progress.step)
 
         def batches() -> Iterator[tuple[Tensor, list[Truth]]]:
             for drawn in examples:
@@ -121,6 +122,7 @@ class Detection(Task):
             optimizer=torch.optim.AdamW(detector.parameters(), lr=self.lr, weight_decay=self.weight_decay),
             factor=lambda step: 1.0 if step < self.steps * 11 / 12 else 0.1,
             max_norm=self.max_norm,
+            progress=progress,
         )
         examples.close()
         return detector

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from typing import Annotated, Any, Literal
 
 import torch
@@ -51,13 +52,15 @@ class LinearProbe(SummaryTask):
         probe = nn.Sequential(nn.BatchNorm1d(known.shape[1], affine=False), nn.Linear(known.shape[1], len(train.classes))).to(
             context.device
         )
+        progress = context.progress("layer")
         fit(
             probe,
-            self._batches(known, labels_of(train).to(context.device), context),
+            islice(self._batches(known, labels_of(train).to(context.device), context), progress.step, None),
             lambda net, batch: F.cross_entropy(net(batch[0]), batch[1]),
             steps=self.steps,
             optimizer=torch.optim.AdamW(probe.parameters(), lr=self.lr, weight_decay=self.weight_decay),
             factor=lambda step: 0.5 + 0.5 * float(torch.cos(torch.tensor(torch.pi * step / self.steps))),
+            progress=progress,
         )
         hits, labels = Means(), labels_of(test).to(context.device)
         with torch.no_grad():

@@ -137,7 +137,10 @@ class MultitaskProbe(Task):
         channels = seen(torch.zeros(1, 3, *self.canvas, dtype=torch.uint8)).shape[1]
         heads = MultitaskHeads(channels, self._outputs(train)).to(context.device)
         augment = MultitaskAugment(self.canvas, self.scales, self.max_share)
-        crops: Iterator[list[MultitaskSample]] = training_batches(train, augment, batch=self.batch, context=context)
+        progress = context.progress("heads")
+        crops: Iterator[list[MultitaskSample]] = training_batches(
+            train, augment, batch=self.batch, context=context, first=progress.step
+        )
 
         def batches() -> Iterator[tuple[Tensor, Targets]]:
             for samples in crops:
@@ -152,6 +155,7 @@ class MultitaskProbe(Task):
             optimizer=torch.optim.Adam(heads.parameters(), lr=self.lr, weight_decay=self.weight_decay),
             factor=partial(mlore_factor, total=self.steps),
             max_norm=self.max_norm,
+            progress=progress,
         )
         crops.close()  # type: ignore[attr-defined]
         return heads

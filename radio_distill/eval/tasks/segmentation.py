@@ -91,8 +91,9 @@ class Segmentation(Task):
         black = torch.zeros(1, 3, crop, crop, dtype=torch.uint8)
         channels = frozen_map(opened.model, black, context).shape[1]
         head = segmentation_head(channels, len(train.classes)).to(context.device)
+        progress = context.progress(f"head-{crop}")
         crops: Generator[list[SegmentationSample], None, None] = training_batches(
-            train, augment, batch=self.batch, context=context
+            train, augment, batch=self.batch, context=context, first=progress.step
         )
 
         def batches() -> Iterator[tuple[Tensor, Tensor]]:
@@ -108,6 +109,7 @@ class Segmentation(Task):
             steps=self.steps,
             optimizer=torch.optim.AdamW(head.parameters(), lr=self.lr, weight_decay=0.0),
             factor=partial(mmseg_factor, warmup=min(self.warmup, self.steps // 2), total=self.steps),
+            progress=progress,
         )
         crops.close()
         return head

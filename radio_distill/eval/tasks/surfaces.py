@@ -104,7 +104,8 @@ class SurfaceTask(Task):
         black = torch.zeros(1, 3, *item.fit.square, dtype=torch.uint8)
         channels = frozen_map(opened.model, black, context).shape[1]
         probe = self.probe(channels // (4 if self.head == "dpt" else 1)).to(context.device)
-        items = training_batches(train, item, batch=self.batch, context=context, shuffle=self.shuffle)
+        progress = context.progress("probe")
+        items = training_batches(train, item, batch=self.batch, context=context, shuffle=self.shuffle, first=progress.step)
         epoch = len(train) / self.batch
         steps = ceil(self.epochs * epoch)
         fit(
@@ -114,6 +115,7 @@ class SurfaceTask(Task):
             steps=steps,
             optimizer=torch.optim.AdamW(probe.parameters(), lr=self.lr),
             factor=partial(probe3d_factor, warmup=min(round(self.warmup_epochs * epoch), steps - 1), total=steps),
+            progress=progress,
         )
         items.close()
         return probe
