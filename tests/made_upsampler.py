@@ -27,7 +27,8 @@ def statistics(teacher: str) -> Balancer:
 
 
 def made(teacher: str = "toy_clip", *, steps: int = 100, seed: int = 0, **network: object) -> SavedUpsampler:
-    card, spec = load_card(teacher), Network(**network)
+    has_map = network.get("kind", "featsharp") in ("featsharp", "bilinear", "tile", "s2")  # as recipes of these kinds have it
+    card, spec = load_card(teacher), Network(**{"debias": has_map, **network})
     torch.manual_seed(seed)
     side = card.input.size // card.input.patch
     sharpener = Sharpener(spec, card.output.features, (side, side), statistics(teacher))

@@ -84,7 +84,7 @@ def test_a_job_on_another_machine_that_gives_no_sign_of_life_is_dead(tmp_path, c
     left_by(tmp_path, ELSEWHERE)
     assert not is_held(tmp_path)
     held = RunLock(tmp_path)
-    assert "was left by Slurm job 99, process 4711 on node7" in caplog.text
+    assert "is still locked by Slurm job 99, process 4711 on node7" in caplog.text
     assert is_held(tmp_path)
     held.release()
 
