@@ -1,6 +1,6 @@
 """What one image costs a model, at a size that a suite runs it at: parameters, tokens, FLOP, milliseconds on a named device.
 
-They are lines of the results, of the task `cost`; the report makes one table of them.
+They are written to the results as the task `cost`; the report shows them in one table.
 """
 
 from __future__ import annotations

@@ -69,7 +69,7 @@ def test_a_killed_process_leaves_a_lock_that_is_taken_over_at_once_with_a_messag
     assert read_owner(tmp_path / "lock") is not None
     assert not is_held(tmp_path)
     RunLock(tmp_path).release()
-    assert "which did not come to its end; taking it over" in caplog.text
+    assert "which exited without releasing it; taking it over" in caplog.text
 
 
 def test_a_job_on_another_machine_that_touches_its_lock_is_alive_whatever_its_clock_says(tmp_path, touched):
@@ -84,7 +84,7 @@ def test_a_job_on_another_machine_that_gives_no_sign_of_life_is_dead(tmp_path, c
     left_by(tmp_path, ELSEWHERE)
     assert not is_held(tmp_path)
     held = RunLock(tmp_path)
-    assert "was left by Slurm job 99, process 4711 on node7" in caplog.text
+    assert "is still locked by Slurm job 99, process 4711 on node7" in caplog.text
     assert is_held(tmp_path)
     held.release()
 

@@ -1,4 +1,4 @@
-"""What tasks on summaries (one vector per image) share: the size of the images, and the vectors from the cache."""
+"""Shared by all tasks on summaries (one vector per image): the size of the images, and the vectors from the cache."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tasks over many resolutions, to see where a model changes its mode: its own metric, and how far its features move.
+"""Tasks over many resolutions, which show mode switching: the task's metric at each, and how far the features move between them.
 
 Shapes: B images, C channels, H W cells.
 """
