@@ -24,7 +24,7 @@ from radio_distill.eval.datasets.samples import LabelledImage
 from radio_distill.eval.encode import Resize, features_of
 from radio_distill.eval.features import FeatureCache
 from radio_distill.eval.metrics.knn import nearest
-from radio_distill.eval.models import Opened, open_model
+from radio_distill.eval.models import NamedModel, open_model
 from radio_distill.eval.task import Context
 
 DATABASE, QUERIES, CHANNELS, PART = 1_281_167, 50_000, 1024, 16_384
@@ -78,13 +78,13 @@ def extraction(given: argparse.Namespace, device: torch.device) -> dict[str, flo
     return {"forward, images/s": forward, "extraction, images/s": extract, "extraction over forward": extract / forward}
 
 
-def _forward(opened: Opened, batches: list[Tensor], device: torch.device) -> None:
+def _forward(opened: NamedModel, batches: list[Tensor], device: torch.device) -> None:
     for pixels in batches:
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             opened.model.encode(pixels)
 
 
-def _extract(opened: Opened, dataset: InMemory, side: int, context: Context) -> None:
+def _extract(opened: NamedModel, dataset: InMemory, side: int, context: Context) -> None:
     features_of(opened, dataset, Resize("exact", side), context, maps=False).close()
 
 

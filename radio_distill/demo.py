@@ -1,4 +1,4 @@
-"""`radio-distill demo` (`make demo`): the whole line on a CPU, without a download.
+"""`radio-distill demo` (`make demo`): the whole pipeline on a CPU, without a download.
 
     toy scenes -> statistics -> stage 1 -> stage 2 -> upsamplers of the low-resolution teachers -> stage 3 with their targets
                -> evaluation -> report.html

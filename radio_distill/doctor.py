@@ -41,7 +41,7 @@ def show(findings: Sequence[Finding]) -> int:
     """Print a table; 1 when something is missing."""
     table = make_table("", "what state", "detail")
     for finding in findings:
-        table.add_row(finding.what, "MISSING" if finding.missing else "ok", finding.text)
+        table.add_row(finding.what, "MISSING" if finding.missing else "not opened" if finding.unopened else "ok", finding.text)
     wide_console().print(table)
     return int(any(finding.missing for finding in findings))
 
@@ -157,26 +157,25 @@ def _start(recipe: Recipe) -> Iterator[Finding]:
 
 def _images(recipe: ImageJob, open_sources: bool) -> Iterator[Finding]:
     from .data.reading import ShardError, read_shard
-    from .data.sources import list_source
+    from .data.sources import is_url, list_source
 
     if not recipe.data.sources:
         yield Finding("images", NO_IMAGES, missing=True)
     for name, source in recipe.data.sources.items():
         try:
             listing = list_source(name, source)
-            if (remote := _remote(listing)) and not open_sources:
-                yield Finding(f"images {name}", f"{listing.summary}{remote}{_cut(listing)}")
-                continue
-            shards = listing.shards(1)
-            samples = [sample for shard in (shards[0], shards[-1]) for sample in islice(read_shard(shard), 1)]
+            unopened = "" if open_sources else _remote(listing)
+            shards = [shard for shard in listing.shards(1) if open_sources or not is_url(shard.url)]
+            samples = [sample for shard in (*shards[:1], *shards[-1:]) for sample in islice(read_shard(shard), 1)]
             cut = _cut(listing)
         except (RadioDistillError, ShardError, OSError) as error:
             yield Finding(f"images {name}", without_secrets(str(error)), missing=True)
             continue
-        empty = not samples or any(sample.image is None for sample in samples)
+        empty = bool(shards) and (not samples or any(sample.image is None for sample in samples))
         looks = ", but no image at the start of the first or last one" if empty else "; first and last can be read"
+        looks = f"{looks if shards else ''}{unopened}"
         left_out = f"; left out: {listing.left_out}" if listing.left_out else ""
-        yield Finding(f"images {name}", f"{listing.summary}{looks}{cut}{left_out}", missing=empty)
+        yield Finding(f"images {name}", f"{listing.summary}{looks}{cut}{left_out}", empty, unopened=bool(unopened))
 
 
 def _remote(listing: Listing) -> str:
@@ -192,7 +191,7 @@ def _remote(listing: Listing) -> str:
         for verb, count, what in (("runs", commands, "command"), ("opens", len(remote) - commands, "URL"))
         if count
     )
-    return f"; training {does}, first {without_secrets(remote[0])!r}; not looked at: --open does it"
+    return f"; training {does}, first {without_secrets(remote[0])!r}; not opened, --open does it"
 
 
 def _cut(listing: Listing) -> str:

@@ -132,11 +132,13 @@ def examine(recipe: Job | None, *, open_sources: bool = False) -> int:
 
 
 def refuse_if_missing(recipe: Job, *, open_sources: bool = False) -> int:
-    """Print what the recipe needs and is not here; 1 when there is something, else 0. What a job asks before it starts."""
+    """Print what the recipe needs and is not here, or was not looked at; 1 when something is missing, else 0. What a job asks before it
+    starts."""
     from .doctor import show
 
-    missing = [finding for finding in KINDS[type(recipe)].examine(recipe, open_sources=open_sources) if finding.missing]
-    return show(missing) if missing else 0
+    found = KINDS[type(recipe)].examine(recipe, open_sources=open_sources)
+    worth_a_line = [finding for finding in found if finding.missing or finding.unopened]
+    return show(worth_a_line) if worth_a_line else 0
 
 
 def main(argv: Sequence[str]) -> int:

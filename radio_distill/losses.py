@@ -1,6 +1,6 @@
 """The losses: pure functions of predictions and targets, in float32 whatever the autocast around them.
 
-All give sums and counts per image and never a mean: the caller divides by the count over all ranks, so that masks, uneven
+All return sums and counts per image, never a mean: the caller divides by the count over all ranks, so that masks, uneven
 batches and the number of ranks do not change the gradient. `feature_loss` and `summary_loss` are what the rows of
 config/terms.py name; a further term is a function beside them and a row there.
 

@@ -1,8 +1,8 @@
-"""Tensors on their way out of this process, to other ranks or into a file: the one place that lays out their memory.
+"""Make tensors row-major before they are sent to other ranks or saved to a file.
 
-A collective sends memory and not elements: of a transposed matrix or a channels-last weight the other ranks would get the
-elements in another order. And a product of the same numbers in another layout may differ in its last bits, so that what was
-read back from a file would not be quite what was saved. What is sent or saved is therefore row-major.
+A collective sends raw memory: other ranks would get the elements of a transposed matrix or a channels-last weight in another
+order. And products of the same numbers in another memory layout may differ in their last bits, so that a model read back from a file would
+not compute exactly the same.
 """
 
 from __future__ import annotations

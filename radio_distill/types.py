@@ -153,3 +153,5 @@ class Finding(NamedTuple):
     text: str
     missing: bool = False
     """True when the recipe cannot run without it; `text` then says what to do."""
+    unopened: bool = False
+    """True when nobody knows whether it is there: a command that was not run, a URL that was not opened."""

@@ -1,4 +1,4 @@
-"""`radio-distill viz UPSAMPLER [UPSAMPLER ...] --images SOURCE --out FILE.png`: what upsamplers make of some images, as a picture.
+"""`radio-distill viz UPSAMPLER [UPSAMPLER ...] --images SOURCE --out FILE.png`: draw the maps of upsamplers for some images.
 
 Rows: the images; for every teacher its own map, that map resized bilinearly, and the map of each of its upsamplers.
 

@@ -7,7 +7,8 @@ comes in the first second, at any moment, or while something is being written; i
 launcher alone. What must be equal bit for bit: weights, EMA, balancers, optimizer, losses and gradient norms; results; files of exports;
 bytes of shards. What is left behind under a temporary name counts as a difference.
 
-Prints a table; exit code 1 when something differs, hangs or does not end. Linux; a few hundred MB in a temporary folder, removed at the end.
+Prints a table; exit code 1 when something differs, hangs or does not end. Linux; a few hundred MB in a temporary folder, which stays when something
+differs.
 """
 
 from __future__ import annotations
@@ -115,10 +116,12 @@ def main() -> int:
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, give_up)
-    try:
-        return test(root, arguments)
-    finally:
+    code = test(root, arguments)
+    if code == 1:
+        print(f"what differs is kept in {root}")
+    else:
         shutil.rmtree(root, ignore_errors=True)
+    return code
 
 
 def test(root: Path, arguments: argparse.Namespace) -> int:
@@ -146,7 +149,8 @@ def test(root: Path, arguments: argparse.Namespace) -> int:
             return
         work = root / "trials" / f"{number}-{name}"
         outcome = trial(jobs[name], work, expected[name], seconds[name], random.Random(f"{arguments.seed} {number}"), deadline)
-        shutil.rmtree(work, ignore_errors=True)
+        if not outcome.trouble:
+            shutil.rmtree(work, ignore_errors=True)
         outcomes[name].append(outcome)
         say(f"{name}: {outcome.kills.total()} kills, {outcome.trouble or 'exact'}")
 
@@ -242,7 +246,7 @@ def undisturbed(job: Job, work: Path) -> dict[str, Any]:
     work.mkdir(parents=True)
     process = start(job, work)
     if process.wait() != 0:
-        raise SystemExit(f"error: {job.name} fails without any kill:\n{told(work)}")
+        raise SystemExit(f"error: {job.name} fails without any kill ({work}):\n{told(work)}")
     return job.result(work)
 
 
@@ -300,7 +304,7 @@ def wait_for(moment: str, process: subprocess.Popen[bytes], work: Path, seconds:
     begin = time.monotonic()
     until = begin + (rng.uniform(0, 1) if moment == "first second" else rng.uniform(0, seconds))
     if moment == "while writing":
-        # whatever appears under a temporary name, from a random moment on
+        until = rng.choice((begin, until))  # the first thing that appears under a temporary name, or one after a random moment
         while not (time.monotonic() > until and any(any(work.rglob(pattern)) for pattern in UNFINISHED)):
             if process.poll() is not None:
                 return False
@@ -410,7 +414,12 @@ def of_files(folder: str) -> Callable[[Path], dict[str, Any]]:
 
 
 def digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    """Of the bytes; of safetensors with its header in order, in which the library puts metadata in another one every time."""
+    data = path.read_bytes()
+    if path.suffix == ".safetensors":
+        end = 8 + int.from_bytes(data[:8], "little")
+        data = json.dumps(json.loads(data[8:end]), sort_keys=True).encode() + data[end:]
+    return hashlib.sha256(data).hexdigest()
 
 
 def compare(found: dict[str, Any], expected: dict[str, Any]) -> None:

@@ -80,15 +80,15 @@ def _cards(recipe: Recipe, load_card: Callable[[str], TeacherCard], cards: dict[
 def _students(recipe: Recipe) -> Found:
     yield from _student(recipe, recipe.student, ("student",))
     yield from _start(recipe.start, ("start",))
-    for name, sibling in recipe.students.items():
+    for name, further in recipe.students.items():
         path = ("students", name)
-        if _patch(sibling) != patch_size(recipe):
-            text = f"student {name!r} has patches of {_patch(sibling)} px and the recipe's student of {patch_size(recipe)}"
+        if _patch(further) != patch_size(recipe):
+            text = f"student {name!r} has patches of {_patch(further)} px and the recipe's student of {patch_size(recipe)}"
             yield Problem(
                 f"{text}; targets are shared, so all need the same: set overrides.patch_size, or train it alone", path
             )
-        yield from _student(recipe, sibling, path)
-        yield from _start(sibling.start, (*path, "start"))
+        yield from _student(recipe, further, path)
+        yield from _start(further.start, (*path, "start"))
 
 
 def _student(recipe: Recipe, student: Student, path: KeyPath) -> Found:

@@ -106,7 +106,7 @@ class Start(Fields):
     """Start from the EMA weights where the source has them."""
 
 
-class Sibling(Student):
+class FurtherStudent(Student):
     start: Start = Start()
     """Where its weights come from."""
 
@@ -468,7 +468,7 @@ class Recipe(ImageJob):
     """The model that is trained."""
     start: Start = Start()
     """Where its weights come from."""
-    students: dict[str, Sibling] = {}
+    students: dict[str, FurtherStudent] = {}
     """Further students, by name, that learn from the same teacher pass; each has a run folder of its own, RUN/students/NAME."""
     teachers: dict[str, Teacher]
     """The frozen teachers, by a name of your choice."""
@@ -482,15 +482,15 @@ class Recipe(ImageJob):
         return [self, *(self._alone(name) for name in self.students)]
 
     def _alone(self, name: str) -> Recipe:
-        sibling = self.students[name]
+        further = self.students[name]
         return self.model_copy(
             update={
                 "name": f"{self.name}_{name}",
                 "run": f"{self.run or f'runs/{self.name}'}/students/{name}",
-                "student": Student(**{key: getattr(sibling, key) for key in Student.model_fields}),
-                "start": sibling.start,
+                "student": Student(**{key: getattr(further, key) for key in Student.model_fields}),
+                "start": further.start,
                 "students": {},
-                # siblings are saved first: one more must be kept for when a job dies before the recipe's own student is saved
+                # further students are saved first: one more must be kept for when a job dies before the recipe's own student is saved
                 "checkpoint": self.checkpoint.model_copy(update={"keep_last": self.checkpoint.keep_last + 1}),
             }
         )

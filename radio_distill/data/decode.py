@@ -1,6 +1,6 @@
 """The one place where image files become pixels: training, evaluation, VLM, upsamplers and pictures all decode here.
 
-What an image is, its bytes decide, not its name; what cannot be used raises `BadImage`. JPEG goes through libjpeg-turbo
+The bytes decide what an image is, not its name; one that cannot be used raises `BadImage`. JPEG goes through libjpeg-turbo
 (simplejpeg), everything else and CMYK JPEG through Pillow; both give the same pixels within two levels. The size is known
 from the header before anything is decoded. docs/data.md says what becomes of every kind of pixel.
 """

@@ -1,6 +1,6 @@
 """Which files below a folder count: images and tars, listed in one way for training, evaluation, `shards` and `doctor`.
 
-Names decide, nothing is opened. What does not count is counted by reason, with an example each, so that it can be told.
+Only names are looked at; nothing is opened. Files that are left out are counted by reason, with an example each, for the log.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """What a data set is: a digest of its content, so that numbers of one set are never taken for those of another.
 
-Of every file the size counts; of a sample of files, spread evenly, the bytes; of all others the time of the last change. So a
-copy has the same identity when its files are as old (`cp -p`, `rsync -a`, `tar`), or few enough to be read whole. An edit that
-keeps the size gives another identity, wherever it happens; one that keeps the time as well is noticed in the sample alone.
+The digest covers the size of every file, the bytes of a sample of files spread evenly, and the time of the last change of all others. So a copy
+has the same identity if it keeps the times (`cp -p`, `rsync -a`, `tar`), or if it has so few files that all are read. An edit that
+keeps the size gives another identity in any file; one that keeps the time as well is noticed only in the sample.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """The loader: batches of one partition for one rank, the same whatever the number of ranks and loader processes.
 
-A partition's step consists of V streams (`data.streams`) of images/V consecutive samples each. Rank r of R takes the r-th
+In each step a partition takes images/V consecutive samples from each of V streams (`data.streams`). Rank r of R takes the r-th
 block of V/R streams, loader process w of W the w-th block of those, and the parts are put together in this order. Every
-batch carries the place of its streams (`Batch.position`); a loader built with it goes on with the next batch, on the same
-or any other number of ranks and processes that divides V. What had been prefetched is simply forgotten.
+batch carries the position of its streams (`Batch.position`); a loader built with it continues with the next batch, on the same
+or any other number of ranks and processes that divides V. Prefetched batches are dropped; they are read again.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Read a shard: the samples of a tar or of a run of files, in their order, without decoding anything.
 
-A sample is a group of consecutive members with one key (names.py; the WebDataset convention). Of local tars and files only the
-place is noted and the data is read when it is asked for, so that skipping costs nothing and shuffling holds no images in
-memory; what comes through a pipe or is compressed is read in one pass and held.
+A sample is a group of consecutive members with one key (names.py; the WebDataset convention). For local tars and files only the
+position is noted, and the data is read on demand, so that skipping costs nothing and shuffling holds no images in
+memory. Shards that come through a pipe or are compressed are read in one pass and held in memory.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Write WebDataset shards from folders or other shards (`radio-distill shards IN OUT`), and look at what is there.
 
-A source in few, large or unshuffled files becomes many tars of equal length in random order, which is what readers want.
+Few, large or unshuffled files become many tars of equal length in random order: what training reads best.
 """
 
 from __future__ import annotations

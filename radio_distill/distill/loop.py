@@ -50,7 +50,7 @@ def build(recipe: Recipe, world: distributed.World, runs: list[RunFolder]) -> St
     for each, run, path in zip(recipe.each(), runs, found):
         trainers.append(StageTraining(each, world, run, side, build_start(each, world, side, path)))
         positions = resume(trainers[-1], path) if path is not None else {}
-    trainer, *trainer.siblings = trainers
+    trainer, *trainer.further = trainers
     for name, member in zip(["student", *recipe.students], trainers if recipe.students else []):
         member.label = name
     trainer.streams.open(positions)

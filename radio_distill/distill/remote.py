@@ -1,8 +1,8 @@
 """Teachers on ranks of their own, as a student rank sees them: batches out, raw maps in.
 
 A student reads its images itself and sends each teacher rank the views of its teachers (bytes: a quarter of what comes back),
-so teachers have no state: no stream, no statistics, no step. Whatever a training asks for, a refit, a picture, the batch that
-went wrong, is one more request. Announced batches are encoded while the student trains on those before them.
+so teachers have no state: no stream, no statistics, no step. A refit, a picture or a second look at a bad batch is just one more
+request. Batches that are announced ahead are encoded while the student trains on the ones before.
 """
 
 from __future__ import annotations

@@ -46,12 +46,12 @@ class StageTraining(Training):
         self.task.attach(self.service.balancers, self.ema)
         self.label = ""
         """What its lines on the console begin with, where there are several students."""
-        self.siblings: list[StageTraining] = []
+        self.further: list[StageTraining] = []
         """Students of the same recipe that learn from the same targets."""
 
     @property
     def members(self) -> list[StageTraining]:
-        return [self, *self.siblings]
+        return [self, *self.further]
 
     def console_line(self, metrics: dict[str, float]) -> str:
         line = console_line(self.step, self.recipe, metrics)
@@ -96,7 +96,7 @@ class StageTraining(Training):
 
     def load_rank_tensors(self, states: list[dict[str, Tensor]]) -> None:
         if self.window.is_open(self.step):
-            self.window.clear()  # which siblings share: each of them has saved the same sums
+            self.window.clear()  # which all members share: each of them has saved the same sums
             for state in states:
                 self.window.add(state)
 

@@ -23,7 +23,7 @@ from ..teachers.run import RunNet
 from ..teachers.tokens import to_map
 from ..teachers.toy import ToyViT
 from ..types import VisionModel, VisionOutput
-from .models import Opened
+from .models import NamedModel
 
 __all__ = ["Blocks", "with_blocks"]
 
@@ -41,7 +41,7 @@ TRUNKS = (
 """Where a network keeps its blocks and the norm behind the last one."""
 
 
-def with_blocks(opened: Opened) -> Opened:
+def with_blocks(opened: NamedModel) -> NamedModel:
     """The same model, whose map is those of four blocks side by side (B, 4C, H, W), at equal steps up to the last one.
 
     Of 24 blocks these are 5, 11, 17 and 23, each through the final norm. A model of one's own takes part by a method

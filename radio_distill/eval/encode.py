@@ -21,7 +21,7 @@ from ..types import VisionModel, VisionOutput
 from .datasets.base import Dataset
 from .feature_files import Features
 from .features import FeatureKey
-from .models import Opened
+from .models import NamedModel
 from .task import Context
 
 __all__ = ["Fit", "Resize", "Rule", "encode_batches", "features_of", "precision"]
@@ -91,7 +91,7 @@ class Fit(NamedTuple):
 
 
 def features_of(
-    opened: Opened,
+    opened: NamedModel,
     dataset: Dataset[Any],
     resize: Resize,
     context: Context,
@@ -136,7 +136,7 @@ def precision(context: Context) -> str:
 
 
 def encode_batches(
-    opened: Opened,
+    opened: NamedModel,
     dataset: Dataset[Any],
     resize: Resize,
     indices: Sequence[int],

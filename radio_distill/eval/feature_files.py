@@ -5,7 +5,7 @@ features.json      what is here: key, number of images, type, shapes
 00003.summary.npy  rows of one shard, (n, C)
 00003.map.npy      (n, C, H, W)
 00003.summary_exponent.npy, 00003.map_exponent.npy    (n,); where rows are kept as fp16, they are times 2 to this power
-00003.json         checksums, and what could not be read; written last: without it the shard does not exist
+00003.json         checksums, and the images that could not be read; written last: without it the shard does not exist
 
 Shapes: n images of a shard, C channels, H W the map.
 """

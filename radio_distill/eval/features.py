@@ -55,7 +55,7 @@ class FeatureKey:
     """What features depend on."""
 
     model: str
-    """Identity of the model (`Opened.id`)."""
+    """Identity of the model (`NamedModel.id`)."""
     dataset: str
     """Identity of the images: name, split and a digest of their content."""
     size: tuple[int, int]

@@ -1,4 +1,4 @@
-"""Where the two sides of a gain come from: the paper, or results that an evaluation has written.
+"""Read the two sides of a gain, model and baseline: from the paper's figures, or from results that an evaluation has written.
 
 paper:baseline          a student of the paper (`eval/published.yaml`)
 runs/stage3             a run folder, or any folder that holds results.jsonl

@@ -1,6 +1,6 @@
 """What one image costs a model, at a size that a suite runs it at: parameters, tokens, FLOP, milliseconds on a named device.
 
-They are lines of the results, of the task `cost`; the report makes one table of them.
+They are written to the results as the task `cost`; the report shows them in one table.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 from ..plan.cost import count_flops
 from ..types import Result
 from .encode import Resize, precision
-from .models import Opened
+from .models import NamedModel
 from .task import Context
 
 __all__ = ["COST", "HEAD", "NOTE", "cost_of", "cost_rows", "device_name", "seconds_per_image"]
@@ -38,7 +38,7 @@ NOTE = (
 )
 
 
-def cost_of(opened: Opened, side: int, context: Context) -> list[Result]:
+def cost_of(opened: NamedModel, side: int, context: Context) -> list[Result]:
     """Count and time forwards of square images of the nearest size that the model takes."""
     height, width = Resize("exact", side).fit(opened.model).square
     image_13HW = _noise(1, height, width, context.device)
@@ -86,7 +86,7 @@ HEAD = ("model", "px", "tokens", "parameters, M", "GFLOP", "ms", "measured on")
 
 
 @torch.no_grad()
-def seconds_per_image(opened: Opened, side: int, context: Context) -> float:
+def seconds_per_image(opened: NamedModel, side: int, context: Context) -> float:
     """Median time of a forward pass of square images, divided by their number."""
     height, width = Resize("exact", side).fit(opened.model).square
     images = _noise(min(context.batch, 8), height, width, context.device)

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
     from ..teachers.base import Teacher
 
-__all__ = ["Opened", "load_model", "open_model", "openers"]
+__all__ = ["NamedModel", "load_model", "open_model", "openers"]
 
 FORMS = (
     "the folder of a run, a checkpoint or an export; teacher:NAME; teacher:NAME+featsharp:FOLDER; timm:NAME; hf:FOLDER; "
@@ -45,8 +45,8 @@ OPTIONS = {"timm": ("weights",), "hf": ("trust_remote_code",), "": ("window",), 
 
 
 @dataclass(frozen=True)
-class Opened:
-    """A model and who it is."""
+class NamedModel:
+    """A model, the name that tables give it, and its identity."""
 
     label: str
     """As tables name it: `runs/stage3@5000` (run and step), `teacher:dfn_clip`, `timm:NAME`."""
@@ -76,12 +76,12 @@ def load_model(name: str) -> VisionModel:
     return open_model(name).model
 
 
-def openers(names: Sequence[str], *, device: str = "cpu") -> dict[str, Callable[[], Opened]]:
+def openers(names: Sequence[str], *, device: str = "cpu") -> dict[str, Callable[[], NamedModel]]:
     """How to open several models, each when the one before is no longer needed. All strings are checked here."""
     return {name: partial(_open, name, *_parse(name), device) for name in names}
 
 
-def open_model(name: str, *, device: str = "cpu") -> Opened:
+def open_model(name: str, *, device: str = "cpu") -> NamedModel:
     """The model that a string means, with its identity, on `device`. Raises RadioDistillError."""
     return _open(name, *_parse(name), device)
 
@@ -109,11 +109,11 @@ def _as_teacher(name: str) -> str:
     return f", did you mean 'teacher:{name}'?" if name.partition("+")[0] in shipped("teachers") else ""
 
 
-def _open(name: str, form: str, rest: str, options: dict[str, str], device: str) -> Opened:
+def _open(name: str, form: str, rest: str, options: dict[str, str], device: str) -> NamedModel:
     return BUILDERS[form](name, rest, options, device)
 
 
-def _from_path(name: str, rest: str, options: dict[str, str], device: str) -> Opened:
+def _from_path(name: str, rest: str, options: dict[str, str], device: str) -> NamedModel:
     from ..student.load import load_student
     from .outside_models import is_radio
 
@@ -126,7 +126,7 @@ def _from_path(name: str, rest: str, options: dict[str, str], device: str) -> Op
     return _student(label, load_student(folder), options, device)
 
 
-def _from_random(name: str, rest: str, options: dict[str, str], device: str) -> Opened:
+def _from_random(name: str, rest: str, options: dict[str, str], device: str) -> NamedModel:
     import torch
 
     from ..network.student import Student
@@ -137,7 +137,7 @@ def _from_random(name: str, rest: str, options: dict[str, str], device: str) -> 
     return _student(f"random:{rest}", Student(arch), options, device)
 
 
-def _from_card(name: str, rest: str, options: dict[str, str], device: str) -> Opened:
+def _from_card(name: str, rest: str, options: dict[str, str], device: str) -> NamedModel:
     from ..config.load import load_card
     from ..teachers.base import load_teacher
 
@@ -155,16 +155,16 @@ def _from_card(name: str, rest: str, options: dict[str, str], device: str) -> Op
         parts = {"teacher": teacher.net.state_dict(), "sharpener": saved.sharpener.state_dict()}
         return _joined({**parts, "balancer": saved.sharpener.balancer.tensors()})
 
-    return Opened(name, Upsampled(teacher, saved), facts, tensors)
+    return NamedModel(name, Upsampled(teacher, saved), facts, tensors)
 
 
-def _from_timm(name: str, rest: str, options: dict[str, str], device: str) -> Opened:
+def _from_timm(name: str, rest: str, options: dict[str, str], device: str) -> NamedModel:
     from .outside_models import timm_teacher
 
     return _teacher(name, timm_teacher(rest, options.get("weights")).to(device))
 
 
-def _from_hf(name: str, rest: str, options: dict[str, str], device: str) -> Opened:
+def _from_hf(name: str, rest: str, options: dict[str, str], device: str) -> NamedModel:
     from .outside_models import hf_teacher, is_radio
 
     folder = Path(rest).expanduser()
@@ -178,7 +178,7 @@ def _from_hf(name: str, rest: str, options: dict[str, str], device: str) -> Open
     return _teacher(name, hf_teacher(folder, trust_remote_code=trusted).to(device))
 
 
-def _from_function(name: str, rest: str, options: dict[str, str], device: str) -> Opened:
+def _from_function(name: str, rest: str, options: dict[str, str], device: str) -> NamedModel:
     from torch import nn
 
     make = import_named(rest, by=f"model {name!r}", expected="a function that returns a VisionModel")
@@ -195,10 +195,10 @@ def _from_function(name: str, rest: str, options: dict[str, str], device: str) -
     for part in parts.values():
         part.to(device).eval()
     code = code_digest(rest) or inspect.getsource(import_module(module))  # a change of the code is another model
-    return Opened(name, model, {"code": code}, lambda: _joined({key: part.state_dict() for key, part in parts.items()}))
+    return NamedModel(name, model, {"code": code}, lambda: _joined({key: part.state_dict() for key, part in parts.items()}))
 
 
-Builder = Callable[[str, str, "dict[str, str]", str], Opened]
+Builder = Callable[[str, str, "dict[str, str]", str], NamedModel]
 
 BUILDERS: dict[str, Builder] = {
     "": _from_path,
@@ -223,7 +223,7 @@ def _artifact(path: Path, name: str) -> tuple[Path, str]:
     return folder, f"{run}@{read_meta(checkpoint).step}"
 
 
-def _student(label: str, student: nn.Module, options: dict[str, str], device: str) -> Opened:
+def _student(label: str, student: nn.Module, options: dict[str, str], device: str) -> NamedModel:
     from ..network.student import Student
 
     assert isinstance(student, Student)
@@ -233,11 +233,11 @@ def _student(label: str, student: nn.Module, options: dict[str, str], device: st
             raise RadioDistillError(f"model {label}: window={window!r}, expected the side of an attention window in tokens")
         student.window_size, label = int(window), f"{label}?window={window}"
     facts = {"arch": student.arch.to_dict(), "window": student.window_size}
-    return Opened(label, student.eval().requires_grad_(False).to(device), facts, student.state_dict)
+    return NamedModel(label, student.eval().requires_grad_(False).to(device), facts, student.state_dict)
 
 
-def _teacher(label: str, teacher: Teacher) -> Opened:
-    return Opened(label, teacher, _card_facts(teacher), teacher.net.state_dict)
+def _teacher(label: str, teacher: Teacher) -> NamedModel:
+    return NamedModel(label, teacher, _card_facts(teacher), teacher.net.state_dict)
 
 
 def _card_facts(teacher: Teacher) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from .task import Context, Score, Task
 
 if TYPE_CHECKING:
     from .datasets.base import Dataset
-    from .models import Opened
+    from .models import NamedModel
 
 __all__ = ["Outcome", "check", "preset_of", "run_suite"]
 
@@ -112,7 +112,7 @@ def preset_of(suite: Suite, context: Context, datasets: Sequence[Dataset[Any]] =
     return suite.preset if whole or suite.preset != PAPER else CUSTOM
 
 
-def _measure(suite: Suite, name: str, task: Task, opened: Opened, context: Context, out: Path) -> list[Result]:
+def _measure(suite: Suite, name: str, task: Task, opened: NamedModel, context: Context, out: Path) -> list[Result]:
     """The results of one task and one model, from the file or anew."""
     datasets = task.datasets(context)
     scored, identities = datasets[0], [context.identity(dataset) for dataset in datasets]
@@ -180,7 +180,7 @@ def _before(out: Path, known: Mapping[str, Any], context: Context) -> list[Resul
     return told[0]  # type: ignore[no-any-return]
 
 
-def _measure_cost(task: Task, opened: Opened, context: Context, out: Path) -> None:
+def _measure_cost(task: Task, opened: NamedModel, context: Context, out: Path) -> None:
     """What an image costs at the size of a task, by the first rank, unless the file has it."""
     side = task.size(context)
     if context.ranks.rank != 0 or not side:

@@ -1,4 +1,4 @@
-"""Results as tables and curves, one section per suite: students, then teachers and baselines, then the paper's rows; costs last."""
+"""Turn results into tables and curves, one section per suite: students first, then teachers and baselines, then the paper's rows; costs last."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import torch
 
     from .datasets.base import Dataset
-    from .models import Opened
+    from .models import NamedModel
 
 __all__ = ["Context", "Score", "Task"]
 
@@ -138,5 +138,5 @@ class Task(Fields):
         return context.resolution or 0
 
     @abstractmethod
-    def run(self, opened: Opened, context: Context) -> Iterable[Score]:
+    def run(self, opened: NamedModel, context: Context) -> Iterable[Score]:
         """Measure one model (already on the device, in eval mode). Raises DataError where the model lacks what is asked for."""

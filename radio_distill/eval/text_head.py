@@ -13,7 +13,7 @@ from ..config.load import load_card
 from ..errors import DataError
 from ..network.student import Student
 from ..types import VisionOutput
-from .models import Opened
+from .models import NamedModel
 
 if TYPE_CHECKING:
     from ..network.adaptors import Adaptor
@@ -36,7 +36,7 @@ class Head:
         return adaptor(*self.student.forward_tokens(images_B3HW))
 
 
-def speaking(opened: Opened, adaptors: Mapping[str, str]) -> tuple[Opened, TeacherCard]:
+def speaking(opened: NamedModel, adaptors: Mapping[str, str]) -> tuple[NamedModel, TeacherCard]:
     """The model whose summary lies in the space of a text tower, and the card of that tower.
 
     adaptors: name of a student's adaptor -> card with the text tower; the first that the student has counts. Raises DataError

@@ -1,4 +1,4 @@
-"""The classes that a classifier gets wrong most often and what it takes them for: a small file beside a suite's pictures.
+"""The classes that a classifier gets wrong most often, and what it predicts instead: a small file beside a suite's pictures.
 
 Readable for ten classes and for a thousand, where a matrix of confusions is not.
 """

@@ -1,6 +1,6 @@
 """Format hf: one folder for transformers' native class, AutoModel with our modelling file, the reference's class, and timm.
 
-config.json holds three descriptions of the same model: flat fields (native class), `args` and the fields beside them (the
+config.json describes the same model three times: flat fields (native class), `args` and the fields beside them (the
 reference's class, VLM servers) and `student` (our modelling file and `load_student`).
 """
 

@@ -131,13 +131,24 @@ class RadioDistillModel(PreTrainedModel):
                 values = getattr(self.radio_model.arch, name)
                 getattr(module, f"norm_{name}").data = torch.tensor(values, dtype=torch.float32).view(3, 1, 1)
 
-    def forward(self, x: Tensor, feature_fmt: Format = "NLC", window: int | None = None) -> Any:
+    def forward(
+        self,
+        x: Tensor | None = None,
+        feature_fmt: Format = "NLC",
+        window: int | None = None,
+        *,
+        pixel_values: Tensor | None = None,
+    ) -> Any:
         """Encode float images in [0, 1]; sides must be multiples of the patch, see `get_nearest_supported_resolution`.
 
-        window: side in tokens of the windows of windowed attention (ViTDet); None: `vitdet_window_size`, else whole images.
-        Returns summary and features; with adaptors a dict of such pairs, under 'backbone' and each adaptor's name.
+        pixel_values: `x` under the name that transformers' processors give it. window: side in tokens of the windows of
+        windowed attention (ViTDet); None: `vitdet_window_size`, else whole images. Returns summary and features; with
+        adaptors a dict of such pairs, under 'backbone' and each adaptor's name.
         """
-        return self._outputs(self.radio_model.encode_adaptors(x, window=window), feature_fmt)
+        if (x is None) == (pixel_values is None):
+            raise ValueError("expected images (B, 3, H, W) as `x` or as `pixel_values`, one of them")
+        images = pixel_values if x is None else x
+        return self._outputs(self.radio_model.encode_adaptors(images, window=window), feature_fmt)
 
     def forward_packed(self, images: Sequence[Tensor], feature_fmt: Format = "NLC") -> list[Any]:
         """As `forward` on one image (3, H, W) after the other, in one pass over images of any sizes; each result has B = 1."""

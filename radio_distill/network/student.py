@@ -1,4 +1,4 @@
-"""The student: conditioner, trunk and adaptors; a VisionModel like every teacher.
+"""The student: input conditioner, trunk and adaptors; a VisionModel like every teacher.
 
 Shapes: B batch, N tokens, C channels, H W rows and columns (pixels of images, patches of features), L patches.
 """

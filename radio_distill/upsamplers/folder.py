@@ -1,4 +1,4 @@
-"""An upsampler on disk: `upsampler.safetensors` + `upsampler.json`, everything that its use needs but the teacher itself.
+"""An upsampler on disk: `upsampler.safetensors` + `upsampler.json`, everything needed to use it except the teacher itself.
 
 network.*             the network (none for bilinear, tile, s2)
 bias_buffer.buffer    the de-bias map (1, C, h, w)

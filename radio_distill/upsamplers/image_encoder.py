@@ -1,4 +1,4 @@
-"""What attention upsamplers make of the guidance image before they compare positions (JAFAR, NAF).
+"""The encoder of the guidance image in attention upsamplers (JAFAR, NAF).
 
 Shapes: B batch, C channels, D width, H W.
 """

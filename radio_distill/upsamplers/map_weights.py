@@ -1,5 +1,5 @@
-"""Which positions of an upsampled map and its views count in the loss, and how much: seams between tiles more, what cannot be
-foretold less.
+"""How much each position of an upsampled map and its views counts in the loss: seams between tiles more, positions that cannot be
+predicted less.
 
 Shapes: B samples, J views, C channels, h w the teacher's grid (and the side of a tile's map), H W the upsampled grid.
 """

@@ -1,4 +1,4 @@
-"""The loss of an upsampler: its map of the base image, seen from other views, must be what the teacher says of these views.
+"""The loss of an upsampler: its map of the base image, warped into other views, must equal the teacher's maps of these views.
 
 FeatSharp, section 3.2: warp the high-resolution map of the base into each view, reduce it with a learned downsampler, compare
 with the teacher's (balanced, de-biased) features of that view. Beside it: total variation, CRF and MMD of the map itself.

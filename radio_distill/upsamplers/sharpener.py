@@ -1,4 +1,4 @@
-"""An upsampler with all it needs to serve: balancer, bias map and network around a frozen teacher's `encode`.
+"""The whole upsampler around a frozen teacher's `encode`: balancer, de-bias map and network.
 
     pixels -> global view and tiles -> encode (one call) -> balance -> + bias map -> stitch -> network -> sharp map
 

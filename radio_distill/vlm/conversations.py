@@ -1,6 +1,6 @@
 """Conversations about images, from LLaVA's JSON or from WebDataset shards; an image is read when it is needed.
 
-All records are looked at before the first step: what LLaVA can train on is kept, the rest is counted by reason.
+Before the first step all records are checked: those that LLaVA can train on are kept, the others are counted by reason.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The pictures that the student sees of one image: the image, and for tiling also its parts."""
+"""Turn one image into the pictures that the student sees: the whole image, and with tiling also its parts."""
 
 from __future__ import annotations
 

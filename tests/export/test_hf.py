@@ -95,6 +95,9 @@ def test_without_adaptors_the_modelling_file_gives_a_pair(folder: Path, student:
     want = student.encode(images)
     close(summary, want.summary_BC)
     close(tower(x=images).features, features)
+    close(tower(pixel_values=images).features, features, 0)
+    with pytest.raises(ValueError, match="as `x` or as `pixel_values`, one of them"):
+        tower()
     assert isinstance(tower.model, VisionTransformer)
     assert (tower.model.patch_generator.patch_size, tower.model.patch_generator.num_cls_tokens) == (4, 4)
     assert tower.model.patch_generator.num_skip == student.num_cls_tokens + student.num_registers

@@ -18,7 +18,7 @@ from radio_distill.eval import runner
 from radio_distill.eval.__main__ import main
 from radio_distill.eval.datasets.base import Dataset, open_dataset
 from radio_distill.eval.features import FeatureCache, Ranks
-from radio_distill.eval.models import Opened
+from radio_distill.eval.models import NamedModel
 from radio_distill.eval.probes.fit import fit
 from radio_distill.eval.progress import Progress
 from radio_distill.eval.runner import run_suite
@@ -59,7 +59,7 @@ class Fails(Task):
     def passes(self, context: Context) -> float:
         return 1.0
 
-    def run(self, opened: Opened, context: Context) -> Iterable[Score]:
+    def run(self, opened: NamedModel, context: Context) -> Iterable[Score]:
         if context.ranks.rank in self.on:
             raise DataError("nothing to measure")
         context.ranks.barrier()

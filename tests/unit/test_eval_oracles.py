@@ -15,7 +15,7 @@ from torch import Tensor
 from radio_distill.config.load import load_card
 from radio_distill.eval.features import FeatureCache
 from radio_distill.eval.metrics.zero_shot import classifier
-from radio_distill.eval.models import Opened
+from radio_distill.eval.models import NamedModel
 from radio_distill.eval.task import Context, Task
 from radio_distill.eval.tasks.knn import Knn
 from radio_distill.eval.tasks.linear_probe import LinearProbe
@@ -52,7 +52,7 @@ class Knows:
 def scores(task: Task, table_KC: Tensor, root: Path) -> list[tuple[str, float]]:
     context = Context(root=root, device=torch.device("cpu"), cache=FeatureCache(root / "cache"), batch=4)
     digest = str(hash(table_KC.numpy().tobytes()))
-    return [(s.metric, s.value) for s in task.run(Opened(f"oracle {digest}", Knows(table_KC), {}, dict), context)]
+    return [(s.metric, s.value) for s in task.run(NamedModel(f"oracle {digest}", Knows(table_KC), {}, dict), context)]
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from radio_distill.eval.datasets.object_views import ObjectView, Sized, ViewPair
 from radio_distill.eval.datasets.toy_views import ToyKeypointPairs, ToyPairs, ToySquares, ToyViews
 from radio_distill.eval.encode import Fit
 from radio_distill.eval.features import FeatureCache
-from radio_distill.eval.models import Opened, open_model
+from radio_distill.eval.models import NamedModel, open_model
 from radio_distill.eval.probes.dpt import DepthProbe, Dpt, LinearHead, NormalsProbe
 from radio_distill.eval.probes.surfaces import SurfaceItem
 from radio_distill.eval.suites import load_suite
@@ -33,7 +33,7 @@ def context(tmp_path: Path) -> Context:
     return Context("toy", torch.device("cpu"), FeatureCache(tmp_path / "features"), pictures=tmp_path / "pictures")
 
 
-def scores(task, opened: Opened, context: Context) -> dict[str, float]:
+def scores(task, opened: NamedModel, context: Context) -> dict[str, float]:
     return {s.metric: s.value for s in task.run(opened, context)}
 
 
@@ -55,8 +55,8 @@ class Looked:
         pixels = (images_B3HW * 255).round().byte()
         return VisionOutput(None, torch.stack([self.maps[hash(x.numpy().tobytes())] for x in pixels]))
 
-    def opened(self) -> Opened:
-        return Opened("oracle", self, {}, dict)
+    def opened(self) -> NamedModel:
+        return NamedModel("oracle", self, {}, dict)
 
 
 # Heads
@@ -162,7 +162,7 @@ def test_a_student_gives_its_blocks_through_the_final_norm():
     trunk = TrunkArch("toy", embed_dim=16, depth=8, num_heads=2, mlp_hidden=32, patch_size=8)
     student = Student(StudentArch(trunk=trunk, adaptors=(), summary_idxs=(0,))).eval()
     images = torch.rand(1, 3, 32, 48)
-    maps = with_blocks(Opened("student", student, {}, student.state_dict)).model.encode(images).features_BCHW
+    maps = with_blocks(NamedModel("student", student, {}, student.state_dict)).model.encode(images).features_BCHW
     assert maps.shape == (1, 64, 4, 6)
     assert torch.allclose(maps[:, 48:], student.encode(images).features_BCHW, atol=1e-5)
 

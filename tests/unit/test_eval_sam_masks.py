@@ -13,7 +13,7 @@ from transformers.models.sam.image_processing_sam import SamImageProcessor
 from radio_distill.errors import DataError, TeacherError
 from radio_distill.eval.datasets.instances import decode_mask
 from radio_distill.eval.features import FeatureCache
-from radio_distill.eval.models import Opened, open_model
+from radio_distill.eval.models import NamedModel, open_model
 from radio_distill.eval.probes.sam_decoder import SamDecoder
 from radio_distill.eval.task import Context
 from radio_distill.eval.tasks.sam_masks import SamMasks
@@ -119,7 +119,7 @@ class Noise(nn.Module):
 
 def test_the_toy_decoder_needs_toy_sams_features(task: SamMasks, context: Context) -> None:
     good = next(iter(task.run(open_model("teacher:toy_sam"), context)))
-    noise = next(iter(task.run(Opened("noise", Noise(), {}, dict), context)))  # type: ignore[arg-type]
+    noise = next(iter(task.run(NamedModel("noise", Noise(), {}, dict), context)))  # type: ignore[arg-type]
     assert good.value > 50
     assert noise.value < good.value - 25
 

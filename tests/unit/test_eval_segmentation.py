@@ -13,7 +13,7 @@ from radio_distill.errors import DataError
 from radio_distill.eval.datasets.base import Dataset
 from radio_distill.eval.datasets.segmentation import SegmentationSample
 from radio_distill.eval.features import FeatureCache, Ranks
-from radio_distill.eval.models import Opened, open_model
+from radio_distill.eval.models import NamedModel, open_model
 from radio_distill.eval.probes.augment import SegmentationAugment, photometric, resize_rgb
 from radio_distill.eval.probes.batches import each_item, training_batches
 from radio_distill.eval.probes.frozen import pad_to_model, padded_size
@@ -82,8 +82,8 @@ def task(**values: Any) -> Segmentation:
     return Segmentation.model_validate({**base, "short_side": 40, "steps": 60, "batch": 4, "warmup": 5, "lr": 0.1, **values})
 
 
-def opened(model: nn.Module) -> Opened:
-    return Opened("made", model, {}, dict)  # type: ignore[arg-type]
+def opened(model: nn.Module) -> NamedModel:
+    return NamedModel("made", model, {}, dict)  # type: ignore[arg-type]
 
 
 def test_a_crop_moves_labels_with_the_image_and_fills_what_is_beyond() -> None:

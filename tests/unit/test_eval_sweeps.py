@@ -9,7 +9,7 @@ from radio_distill.config.load import load_card
 from radio_distill.eval.datasets import open_dataset
 from radio_distill.eval.encode import Resize, encode_batches
 from radio_distill.eval.features import FeatureCache
-from radio_distill.eval.models import Opened
+from radio_distill.eval.models import NamedModel
 from radio_distill.eval.runner import run_suite
 from radio_distill.eval.suites import load_suite
 from radio_distill.eval.task import Context
@@ -105,7 +105,7 @@ class Tall:
 
 @pytest.mark.parametrize("batch", [1, 2, 50])
 def test_images_of_several_sizes_come_back_in_their_order(tmp_path: Path, batch: int) -> None:
-    opened = Opened("blocks", Blocks(), {}, dict)
+    opened = NamedModel("blocks", Blocks(), {}, dict)
     settings = context(tmp_path, batch=batch)
     outputs = encode_batches(opened, Tall(), Resize("short_side", 16), range(7), settings, {}, maps=False)
     summaries = torch.cat([o.summary_BC for o in outputs])
@@ -113,7 +113,7 @@ def test_images_of_several_sizes_come_back_in_their_order(tmp_path: Path, batch:
 
 
 def test_worker_processes_give_the_same_as_none(tmp_path: Path) -> None:
-    opened = Opened("blocks", Blocks(), {}, dict)
+    opened = NamedModel("blocks", Blocks(), {}, dict)
     dataset = open_dataset("any", "val", "toy", kind="labelled").limited(5)
 
     def summaries(workers: int) -> torch.Tensor:

@@ -1,6 +1,8 @@
 """tools/kill_test.py: it kills, starts again and compares; what is written carelessly is found."""
 
+import json
 import random
+import struct
 import subprocess
 import sys
 import time
@@ -69,3 +71,14 @@ def test_every_job_is_a_command_line_that_there_is(tmp_path: Path) -> None:
     assert len(jobs) == 9
     assert {job.command(tmp_path)[0] for job in jobs.values()} <= HANDLERS.keys()
     assert kill_test.FIRST in jobs
+
+
+def test_the_order_of_a_safetensors_header_is_no_difference_and_all_else_is(tmp_path: Path) -> None:
+    def digest(metadata: dict[str, str], value: float = 0.0) -> str:
+        header = json.dumps({"__metadata__": metadata, "x": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode()
+        path = tmp_path / "x.safetensors"
+        path.write_bytes(len(header).to_bytes(8, "little") + header + struct.pack("<f", value))
+        return kill_test.digest(path)
+
+    assert digest({"a": "1", "b": "2"}) == digest({"b": "2", "a": "1"})
+    assert len({digest({"a": "1"}), digest({"a": "2"}), digest({"a": "1"}, 1e-45)}) == 3

@@ -69,7 +69,7 @@ def test_a_killed_process_leaves_a_lock_that_is_taken_over_at_once_with_a_messag
     assert read_owner(tmp_path / "lock") is not None
     assert not is_held(tmp_path)
     RunLock(tmp_path).release()
-    assert "which did not come to its end; taking it over" in caplog.text
+    assert "which exited without releasing it; taking it over" in caplog.text
 
 
 def test_a_job_on_another_machine_that_touches_its_lock_is_alive_whatever_its_clock_says(tmp_path, touched):

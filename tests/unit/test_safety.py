@@ -210,11 +210,23 @@ def test_commands_and_urls_of_a_recipe_are_told_and_run_only_when_asked(tmp_path
     main(argv)
     assert not ran.exists()
     shown = " ".join(capsys.readouterr().out.split())
-    if command == ["doctor"]:
-        assert "1 shards; training runs 1 command, first 'pipe:touch" in shown
-        assert "not looked at: --open does it" in shown
+    assert "images a not opened 1 shards; training runs 1 command, first 'pipe:touch" in shown
+    assert "; not opened, --open does it" in shown
     main([*argv, "--open"])
     assert ran.exists()
+
+
+def test_of_files_and_urls_in_one_source_the_files_are_looked_at(tmp_path, capsys):
+    for name, what in (("a", b"x"), ("b", b"")):
+        with tarfile.open(tmp_path / f"{name}.tar", "w") as tar:
+            member = tarfile.TarInfo("0.jpg" if what else "0.txt")
+            member.size = len(what)
+            tar.addfile(member, io.BytesIO(what))
+        path = f"['https://host.invalid/1.tar', 'pipe:false', '{tmp_path}/{name}.tar', 's3://bucket.invalid/a.tar']"
+        main(["doctor", "toy/stage1", f"data.sources.a.path={path}"])
+        shown = " ".join(capsys.readouterr().out.split())
+        assert "training runs 1 command and opens 2 URLs, first 'https://host.invalid/1.tar'" in shown
+        assert ("first and last can be read; training" if what else "no image at the start") in shown
 
 
 def test_a_loader_is_named_once_before_it_is_imported(tmp_path, monkeypatch, caplog):

@@ -1,4 +1,4 @@
-"""Images with several kinds of dense annotation at once: what PascalContext, NYUDv2 and generated scenes have in common.
+"""Base of the data sets with several dense annotations per image: PascalContext, NYUDv2 and generated scenes.
 
 Shapes: H W pixels.
 """

@@ -1,4 +1,4 @@
-"""What probes read: endless shuffled and augmented batches to train on, and every item once to score.
+"""Batches for probes: endless, shuffled and augmented ones for training, and every item once for scoring.
 
 Both are the same whatever the number of ranks and worker processes.
 """

@@ -1,4 +1,4 @@
-"""Pictures of what a multi-task probe makes of some images: under the image, truth and guess of every kind of annotation."""
+"""Pictures of a multi-task probe's predictions: under the image, ground truth and prediction of every kind of annotation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pictures of what a probe makes of some images: the image, the truth, the guess."""
+"""Pictures of a probe's predictions: the image, the ground truth, the prediction."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What probes of depth and normals read and show: views of objects as training items, and pictures of guesses beside the truth.
+"""Data and pictures of the probes of depth and normals: views of objects as training items, predictions drawn beside the truth.
 
 Shapes: S side of the view, H W pixels that the model sees.
 """

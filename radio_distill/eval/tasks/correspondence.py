@@ -20,7 +20,7 @@ from ..datasets.object_views import Sized, ViewPair
 from ..encode import Resize
 from ..metrics.correspondence import CorrespondenceMeter, errors, match
 from ..metrics.means import Means
-from ..models import Opened
+from ..models import NamedModel
 from ..probes.batches import each_item
 from ..probes.frozen import frozen_map
 from ..task import Context, Score, Task
@@ -57,7 +57,7 @@ class Correspondence(Task):
     def passes(self, context: Context) -> float:
         return 2.0 * len(self.datasets(context)[0])
 
-    def run(self, opened: Opened, context: Context) -> Iterable[Score]:
+    def run(self, opened: NamedModel, context: Context) -> Iterable[Score]:
         (pairs,) = self.datasets(context)
         meter, by_angle = CorrespondenceMeter(), Means()
         for number, pair in each_item(pairs, context):
@@ -80,7 +80,7 @@ class Correspondence(Task):
         found = match(maps_2Chw[0], maps_2Chw[1], *points, num=self.matches)
         return errors(found, pair.pose_34.to(maps_2Chw), pair.second.intrinsics_33.to(maps_2Chw))
 
-    def _maps(self, opened: Opened, pair: ViewPair, context: Context) -> Tensor:
+    def _maps(self, opened: NamedModel, pair: ViewPair, context: Context) -> Tensor:
         fit = Resize("exact", self.size(context)).fit(opened.model)
         images = torch.stack([fit(view.image_3HW) for view in (pair.first, pair.second)])
         return frozen_map(opened.model, images, context)

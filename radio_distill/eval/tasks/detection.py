@@ -21,7 +21,7 @@ from ..detection.denoising import Truth
 from ..detection.detector import Architecture, Detections, Detector
 from ..detection.loss import Weights, detection_loss
 from ..metrics.boxes import box_ap
-from ..models import Opened
+from ..models import NamedModel
 from ..probes.batches import each_item, training_batches
 from ..probes.fit import fit
 from ..probes.frozen import frozen_map, padded_size
@@ -82,7 +82,7 @@ class Detection(Task):
     def passes(self, context: Context) -> float:
         return float(self.steps * self.batch + len(self.datasets(context)[0]))
 
-    def run(self, opened: Opened, context: Context) -> Iterable[Score]:
+    def run(self, opened: NamedModel, context: Context) -> Iterable[Score]:
         test, train = self.datasets(context)
         detector = self.fit_detector(opened, train, context)
         truth, found = _Rows([], []), []
@@ -95,7 +95,7 @@ class Detection(Task):
         for name, value in box_ap(ground_truth, _of_all_ranks(found)).items():
             yield Score(PUBLISHED.get(name, name), value, headline=name in PUBLISHED)
 
-    def fit_detector(self, opened: Opened, train: Dataset[InstanceSample], context: Context) -> Detector:
+    def fit_detector(self, opened: NamedModel, train: Dataset[InstanceSample], context: Context) -> Detector:
         """Train pyramid and detector."""
         side = self._square(opened, context)
         torch.manual_seed(context.seed)
@@ -142,7 +142,7 @@ class Detection(Task):
         )
 
     def detections(
-        self, detector: Detector, opened: Opened, test: Dataset[InstanceSample], context: Context
+        self, detector: Detector, opened: NamedModel, test: Dataset[InstanceSample], context: Context
     ) -> Iterator[tuple[InstanceSample, Detections]]:
         """This rank's samples and what is found in them, in pixels of the image; boxes end where the image does."""
         whole = Whole(self._square(opened, context))
@@ -164,7 +164,7 @@ class Detection(Task):
         if waiting:
             yield from scored()
 
-    def _square(self, opened: Opened, context: Context) -> int:
+    def _square(self, opened: NamedModel, context: Context) -> int:
         side = self.size(context)
         return max(padded_size(opened.model, side, side))
 

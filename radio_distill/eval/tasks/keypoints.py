@@ -18,7 +18,7 @@ from ..datasets.object_views import Sized
 from ..encode import Resize, features_of
 from ..metrics.keypoints import PckMeter, keypoint_errors
 from ..metrics.means import Means
-from ..models import Opened
+from ..models import NamedModel
 from ..task import Context, Score, Task
 
 __all__ = ["Keypoints"]
@@ -48,7 +48,7 @@ class Keypoints(Task):
     def passes(self, context: Context) -> float:
         return float(len(self._images(self.datasets(context)[0])))
 
-    def run(self, opened: Opened, context: Context) -> Iterable[Score]:
+    def run(self, opened: NamedModel, context: Context) -> Iterable[Score]:
         (pairs,) = self.datasets(context)
         meter, by_view = PckMeter(self.threshold), Means()
         for pair, found in self.errors(opened, pairs, context):
@@ -67,7 +67,9 @@ class Keypoints(Task):
         for key, value in sorted(scores.items()):
             yield Score(key.replace(name, "pck"), value, headline=False)
 
-    def errors(self, opened: Opened, pairs: Dataset[KeypointPair], context: Context) -> Iterator[tuple[KeypointPair, Tensor]]:
+    def errors(
+        self, opened: NamedModel, pairs: Dataset[KeypointPair], context: Context
+    ) -> Iterator[tuple[KeypointPair, Tensor]]:
         """This rank's pairs and the errors of their keypoints, in units of the object's size."""
         chosen = [pairs[i] for i in range(context.ranks.rank, len(pairs), context.ranks.world)]
         side = self.size(context)

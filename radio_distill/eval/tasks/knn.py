@@ -11,7 +11,7 @@ from ..datasets.base import Dataset
 from ..datasets.samples import labels_of
 from ..metrics.checks import known_labels
 from ..metrics.knn import PART, knn_guesses
-from ..models import Opened
+from ..models import NamedModel
 from ..task import Context, Score
 from ..worst_classes import save_worst
 from .summaries import SummaryTask, parts_of, readable
@@ -32,7 +32,7 @@ class Knn(SummaryTask):
         splits = [open_dataset(self.dataset, split, context.root, kind="labelled") for split in ("val", "train")]
         return [dataset.limited(context.limit) for dataset in splits]
 
-    def run(self, opened: Opened, context: Context) -> Iterable[Score]:
+    def run(self, opened: NamedModel, context: Context) -> Iterable[Score]:
         whole = self.datasets(context)
         asked, queries = self.summaries(opened, whole[0], context)
         answers = labels_of(queries).to(context.device)

@@ -17,7 +17,7 @@ from ..datasets.base import Dataset
 from ..datasets.samples import labels_of
 from ..metrics.means import Means
 from ..metrics.zero_shot import topk_hits
-from ..models import Opened
+from ..models import NamedModel
 from ..probes.fit import fit
 from ..task import Context, Score
 from ..worst_classes import save_worst
@@ -45,7 +45,7 @@ class LinearProbe(SummaryTask):
         splits = [open_dataset(self.dataset, split, context.root, kind="labelled") for split in ("val", "train")]
         return [dataset.limited(context.limit) for dataset in splits]
 
-    def run(self, opened: Opened, context: Context) -> Iterable[Score]:
+    def run(self, opened: NamedModel, context: Context) -> Iterable[Score]:
         whole = self.datasets(context)
         (asked, test), (known, train) = (self.summaries(opened, dataset, context) for dataset in whole)
         torch.manual_seed(context.seed)

@@ -21,7 +21,7 @@ from ..datasets.base import Dataset, Subset, open_dataset
 from ..datasets.multitask import FILL, Multitask, MultitaskSample
 from ..metrics.mlore import DepthMeter, EdgeMeter, NormalsMeter, SaliencyMeter, SemsegMeter
 from ..metrics.schedules import mlore_factor
-from ..models import Opened
+from ..models import NamedModel
 from ..probes.batches import each_item, training_batches
 from ..probes.fit import fit
 from ..probes.frozen import frozen_map
@@ -108,7 +108,7 @@ class MultitaskProbe(Task):
     def passes(self, context: Context) -> float:
         return float(self.steps * self.batch + len(self.datasets(context)[0]))
 
-    def run(self, opened: Opened, context: Context) -> Iterable[Score]:
+    def run(self, opened: NamedModel, context: Context) -> Iterable[Score]:
         test, train = self.datasets(context)
         heads = self.fit_heads(opened, train, context)
         pictures = MultitaskPictures(context, f"{self.dataset}_{opened.label}", self._outputs(test))
@@ -130,7 +130,7 @@ class MultitaskProbe(Task):
             for number in NUMBERS[name]:
                 yield Score(number.metric, values[number.meter], number.unit, number.higher_is_better, number.headline)
 
-    def fit_heads(self, opened: Opened, train: Dataset[MultitaskSample], context: Context) -> nn.Module:
+    def fit_heads(self, opened: NamedModel, train: Dataset[MultitaskSample], context: Context) -> nn.Module:
         """Train all heads on augmented crops."""
         seen = partial(self._features, opened.model, context=context)
         torch.manual_seed(context.seed)
@@ -162,7 +162,7 @@ class MultitaskProbe(Task):
 
     @torch.no_grad()
     def predictions(
-        self, heads: nn.Module, opened: Opened, test: Dataset[MultitaskSample], context: Context
+        self, heads: nn.Module, opened: NamedModel, test: Dataset[MultitaskSample], context: Context
     ) -> Iterator[tuple[MultitaskSample, Targets]]:
         """This rank's padded samples and the raw outputs (1, K, H, W) of the heads at their size."""
         for _, sample in each_item(test, context):

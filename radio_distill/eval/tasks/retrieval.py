@@ -11,7 +11,7 @@ from ..datasets import open_dataset
 from ..datasets.base import Dataset
 from ..datasets.captions import captions_of
 from ..metrics.retrieval import recalls
-from ..models import Opened
+from ..models import NamedModel
 from ..task import Context, Score
 from ..text_head import speaking
 from .summaries import SummaryTask
@@ -29,7 +29,7 @@ class Retrieval(SummaryTask):
     def datasets(self, context: Context) -> Sequence[Dataset[Any]]:
         return [open_dataset(self.dataset, "test", context.root, kind="captioned").limited(context.limit)]
 
-    def run(self, opened: Opened, context: Context) -> Iterable[Score]:
+    def run(self, opened: NamedModel, context: Context) -> Iterable[Score]:
         from ...teachers.text import load_text_tower
 
         (whole,) = self.datasets(context)

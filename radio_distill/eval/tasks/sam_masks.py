@@ -23,7 +23,7 @@ from ..datasets.instances import decode_mask
 from ..encode import precision
 from ..metrics.instances import instance_scores, mask_ious
 from ..metrics.means import Means
-from ..models import Opened
+from ..models import NamedModel
 from ..probes.batches import each_item
 from ..probes.pictures import Pictures
 from ..probes.sam_decoder import SamDecoder
@@ -53,7 +53,7 @@ class SamMasks(Task):
     def passes(self, context: Context) -> float:
         return float(len(self.datasets(context)[0]))
 
-    def run(self, opened: Opened, context: Context) -> Iterable[Score]:
+    def run(self, opened: NamedModel, context: Context) -> Iterable[Score]:
         toy = str(context.root) == TOY
         sam = SamDecoder.load(data_path("teachers") / "toy" / "sam_decoder" if toy else expand(self.decoder)).to(context.device)
         means = Means()
@@ -73,7 +73,7 @@ class SamMasks(Task):
             yield Score(name, value, headline=band == "all", scored=means.count(band), side=context.resolution or sam.side)
 
     @torch.no_grad()
-    def _features(self, opened: Opened, image_13HW: Tensor, context: Context) -> Tensor:
+    def _features(self, opened: NamedModel, image_13HW: Tensor, context: Context) -> Tensor:
         """The map (1, C, h, w) that stands for SAM's: of the student's adaptor, or the model's own."""
         model, side = opened.model, context.resolution or image_13HW.shape[-1]
         image = resize_map(image_13HW, model.nearest_size(side, side))

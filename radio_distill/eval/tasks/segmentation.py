@@ -17,7 +17,7 @@ from ..datasets.base import Dataset, open_dataset
 from ..datasets.segmentation import SegmentationSample
 from ..metrics.schedules import mmseg_factor
 from ..metrics.segmentation import Confusion
-from ..models import Opened
+from ..models import NamedModel
 from ..probes.augment import SegmentationAugment, resize_rgb
 from ..probes.batches import each_item, training_batches
 from ..probes.fit import fit
@@ -67,7 +67,7 @@ class Segmentation(Task):
     def passes(self, context: Context) -> float:
         return float(self.steps * self.batch + len(self.datasets(context)[0]))
 
-    def run(self, opened: Opened, context: Context) -> Iterable[Score]:
+    def run(self, opened: NamedModel, context: Context) -> Iterable[Score]:
         test, train = self.datasets(context)
         head = self.fit_head(opened, train, context)
         counts = Confusion(len(test.classes), device=context.device)
@@ -82,7 +82,7 @@ class Segmentation(Task):
         yield Score("macc", scores["mAcc"], headline=False)
         yield Score("aacc", scores["aAcc"], headline=False)
 
-    def fit_head(self, opened: Opened, train: Dataset[SegmentationSample], context: Context) -> nn.Module:
+    def fit_head(self, opened: NamedModel, train: Dataset[SegmentationSample], context: Context) -> nn.Module:
         """Train the head on augmented crops."""
         side = self._side(opened, context)
         crop = max(padded_size(opened.model, side, side))
@@ -114,14 +114,14 @@ class Segmentation(Task):
         crops.close()
         return head
 
-    def _side(self, opened: Opened, context: Context) -> int:
+    def _side(self, opened: NamedModel, context: Context) -> int:
         """The short side that images have for a model; a model of one size would see smaller images in a corner of its crops."""
         only = only_size(opened.model)
         return min(only) if only else self.size(context)
 
     @torch.no_grad()
     def predictions(
-        self, head: nn.Module, opened: Opened, test: Dataset[SegmentationSample], context: Context
+        self, head: nn.Module, opened: NamedModel, test: Dataset[SegmentationSample], context: Context
     ) -> Iterator[tuple[SegmentationSample, Tensor]]:
         """This rank's samples and the class of every pixel (H, W) at the size of the labels."""
         for _, sample in each_item(test, context):

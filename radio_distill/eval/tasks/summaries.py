@@ -1,4 +1,4 @@
-"""What tasks on summaries (one vector per image) share: the size of the images, and the vectors from the cache."""
+"""Shared by all tasks on summaries (one vector per image): the size of the images, and the vectors from the cache."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ...errors import DataError
 from ..datasets.base import Dataset, Subset
 from ..encode import Resize, Rule, features_of
 from ..feature_files import Features
-from ..models import Opened
+from ..models import NamedModel
 from ..task import Context, Task
 
 __all__ = ["SummaryTask", "parts_of", "readable"]
@@ -36,13 +36,13 @@ class SummaryTask(Task):
     def passes(self, context: Context) -> float:
         return float(sum(len(d) for d in self.datasets(context)))
 
-    def summaries(self, opened: Opened, dataset: D, context: Context) -> tuple[Tensor, D]:
+    def summaries(self, opened: NamedModel, dataset: D, context: Context) -> tuple[Tensor, D]:
         """Summaries of all images that can be read, (N, C) fp32 on the device, and those images. Raises DataError when the
         model has none."""
         with self.features(opened, dataset, context) as features:
             return features.summaries(features.readable).to(context.device), readable(dataset, features)
 
-    def features(self, opened: Opened, dataset: Dataset[Any], context: Context) -> Features:
+    def features(self, opened: NamedModel, dataset: Dataset[Any], context: Context) -> Features:
         """The same on disk, for data sets that do not fit into memory. Close it after use."""
         resize = Resize(self.resize, self.size(context))
         try:

@@ -26,7 +26,7 @@ from ..encode import Fit, Resize
 from ..metrics.depth import DepthMeter, depth_loss
 from ..metrics.normals import NormalsMeter, angular_loss
 from ..metrics.schedules import probe3d_factor
-from ..models import Opened
+from ..models import NamedModel
 from ..probes.batches import each_item, training_batches
 from ..probes.dpt import DepthProbe, Dpt, LinearHead, NormalsProbe, Version
 from ..probes.fit import fit
@@ -97,7 +97,7 @@ class SurfaceTask(Task):
     def loss(self, probe: nn.Module, batch: Batch) -> Tensor:
         """Of one training batch."""
 
-    def fit_probe(self, opened: Opened, train: Dataset[ObjectView], context: Context) -> nn.Module:
+    def fit_probe(self, opened: NamedModel, train: Dataset[ObjectView], context: Context) -> nn.Module:
         """Train a probe; `opened` gives what the head reads."""
         item = SurfaceItem(self._fit(opened, context), self.jitter)
         torch.manual_seed(context.seed)
@@ -120,14 +120,14 @@ class SurfaceTask(Task):
         items.close()
         return probe
 
-    def _batches(self, opened: Opened, items: Iterator[list[Surface]], context: Context) -> Iterator[Batch]:
+    def _batches(self, opened: NamedModel, items: Iterator[list[Surface]], context: Context) -> Iterator[Batch]:
         for surfaces in items:
             images, depth, normals = (torch.stack(parts) for parts in zip(*surfaces))
             yield Batch(frozen_map(opened.model, images, context), depth.to(context.device), normals.to(context.device))
 
     @torch.no_grad()
     def predictions(
-        self, probe: nn.Module, opened: Opened, test: Dataset[ObjectView], context: Context
+        self, probe: nn.Module, opened: NamedModel, test: Dataset[ObjectView], context: Context
     ) -> Iterator[tuple[ObjectView, Tensor]]:
         """This rank's views and what the probe makes of them, (1, channels, S, S)."""
         item = SurfaceItem(self._fit(opened, context))
@@ -136,10 +136,10 @@ class SurfaceTask(Task):
             image = item(view, np.random.default_rng(0)).image_3HW
             yield view, probe(frozen_map(opened.model, image[None], context), (side, side))
 
-    def _fit(self, opened: Opened, context: Context) -> Fit:
+    def _fit(self, opened: NamedModel, context: Context) -> Fit:
         return Resize("exact", self.size(context)).fit(opened.model)
 
-    def _read(self, opened: Opened) -> Opened:
+    def _read(self, opened: NamedModel) -> NamedModel:
         """What the head reads: four blocks, or the last map."""
         return with_blocks(opened) if self.head == "dpt" else opened
 
@@ -148,7 +148,7 @@ class SurfaceTask(Task):
             return LinearHead(channels, out, kernel=self.kernel, version=self.version)
         return Dpt(channels, out, hidden=self.hidden, kernel=self.kernel, version=self.version)
 
-    def _pictures(self, opened: Opened, context: Context) -> SurfacePictures:
+    def _pictures(self, opened: NamedModel, context: Context) -> SurfacePictures:
         return SurfacePictures(context, f"{self.kind}_{self.head}_{opened.label}")  # type: ignore[attr-defined]
 
 
@@ -164,7 +164,7 @@ class Depth(SurfaceTask):
     def loss(self, probe: nn.Module, batch: Batch) -> Tensor:
         return depth_loss(probe(batch.features, batch.size), batch.depth_B1SS, version=self.version)
 
-    def run(self, opened: Opened, context: Context) -> Iterable[Score]:
+    def run(self, opened: NamedModel, context: Context) -> Iterable[Score]:
         test, train = self.datasets(context)
         read = self._read(opened)
         pictures = self._pictures(opened, context)
@@ -194,7 +194,7 @@ class Normals(SurfaceTask):
     def loss(self, probe: nn.Module, batch: Batch) -> Tensor:
         return angular_loss(probe(batch.features, batch.size), batch.normals_B3SS, batch.depth_B1SS > 0)
 
-    def run(self, opened: Opened, context: Context) -> Iterable[Score]:
+    def run(self, opened: NamedModel, context: Context) -> Iterable[Score]:
         test, train = self.datasets(context)
         read = self._read(opened)
         pictures = self._pictures(opened, context)

@@ -1,4 +1,4 @@
-"""Tasks over many resolutions, to see where a model changes its mode: its own metric, and how far its features move.
+"""Tasks over many resolutions, which show mode switching: the task's metric at each, and how far the features move between them.
 
 Shapes: B images, C channels, H W cells.
 """
@@ -18,7 +18,7 @@ from ...errors import DataError
 from ..datasets import open_dataset
 from ..datasets.base import Dataset
 from ..encode import Resize, features_of
-from ..models import Opened
+from ..models import NamedModel
 from ..task import Context, Score, Task
 from .knn import Knn
 from .segmentation import Segmentation
@@ -38,7 +38,7 @@ class Sweep(Task):
     def size(self, context: Context) -> int:
         return self.sides[-1]
 
-    def measured(self, at: Callable[[int], Task], opened: Opened, context: Context) -> Iterator[Score]:
+    def measured(self, at: Callable[[int], Task], opened: NamedModel, context: Context) -> Iterator[Score]:
         """The headline of a task at every side."""
         free = replace(context, resolution=None, pictures=None)
         for side, own in distinct(opened, self.sides):
@@ -53,7 +53,7 @@ class KnnSweep(Sweep, Knn):
     def passes(self, context: Context) -> float:
         return Knn.passes(self, context) * _in_passes(self.sides)
 
-    def run(self, opened: Opened, context: Context) -> Iterable[Score]:
+    def run(self, opened: NamedModel, context: Context) -> Iterable[Score]:
         fields = {**_fields(self, Knn), "kind": "knn"}
         found = self.measured(lambda side: Knn(**{**fields, "resolution": side}), opened, context)
         return (score._replace(metric="top1") for score in found)
@@ -67,7 +67,7 @@ class SegmentationSweep(Sweep, Segmentation):
     def passes(self, context: Context) -> float:
         return Segmentation.passes(self, context) * _in_passes(self.sides)
 
-    def run(self, opened: Opened, context: Context) -> Iterable[Score]:
+    def run(self, opened: NamedModel, context: Context) -> Iterable[Score]:
         fields = {**_fields(self, Segmentation), "kind": "segmentation"}
         return self.measured(lambda side: Segmentation(**{**fields, "short_side": side}), opened, context)
 
@@ -92,7 +92,7 @@ class FeatureSweep(Sweep):
     def passes(self, context: Context) -> float:
         return len(self.datasets(context)[0]) * _in_passes((*self.sides, self.reference))
 
-    def run(self, opened: Opened, context: Context) -> Iterable[Score]:
+    def run(self, opened: NamedModel, context: Context) -> Iterable[Score]:
         (dataset,) = self.datasets(context)
         with features_of(opened, dataset, Resize("centre_crop", self.reference), context) as reference:
             for side, own in distinct(opened, self.sides):
@@ -113,7 +113,7 @@ class FeatureSweep(Sweep):
                 yield Score("mse", error / variance, "ratio", higher_is_better=False, headline=False, side=own)
 
 
-def distinct(opened: Opened, sides: Sequence[int]) -> Iterator[tuple[int, int]]:
+def distinct(opened: NamedModel, sides: Sequence[int]) -> Iterator[tuple[int, int]]:
     """The sides that give different sizes, with those sizes: one alone for a model of one size."""
     seen: dict[tuple[int, int], int] = {}
     for side in sides:

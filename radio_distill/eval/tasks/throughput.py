@@ -15,7 +15,7 @@ from ...config.numbers import Count, Positive, Side
 from ..datasets.base import Dataset
 from ..encode import precision
 from ..model_cost import device_name
-from ..models import Opened
+from ..models import NamedModel
 from ..task import Context, Score, Task
 from .sweeps import distinct
 
@@ -74,7 +74,7 @@ class Throughput(Task):
         times = sum(f**2 for f in self.factors) / max(self.factors) ** 2
         return times * self.images * (self.warmup + self.runs)
 
-    def run(self, opened: Opened, context: Context) -> Iterable[Score]:
+    def run(self, opened: NamedModel, context: Context) -> Iterable[Score]:
         for side, own in distinct(opened, [self.side * f for f in self.factors]):
             timing = self.measure(opened, side, context)
             milliseconds = 1000 * timing.seconds / self.images / timing.tokens
@@ -82,7 +82,7 @@ class Throughput(Task):
             yield Score("tokens", timing.tokens, "tokens", headline=False, side=own)
 
     @torch.no_grad()
-    def measure(self, opened: Opened, side: int, context: Context) -> Timing:
+    def measure(self, opened: NamedModel, side: int, context: Context) -> Timing:
         """Time forward passes; every one is waited for."""
         height, width = opened.model.nearest_size(side, side)
         images = torch.rand(self.images, 3, height, width, device=context.device)

@@ -13,7 +13,7 @@ from ..datasets.base import Dataset
 from ..datasets.samples import labels_of
 from ..metrics.means import Means
 from ..metrics.zero_shot import classifier, scores, topk_hits
-from ..models import Opened
+from ..models import NamedModel
 from ..task import Context, Score
 from ..text_head import speaking
 from ..worst_classes import save_worst
@@ -34,7 +34,7 @@ class ZeroShot(SummaryTask):
     def datasets(self, context: Context) -> Sequence[Dataset[Any]]:
         return [open_dataset(self.dataset, "val", context.root, kind="labelled").limited(context.limit)]
 
-    def run(self, opened: Opened, context: Context) -> Iterable[Score]:
+    def run(self, opened: NamedModel, context: Context) -> Iterable[Score]:
         (whole,) = self.datasets(context)
         head, card = speaking(opened, self.adaptors)
         weights_CK = self._classifier(card, whole.classes, context)
