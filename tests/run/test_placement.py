@@ -93,11 +93,12 @@ def photos(tmp_path_factory):
 def upsamplers(tmp_path_factory):
     folder, found = tmp_path_factory.mktemp("upsamplers"), {}
     for kind in ("featsharp", "featup"):
-        paths = {name: make(folder / f"{kind}_{name}", name, kind=kind, factor=3) for name in ("toy_clip", "toy_siglip")}
-        parts = ("low", "high") if kind == "featsharp" else ("high",)
-        found[f"stage3_{kind}"] = [
-            f"partitions.{part}.teachers.{name}.upsampler.weights={path}" for name, path in paths.items() for part in parts
-        ]
+        found[f"stage3_{kind}"] = []
+        for name in ("toy_clip", "toy_siglip"):
+            path = make(folder / f"{kind}_{name}", name, kind=kind, factor=3, debias=True)
+            maps = {"low": f"{{kind: debias, weights: {path}}}"}
+            maps["high"] = f"{{kind: {kind}, factor: 3, weights: {path}, debias: true}}"
+            found[f"stage3_{kind}"] += [f"partitions.{p}.teachers.{name}.upsampler={spec}" for p, spec in maps.items()]
     return found
 
 
