@@ -84,6 +84,8 @@ class Job:
     ends: Callable[[Path], bool] = lambda work: False
     """Whether it is finished although the command says no: what is there is not made twice."""
     ranks: int = 1
+    on_student: bool = False
+    """Whether it starts from the student of FIRST."""
 
 
 @dataclass
@@ -154,7 +156,8 @@ def test(root: Path, arguments: argparse.Namespace) -> int:
         outcomes[name].append(outcome)
         say(f"{name}: {outcome.kills.total()} kills, {outcome.trouble or 'exact'}")
 
-    whole(FIRST)
+    if FIRST in names or any(jobs[name].on_student for name in names):
+        whole(FIRST)
     with ThreadPoolExecutor(arguments.jobs) as pool:
         list(pool.map(whole, [name for name in names if name != FIRST]))
         deadline = time.monotonic() + 60 * arguments.minutes
@@ -172,51 +175,24 @@ def make_jobs(root: Path) -> dict[str, Job]:
         command = ["train", *STAGE, photos, "--ranks", str(ranks), "engine.zero=1"]
         return Job(f"training-{ranks}", lambda work: [*command, f"run={work}/run"], of_run, ranks=ranks)
 
-    scores = ["eval", "--data", "toy", "--preset", "smoke", "--model", str(student), "--save-minutes", "0"]
+    vlm = ["vlm", "train", *VLM, conversations, f"start.student={student}", f"start.lm={toy}/lm"]
+    scores = ["eval", "--data", "toy", "--preset", "smoke", "--save-minutes", "0", "--model", str(student)]
+    probe = [*scores, "--suite", "dense", "--task", "ade20k", "--limit", "12", *PROBE]
+    features = [*scores, "--suite", "transfer", "--limit", "200"]
     jobs = (
         training(1),
         training(2),
         Job("statistics", lambda work: ["stats", *STAGE, photos, f"run={work}/run"], of_files("run/balancers")),
         Job("upsampler", lambda work: ["upsampler", *UPSAMPLER, photos, f"run={work}/run"], of_run),
-        Job(
-            "VLM",
-            lambda work: [
-                "vlm",
-                "train",
-                *VLM,
-                conversations,
-                f"start.student={student}",
-                f"start.lm={toy}/lm",
-                f"run={work}/run",
-            ],
-            of_run,
-        ),
-        Job(
-            "evaluation, probe",
-            lambda work: [
-                *scores,
-                "--suite",
-                "dense",
-                "--task",
-                "ade20k",
-                "--limit",
-                "12",
-                *PROBE,
-                "--out",
-                f"{work}/results.jsonl",
-            ],
-            of_results,
-        ),
-        Job(
-            "evaluation, features",
-            lambda work: [*scores, "--suite", "transfer", "--limit", "200", "--out", f"{work}/results.jsonl"],
-            of_results,
-        ),
+        Job("VLM", lambda work: [*vlm, f"run={work}/run"], of_run, on_student=True),
+        Job("evaluation-probe", lambda work: [*probe, "--out", f"{work}/results.jsonl"], of_results, on_student=True),
+        Job("evaluation-features", lambda work: [*features, "--out", f"{work}/results.jsonl"], of_results, on_student=True),
         Job(
             "export",
             lambda work: ["export", str(student), "--out", f"{work}/out"],
             of_files("out"),
             ends=lambda work: (work / "out").is_dir(),
+            on_student=True,
         ),
         Job(
             "shards",
@@ -225,7 +201,7 @@ def make_jobs(root: Path) -> dict[str, Job]:
             ends=lambda work: (work / "out").is_dir(),
         ),
     )
-    return {job.name.replace(", ", "-"): job for job in jobs}
+    return {job.name: job for job in jobs}
 
 
 def prepare(root: Path) -> None:
