@@ -43,7 +43,7 @@ AHEAD = "balance={ahead: true, window: 1}"
 HIGH = ["partitions.low.images=8", "partitions.high.images=2", AHEAD, "partitions.high.micro_batch=1"]
 RECIPES = {
     "stage1": ["partitions.low.images=32", WINDOW],
-    "stage2": ["partitions.low.images=8", AHEAD, "data.shift_std=0.5"],
+    "stage2": ["partitions.low.images=16", AHEAD, "data.shift_std=0.5"],  # of 8 images, rounding turns axes of PHI-S
     "stage3": HIGH,
     "stage3_tile": HIGH,
     "stage3_s2": HIGH,
