@@ -101,7 +101,7 @@ def _add_commands_that_train(commands: Any) -> None:
     train = _add(commands, "train", "train or resume a recipe of any kind: a stage, an upsampler, a stage of a VLM")
     _add_recipe(train)
     train.add_argument("--ranks", type=_positive, default=1, help="processes to start on this machine (1)")
-    upsampler = _add(commands, "upsampler", "the same as train, of an upsampler's recipe (FeatSharp and others)")
+    upsampler = _add(commands, "upsampler", "the same of an upsampler alone (FeatSharp and others)")
     _add_recipe(upsampler)
     upsampler.add_argument("--ranks", type=_positive, default=1, help="processes to start on this machine (1)")
     vlm = _add(commands, "vlm", "vision-language models with a student as tower: train one, or make a toy one's parts")
@@ -252,9 +252,10 @@ def _stats(arguments: argparse.Namespace) -> int:
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    from .config.load import load
+    from .config.load import load, load_upsampler_recipe, load_vlm_recipe
 
-    load(arguments.recipe, arguments.overrides, training=True)  # its errors once, before any process starts
+    check = {"upsampler": load_upsampler_recipe, "vlm": load_vlm_recipe}.get(arguments.command, load)
+    check(arguments.recipe, arguments.overrides, training=True)  # its errors once, before any process starts
     if arguments.ranks > 1:
         from .train.launch import launch
 

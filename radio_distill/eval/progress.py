@@ -12,12 +12,10 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import shutil
 import time
 from collections import deque
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -26,6 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..files import appearing
 from .features import Ranks
 
 __all__ = ["KEEPS_NOTHING", "ProbeFiles", "Progress"]
@@ -137,17 +136,14 @@ KEEPS_NOTHING = Progress(None, every_s=0, ranks=Ranks())
 
 def _write(path: Path, state: dict[str, Any]) -> None:
     """A disk that is full or read-only costs the going on and no result."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(state, part)
-        os.replace(part, path)
+        with appearing(path) as part:
+            torch.save(state, part)
     except (OSError, RuntimeError) as error:  # torch's writer says RuntimeError for a full disk
         log.warning(
             "the probe's state cannot be saved (%s); training continues, and would restart from step 0 if interrupted", error
         )
-        with suppress(OSError):
-            part.unlink()
 
 
 def _read(path: Path) -> dict[str, Any] | None:

@@ -20,8 +20,9 @@ METHODS = {
     kind: method(kind=kind)
     for method in get_args(get_args(BalanceKind)[0])
     for kind in get_args(method.model_fields["kind"].annotation)
+    if kind != "custom"
 }
-"""Every method a recipe may name."""
+"""Every method of ours that a recipe may name."""
 
 
 def sam_like(rows: int, channels: int, seed: int = 0) -> torch.Tensor:

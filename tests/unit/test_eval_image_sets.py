@@ -344,7 +344,7 @@ def test_a_whole_list_of_names_is_mapped_to_itself(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("names", "said"),
     [
-        ([str(i) for i in range(1, 1001)], r"1000 names that are numbers, 1 to 1000; .* only when they are 0 to 999"),
+        ([str(i) for i in range(1, 1001)], r"1000 names that are numbers, 1 to 1000; .* only when they run from 0 to 999"),
         ([str(i) for i in range(10)], r"10 names that are numbers, 0 to 9"),
         (["01", "1"], "2 names that are numbers"),
         (["cat", "dog"], r"val: 'cat' names none of ImageNet's 1,000 classes; expected WordNet ids \(n01440764\)"),

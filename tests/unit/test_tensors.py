@@ -15,6 +15,7 @@ SENDS = {f"dist.{name}" for name in ("broadcast", "all_reduce", "reduce", "gathe
 SAVES = {"save_file", "safetensors.torch.save_file", "torch.save"}
 ELSEWHERE = {
     "tensors.py": "the one place",
+    "eval/progress.py": "torch.save, for an optimizer's nested state, which keeps its layout",
     "export/radio.py": "torch.save, for the reference's own layout; row-major and finite by the functions of the one place",
     "teachers/text_tower.py": "is copied into exports and needs no radio_distill; row-major itself",
 }
