@@ -127,6 +127,8 @@ class Progress:
                 "ranks": everyone,
             }
             _write(self.path, state)
+        if self.ranks.world > 1:
+            self.ranks.barrier()  # nobody looks for the file before it is there
         self._saved = time.monotonic()
 
 
