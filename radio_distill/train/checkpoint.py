@@ -85,7 +85,7 @@ def write(
         if final.exists():  # the same step saved twice (a stop signal right after a regular save)
             shutil.rmtree(final)
         os.replace(temporary, final)
-        replace_text(folder / "latest", final.name + "\n")
+        _point(folder / "latest", final.name)
         _delete_old(folder, final.name, keep_last)
     barrier()
     return final
@@ -151,6 +151,11 @@ def _sync(folder: Path) -> None:
         descriptor = os.open(path, os.O_RDONLY)
         os.fsync(descriptor)
         os.close(descriptor)
+
+
+def _point(pointer: Path, name: str) -> None:
+    """Let `latest` name a checkpoint: from here on a run goes on from it."""
+    replace_text(pointer, f"{name}\n")
 
 
 def _delete_old(folder: Path, newest: str, keep_last: int) -> None:
