@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# open_clip_torch 3.3.0, torch 2.14.1, torchvision 0.29.1: patch tokens of a tower with `final_ln_after_pool` (CLIPA's).
+# open_clip_torch 3.3.0, torch 2.15.0, torchvision 0.29.2: patch tokens of a tower with `final_ln_after_pool` (CLIPA's).
 #
 # Guess:     `output_tokens=True` gives the same patches as `forward_intermediates(normalize_intermediates=True)` does for the last
 #            block: both mean "the tower's patch features".
@@ -10,7 +10,7 @@ set -euo pipefail
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 python3 -m venv "$work/venv"
-"$work/venv/bin/pip" install -q torch==2.14.1 torchvision==0.29.1 open_clip_torch==3.3.0
+"$work/venv/bin/pip" install -q torch==2.15.0 torchvision==0.29.2 open_clip_torch==3.3.0
 HF_HUB_OFFLINE=1 "$work/venv/bin/python" - <<'P'
 import torch
 from open_clip.transformer import VisionTransformer

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# timm 1.0.31, torch 2.14.1, torchvision 0.29.1: the patch features of an XCiT.
+# timm 1.0.31, torch 2.15.0, torchvision 0.29.2: the patch features of an XCiT.
 #
 # Guess:     `forward_features(x)[:, 1:]` and the last map of `forward_intermediates(x, norm=True)` are the same numbers, as they are
 #            for timm's ViTs.
@@ -10,7 +10,7 @@ set -euo pipefail
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 python3 -m venv "$work/venv"
-"$work/venv/bin/pip" install -q torch==2.14.1 torchvision==0.29.1 timm==1.0.31
+"$work/venv/bin/pip" install -q torch==2.15.0 torchvision==0.29.2 timm==1.0.31
 HF_HUB_OFFLINE=1 "$work/venv/bin/python" - <<'P'
 import timm
 import torch
