@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .config.cards import TeacherCard
-from .config.load import cards_of, load_card
+from .config.load import cards_of, code_of, load_card
 from .config.recipe import Debias, Job, Recipe, Trained
 from .config.upsampler_recipe import UpsamplerRecipe
 from .errors import RadioDistillError
@@ -122,12 +122,14 @@ def known_fingerprint(card: TeacherCard, *, weights: str | None = None, code: st
 
 
 def fingerprints(recipe: Job) -> dict[str, Fingerprint]:
-    """Those of a recipe's teachers, and of the upsamplers that change their maps, by name (`sam`, `high.sam.upsampler`)."""
+    """Those of a recipe's teachers, of the upsamplers that change their maps (`sam`, `high.sam.upsampler`), and of functions of the
+    user's that it names (`loss.terms.gram`)."""
+    found = {key: Fingerprint({}, target, None, code=code_digest(target)) for key, target in code_of(recipe).items()}
     if isinstance(recipe, UpsamplerRecipe):
-        return {"teacher": fingerprint(load_card(recipe.teacher))}
+        return found | {"teacher": fingerprint(load_card(recipe.teacher))}
     if not isinstance(recipe, Recipe):
-        return {}
-    found = {name: fingerprint(card) for name, card in cards_of(recipe).items()}
+        return found
+    found |= {name: fingerprint(card) for name, card in cards_of(recipe).items()}
     for partition, part in recipe.partitions.items():
         for name, view in part.teachers.items():
             if isinstance(view.upsampler, Trained | Debias):

@@ -35,18 +35,16 @@ def pca_rgb(features_BCHW: Tensor) -> Tensor:
     return rearrange(y, "(b h w) c -> b c h w", b=b, h=h).float()
 
 
-def panel(rows: dict[str, Tensor], *, side: int = 128, gap: int = 4, labels: bool = True) -> Tensor:
-    """Stack picture rows (B, 3, H, W in [0, 1] each) into one image (3, height, width), every cell `side` px.
-
-    labels: write the name of every row to its left.
-    """
-    names = _labels(list(rows), side + gap) if labels else [torch.ones(3, side + gap, 0)] * len(rows)
+def panel(rows: dict[str, Tensor], *, side: int = 128) -> Tensor:
+    """Stack picture rows (B, 3, H, W in [0, 1] each) into one image (3, height, width), every cell `side` px, with each row's name
+    to its left."""
+    step = side + GAP
     lines = []
-    for name, images in zip(names, rows.values()):
+    for name, images in zip(_labels(list(rows), step), rows.values()):
         cells = F.interpolate(images.float().cpu(), size=(side, side), mode="nearest")
-        line = torch.ones(3, side + gap, images.shape[0] * (side + gap))
+        line = torch.ones(3, step, images.shape[0] * step)
         for i, cell in enumerate(cells):
-            line[:, :side, i * (side + gap) : i * (side + gap) + side] = cell
+            line[:, :side, i * step : i * step + side] = cell
         lines.append(torch.cat([name, line], dim=2))
     return torch.cat(lines, dim=1)
 
@@ -68,6 +66,7 @@ def _labels(names: list[str], height: int) -> list[Tensor]:
     return pictures
 
 
+GAP = 4  # white pixels between cells
 LETTER_PX, LETTERS, LINE = 14, 9, 12  # least height of a letter; letters over a cell's height; letters in a line
 
 

@@ -11,7 +11,7 @@ from ..paths import expand, shipped
 from .cards import CUSTOM, TeacherCard
 from .checks import check_recipe
 from .document import KeyPath, Problem, to_yaml
-from .recipe import Job, Recipe
+from .recipe import CustomBalance, ImageJob, Job, Recipe
 from .secrets import secret_problems, without_secrets
 from .strict import find, read, values_of
 from .upsampler_recipe import UpsamplerRecipe, check_upsampler
@@ -19,6 +19,7 @@ from .vlm_recipe import VlmRecipe, check_vlm
 
 __all__ = [
     "cards_of",
+    "code_of",
     "dump",
     "kind_of",
     "list_cards",
@@ -156,6 +157,18 @@ def list_recipes(kind: type[Job] = Job) -> dict[str, Path]:
 def cards_of(recipe: Recipe) -> dict[str, TeacherCard]:
     """The card of every teacher of the recipe, by the teacher's name in it."""
     return {name: load_card(teacher.card or name) for name, teacher in recipe.teachers.items()}
+
+
+def code_of(recipe: Job) -> dict[str, str]:
+    """The functions of the user's that a recipe of any kind names, `package.module:name` by key. Those of its cards are not among them."""
+    found: dict[str, str] = {}
+    if isinstance(recipe, ImageJob) and isinstance(recipe.balance.method, CustomBalance):
+        found["balance.method"] = recipe.balance.method.loader
+    if isinstance(recipe, Recipe):
+        found |= {f"loss.terms.{name}": term.loader for name, term in recipe.loss.terms.items()}
+    if recipe.optim.kind == "custom":
+        found["optim"] = str(recipe.optim.loader)
+    return found
 
 
 def dump(recipe: Job) -> str:

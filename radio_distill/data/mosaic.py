@@ -18,22 +18,22 @@ from ..seeded import uniform
 __all__ = ["mosaic", "unmosaic"]
 
 
-def mosaic(images_B3SS: Tensor, k: int, tile: int, patch: int, seeds_B: Tensor, *, fill: float = 0.0) -> tuple[Tensor, Tensor]:
+def mosaic(images_B3SS: Tensor, k: int, tile: int, patch: int, seeds_B: Tensor) -> tuple[Tensor, Tensor]:
     """Put every k * k images, row by row, into one image of k x k cells of `tile` pixels.
 
-    `tile` is a multiple of `patch` and at least S. `fill` is what lies around the images and in the empty cells of the
-    last mosaic: 0 is the mean colour for normalised pixels. Returns (M, 3, k * tile, k * tile) and the offsets (B, 2) of
+    `tile` is a multiple of `patch` and at least S. Around the images and in the empty cells of the last mosaic lies 0, the mean
+    colour of normalised pixels. Returns (M, 3, k * tile, k * tile) and the offsets (B, 2) of
     the images in their cells in patches (row, column; 0 .. (tile - S) // patch), drawn from each image's own seed.
     """
     size, room = images_B3SS.shape[-1], tile - images_B3SS.shape[-1]
     if room < 0 or tile % patch:
         raise ValueError(f"mosaic cells of {tile} px do not hold images of {size} px on a grid of {patch} px patches")
     offsets_B2 = (uniform(seeds_B, "mosaic", n=2) * (room // patch + 1)).long().to(images_B3SS.device)
-    padded = F.pad(images_B3SS, (0, room, 0, room), value=fill)  # the image, then fill, which rolling brings around
+    padded = F.pad(images_B3SS, (0, room, 0, room))  # the image, then zeros, which rolling brings around
     cells = _roll(padded, offsets_B2 * patch)
     missing = -len(cells) % (k * k)
     if missing:
-        cells = torch.cat([cells, cells.new_full((missing, *cells.shape[1:]), fill)])
+        cells = torch.cat([cells, cells.new_zeros((missing, *cells.shape[1:]))])
     return rearrange(cells, "(m y x) c h w -> m c (y h) (x w)", y=k, x=k), offsets_B2
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ..balance.methods import import_method
 from ..config.cards import TeacherCard
-from ..config.load import cards_of, load_card
-from ..config.recipe import CustomBalance, ImageJob, Job, Recipe
+from ..config.load import cards_of, code_of, load_card
+from ..config.recipe import Job, Recipe
 from ..config.upsampler_recipe import UpsamplerRecipe
 from ..loaders import is_ours
 from ..losses import load_terms
@@ -16,6 +16,13 @@ from ..teachers.base import teacher_builder
 from ..train.optim import import_optimizer
 
 __all__ = ["UserCode", "import_code", "user_code"]
+
+IMPORTERS: dict[str, Callable[[Any], object]] = {
+    "balance.method": lambda recipe: import_method(recipe.balance.method),
+    "loss.terms": load_terms,
+    "optim": lambda recipe: import_optimizer(recipe.optim),
+}
+"""What imports the function at a key of the recipe; raises RadioDistillError when it is not there or does not take its options."""
 
 
 class UserCode(NamedTuple):
@@ -40,13 +47,9 @@ def user_code(recipe: Job) -> Iterator[UserCode]:
     for name, card in _cards(recipe).items():
         if card.loader is not None and not is_ours(card.loader):
             yield UserCode(f"teacher {name}", card.loader, lambda card=card: teacher_builder(card))  # type: ignore[misc]
-    if isinstance(recipe, ImageJob) and isinstance(method := recipe.balance.method, CustomBalance):
-        yield UserCode("balance.method", method.loader, lambda: import_method(method))
-    if isinstance(recipe, Recipe):
-        for name, term in recipe.loss.terms.items():
-            yield UserCode(f"loss.terms.{name}", term.loader, lambda: load_terms(recipe))
-    if recipe.optim.kind == "custom":
-        yield UserCode("optim", str(recipe.optim.loader), lambda: import_optimizer(recipe.optim))
+    for key, target in code_of(recipe).items():
+        importer = next(load for start, load in IMPORTERS.items() if key.startswith(start))
+        yield UserCode(key, target, lambda importer=importer: importer(recipe))  # type: ignore[misc]
 
 
 def _cards(recipe: Job) -> dict[str, TeacherCard]:

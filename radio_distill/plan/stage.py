@@ -244,6 +244,8 @@ def _notes(recipe: Recipe, per_rank: list[float], teacher_ranks: tuple[TeacherRa
             names = ", ".join(rank.teachers)
             advice = "set teachers.NAME.chunk, or more teacher_ranks"
             yield f"the teacher rank of {names} needs about {rank.memory_gib:.0f} GiB and the GPU has {where.gpu_gib:.0f}; {advice}"
+    if optim.kind == "custom":
+        yield f"two moments a weight are counted for the optimizer of {optim.loader}; it may keep fewer or more"
     if optim.freeze_trunk >= optim.steps:
         yield f"the trunk never learns: optim.freeze_trunk {optim.freeze_trunk} >= optim.steps {optim.steps}"
     if recipe.balance.window > optim.steps and not recipe.balance.ahead:

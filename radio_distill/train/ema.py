@@ -6,8 +6,7 @@ bf16 (4e-3) would round away. There is no warm-up of the decay.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection
 
 import torch
 from torch import Tensor, nn
@@ -40,30 +39,6 @@ class Ema:
             )
         for name in self._copied:
             self._averages[name].copy_(self._sources[name])
-
-    @contextmanager
-    def applied(self) -> Iterator[None]:
-        """Put the average into the trained module for the length of a `with`; afterwards the weights are back, bit for bit."""
-        self._swap()
-        try:
-            yield
-        finally:
-            self._swap()
-
-    @torch.no_grad()
-    def _swap(self) -> None:
-        for name, average in self._averages.items():
-            weight = self._sources[name].clone()
-            self._sources[name].copy_(average)
-            average.copy_(weight)
-
-    @torch.no_grad()
-    def copy_to(self, module: nn.Module) -> None:
-        """Write the average into another module of the same structure."""
-        target = _tensors(module)
-        _check_names(self._averages, target, "the module")
-        for name, x in target.items():
-            x.copy_(self._averages[name])
 
     def state_dict(self) -> dict[str, Tensor]:
         """The average by name: a flat map that safetensors can write and `load_state_dict` of the module can read."""

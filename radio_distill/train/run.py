@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 
 TEACHERS = "teachers.json"
-"""Which teachers the run was started with."""
+"""Which teachers the run was started with, and which code of the user's."""
 
 
 class RunFolder:
@@ -37,7 +37,7 @@ class RunFolder:
     def __init__(self, recipe: Job, *, is_main: bool, ranks: int = 1) -> None:
         self.path = run_path(recipe)
         self.teachers: dict[str, Fingerprint] = {}
-        """Of the recipe's teachers, as `teachers.json` has them; on rank 0."""
+        """Of the recipe's teachers and of the user's code, as `teachers.json` has them; on rank 0."""
         self._lock: RunLock | None = None
         if not is_main:
             return
@@ -105,7 +105,7 @@ class RunFolder:
         )
 
     def _check_teachers(self, *, is_resumed: bool) -> None:
-        """Refuse other teachers than those that the run was started with: a card, its weights or its loader were changed."""
+        """Refuse other teachers or other code than the run was started with: a card, its weights, its loader or a loss were changed."""
         path = self.path / TEACHERS
         if not path.exists():
             if is_resumed and self.teachers:
@@ -126,7 +126,7 @@ class RunFolder:
         if changed:
             lines = "\n".join(f"  {line}" for line in changed[:10])
             raise CheckpointError(
-                f"{self.path} was started with other teachers; their cards, weights or loaders have changed:\n{lines}\n"
+                f"{self.path} was started with other teachers or other code; cards, weights or modules have changed:\n{lines}\n"
                 "put them back, or set run= to another folder for a run of its own (start.kind=run continues from these weights)"
             )
 

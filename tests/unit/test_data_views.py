@@ -181,10 +181,9 @@ def test_mosaic_offsets_belong_to_the_image_and_cover_the_cell() -> None:
     assert {tuple(o) for o in offsets.tolist()} == {(y, x) for y in range(4) for x in range(4)}
 
 
-def test_mosaic_takes_uint8_and_a_fill() -> None:
-    big, _ = mosaic(torch.full((1, 3, 4, 4), 9, dtype=torch.uint8), 2, 4, 2, torch.tensor([0]), fill=7)
-    assert big.dtype == torch.uint8
-    assert big[0, 0].tolist() == [[9] * 4 + [7] * 4] * 4 + [[7] * 8] * 4
+def test_empty_cells_of_a_mosaic_are_zero() -> None:
+    big, _ = mosaic(torch.full((1, 3, 4, 4), 9.0), 2, 4, 2, torch.tensor([0]))
+    assert big[0, 0].tolist() == [[9.0] * 4 + [0.0] * 4] * 4 + [[0.0] * 8] * 4
 
 
 def test_mosaic_refuses_what_does_not_fit() -> None:

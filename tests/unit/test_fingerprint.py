@@ -215,7 +215,9 @@ def test_a_run_goes_on_with_its_own_teachers_only(tmp_path: Path, caplog: pytest
     with RunFolder(recipe, is_main=True):
         pass
     mine.write_text("extends: toy_clip\nname: mine\ninput: {std: [0.3, 0.3, 0.3]}\n")
-    with pytest.raises(CheckpointError, match=r"started with other teachers.*\n  toy_clip\.input\.std: \[0\.268.*\] -> \[0\.3"):
+    with pytest.raises(
+        CheckpointError, match=r"started with other teachers or other code.*\n  toy_clip\.input\.std: \[0\.268.*\] -> \[0\.3"
+    ):
         RunFolder(recipe, is_main=True)
     (tmp_path / "run" / "teachers.json").unlink()  # a run of an older version
     caplog.clear()
@@ -223,6 +225,22 @@ def test_a_run_goes_on_with_its_own_teachers_only(tmp_path: Path, caplog: pytest
         assert "its teachers are taken to be those of today" in caplog.text
     (tmp_path / "run" / "teachers.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"teachers\.json cannot be read"):
+        RunFolder(recipe, is_main=True)
+
+
+def test_a_run_goes_on_with_its_own_code_only(project: Path) -> None:
+    own = {"loss.terms.gram": "{loader: 'own_code:gram'}", "balance.method": "{kind: custom, loader: 'own_code:whiten'}"}
+    own["optim"] = "{kind: custom, loader: 'own_code:muon', lr: 0.01, steps: 10}"
+    (project / "own_code.py").write_text("import tiny_layers\n")
+    recipe = load_recipe(
+        "toy/stage1", [f"run={project / 'run'}", "engine.zero=0", *(f"{key}={value}" for key, value in own.items())]
+    )
+    with RunFolder(recipe, is_main=True) as run:
+        assert set(own) <= set(run.teachers)
+    (project / "tiny_layers.py").write_text("LAYERS = 2\n")  # what the loss imports has changed
+    with pytest.raises(
+        CheckpointError, match=r"other teachers or other code.*\n  balance\.method\.code: .*\n  loss\.terms\.gram\.code"
+    ):
         RunFolder(recipe, is_main=True)
 
 
