@@ -7,12 +7,13 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from statistics import fmean, stdev
 
 from .errors import DataError
 from .files import parse_json, typed
 from .types import Result
 
-__all__ = ["append", "by_row", "read", "table"]
+__all__ = ["append", "by_row", "number", "read", "shown", "table"]
 
 
 def append(path: Path, results: Sequence[Result]) -> None:
@@ -53,6 +54,30 @@ def by_row(results: Sequence[Result], name: Callable[[Result], str]) -> dict[tup
     return rows
 
 
+def shown(results: Sequence[Result]) -> str:
+    """One number as tables show it: the last measurement; of several seeds their mean, standard deviation and number.
+
+    results: of one model, task and metric, as they were written. Only seeds that were measured as the last one was (data,
+    settings, preset) count.
+    """
+    values = list({r.seed: r.value for r in results if _way(r) == _way(results[-1])}.values())
+    if len(values) < 2:
+        return number(results[-1].value)
+    return f"{number(fmean(values))} +- {number(stdev(values))} ({len(values)} seeds)"
+
+
+def number(value: float) -> str:
+    """One decimal from 1,000 on, two from 1 on, three from 0.1 on, three digits below."""
+    size = abs(value)
+    if size >= 0.1 or value == 0:
+        return f"{value:.{1 if size >= 1000 else 2 if size >= 1 or value == 0 else 3}f}"
+    return f"{value:.3g}"
+
+
+def _way(r: Result) -> tuple[object, ...]:
+    return r.suite, r.dataset, r.count, r.version, r.config_hash, r.preset, r.resolution
+
+
 def table(results: Sequence[Result]) -> str:
     """Models as rows (see `by_row`), headline results (or all, where there are none) as columns, in the order they came.
 
@@ -62,12 +87,14 @@ def table(results: Sequence[Result]) -> str:
         return "no results"
     results = [r for r in results if r.headline] or results
     columns = list(dict.fromkeys(f"{r.task} {r.metric}" for r in results))
-    rows = {
-        f"{name} @{sides}": {f"{r.task} {r.metric}": f"{r.value:.2f}" if abs(r.value) >= 1 else f"{r.value:.3g}" for r in row}
-        for (name, sides), row in by_row(results, lambda r: r.model).items()
-    }
+    rows = {}
+    for (name, sides), row in by_row(results, lambda r: r.model).items():
+        cells: dict[str, list[Result]] = {}
+        for r in row:
+            cells.setdefault(f"{r.task} {r.metric}", []).append(r)
+        rows[f"{name} @{sides}"] = {column: shown(of_cell) for column, of_cell in cells.items()}
     width = max(map(len, rows), default=5)
-    widths = [max(len(c), 8) for c in columns]
+    widths = [max([len(c), 8, *(len(row.get(c, "")) for row in rows.values())]) for c in columns]
     lines = ["model".ljust(width) + "".join(f"  {c:>{w}}" for c, w in zip(columns, widths))]
     for name, values in rows.items():
         lines.append(name.ljust(width) + "".join(f"  {values.get(c, '-'):>{w}}" for c, w in zip(columns, widths)))

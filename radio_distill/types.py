@@ -128,6 +128,7 @@ class Result:
     count: int
     """Number of items scored."""
     resolution: int
+    """Side in pixels of what the network saw of a square image; 0 where a task has no size."""
     version: str = "1"
     """Version of the protocol; numbers of different versions are not comparable."""
     config_hash: str = ""
@@ -144,6 +145,10 @@ class Result:
     """Of all data sets of the task (also those trained on), the times of their files included: others are measured again."""
     left_out: int = 0
     """Images of the task's data sets that could not be read; the number is one without them."""
+    grid: int = 0
+    """Side in cells of the map of such an image: finer than the network's own where there is an upsampler. 0: not known."""
+    details: dict[str, Any] = field(default_factory=dict)
+    """What tables need to know of the model: `teacher` (name of the card), `network` (of an upsampler), `steps` (of its training)."""
 
 
 class Finding(NamedTuple):

@@ -50,7 +50,7 @@ class HeldOut:
         """The data set's name in results."""
         return "toyworld" if self.source == TOY else Path(self.source).name
 
-    @property
+    @cached_property
     def id(self) -> str:
         """Name and a digest of all images: `photos#0123456789ab`; of generated scenes the name alone. Reads every image."""
         if self.source == TOY:

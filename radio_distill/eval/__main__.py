@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 __all__ = ["main", "table", "append", "read"]
 
+log = logging.getLogger(__name__)
+
 
 def main(argv: list[str] | None = None) -> int:
     """Evaluate every model on one suite; prints a table and appends its results to a file. Exit code 1: some tasks failed."""
@@ -210,29 +212,29 @@ def _run_function(arguments: argparse.Namespace, parser: argparse.ArgumentParser
         )
     if arguments.ranks > 1 or _of_several(os.environ):
         parser.error(f"suite {arguments.suite} runs in one process; leave out --ranks, torchrun or srun")
-    results, text = run(arguments)
-    append(arguments.out, results)
-    print(text)
+    print(run(arguments))
     return 0
 
 
-def _toy(arguments: argparse.Namespace) -> tuple[list[Result], str]:
+def _toy(arguments: argparse.Namespace) -> str:
     from .models import load_model
     from .toy import ToyProtocol, evaluate
 
     protocol = ToyProtocol() if arguments.limit is None else ToyProtocol(train=arguments.limit, test=arguments.limit)
     results = [
-        r for name in arguments.model for r in evaluate(load_model(name), name, protocol, resolution=arguments.resolution)
+        r
+        for name in arguments.model
+        for r in _kept(arguments, evaluate(load_model(name), name, protocol, resolution=arguments.resolution))
     ]
-    return results, table(results)
+    return table(results)
 
 
-def _fidelity(arguments: argparse.Namespace) -> tuple[list[Result], str]:
+def _fidelity(arguments: argparse.Namespace) -> str:
     import torch
 
     from ..data.held_out import TOY, HeldOut
     from ..upsamplers.folder import load_upsampler
-    from .fidelity import FidelityProtocol, measure, to_results
+    from .fidelity import FidelityProtocol, left_to_measure, measure, measured_of, to_results
     from .fidelity_tables import render
 
     protocol = FidelityProtocol() if arguments.limit is None else FidelityProtocol(images=arguments.limit)
@@ -243,24 +245,36 @@ def _fidelity(arguments: argparse.Namespace) -> tuple[list[Result], str]:
             )
     data = HeldOut(arguments.data or TOY, protocol.images)
     models = {name: load_upsampler(name) for name in dict.fromkeys(arguments.model)}
-    measured = measure(models, data, protocol, device="cuda" if torch.cuda.is_available() else "cpu")
-    return to_results(measured, data, protocol), render(measured)
+    left = left_to_measure(models, read(arguments.out), data, protocol)
+    for row in measure(left, data, protocol, device="cuda" if torch.cuda.is_available() else "cpu"):
+        log.info("fidelity of %s: %.3f", row.model, row.values["fidelity"])
+        _kept(arguments, to_results([row], data, protocol))
+    rows = {row.model: row for row in measured_of(read(arguments.out))}
+    return render([rows[name] for name in models])
 
 
-def _vlm(arguments: argparse.Namespace) -> tuple[list[Result], str]:
+def _vlm(arguments: argparse.Namespace) -> str:
     from .vlm import evaluate
 
     results = [
         r
         for model in arguments.model
-        for r in evaluate(
-            model, data=arguments.data, limit=arguments.limit, tasks=arguments.task or (), batch=arguments.batch or 8
+        for r in _kept(
+            arguments,
+            evaluate(model, data=arguments.data, limit=arguments.limit, tasks=arguments.task or (), batch=arguments.batch or 8),
         )
     ]
-    return results, table(results)
+    return table(results)
 
 
-Function = Callable[[argparse.Namespace], tuple[list[Result], str]]
+def _kept(arguments: argparse.Namespace, results: Sequence[Result]) -> Sequence[Result]:
+    """The results, when they have been written: what has been measured stays, whatever happens to the next model."""
+    append(arguments.out, results)
+    return results
+
+
+Function = Callable[[argparse.Namespace], str]
+"""Measures, writes results as they come, and returns the tables that are printed."""
 
 FUNCTIONS: dict[str, tuple[Function, tuple[str, ...]]] = {
     "toy": (_toy, ("limit", "resolution")),

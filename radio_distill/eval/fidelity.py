@@ -10,10 +10,11 @@ Shapes: B images, J views, C channels, h w the teacher's grid, H W the upsampled
 
 from __future__ import annotations
 
+import hashlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,12 +36,15 @@ from ..upsamplers.metrics import Fidelity, masked_error, overtiling, total_varia
 from ..upsamplers.mmd import map_mmd
 from ..upsamplers.sharpener import Sharp
 
-__all__ = ["FidelityProtocol", "Measured", "measure", "to_results"]
+__all__ = ["FidelityProtocol", "Measured", "left_to_measure", "measure", "measured_of", "to_results", "upsampler_id"]
 
 log = logging.getLogger(__name__)
 
 FIRST_SEED = 73_000
 """Image i draws its views, and the positions of CRF and MMD, with seed FIRST_SEED + i."""
+
+REMEMBERED = 4 << 30
+"""Bytes of the teacher's outputs that are kept in the host's memory for the next upsampler of the same teacher."""
 
 
 @dataclass(frozen=True)
@@ -73,10 +77,19 @@ class Measured(NamedTuple):
     teacher: str
     size: int
     """Side in pixels of the teacher's input."""
+    cells: int
+    """Side of the teacher's own map."""
     network: Network
     steps: int
     """How long it was trained."""
     values: dict[str, float]
+    id: str = ""
+    """`MODEL#DIGEST`, see `upsampler_id`."""
+
+    @property
+    def grid(self) -> int:
+        """Side of the upsampled map in cells."""
+        return self.cells * self.network.factor
 
 
 class Metric(NamedTuple):
@@ -103,48 +116,90 @@ def measure(
     *,
     device: torch.device | str = "cpu",
     chunk: int = 32,
-) -> list[Measured]:
-    """Measure upsamplers, by name; those of one teacher together. Results come in the order of `models`.
+) -> Iterator[Measured]:
+    """Measure upsamplers, by name, one after the other, each told as soon as it is done; those of one teacher follow each other.
 
     chunk: at most this many teacher images in one forward. Raises TeacherError when a teacher's weights are not there,
     or when it is no longer the one that an upsampler was trained for.
     """
-    measured: dict[str, Measured] = {}
     for group in _groups(models, protocol):
         for saved in group.values():
             check_teacher(saved, saved.card, saved.size)
         teacher = load_teacher(next(iter(group.values())).card).to(device)
-        scores = {name: _Scores(saved, device) for name, saved in group.items()}
         remember = _Memory(chunked(teacher, chunk))
-        for start in range(0, data.count, protocol.batch):
-            _score_batch(teacher, remember, scores, data, protocol, start)
-            remember.forget()
         tiling = _overtiling(teacher, next(iter(group.values())).size, data, protocol)
-        for name, one in scores.items():
-            measured[name] = one.measured(name, tiling)
-    return [measured[name] for name in models]
+        for name, saved in group.items():
+            scores = _Scores(saved, device)
+            for start in range(0, data.count, protocol.batch):
+                _score_batch(teacher, remember, scores, data, protocol, start)
+            yield scores.measured(name, tiling)
 
 
-def to_results(measured: list[Measured], data: HeldOut, protocol: FidelityProtocol) -> list[Result]:
-    """One `Result` per number; task = teacher/factor/kind."""
+def to_results(measured: Sequence[Measured], data: HeldOut, protocol: FidelityProtocol) -> list[Result]:
+    """One `Result` per number; the task is the teacher, `details` hold what tables are made of."""
     known = data.id
     return [
         Result(
             suite="fidelity",
-            task=f"{row.teacher}/{row.network.factor}x/{row.network.kind}",
+            task=row.teacher,
             metric=metric,
             value=value,
-            unit=METRICS[metric.rstrip("_0123456789")].unit,
-            higher_is_better=METRICS[metric.rstrip("_0123456789")].higher_is_better,
+            unit=_metric(metric).unit,
+            higher_is_better=_metric(metric).higher_is_better,
             model=row.model,
+            model_id=row.id,
             dataset=known,
             count=data.count,
             resolution=row.size,
+            grid=row.grid,
             config_hash=protocol.digest,
+            details={"network": row.network.model_dump(mode="json"), "steps": row.steps},
         )
         for row in measured
         for metric, value in row.values.items()
     ]
+
+
+def measured_of(results: Sequence[Result]) -> list[Measured]:
+    """What a file of results says of upsamplers; the last measurement of a model counts. Results of other kinds are left out."""
+    rows: dict[tuple[str, str], Measured] = {}
+    for r in results:
+        if r.suite == "fidelity" and "network" in r.details:
+            network, key = Network(**r.details["network"]), (r.model, r.task)
+            old = rows.get(key)
+            same = old is not None and (old.id, old.size, old.network) == (r.model_id, r.resolution, network)
+            values = {**(old.values if old is not None and same else {}), r.metric: r.value}
+            cells = r.grid // network.factor
+            rows[key] = Measured(r.model, r.task, r.resolution, cells, network, r.details.get("steps", 0), values, r.model_id)
+    return list(rows.values())
+
+
+def upsampler_id(name: str, saved: SavedUpsampler) -> str:
+    """`NAME#DIGEST`: the same for the same weights, network and teacher, on any machine."""
+    facts = {"network": saved.network.model_dump(mode="json"), "size": saved.size, "teacher": fingerprint(saved.card).digest}
+    digest = hashlib.sha256(digest_of(facts).encode())
+    parts: dict[str, Any] = {
+        **{f"sharpener.{key}": x for key, x in saved.sharpener.state_dict().items()},
+        **{f"downsampler.{key}": x for key, x in saved.downsampler.state_dict().items()},
+        **{f"balancer.{key}": x for key, x in saved.sharpener.balancer.tensors().items()},
+    }
+    for key, tensor in sorted(parts.items()):
+        digest.update(f"{key} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return f"{name}#{digest.hexdigest()[:12]}"
+
+
+def left_to_measure(
+    models: dict[str, SavedUpsampler], results: Sequence[Result], data: HeldOut, protocol: FidelityProtocol
+) -> dict[str, SavedUpsampler]:
+    """The upsamplers of which `results` has no numbers on these images by this protocol."""
+    known = data.id
+    done: Collection[str] = {r.model_id for r in results if (r.dataset, r.config_hash) == (known, protocol.digest)}
+    return {name: saved for name, saved in models.items() if upsampler_id(name, saved) not in done}
+
+
+def _metric(name: str) -> Metric:
+    return METRICS[name.rstrip("_0123456789")]
 
 
 def _groups(models: dict[str, SavedUpsampler], protocol: FidelityProtocol) -> Iterator[dict[str, SavedUpsampler]]:
@@ -161,17 +216,23 @@ class _Memory:
 
     def __init__(self, encode: Callable[[Tensor], VisionOutput]) -> None:
         self._encode = encode
-        self._known: list[tuple[Tensor, VisionOutput]] = []
+        self._known: dict[bytes, VisionOutput] = {}
+        self._left = REMEMBERED
 
     def __call__(self, pixels_B3HW: Tensor) -> VisionOutput:
-        for pixels, out in self._known:
-            if pixels.shape == pixels_B3HW.shape and torch.equal(pixels, pixels_B3HW):
-                return out
-        self._known.append((pixels_B3HW, self._encode(pixels_B3HW)))
-        return self._known[-1][1]
+        key = hashlib.sha256(f"{tuple(pixels_B3HW.shape)}".encode() + pixels_B3HW.cpu().contiguous().numpy().tobytes()).digest()
+        if key in self._known:
+            return _to(self._known[key], pixels_B3HW.device)
+        out = self._encode(pixels_B3HW)
+        size = sum(x.numel() * x.element_size() for x in out if x is not None)
+        if size <= self._left:
+            self._left -= size
+            self._known[key] = _to(out, "cpu")
+        return out
 
-    def forget(self) -> None:
-        self._known.clear()
+
+def _to(out: VisionOutput, device: torch.device | str) -> VisionOutput:
+    return VisionOutput(None if out.summary_BC is None else out.summary_BC.to(device), out.features_BCHW.to(device))
 
 
 class _Views(NamedTuple):
@@ -183,21 +244,19 @@ class _Views(NamedTuple):
 
 @torch.no_grad()
 def _score_batch(
-    teacher: Teacher, encode: _Memory, scores: dict[str, _Scores], data: HeldOut, protocol: FidelityProtocol, start: int
+    teacher: Teacher, encode: _Memory, scores: _Scores, data: HeldOut, protocol: FidelityProtocol, start: int
 ) -> None:
-    first = next(iter(scores.values())).saved
-    size, grid, device = (first.size,) * 2, (first.grid,) * 2, teacher.device
-    fine = data.images(start, start + protocol.batch, first.size * max(protocol.fine, first.factor)).to(device)
+    saved, device = scores.saved, teacher.device
+    size, grid = (saved.size,) * 2, (saved.grid,) * 2
+    fine = data.images(start, start + protocol.batch, saved.size * max(protocol.fine, saved.factor)).to(device)
     seeds_B = torch.arange(start, start + len(fine), device=device) + FIRST_SEED
     matrices = draw_matrices(seeds_B, protocol.jitter, grid)
     seen = warp_views(fine, matrices, size, protocol.jitter.outside).flatten(0, 1)
     views = _Views(teacher.normalize(seen), matrices.float(), covered_masks(matrices, grid).views_JB1hw)
-    for one in scores.values():
-        side = first.size * one.saved.factor
-        base = teacher.normalize(resize_map(fine, (side, side)))
-        sharp = one.saved.sharpener(encode, base, size)
-        one.compare(sharp, one.saved.sharpener.generate(encode, views.pixels_N3HW).features_BCHW, views)
-        one.look_at(sharp, base, seeds_B)
+    base = teacher.normalize(resize_map(fine, (saved.size * saved.factor,) * 2))
+    sharp = saved.sharpener(encode, base, size)
+    scores.compare(sharp, saved.sharpener.generate(encode, views.pixels_N3HW).features_BCHW, views)
+    scores.look_at(sharp, base, seeds_B)
 
 
 class _Scores:
@@ -250,7 +309,8 @@ class _Scores:
         values = {"fidelity": float(self._own.value), "fidelity_plain": float(self._plain.value), **means, **tiling}
         ordered = {key: values[key] for key in [*METRICS, *tiling] if key in values}
         steps = int(saved.provenance.get("step", 0))
-        return Measured(name, saved.card.name, saved.size, saved.network, steps, ordered)
+        own = upsampler_id(name, saved)
+        return Measured(name, saved.card.name, saved.size, saved.grid, saved.network, steps, ordered, own)
 
     def _add(self, name: str, value: Tensor, images: int) -> None:
         self._sums[name] = self._sums.get(name, value.new_zeros(())) + value * images

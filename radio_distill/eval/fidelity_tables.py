@@ -1,4 +1,4 @@
-"""Tables of the fidelity suite in markdown: everything measured, then the layouts of the paper's Tables 7 to 10.
+"""Tables of the fidelity suite: everything measured, then the layouts of the paper's Tables 7 to 10.
 
 The paper's own figures (`eval/published.yaml`) stand in columns of their own, in Table 7, whose rows are teachers, in rows of
 their own. What several runs of one configuration gave is a mean and a standard deviation.
@@ -10,10 +10,12 @@ from collections.abc import Iterable
 from statistics import mean, stdev
 
 from ..config.upsampler import Network
+from ..results import number
 from .fidelity import Measured
 from .published import PublishedTable, load_tables
+from .tables import Table, pipes
 
-__all__ = ["method", "render"]
+__all__ = ["NOTE", "method", "of_everything", "papers_tables", "render"]
 
 Grid = dict[str, dict[str, list[float]]]
 """Row -> column -> the numbers of the cell."""
@@ -28,7 +30,15 @@ NOTE = "Published figures are means over training batches, ours are held out. '-
 
 
 def render(measured: list[Measured]) -> str:
-    """All tables to which something measured belongs."""
+    """All tables to which something measured belongs, as markdown."""
+    everything, papers = of_everything(measured), papers_tables(measured)
+    parts = [pipes(everything.head, everything.rows)]
+    parts += [f"### {table.title}\n\n{pipes(table.head, table.rows)}" for table in papers]
+    return "\n\n".join([*parts, NOTE] if papers else parts)
+
+
+def papers_tables(measured: list[Measured]) -> list[Table]:
+    """The paper's Tables 7 to 10 with ours beside them; those to which something measured belongs."""
     tables = load_tables()
     small, large = ([m for m in measured if (m.network.factor <= 2) is is_small] for is_small in (True, False))
     grids = {
@@ -37,14 +47,7 @@ def render(measured: list[Measured]) -> str:
         "9": _by_method(large, tables["9"], ("fidelity", "tv", "crf", "mmd")),
         "10": _by_mixer(measured),
     }
-    parts = [_everything(measured)]
-    for number, grid in grids.items():
-        if grid:
-            table = tables[number]
-            parts.append(f"### Table {number}: {table.title}\n\n{_beside(table, grid, columns=number != '7')}")
-    if len(parts) > 1:
-        parts.append(NOTE)
-    return "\n\n".join(parts)
+    return [_beside(f"Table {n}: {tables[n].title}", tables[n], grid, columns=n != "7") for n, grid in grids.items() if grid]
 
 
 def method(network: Network, *, ignore: tuple[str, ...] = ()) -> str:
@@ -60,14 +63,15 @@ def method(network: Network, *, ignore: tuple[str, ...] = ()) -> str:
     return ", ".join([name, *(words.get(key, f"{key} {value}") for key, value in options.items())])
 
 
-def _everything(measured: list[Measured]) -> str:
+def of_everything(measured: list[Measured]) -> Table:
+    """A row for each upsampler, with all its numbers."""
     metrics = list(dict.fromkeys(key for m in measured for key in m.values))
-    head = ["model", "teacher", "factor", "method", "steps", *metrics]
-    lines = []
+    head = ("model", "teacher", "px", "map", "method", "steps", *metrics)
+    rows = []
     for m in measured:
-        facts = [m.model, m.teacher, f"{m.network.factor}x", method(m.network), str(m.steps)]
-        lines.append([*facts, *(_number(m.values.get(key)) for key in metrics)])
-    return _markdown(head, lines)
+        facts = (m.model, m.teacher, str(m.size), str(m.grid), f"{m.network.factor}x {method(m.network)}", str(m.steps))
+        rows.append((*facts, *(_number(m.values.get(key)) for key in metrics)))
+    return Table("", head, tuple(rows))
 
 
 def _debias_gains(measured: Iterable[Measured]) -> Grid:
@@ -112,7 +116,7 @@ def _column(m: Measured) -> str:
     return f"{m.teacher} {m.network.factor}x, {m.steps} steps"
 
 
-def _beside(table: PublishedTable, grid: Grid, *, columns: bool) -> str:
+def _beside(title: str, table: PublishedTable, grid: Grid, *, columns: bool) -> Table:
     """The published table with ours to its right, or (its columns mean the same) below it."""
     measured = list(dict.fromkeys(column for row in grid.values() for column in row))
     published = [f"{column} (paper)" if columns else column for column in table.columns]
@@ -125,25 +129,18 @@ def _beside(table: PublishedTable, grid: Grid, *, columns: bool) -> str:
             **{c: _spread(x) for c, x in grid.get(name, {}).items()},
         }
         label = name if columns or name in grid else f"{name} (paper)"
-        lines.append([label, *(cells.get(column, "-") for column in head)])
-    return _markdown(["", *head], lines)
+        lines.append((label, *(cells.get(column, "-") for column in head)))
+    return Table(title, ("", *head), tuple(lines))
 
 
 def _spread(values: list[float]) -> str:
     if len(values) < 2:
         return _number(values[0])
-    digits = _digits(mean(values))
-    return f"{mean(values):.{digits}f} +- {stdev(values):.{digits}f} ({len(values)} runs)"
+    return f"{_number(mean(values))} +- {_number(stdev(values))} ({len(values)} runs)"
 
 
 def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.{_digits(value)}f}"
-
-
-def _digits(value: float) -> int:
-    return 4 if abs(value) < 0.1 else 3
-
-
-def _markdown(head: list[str], lines: list[list[str]]) -> str:
-    rows = [head, ["---"] * len(head), *lines]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    """Three decimals, four below 0.1, three digits below 0.001."""
+    if value is None:
+        return "-"
+    return number(value) if 0 < abs(value) < 0.001 else f"{value:.{4 if abs(value) < 0.1 else 3}f}"

@@ -38,6 +38,12 @@ class PublishedTable(Fields):
     """By head; for tasks the name of the task."""
     ours: dict[str, str] = {}
     """Our name of a method -> the row it is."""
+    task: str | None = None
+    """`SUITE/TASK` of ours whose numbers are its columns."""
+    metrics: dict[str, str] = {}
+    """Its column -> our metric, where they are called differently."""
+    encoders: dict[str, str] = {}
+    """Our card of a teacher -> the encoder in names of rows."""
     misprints: tuple[Misprint, ...] = ()
     """Numbers that contradict the rest of the paper; the rows hold what is printed."""
     rows: dict[str, tuple[Real | None, ...]]

@@ -24,7 +24,8 @@ from .chart import Series, line_chart
 from .gain import Gain, gain
 from .gain_rows import load_baseline, rows_of
 from .gain_text import bars, render
-from .suite_tables import pipes, sections, to_markdown
+from .suite_tables import sections, to_markdown
+from .tables import pipes
 from .worst_classes import HEAD, WorstClass, read_worst
 
 __all__ = ["main", "write_report"]
@@ -160,6 +161,7 @@ def _results(results: list[Result], folder: Path) -> str:
         blocks.append(f"<h3>{escape(section.suite)}</h3>" + "".join(f"<p>{escape(note)}</p>" for note in section.notes))
         if section.rows:
             blocks.append(_table(list(section.head), map(list, section.rows), list(section.own)))
+        blocks += [f"<h4>{escape(t.title)}</h4>{_table(list(t.head), map(list, t.rows))}" for t in section.tables]
         blocks += [line_chart(curve.lines, title=curve.title, axis=curve.axis) for curve in section.curves]
         left = folder / "eval_pictures" / section.suite
         blocks += [_worst(title, classes) for title, classes in read_worst(left)]

@@ -5,15 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from ..results import by_row
+from ..results import by_row, shown
 from ..types import Result
 from .chart import Series
+from .fidelity import measured_of
+from .fidelity_tables import NOTE as FIDELITY_NOTE
+from .fidelity_tables import of_everything, papers_tables
 from .gain_rows import task_name
 from .model_cost import COST, HEAD, NOTE, cost_rows
 from .published import students
+from .published_tables import of_tasks
 from .suites import PAPER
+from .tables import Table, pipes
 
-__all__ = ["Section", "pipes", "sections", "to_markdown"]
+__all__ = ["Section", "sections", "to_markdown"]
 
 OTHERS = ("teacher:", "timm:", "hf:", "random:", "paper:")
 """How the labels of models begin that are no students of ours."""
@@ -30,6 +35,8 @@ class Section:
     own: tuple[bool, ...]
     """Rows that are students of ours."""
     curves: tuple[Curve, ...]
+    tables: tuple[Table, ...] = ()
+    """In the layouts of the paper's, with its rows."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +65,7 @@ def to_markdown(sections: Iterable[Section]) -> str:
         blocks.append(f"## {section.suite}\n\n" + "\n\n".join(section.notes))
         if section.rows:
             blocks.append(pipes(section.head, section.rows))
+        blocks += [f"### {table.title}\n\n{pipes(table.head, table.rows)}" for table in section.tables]
         for curve in section.curves:
             points = sorted({x for line in curve.lines.values() for x, _ in line})
             cells = {name: dict(line) for name, line in curve.lines.items()}
@@ -66,19 +74,18 @@ def to_markdown(sections: Iterable[Section]) -> str:
     return "\n\n".join(blocks) + "\n"
 
 
-def pipes(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table of markdown; the first column is text, the others are numbers."""
-    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
-    return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in lines)
-
-
 def _section(suite: str, results: Sequence[Result]) -> Section:
+    if suite == "fidelity" and (measured := measured_of(results)):
+        everything, papers = of_everything(measured), papers_tables(measured)
+        notes = (*_notes(results), *([FIDELITY_NOTE] if papers else []))
+        own = tuple(False for _ in everything.rows)
+        return Section(suite, notes, everything.head, everything.rows, own, (), tuple(papers))
     tabled = [r for r in results if r.headline]
     columns = list(dict.fromkeys(task_name(r) for r in tabled))
-    rows = {row: {task_name(r): _number(r) for r in of_row} for row, of_row in by_row(tabled, _label).items()}
+    rows = {row: _cells(of_row) for row, of_row in by_row(tabled, _label).items()}
     ordered = sorted(rows, key=lambda row: row[0].startswith(OTHERS))  # students first, else as they came
     lines = [(name, side, *(rows[name, side].get(c, "-") for c in columns)) for name, side in ordered]
-    own = [not name.startswith(OTHERS) for name, _ in ordered]
+    own = tuple(not name.startswith(OTHERS) for name, _ in ordered)
     published = _published(columns) if tabled and all(r.preset == PAPER for r in tabled) else []
     return Section(
         suite=suite,
@@ -87,7 +94,16 @@ def _section(suite: str, results: Sequence[Result]) -> Section:
         rows=(*lines, *published),
         own=(*own, *(False for _ in published)),
         curves=tuple(_curves([r for r in results if not r.headline])),
+        tables=tuple(of_tasks(results)),
     )
+
+
+def _cells(of_row: Sequence[Result]) -> dict[str, str]:
+    """Column -> what is shown of all results that it has, seeds together."""
+    found: dict[str, list[Result]] = {}
+    for r in of_row:
+        found.setdefault(task_name(r), []).append(r)
+    return {column: shown(of_cell) for column, of_cell in found.items()}
 
 
 def _label(r: Result) -> str:
@@ -126,13 +142,3 @@ def _curves(results: Sequence[Result]) -> list[Curve]:
         lines = {m: sorted((tokens.get(m, {}).get(x, x), y) for x, y in line.items()) for m, line in by_model.items()}
         curves.append(Curve(name.replace("_", " "), "tokens" if tokens else "px", {m: list(line) for m, line in lines.items()}))
     return curves
-
-
-def _number(r: Result) -> str:
-    return (
-        f"{r.value:.1f}"
-        if r.unit == "percent" and not r.preset
-        else f"{r.value:.2f}"
-        if abs(r.value) < 1000
-        else f"{r.value:.1f}"
-    )

@@ -13,12 +13,14 @@ from radio_distill.config.load import load_card
 from radio_distill.config.upsampler import Network
 from radio_distill.data.held_out import HeldOut
 from radio_distill.data.jitter import draw_matrices, warp_views
-from radio_distill.errors import CheckpointError, TeacherError
+from radio_distill.errors import CheckpointError, RadioDistillError, TeacherError
 from radio_distill.eval.__main__ import main, read
-from radio_distill.eval.fidelity import FIRST_SEED, FidelityProtocol, Measured, measure, to_results
+from radio_distill.eval.fidelity import FIRST_SEED, FidelityProtocol, Measured, measure, measured_of, to_results
 from radio_distill.eval.fidelity_tables import method, render
+from radio_distill.eval.report import write_report
 from radio_distill.fingerprint import fingerprint
 from radio_distill.homography import covered, warp
+from radio_distill.results import append
 from radio_distill.teachers.base import load_teacher
 
 PROTOCOL = FidelityProtocol(images=3, batch=2, fine=2, levels=(2,))
@@ -118,9 +120,11 @@ def test_over_tiling_is_measured_where_the_teacher_takes_larger_images(caplog):
 
 
 def test_results_carry_their_protocol():
-    rows = measure({"runs/a": made(kind="bilinear")}, HeldOut("toy", 3), PROTOCOL)
+    rows = list(measure({"runs/a": made(kind="bilinear")}, HeldOut("toy", 3), PROTOCOL))
     results = to_results(rows, HeldOut("toy", 3), PROTOCOL)
-    assert {r.task for r in results} == {"toy_clip/2x/bilinear"}
+    assert {r.task for r in results} == {"toy_clip"}
+    assert {r.grid for r in results} == {24}
+    assert measured_of(results) == rows
     assert {r.metric for r in results if r.higher_is_better} == {"fidelity", "fidelity_plain", "fidelity_published"}
     assert {(r.suite, r.model, r.dataset, r.count, r.resolution) for r in results} == {
         ("fidelity", "runs/a", "toyworld", 3, 84)
@@ -130,7 +134,7 @@ def test_results_carry_their_protocol():
 
 def row(name, fidelity, *, teacher="toy_clip", steps=100, **network):
     numbers = {"fidelity": fidelity, "fidelity_plain": fidelity - 0.5, "tv": 0.05, "crf": 0.2, "mmd": -0.001}
-    return Measured(name, teacher, 84, Network(**network), steps, numbers)
+    return Measured(name, teacher, 84, 12, Network(**network), steps, numbers)
 
 
 def table(text, number):
@@ -181,6 +185,47 @@ def test_the_command_line_prints_tables_and_appends_results(tmp_path, capsys):
     assert main(["--suite", "fidelity", "--model", model, "--limit", "2", "--out", str(tmp_path / "r.jsonl")]) == 0
     assert "Bilinear alone" in capsys.readouterr().out
     assert {r.model for r in read(tmp_path / "r.jsonl")} == {model}
+
+
+def test_what_is_measured_is_written_at_once_and_not_measured_again(tmp_path, capsys):
+    """The first upsampler's rows are in the file although the second one's teacher is missing; the next call measures the rest."""
+    first, second, out = (
+        make(tmp_path / "a", kind="bilinear"),
+        make(tmp_path / "b", kind="bilinear", seed=1),
+        tmp_path / "r.jsonl",
+    )
+    facts = tmp_path / "b" / "upsampler.json"
+    whole = facts.read_text()
+    facts.write_text(whole.replace('"name": "toy_clip"', '"name": "nobody"').replace('"toy/toy_clip.safetensors"', '"gone"'))
+    call = ["--suite", "fidelity", "--model", first, "--model", second, "--limit", "2", "--out", str(out)]
+    with pytest.raises(RadioDistillError):
+        main(call)
+    before = read(out)
+    assert {r.model for r in before} == {first}
+    facts.write_text(whole)
+    assert main(call) == 0
+    assert read(out)[: len(before)] == before
+    assert {r.model for r in read(out)[len(before) :]} == {second}
+    printed = capsys.readouterr().out
+    assert first in printed
+    assert second in printed
+
+
+def test_tables_of_upsamplers_come_back_from_the_file_of_results(tmp_path):
+    rows = [row("a", 2.0), row("b", 3.0), row("c", 1.5, debias=False)]
+    append(tmp_path / "results.jsonl", to_results(rows, HeldOut("toy", 3), PROTOCOL))
+    write_report(tmp_path)
+    words = (tmp_path / "report.md").read_text()
+    for number in (7, 8, 10):
+        assert table(words, number) == table(render(rows), number)
+    assert table(words, 8)["Bilinear + Tiles"]["toy_clip 2x, 100 steps fidelity"] == "2.500 +- 0.707 (2 runs)"
+    assert "| a | toy_clip | 84 | 24 | 2x Bilinear + Tiles | 100 | 2.000 | 1.500 | 0.0500 | 0.200 | -0.0010 |" in words
+    assert "Table 8" in (tmp_path / "report.html").read_text()
+
+
+def test_small_numbers_keep_their_digits():
+    numbers = {**row("a", 2.0).values, "mmd": 0.0000432}
+    assert "| 4.32e-05 |" in render([row("a", 2.0)._replace(values=numbers)])
 
 
 def test_wrong_use_of_the_command_line_is_told(tmp_path, capsys):

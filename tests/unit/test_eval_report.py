@@ -56,6 +56,50 @@ def test_numbers_at_several_resolutions_become_curves() -> None:
     assert "| tokens | 50 | 197 |\n| --- | ---: | ---: |\n| runs/stage3@500 | 0.5 | 0.9 |" in to_markdown([section])
 
 
+def test_several_seeds_are_a_mean_with_its_deviation() -> None:
+    values = [19.32, 10.52, 2.84]
+    results = [result("ade20k", "miou", value, seed=seed) for seed, value in enumerate(values)]
+    wanted = "10.89 +- 8.25 (3 seeds)"  # by hand: statistics.fmean, statistics.stdev
+    assert sections(results)[0].rows[0] == ("runs/stage3@500", "512", wanted)
+    assert wanted in table(results)
+    later = [*results, result("ade20k", "miou", 40.0, seed=0, config_hash="changed")]
+    assert sections(later)[0].rows[0][2] == "40.00"  # other settings: another number
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(0.0013, "0.0013"), (0.4721, "0.472"), (51.476, "51.48"), (1568.11, "1568.1"), (-2e-5, "-2e-05")]
+)
+def test_numbers_of_any_size_keep_digits(value: float, text: str) -> None:
+    assert sections([result("x", "mmd", value, unit="mmd2")])[0].rows[0][2] == text
+
+
+def test_rows_of_encoders_with_upsamplers_stand_beside_the_papers() -> None:
+    def recall(model: str, side: int, **details: Any) -> list[Result]:
+        numbers = {"score": 50.0, "recall@0.01m": 30.0, "recall@0.02m": 45.0, "recall@0.05m": 75.0}
+        facts: dict[str, Any] = {"suite": "probe3d", "resolution": side, "details": details}
+        return [result("probe3d_correspondence", m, x, model, headline=m == "score", **facts) for m, x in numbers.items()]
+
+    featup = {"kind": "featup", "factor": 4}
+    results = [
+        *recall("teacher:dfn_clip", 378, teacher="dfn_clip"),
+        *recall("teacher:dfn_clip+featsharp:u", 378, teacher="dfn_clip", network=featup),
+        *recall("teacher:dfn_clip+random:u", 378, teacher="dfn_clip", network=featup, random=True),
+        *recall("teacher:mine", 378, teacher="mine"),
+    ]
+    (section,) = sections(results)
+    (beside,) = section.tables
+    assert [row[0] for row in beside.rows][:7] == [
+        "teacher:dfn_clip", "paper: DFN CLIP 378 px",
+        "teacher:dfn_clip+featsharp:u", "paper: DFN CLIP 378 px + FeatUp 4x",
+        "teacher:dfn_clip+random:u", "paper: DFN CLIP 378 px + FeatUp 4x random weights",
+        "teacher:mine",
+    ]  # fmt: skip
+    assert beside.rows[1][3:] == ("49.26", "26.02", "44.47", "77.3")
+    assert len(beside.rows) == 4 + 15  # ours, and every row of Table 13
+    assert "| teacher:dfn_clip | 378 | - | 50.00 | 30.00 | 45.00 | 75.00 |" in to_markdown([section])
+    assert not any("paper" in row[0] for row in sections([replace(r, preset="smoke") for r in results])[0].tables[0].rows)
+
+
 def test_results_alone_make_a_report_with_pictures_and_gains(tmp_path: Path) -> None:
     append(tmp_path / "results.jsonl", [result("ade20k", "miou", 51.0), result("ade20k", "miou", 50.0, "runs/baseline@500")])
     append(
