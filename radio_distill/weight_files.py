@@ -34,7 +34,7 @@ def needs_weights(card: TeacherCard) -> bool:
 
 def hub_id(source: str) -> str | None:
     """The hub repository that a source names, or None when it is a path."""
-    if Path(source).suffix in WEIGHT_SUFFIXES or not re.fullmatch(r"(timm:|[\w.-]+/)[\w.-]+", source):
+    if Path(source).suffix in (*WEIGHT_SUFFIXES, ".json") or not re.fullmatch(r"(?:timm:|\w[\w.-]*/)[\w.-]+", source):
         return None
     return source.replace("timm:", "timm/")
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import pickle
-import re
 import zipfile
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -21,12 +20,12 @@ from ..errors import RadioDistillError, TeacherError
 from ..files import DAMAGE, json_file
 from ..hub import Repository
 from ..paths import expand
+from ..weight_files import hub_id
 
 __all__ = ["check_keys", "load", "read", "resolve"]
 
 Prefix = str | tuple[str, ...]
 
-SUFFIXES = (".safetensors", ".pt", ".pth", ".tar", ".bin", ".json")
 NESTED = ("state_dict_ema", "state_dict", "model")
 """Under which keys trainers put the weights, best first."""
 HF_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -41,12 +40,10 @@ def resolve(card: TeacherCard) -> Path | str:
         source = expand(card.source)
     except RadioDistillError as error:
         raise TeacherError(f"teacher {card.name!r}: {error}; or put another `source` into its card") from error
-    path = Path(source)
-    if path.exists():
+    if (path := Path(source)).exists():
         return path
-    hub = re.fullmatch(r"(?:timm:|\w[\w.-]*/)[\w.-]+", source)
-    if hub and "${" not in card.source and path.suffix not in SUFFIXES:
-        return source.replace("timm:", "timm/")
+    if (hub := hub_id(source)) and "${" not in card.source:
+        return hub
     raise TeacherError(
         f"teacher {card.name!r}: no file or folder {source!r} (source: {card.source}); "
         "put the weights there, or give the card the path of a .safetensors file or of a folder that holds one"
