@@ -14,7 +14,7 @@ from pydantic import Field
 from ..types import CLIP_MEAN, CLIP_STD
 from .cards import Fields, Loader
 from .names import FolderName
-from .numbers import Count, Decay, Free, Mean, Positive, Rate, Scale, Seed, Share, Side, Std, Weight
+from .numbers import Count, Decay, Factor, Free, Mean, Positive, Rate, Scale, Seed, Share, Side, Std, Weight
 
 __all__ = ["Job", "Recipe"]
 
@@ -136,7 +136,7 @@ class S2(Fields):
 class Trained(Fields):
     kind: Literal["featsharp", "featup", "jafar", "sapa", "resfu", "naf"]
     """What `radio-distill upsampler` has trained for this teacher."""
-    factor: Literal[1, 2, 3, 4, 6, 8]
+    factor: Factor
     """How much finer the map becomes."""
     weights: str
     """Run folder of the upsampler, one of its checkpoints, or a folder with upsampler.safetensors."""

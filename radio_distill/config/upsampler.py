@@ -7,7 +7,7 @@ from typing import Literal
 
 from .cards import Fields
 from .document import KeyPath, Problem
-from .numbers import Scale, Share, Side
+from .numbers import Factor, Scale, Share, Side
 
 __all__ = ["ENLARGING", "FUSION_ONLY", "Network", "check_network", "sees_tiles"]
 
@@ -24,8 +24,9 @@ class Network(Fields):
     kind: Literal["featsharp", "featup", "bilinear", "tile", "s2", "jafar", "sapa", "resfu", "naf"] = "featsharp"
     """`featsharp`: fusion of `inputs` by local attention (FS section 3). `featup`: a stack of joint bilateral upsamplers.
     `bilinear`, `tile`, `s2`: nothing is learned but the bias map. The others are comparison rows."""
-    factor: Literal[1, 2, 3, 4, 6, 8] = 2
-    """How much finer than the teacher's own grid the map becomes; 1: the same grid, only denoised."""
+    factor: Factor = 2
+    """How much finer than the teacher's own grid the map becomes; 1: the same grid, only denoised. A joint bilateral stack has one
+    level for each prime factor (FS equation 4)."""
     progressive: bool = False
     """featsharp: one fusion level per prime factor, each with its own tiles, instead of one level of the whole factor."""
     inputs: tuple[Input, ...] = ("bilinear", "tiles")

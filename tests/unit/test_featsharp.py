@@ -44,7 +44,7 @@ def image(size=(12, 16), factor=2, batch=2):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("factor", [2, 3])
+@pytest.mark.parametrize("factor", [2, 3, 5, 14])
 def test_every_kind_gives_a_finer_map_of_rectangular_images(kind, factor):
     teacher = PatchMeans()
     out = sharpener(kind=kind, factor=factor)(teacher, image(factor=factor), (12, 16))
@@ -67,6 +67,15 @@ def test_untrained_featsharp_gives_its_first_input(first):
         guidance = F.interpolate(x, (12, 16), mode="bilinear", antialias=True) if first == "jbu" else x
         expected = model.network.ups[0].get_submodule(first)(out.low_BChw, guidance, (12, 16))
     assert (out.high_BCHW - expected).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("factor", "levels"), [(7, [1, 7]), (9, [1, 3, 9]), (10, [1, 2, 10]), (12, [1, 2, 4, 12]), (14, [1, 2, 14])]
+)
+def test_progressive_levels_are_the_prime_factors(factor, levels):
+    one = sharpener(factor=factor, progressive=True, size=(8, 4))
+    assert one.view_factors == levels
+    assert one(PatchMeans(), image((8, 4), factor), (8, 4)).high_BCHW.shape == (2, C, 4 * factor, 2 * factor)
 
 
 def test_progressive_levels_see_tiles_of_their_own_size():

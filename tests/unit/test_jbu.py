@@ -76,6 +76,19 @@ def test_neighbour_dots_are_those_of_reflected_neighbours(width: int) -> None:
     torch.testing.assert_close(*(torch.autograd.grad(out, keys, cotangent)[0] for out in (fast, slow)))
 
 
+@pytest.mark.parametrize(("factor", "levels"), [(5, [5]), (7, [7]), (9, [3, 3]), (10, [2, 5]), (12, [2, 2, 3]), (14, [2, 7])])
+def test_a_stack_is_one_level_after_the_other_by_prime_factors(factor: int, levels: list[int]) -> None:
+    """FeatSharp, equation 4: each level guided by the image averaged over its own grid."""
+    torch.manual_seed(2)
+    stack, wanted, image = JBU(factor), torch.randn(1, 2, 2, 3), torch.rand(1, 3, 2 * factor, 3 * factor)
+    got = stack(wanted, image, (2 * factor, 3 * factor))
+    assert stack.factors == levels
+    for prime, level in zip(levels, stack.ups, strict=True):
+        size = (prime * wanted.shape[2], prime * wanted.shape[3])
+        wanted = slow_filter(wanted, level.kernel(F.adaptive_avg_pool2d(image, size)))
+    torch.testing.assert_close(got, wanted)
+
+
 def test_every_output_is_a_convex_combination() -> None:
     torch.manual_seed(1)
     level, guidance = JBULevel(), torch.randn(2, 3, 12, 18)
