@@ -63,7 +63,11 @@ def hf_config(arch: StudentArch, size: int, dtype: torch.dtype = torch.float32) 
     return {
         "architectures": ["RadioModel" if native else "RadioDistillModel"],
         "model_type": "radio" if native else "radio_distill",  # nobody's native type: refused there instead of wrong
-        "auto_map": {"AutoConfig": f"{CODE}.RadioDistillConfig", "AutoModel": f"{CODE}.RadioDistillModel"},
+        "auto_map": {
+            "AutoConfig": f"{CODE}.RadioDistillConfig",
+            "AutoModel": f"{CODE}.RadioDistillModel",
+            "AutoBackbone": f"{CODE}.RadioDistillBackbone",
+        },
         "dtype": str(dtype).removeprefix("torch."),
         # the native class
         "hidden_size": trunk.embed_dim,

@@ -7,6 +7,9 @@
     model(images)["clip"].features                          # what the student predicts of that teacher
     texts = model.adaptors["clip"].load_text_tower()        # where the export has it: texts.encode(["a fox"]), (1, C)
 
+    backbone = model.as_backbone(out_indices=[6, 12])       # for heads of detection and segmentation
+    backbone(images).feature_maps                           # maps (B, D, r, c) after blocks 6 and 12
+
 Needs torch, timm and transformers. Licence of this file and of those beside it: Apache-2.0.
 
 Shapes: B batch, L = r*c patches, r c rows and columns of the patch grid, D width.
@@ -15,6 +18,7 @@ Shapes: B batch, L = r*c patches, r c rows and columns of the patch grid, D widt
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -23,18 +27,28 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.backbone_utils import BackboneConfigMixin, BackboneMixin
+from transformers.modeling_outputs import BackboneOutput
 
 # In an export these files lie beside this one; in radio_distill they are in network/ and teachers/.
 # mypy: disable-error-code="import-not-found, import-untyped"
 from .arch import StudentArch
-from .intermediates import forward_intermediates
+from .intermediates import forward_hidden_states, forward_intermediates, forward_packed_hidden_states
 from .normalizers import InputConditioner
+from .packing import unpack_images
 from .scale import use_unit_scale
 from .student import Student
 from .text_tower import open_text_tower
 from .token_merging import merge_tokens
 
-__all__ = ["RadioDistillConfig", "RadioDistillModel", "RadioOutput", "RadioIntermediates"]
+__all__ = [
+    "RadioDistillBackbone",
+    "RadioDistillConfig",
+    "RadioDistillModel",
+    "RadioIntermediates",
+    "RadioOutput",
+    "RadioStates",
+]
 
 Format = Literal["NLC", "NCHW"]
 
@@ -46,14 +60,29 @@ class RadioOutput(NamedTuple):
     """One vector per patch: (B, L, D), or (B, D, r, c) with `feature_fmt="NCHW"`."""
 
 
+class RadioStates(NamedTuple):
+    """What the backbone gives with `output_hidden_states`; of a packed call all images are one sequence, B = 1."""
+
+    summary: Tensor | None
+    features: Tensor
+    last_hidden_state: Tensor
+    """All tokens (B, S + L, D) at the end: class tokens, registers, patches."""
+    hidden_states: tuple[Tensor, ...]
+    """All tokens before the first block and after every one."""
+
+
 class RadioIntermediates(NamedTuple):
     final: RadioOutput
     layers: list[RadioOutput]
     """One per block asked for, in ascending order."""
 
 
-class RadioDistillConfig(PretrainedConfig):
-    """`student`: the architecture; the other fields of config.json are for other readers of the same folder."""
+class RadioDistillConfig(BackboneConfigMixin, PretrainedConfig):
+    """`student`: the architecture; the other fields of config.json are for other readers of the same folder.
+
+    out_features, out_indices: the maps of `RadioDistillBackbone`, by name or number: `stem`, 0, is before the first block, and
+    `stageN`, N, after the Nth.
+    """
 
     model_type = "radio"
 
@@ -63,13 +92,18 @@ class RadioDistillConfig(PretrainedConfig):
         adaptor_names: str | list[str] | None = None,
         vitdet_window_size: int | None = None,
         unit_scale: bool = False,
+        out_features: list[str] | None = None,
+        out_indices: list[int] | None = None,
         **kwargs: Any,
     ) -> None:
         self.student = student
         self.adaptor_names = adaptor_names
         self.vitdet_window_size = vitdet_window_size
         self.unit_scale = unit_scale
+        depth = student["trunk"]["depth"] if student else 0
+        self.stage_names = ["stem", *(f"stage{n}" for n in range(1, depth + 1))]
         super().__init__(**kwargs)
+        self.set_output_features_output_indices(out_features=out_features, out_indices=out_indices)
 
 
 class RadioDistillModel(PreTrainedModel):
@@ -77,6 +111,7 @@ class RadioDistillModel(PreTrainedModel):
 
     config_class = RadioDistillConfig
     main_input_name = "x"
+    supports_gradient_checkpointing = True
     _no_split_modules = ["Block"]
     _keep_in_fp32_modules_strict = ["input_conditioner", "adaptors"]
     _keys_to_ignore_on_load_unexpected = [r"radio_model\.adaptors\."]
@@ -131,6 +166,14 @@ class RadioDistillModel(PreTrainedModel):
                 values = getattr(self.radio_model.arch, name)
                 getattr(module, f"norm_{name}").data = torch.tensor(values, dtype=torch.float32).view(3, 1, 1)
 
+    def _set_gradient_checkpointing(self, enable: bool = True, **how: Any) -> None:
+        """What transformers' switches call: every block of the trunk is computed again in the backward pass."""
+        self.model.set_grad_checkpointing(enable)
+        self.gradient_checkpointing = enable
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.patch_generator.embedder
+
     def forward(
         self,
         x: Tensor | None = None,
@@ -138,26 +181,61 @@ class RadioDistillModel(PreTrainedModel):
         window: int | None = None,
         *,
         pixel_values: Tensor | None = None,
+        image_grid_hw: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
     ) -> Any:
         """Encode float images in [0, 1]; sides must be multiples of the patch, see `get_nearest_supported_resolution`.
 
         pixel_values: `x` under the name that transformers' processors give it. window: side in tokens of the windows of
-        windowed attention (ViTDet); None: `vitdet_window_size`, else whole images. Returns summary and features; with
-        adaptors a dict of such pairs, under 'backbone' and each adaptor's name.
+        windowed attention (ViTDet); None: `vitdet_window_size`, else whole images. image_grid_hw: rows and columns (n, 2) of
+        images of any sizes whose patches (N, 3*P*P), each as channel, row, column, are the pixels: one pass over all, and
+        features (N, D). Returns summary and features, with `output_hidden_states` a RadioStates; with adaptors a dict of
+        such outputs, under 'backbone' and each adaptor's name. A named tuple is what `return_dict` may ask for either way.
         """
         if (x is None) == (pixel_values is None):
             raise ValueError("expected images (B, 3, H, W) as `x` or as `pixel_values`, one of them")
-        images = pixel_values if x is None else x
-        return self._outputs(self.radio_model.encode_adaptors(images, window=window), feature_fmt)
+        pixels: Any = pixel_values if x is None else x
+        with_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        if image_grid_hw is not None:
+            return self._forward_grids(pixels, image_grid_hw, feature_fmt, with_states)
+        if not with_states:
+            return self._outputs(self.radio_model.encode_adaptors(pixels, window=window), feature_fmt)
+        tokens, states = forward_hidden_states(self.radio_model, pixels, window=window)
+        return self._outputs(self.radio_model.predict(tokens), feature_fmt, states)
 
     def forward_packed(self, images: Sequence[Tensor], feature_fmt: Format = "NLC") -> list[Any]:
         """As `forward` on one image (3, H, W) after the other, in one pass over images of any sizes; each result has B = 1."""
         packed = self.radio_model.forward_packed(images)
         return [self._outputs(self.radio_model.predict(tokens), feature_fmt) for tokens in packed]
 
-    def _outputs(self, outputs: Mapping[str, Any], feature_fmt: Format) -> Any:
-        formatted = {name: _formatted(output, feature_fmt) for name, output in outputs.items()}
-        return formatted if self.adaptors else formatted["backbone"]
+    def _forward_grids(self, patches: Tensor, grids: Tensor, feature_fmt: Format, with_states: bool) -> Any:
+        """A packed call as transformers' own class takes it: summaries (n, k*D), features of all images (N, D)."""
+        if feature_fmt != "NLC":
+            raise ValueError(f"feature_fmt is {feature_fmt!r}, but images of several sizes make no map; leave it out")
+        images, states = unpack_images(patches, grids.tolist(), self.patch_size), None
+        if with_states:
+            packed, sequences = forward_packed_hidden_states(self.radio_model, images)
+            states = [tokens[None] for tokens in sequences]
+        else:
+            packed = self.radio_model.forward_packed(images)
+        each = [self.radio_model.predict(tokens) for tokens in packed]
+        joined = {}
+        for name in each[0]:
+            parts = [_formatted(outputs[name], feature_fmt) for outputs in each]
+            summaries = [part.summary for part in parts if part.summary is not None]
+            features = torch.cat([part.features[0] for part in parts])
+            joined[name] = RadioOutput(torch.cat(summaries) if summaries else None, features)
+        return self._chosen(joined, states)
+
+    def _outputs(self, outputs: Mapping[str, Any], feature_fmt: Format, states: Sequence[Tensor] | None = None) -> Any:
+        return self._chosen({name: _formatted(output, feature_fmt) for name, output in outputs.items()}, states)
+
+    def _chosen(self, outputs: dict[str, Any], states: Sequence[Tensor] | None) -> Any:
+        """The backbone's output, where there are hidden states with them; with adaptors all outputs by name."""
+        if states is not None:
+            outputs["backbone"] = RadioStates(*outputs["backbone"], self.model.norm(states[-1]), tuple(states))
+        return outputs if self.adaptors else outputs["backbone"]
 
     def forward_intermediates(
         self,
@@ -187,6 +265,17 @@ class RadioDistillModel(PreTrainedModel):
             window=window,
         )
         return RadioIntermediates(_formatted(final, feature_fmt), [_formatted(layer, feature_fmt) for layer in layers])
+
+    def as_backbone(
+        self, *, out_features: list[str] | None = None, out_indices: list[int] | None = None
+    ) -> RadioDistillBackbone:
+        """The same weights with transformers' calling form of backbones: the maps of `out_features` or `out_indices`."""
+        config = deepcopy(self.config)
+        config.set_output_features_output_indices(out_features, out_indices)
+        with torch.device("meta"):  # no memory: its network is this one's
+            backbone = RadioDistillBackbone(config)
+        backbone.radio_model = self.radio_model
+        return backbone.train(self.training)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """All tokens (B, S + L, D): class tokens, registers, patches row by row."""
@@ -252,6 +341,30 @@ class RadioDistillModel(PreTrainedModel):
     @property
     def min_resolution_step(self) -> int:
         return self.patch_size * (self.window_size or 1)
+
+
+class RadioDistillBackbone(BackboneMixin, RadioDistillModel):
+    """Maps of inner blocks for heads of detection and segmentation, as transformers' backbones give them."""
+
+    def __init__(self, config: RadioDistillConfig) -> None:
+        super().__init__(config)
+        self.num_features = [self.embed_dim] * len(self.stage_names)
+
+    def forward(  # type: ignore[override]
+        self,
+        pixel_values: Tensor,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> BackboneOutput:
+        """Encode float images in [0, 1]; `feature_maps`: (B, D, r, c) of every stage of `out_features`, without final norm."""
+        if output_attentions:
+            raise ValueError("output_attentions: the fused attention gives no weights; leave it out")
+        _, states = forward_hidden_states(self.radio_model, pixel_values)
+        grid = tuple(side // self.patch_size for side in pixel_values.shape[-2:])
+        patches = [states[self.stage_names.index(name)][:, self.num_summary_tokens :] for name in self.out_features]
+        maps = tuple(x.transpose(1, 2).unflatten(2, grid) for x in patches)
+        return BackboneOutput(feature_maps=maps, hidden_states=tuple(states) if output_hidden_states else None)
 
 
 def _with_adaptors(arch: Any, names: str | list[str]) -> Any:

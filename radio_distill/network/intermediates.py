@@ -13,9 +13,11 @@ from torch import Tensor
 
 from .normalizers import IntermediateNormalizer
 from .output import VisionOutput
-from .student import Student
+from .packing import packed_outputs
+from .student import Student, StudentTokens
+from .vitdet import Windows
 
-__all__ = ["Intermediates", "forward_intermediates"]
+__all__ = ["Intermediates", "forward_hidden_states", "forward_intermediates", "forward_packed_hidden_states"]
 
 AlphaScheme = Literal["post-alpha", "pre-alpha", "none"]
 
@@ -65,6 +67,34 @@ def forward_intermediates(
             break
     final = student.split(*last, pixels, window, norm=norm)
     return Intermediates(VisionOutput(student.gather_summary(final.class_tokens_BNC), final.features_BCHW), layers)
+
+
+def forward_hidden_states(
+    student: Student, images_B3HW: Tensor, *, window: int | None = None
+) -> tuple[StudentTokens, list[Tensor]]:
+    """As `Student.forward_tokens` on whole images, and all tokens (B, S + L, D) before the first block and after every one.
+
+    Patches are row by row, in windowed mode, too; no norm is run on the list.
+    """
+    window = window or student.window_size
+    pixels = student.condition(images_B3HW, window)
+    windows = None
+    if window is not None:
+        windows = Windows(pixels.shape[-2] // student.patch_size, pixels.shape[-1] // student.patch_size, window)
+    states = [student.model.patch_generator(pixels)]
+    for prefix, patches in student.model.outputs_from(states[0], windows):
+        states.append(torch.cat([prefix, patches if windows is None else windows.join(patches)], dim=1))
+    return student.split(prefix, patches, pixels, window), states
+
+
+def forward_packed_hidden_states(student: Student, images: Sequence[Tensor]) -> tuple[list[StudentTokens], list[Tensor]]:
+    """As `Student.forward_packed`, and the tokens of all images (N, D) before the first block and after every one."""
+    pixels = student.condition_each(images)
+    sequences = [student.model.patch_generator(x)[0] for x in pixels]
+    states = [torch.cat(sequences)]
+    for last in packed_outputs(student.model, sequences):
+        states.append(torch.cat(last))
+    return student.split_each(last, pixels), states
 
 
 def _indices(indices: int | Sequence[int], depth: int) -> list[int]:

@@ -2,32 +2,58 @@
 
 Nothing is padded and no mask is built, so the numbers are those of one image after the other.
 
-Shapes: N_i tokens of image i, N their sum, D width, h heads, d head width.
+Shapes: N_i tokens of image i, N their sum, P side of a patch, D width, h heads, d head width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["run_packed"]
+from .vit import Trunk
+
+__all__ = ["packed_outputs", "unpack_images"]
 
 
-def run_packed(blocks: Iterable[Any], sequences: Sequence[Tensor]) -> list[Tensor]:
-    """Run pre-norm ViT blocks (timm's) over sequences (N_i, D) as one of length N with block-diagonal attention."""
+def packed_outputs(trunk: Trunk, sequences: Sequence[Tensor]) -> Iterator[tuple[Tensor, ...]]:
+    """Yield the sequences (N_i, D) after every block of a trunk, run as one of length N with block-diagonal attention."""
     lengths = [len(tokens) for tokens in sequences]
     x_ND = torch.cat(list(sequences))
-    for block in blocks:
-        x_ND = x_ND + block.ls1(_attend(block.attn, block.norm1(x_ND), lengths))
-        x_ND = x_ND + block.ls2(block.mlp(block.norm2(x_ND)))
-    return list(x_ND.split(lengths))
+    for block in trunk.blocks:
+        x_ND = trunk.run(partial(_block, block, lengths), x_ND)
+        yield x_ND.split(lengths)
+
+
+def _block(block: Any, lengths: list[int], x_ND: Tensor) -> Tensor:
+    """A pre-norm ViT block of timm's."""
+    x_ND = x_ND + block.ls1(_attend(block.attn, block.norm1(x_ND), lengths))
+    return x_ND + block.ls2(block.mlp(block.norm2(x_ND)))
 
 
 def _attend(attention: Any, x_ND: Tensor, lengths: list[int]) -> Tensor:
     qkv_3hNd = attention.qkv(x_ND).unflatten(-1, (3, attention.num_heads, -1)).permute(1, 2, 0, 3)
     mixed = [F.scaled_dot_product_attention(*part[:, None]).transpose(1, 2) for part in qkv_3hNd.split(lengths, dim=2)]
     return attention.proj(torch.cat(mixed, dim=1).flatten(2)[0])
+
+
+def unpack_images(patches_N: Tensor, grids: Sequence[Sequence[int]], patch_size: int) -> list[Tensor]:
+    """Images (3, H_i, W_i) from their patches (N, 3*P*P), one image after the other, each patch as channel, row, column.
+
+    grids: rows and columns of each image. Raises ValueError when they do not add up to the patches that are there.
+    """
+    sizes, values = [rows * cols for rows, cols in grids], 3 * patch_size**2
+    if patches_N.ndim != 2 or patches_N.shape != (sum(sizes), values) or min(sizes, default=0) < 1:
+        raise ValueError(
+            f"packed patches are {tuple(patches_N.shape)}, expected ({sum(sizes)}, {values}): {sum(sizes)} patches of the grids "
+            f"{[list(grid) for grid in grids]}, each of 3 x {patch_size} x {patch_size} values"
+        )
+    images = []
+    for (rows, cols), part in zip(grids, patches_N.split(sizes)):
+        cells = part.reshape(rows, cols, 3, patch_size, patch_size)
+        images.append(cells.permute(2, 0, 3, 1, 4).reshape(3, rows * patch_size, cols * patch_size))
+    return images

@@ -17,7 +17,7 @@ from .arch import StudentArch
 from .draws import Draws
 from .normalizers import FeatureNormalizer, InputConditioner, IntermediateNormalizer
 from .output import VisionOutput
-from .packing import run_packed
+from .packing import packed_outputs
 from .vit import AttentionKind, Trunk
 from .vitdet import Windows
 
@@ -100,12 +100,21 @@ class Student(nn.Module):
 
         Raises ValueError without images, for a size that does not divide, and in windowed mode.
         """
+        pixels = self.condition_each(images)
+        for sequences in packed_outputs(self.model, [self.model.patch_generator(x)[0] for x in pixels]):
+            last = sequences
+        return self.split_each(last, pixels)
+
+    def condition_each(self, images: Sequence[Tensor]) -> list[Tensor]:
+        """As `condition` for a packed pass: conditioned pixels (1, 3, H, W) of each image (3, H, W)."""
         if not images:
             raise ValueError("packed batches need at least one image of shape (3, H, W); none was given")
         if self.window_size is not None:
             raise ValueError(f"packed batches attend to whole images; window_size is {self.window_size}, expected None")
-        pixels = [self.condition(image[None]) for image in images]
-        sequences = run_packed(self.model.blocks, [self.model.patch_generator(x)[0] for x in pixels])
+        return [self.condition(image[None]) for image in images]
+
+    def split_each(self, sequences: Sequence[Tensor], pixels: Sequence[Tensor]) -> list[StudentTokens]:
+        """As `split` for a packed pass: tokens (N_i, D) of each image to its class tokens and map."""
         skip = self.model.patch_generator.num_skip
         return [self.split(y[None, :skip], y[None, skip:], x, None) for x, y in zip(pixels, sequences)]
 

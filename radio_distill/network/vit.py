@@ -7,7 +7,7 @@ Shapes: B batch, N tokens, L patches, S class tokens + registers, D width, h hea
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import partial
 from importlib import import_module
@@ -117,7 +117,7 @@ class Trunk(VisionTransformer):
     def forward_blocks(self, tokens_BND: Tensor) -> Tensor:
         """All blocks on the whole sequence."""
         for block in self.blocks:
-            tokens_BND = self._run(block, tokens_BND)
+            tokens_BND = self.run(block, tokens_BND)
         return tokens_BND
 
     def block_outputs(
@@ -128,17 +128,18 @@ class Trunk(VisionTransformer):
         With `window` the patches are windows (B*n, w*w, D), as `Windows.cut` makes them, and class tokens and registers
         pass windowed blocks unchanged.
         """
-        tokens = self.patch_generator(pixels_B3HW, draws)
-        if window is None:
-            yield from self._whole(tokens)
-        else:
-            p = self.patch_generator.patch_size
-            yield from self._windowed(tokens, Windows(pixels_B3HW.shape[-2] // p, pixels_B3HW.shape[-1] // p, window))
+        p = self.patch_generator.patch_size
+        windows = None if window is None else Windows(pixels_B3HW.shape[-2] // p, pixels_B3HW.shape[-1] // p, window)
+        yield from self.outputs_from(self.patch_generator(pixels_B3HW, draws), windows)
+
+    def outputs_from(self, tokens_BND: Tensor, windows: Windows | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+        """As `block_outputs`, from what the patch generator gave."""
+        yield from self._whole(tokens_BND) if windows is None else self._windowed(tokens_BND, windows)
 
     def _whole(self, tokens: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         skip = self.patch_generator.num_skip
         for block in self.blocks:
-            tokens = self._run(block, tokens)
+            tokens = self.run(block, tokens)
             yield tokens[:, :skip], tokens[:, skip:]
 
     def _windowed(self, tokens: Tensor, windows: Windows) -> Iterator[tuple[Tensor, Tensor]]:
@@ -146,13 +147,14 @@ class Trunk(VisionTransformer):
         prefix, patches = tokens[:, :skip], windows.cut(tokens[:, skip:])
         for index, block in enumerate(self.blocks):
             if is_global(index, len(self.blocks), self.period):
-                tokens = self._run(block, torch.cat([prefix, windows.flat(patches)], dim=1))
+                tokens = self.run(block, torch.cat([prefix, windows.flat(patches)], dim=1))
                 prefix, patches = tokens[:, :skip], windows.stack(tokens[:, skip:])
             else:
-                patches = self._run(block, patches)
+                patches = self.run(block, patches)
             yield prefix, patches
 
-    def _run(self, block: nn.Module, tokens: Tensor) -> Tensor:
+    def run(self, block: Callable[[Tensor], Tensor], tokens: Tensor) -> Tensor:
+        """One block; with `set_grad_checkpointing` its insides are computed again in the backward pass."""
         if self.grad_checkpointing and torch.is_grad_enabled():
             return checkpoint(block, tokens, use_reentrant=False, preserve_rng_state=False)  # blocks draw nothing
         return block(tokens)

@@ -30,6 +30,7 @@ def test_the_commands_and_the_python_of_the_page_run(run: Path, tmp_path: Path, 
     assert names["features"].shape == (2, 16 * 24, 32)
     torch.testing.assert_close(names["out"].summary, names["summary"])
     assert set(names["outputs"]) == set(names["predictions"])
+    assert [tuple(level.shape) for level in names["levels"]] == [(2, 64, int(16 * s), int(24 * s)) for s in (4, 2, 1, 0.5)]
 
 
 def test_the_page_lists_every_format() -> None:

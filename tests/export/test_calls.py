@@ -1,0 +1,150 @@
+"""The modelling file takes the calls that transformers' own models take."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from made_run import SIZES, close, flat, pictures
+from PIL import Image
+from transformers import AutoModel, CLIPImageProcessor, pipeline
+
+from radio_distill.export.command import export
+from radio_distill.network.intermediates import forward_intermediates
+from radio_distill.network.student import Student
+
+IMAGES = pictures((16, 32))
+
+
+@pytest.fixture(scope="module")
+def folder(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return export(run, tmp_path_factory.mktemp("exports") / "hf")
+
+
+@pytest.fixture(scope="module")
+def native(folder: Path) -> Any:
+    return AutoModel.from_pretrained(folder).eval()
+
+
+@pytest.fixture
+def remote(folder: Path) -> Any:
+    return AutoModel.from_pretrained(folder, trust_remote_code=True).eval()
+
+
+@torch.no_grad()
+def test_hidden_states_are_those_of_the_native_class(folder: Path, native: Any, remote: Any) -> None:
+    got, want = remote(pixel_values=IMAGES, output_hidden_states=True), native(IMAGES, output_hidden_states=True)
+    assert len(got.hidden_states) == len(want.hidden_states) == 5
+    for mine, theirs in zip(got.hidden_states, want.hidden_states):
+        close(mine, theirs, 1e-5)
+    close(got.last_hidden_state, want.last_hidden_state, 1e-5)
+    close(got.features, remote(IMAGES).features, 0)
+    by_config = AutoModel.from_pretrained(
+        folder, trust_remote_code=True, output_hidden_states=True, adaptor_names=["toy_dino"]
+    ).eval()(IMAGES, return_dict=True)
+    close(by_config["backbone"].hidden_states[2], got.hidden_states[2], 0)
+    assert by_config["toy_dino"]._fields == ("summary", "features")
+
+
+@torch.no_grad()
+def test_hidden_states_of_windowed_attention_are_row_by_row(remote: Any, student: Student) -> None:
+    """Against the maps of inner blocks, which are put together on their own way."""
+    images = pictures((32, 48))
+    states = remote(images, window=2, output_hidden_states=True).hidden_states
+    maps = forward_intermediates(student, images, [0, 1, 2, 3], window=2).layers
+    for tokens, layer in zip(states[1:], maps, strict=True):
+        close(tokens[:, remote.num_summary_tokens :], flat(layer.features_BCHW), 1e-5)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # the name that older transformers have, too
+@pytest.mark.parametrize("how", ["whole", "window", "hidden states", "packed"])
+def test_gradient_checkpointing_computes_blocks_twice_and_changes_nothing(remote: Any, how: str) -> None:
+    packed = {"image_grid_hw": torch.tensor([[4, 8], [4, 8]])}
+    options = {"whole": {}, "window": {"window": 2}, "hidden states": {"output_hidden_states": True}, "packed": packed}[how]
+    pixels = remote.model.patch_generator.cut(IMAGES).flatten(0, 1) if how == "packed" else IMAGES
+    block, calls = remote.blocks[1], []
+    block.mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+
+    def gradient() -> torch.Tensor:
+        remote.zero_grad()
+        remote.train()(pixels, **options).features.square().sum().backward()
+        return block.mlp.fc1.weight.grad
+
+    want = gradient().clone()
+    assert len(calls) == 1
+    remote.gradient_checkpointing_enable()
+    assert remote.is_gradient_checkpointing
+    close(gradient(), want, 1e-6)
+    assert len(calls) == 3
+    remote.gradient_checkpointing_disable()
+    gradient()
+    assert len(calls) == 4
+
+
+@torch.no_grad()
+def test_the_pipeline_gives_the_summary_of_the_processors_pixels(folder: Path, native: Any) -> None:
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (60, 90, 3), dtype=np.uint8))
+    got = pipeline("image-feature-extraction", str(folder), trust_remote_code=True)(picture, return_tensors=True)
+    close(got, native(**CLIPImageProcessor.from_pretrained(folder)(picture, return_tensors="pt")).summary, 1e-5)
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@torch.no_grad()
+def test_maps_for_detection_heads(remote: Any, student: Student, size: tuple[int, int]) -> None:
+    images = pictures(size)
+    backbone = remote.as_backbone(out_indices=[2, 4])
+    assert (backbone.out_features, backbone.channels) == (["stage2", "stage4"], [32, 32])
+    assert not backbone.training
+    assert backbone.blocks is remote.blocks
+    for got, want in zip(backbone(images).feature_maps, forward_intermediates(student, images, [1, 3]).layers, strict=True):
+        close(got, want.features_BCHW, 1e-5)
+    states = backbone.forward_with_filtered_kwargs(images, output_hidden_states=True).hidden_states
+    close(states[-1], remote(images, output_hidden_states=True).last_hidden_state, 0)
+    assert remote.as_backbone(out_features=["stem", "stage1"]).out_indices == [0, 1]
+
+
+def test_what_a_backbone_cannot_give_is_refused(remote: Any) -> None:
+    with pytest.raises(ValueError, match="stage9"):
+        remote.as_backbone(out_features=["stage9"])
+    with pytest.raises(ValueError, match="output_attentions: the fused attention gives no weights"):
+        remote.as_backbone()(IMAGES, output_attentions=True)
+
+
+# --- images of several sizes in one call ------------------------------------------------------------------------------------
+
+RAGGED = [pictures(size, 1)[0] for size in (*SIZES, (4, 4), (8, 64))]
+
+
+def packed(model: Any) -> dict[str, torch.Tensor]:
+    cut = model.radio_model.model.patch_generator.cut
+    grids = [[side // 4 for side in image.shape[1:]] for image in RAGGED]
+    return {"pixel_values": torch.cat([cut(image[None])[0] for image in RAGGED]), "image_grid_hw": torch.tensor(grids)}
+
+
+@torch.no_grad()
+def test_packed_images_give_the_numbers_of_the_native_class_and_of_one_after_the_other(
+    folder: Path, native: Any, student: Student
+) -> None:
+    remote = AutoModel.from_pretrained(folder, trust_remote_code=True, adaptor_names=["toy_clip", "toy_sam"]).eval()
+    inputs = packed(remote)
+    got, theirs = remote(**inputs, output_hidden_states=True), native(**inputs, output_hidden_states=True)
+    alone = [student.encode_adaptors(image[None]) for image in RAGGED]
+    close(got["backbone"].features, theirs.features, 1e-5)
+    close(got["backbone"].summary, theirs.summary, 1e-5)
+    for mine, other in zip(got["backbone"].hidden_states, theirs.hidden_states, strict=True):
+        close(mine, other, 1e-5)
+    for name in ("backbone", "toy_clip", "toy_sam"):
+        close(got[name].features, torch.cat([flat(one[name].features_BCHW)[0] for one in alone]), 1e-5)
+    close(got["toy_clip"].summary, torch.cat([one["toy_clip"].summary_BC for one in alone]), 1e-5)
+    assert got["toy_sam"].summary is None
+
+
+def test_patches_that_do_not_fit_their_grids_are_refused(remote: Any) -> None:
+    inputs = packed(remote)
+    with pytest.raises(
+        ValueError, match=r"packed patches are \(269, 48\), expected \(6, 48\): 6 patches of the grids \[\[2, 3\]\]"
+    ):
+        remote(inputs["pixel_values"], image_grid_hw=torch.tensor([[2, 3]]))
+    with pytest.raises(ValueError, match="feature_fmt is 'NCHW', but images of several sizes make no map; leave it out"):
+        remote(**inputs, feature_fmt="NCHW")
