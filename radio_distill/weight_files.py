@@ -8,7 +8,7 @@ from pathlib import Path
 from .config.cards import TeacherCard
 from .errors import RadioDistillError
 from .loaders import is_ours
-from .paths import data_path, expand
+from .paths import IN_PACKAGE, data_path, expand
 
 __all__ = ["cached_weights", "hub_id", "local_weights", "needs_weights"]
 
@@ -29,7 +29,8 @@ def local_weights(card: TeacherCard) -> Path | None:
 
 def needs_weights(card: TeacherCard) -> bool:
     """Whether the teacher cannot be built without what its `source` names; a user's `loader` needs a file only where it names one."""
-    return card.loader is None or is_ours(card.loader) or Path(card.source).suffix in WEIGHT_SUFFIXES
+    names_file = card.source.startswith(IN_PACKAGE) or Path(card.source).suffix in WEIGHT_SUFFIXES
+    return card.loader is None or is_ours(card.loader) or names_file
 
 
 def hub_id(source: str) -> str | None:

@@ -19,6 +19,9 @@ class Objective(Fields):
     distance: Literal["mse", "smooth_l1"] = "mse"
     """How the features of a view are compared, also by CRF. `mse`: squared error. `smooth_l1` (beta 1): what is off by more
     than 1, one standard deviation of a channel, counts linearly (an option of the FS code)."""
+    true_map: Weight = 0.0
+    """Weight of the distance between the fine map and the teacher's own map of the whole image at `factor` times its size (OURS).
+    Only for teachers that take such images (`input.resizable`), which need no upsampler but cost more with every token."""
     tv: Weight = 0.0
     """Weight of the total variation."""
     crf: Weight = 0.0

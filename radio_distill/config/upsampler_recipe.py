@@ -133,7 +133,11 @@ def check_upsampler(recipe: UpsamplerRecipe, load_card: Callable[[str], TeacherC
     """Everything in the recipe that does not fit together; empty when it can be run."""
     problems = [*check_network(recipe.network, ("network",)), *engine_problems(recipe)]
     try:
-        problems += _size(recipe, load_card(recipe.teacher))
+        card = load_card(recipe.teacher)
+        problems += _size(recipe, card)
+        if recipe.loss.true_map and not card.input.resizable:
+            text = f"'loss.true_map' is {recipe.loss.true_map}, but {card.name!r} takes {card.input.size} px only; remove it"
+            problems.append(Problem(text, ("loss", "true_map")))
     except CardError as error:
         problems.append(Problem(f"teacher {recipe.teacher!r}: {error}".replace("\n", "\n    "), ("teacher",)))
     if recipe.loss.seam != 1 and not sees_tiles(recipe.network.kind, recipe.network.inputs):

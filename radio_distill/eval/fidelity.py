@@ -100,6 +100,7 @@ class Metric(NamedTuple):
 METRICS = {
     "fidelity": Metric("ratio", True),  # FeatSharp, eq. 7, against the upsampler's own targets, bias map included
     "fidelity_plain": Metric("ratio", True),  # the bias map taken out of both: the teacher's own features
+    "fidelity_true": Metric("ratio", True),  # against the teacher's own map of the whole image at `factor` times its size
     "fidelity_published": Metric("ratio", True),  # the published code's estimator
     "tv": Metric("loss", False),
     "crf": Metric("loss", False),
@@ -257,6 +258,8 @@ def _score_batch(
     sharp = saved.sharpener(encode, base, size)
     scores.compare(sharp, saved.sharpener.generate(encode, views.pixels_N3HW).features_BCHW, views)
     scores.look_at(sharp, base, seeds_B)
+    if teacher.card.input.resizable and saved.factor > 1:
+        scores.compare_whole(sharp, encode(base).features_BCHW)
 
 
 class _Scores:
@@ -267,7 +270,7 @@ class _Scores:
         self.saved.sharpener.to(device)
         self.saved.downsampler.to(device)
         balancer = saved.sharpener.balancer
-        self._own, self._plain = Fidelity(balancer), Fidelity(balancer)
+        self._own, self._plain, self._true = Fidelity(balancer), Fidelity(balancer), Fidelity(balancer)
         self._sums: dict[str, Tensor] = {}
         self._images = 0
 
@@ -276,7 +279,7 @@ class _Scores:
         sharpener, high = self.saved.sharpener, sharp.high_BCHW.float()
         fine, grid = (high.shape[2], high.shape[3]), (targets_NChw.shape[2], targets_NChw.shape[3])
         keep_all = high.new_ones(1, 1, 1, 1)  # the published downsampler would drop logits at random here too
-        bias = 0 if sharpener.bias_buffer is None else sharpener.bias_buffer(torch.zeros_like(targets_NChw[:1]))
+        bias = self._bias(targets_NChw)
         errors, count = high.new_zeros(()), len(views.matrices_JB33)
         for matrix, mask, target in zip(views.matrices_JB33, views.masks_JB1hw, targets_NChw.chunk(count), strict=True):
             pred = self.saved.downsampler(warp(high, matrix, fine), grid, keep_all).float()
@@ -287,6 +290,16 @@ class _Scores:
         balancer = sharpener.balancer
         variance = balancer.inverse_weight.square().sum() / balancer.channels  # balanced channels have variance 1
         self._add("fidelity_published", variance / errors, len(high))
+
+    def compare_whole(self, sharp: Sharp, whole_BCHW: Tensor) -> None:
+        """The sharp map itself against the teacher's own of the whole image at once, raw (B, C, H, W)."""
+        high, target = sharp.high_BCHW.float(), self.saved.sharpener.balancer.forward(whole_BCHW)
+        self._true.update(high - self._bias(high), target)
+
+    def _bias(self, like_BCHW: Tensor) -> Tensor:
+        """The de-bias map on the grid of a map; zeros where there is none."""
+        bias, zeros = self.saved.sharpener.bias_buffer, torch.zeros_like(like_BCHW[:1])
+        return zeros if bias is None else bias(zeros)
 
     def look_at(self, sharp: Sharp, base_B3HW: Tensor, seeds_B: Tensor) -> None:
         """What the sharp map itself is like."""
@@ -307,6 +320,8 @@ class _Scores:
         saved = self.saved
         means = {key: float(total / self._images) for key, total in self._sums.items()}
         values = {"fidelity": float(self._own.value), "fidelity_plain": float(self._plain.value), **means, **tiling}
+        if bool(self._true.seen):
+            values["fidelity_true"] = float(self._true.value)
         ordered = {key: values[key] for key in [*METRICS, *tiling] if key in values}
         steps = int(saved.provenance.get("step", 0))
         own = upsampler_id(name, saved)

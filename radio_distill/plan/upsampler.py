@@ -133,7 +133,7 @@ def _flops(recipe: UpsamplerRecipe, encodes: int) -> tuple[dict[str, float], dic
     rotation = 2.0 * grid**2 * width**2
     use = {"teacher": encodes * teacher, "network": network, "balance": (encodes + factor**2) * rotation}
     training = {
-        "teacher": (encodes + views) * teacher,
+        "teacher": (encodes + views) * teacher + (teacher_flops(card, recipe.image_size) if recipe.loss.true_map else 0.0),
         "network": 3 * network,
         "downsampler": 3 * views * reduce,
         "uncertainty": 2 * uncertainty_flops(width, grid * factor) if recipe.loss.uncertainty else 0.0,

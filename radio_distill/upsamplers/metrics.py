@@ -52,6 +52,11 @@ class Fidelity:
         all_reduce(self._sums, group=group)
 
     @property
+    def seen(self) -> Tensor:
+        """How many positions were counted, a float64 scalar."""
+        return self._sums[2]
+
+    @property
     def error(self) -> Tensor:
         """Mean squared error per position and channel, raw."""
         return self._sums[0] / self._per_channel

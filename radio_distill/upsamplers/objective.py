@@ -41,6 +41,8 @@ class Base(NamedTuple):
     """The whitened images at any size: CRF looks at their colours."""
     seeds_B: Tensor
     """int64, one per image: draw the positions of CRF and MMD."""
+    true_BCHW: Tensor | None = None
+    """The teacher's own map of the whole image at the fine grid, balanced and de-biased, where `loss.true_map` has a weight."""
 
 
 class Views(NamedTuple):
@@ -63,7 +65,7 @@ class StepLoss(NamedTuple):
     """The scalar to differentiate."""
     parts: dict[str, Tensor]
     """Detached scalars: `views`, the weighted disagreement; `error` and `raw_error`, the mean squared one in balanced and in
-    raw units; `uncertainty`, `tv`, `crf`, `mmd` before their weights, where these are not 0."""
+    raw units; `uncertainty`, `true_map`, `tv`, `crf`, `mmd` before their weights, where these are not 0."""
     fidelity: Sums
     """(error, variance, count), to be summed over steps and ranks; fidelity = variance / error (`losses.fidelity_sums`)."""
 
@@ -119,9 +121,7 @@ class ViewLoss(nn.Module):
                 self.seen(high_BCHW, matrix), size, None if views.keep_JBKhw is None else views.keep_JBKhw[j]
             ).float()
             square_B1hw = _masked((pred - target).square().mean(1, keepdim=True), mask)
-            apart_B1hw = square_B1hw
-            if self.options.distance == "smooth_l1":
-                apart_B1hw = _masked(F.smooth_l1_loss(pred, target, reduction="none").mean(1, keepdim=True), mask)
+            apart_B1hw = _masked(self._apart(pred, target), mask)
             loss = loss + (apart_B1hw * self.in_view(weights, matrix, size)).sum() / over
             error = error + square_B1hw.detach().sum() / over
             of_view = torch.stack(fidelity_sums(pred, target, balancer, mask))
@@ -129,10 +129,19 @@ class ViewLoss(nn.Module):
             sums = sums + of_view
         return loss, {"views": loss.detach(), "error": error, "raw_error": raw}, (sums[0], sums[1], sums[2])
 
+    def _apart(self, pred_BCHW: Tensor, target_BCHW: Tensor) -> Tensor:
+        """The distance of every position, a mean over channels: (B, 1, H, W)."""
+        if self.options.distance == "smooth_l1":
+            return F.smooth_l1_loss(pred_BCHW, target_BCHW, reduction="none").mean(1, keepdim=True)
+        return (pred_BCHW - target_BCHW).square().mean(1, keepdim=True)
+
     def _terms_of_the_map(self, base: Base, views: Views, weights: MapWeights) -> Terms:
         """The terms that look at the map of the base alone, as far as they have a weight: name -> (weight, value)."""
         options, high = self.options, base.high_BCHW
         terms: Terms = {}
+        if options.true_map and base.true_BCHW is not None:
+            apart_B1HW = self._apart(high, base.true_BCHW.float())
+            terms["true_map"] = options.true_map, _masked(apart_B1HW, views.masks.base_B1HW).mean()
         if options.tv:
             value = total_variation(high, views.masks.base_B1HW, weights.on_map_B1HW, least=self.least)
             terms["tv"] = options.tv, value

@@ -90,7 +90,8 @@ class UpsamplerTask(nn.Module):
         targets = self.sharpener.generate(encode, teacher.normalize(seen.flatten(0, 1))).features_BCHW
         masks, keep = covered_masks(matrices, grid), self._keep(batch.seeds_B, grid)
         views = Views(targets.unflatten(0, seen.shape[:2]), matrices.float(), masks, keep)
-        base = Base(sharp.low_BChw, sharp.high_BCHW, pixels, batch.seeds_B)
+        true = self.sharpener.generate(encode, pixels).features_BCHW if recipe.loss.true_map else None
+        base = Base(sharp.low_BChw, sharp.high_BCHW, pixels, batch.seeds_B, true)
         step = self.loss(base, views, self.sharpener.balancer, cells=cells, share=len(batch) / recipe.images)
         error, variance, _ = step.fidelity
         parts = {f"loss/{name}": value for name, value in step.parts.items()}

@@ -64,3 +64,13 @@ def test_what_to_do_about_missing_weights_depends_on_their_source():
     hub = CARDS["toy_clip"].model_copy(update={"source": "a/b", "revision": "v1"})
     assert how_to_get(hub) == "on a machine with a network: hf download a/b --revision v1   (licence: Apache-2.0)"
     assert how_to_get(hub.model_copy(update={"family": "run"})) == "put them at a/b, or give the card another source"
+
+
+@pytest.mark.parametrize("source", ["package:", "package:timm", "package:timm/../secrets.pth", "package:a.b/c.pth"])
+def test_a_source_in_a_package_names_a_file_inside_one(source):
+    from radio_distill.errors import RadioDistillError
+    from radio_distill.paths import expand
+
+    with pytest.raises(RadioDistillError, match="package"):
+        expand(source)
+    assert expand("package:timm/version.py").endswith("timm/version.py")

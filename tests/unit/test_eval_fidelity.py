@@ -56,6 +56,25 @@ def test_fidelity_is_total_variance_over_total_error_in_raw_units():
         assert got[name] == pytest.approx(((target - target.mean(0)) ** 2).sum() / ((pred - target) ** 2).sum(), rel=1e-4)
 
 
+def test_true_fidelity_asks_for_the_teachers_own_map_of_the_whole_image():
+    saved = made("toy_dino", factor=2)
+    teacher, sharpener, pairs_ = load_teacher(saved.card), saved.sharpener, []
+    for i in range(PROTOCOL.images):
+        image = HeldOut("toy", 3).images(i, i + 1, 2 * saved.size)
+        pixels = teacher.normalize(image)
+        high = sharpener(teacher.forward, pixels, (saved.size,) * 2).high_BCHW
+        bias = resize_map(sharpener.bias_buffer.buffer, (24, 24))
+        pairs_.append((sharpener.denormalize(high - bias), teacher.encode(image).features_BCHW))
+    pred, target = (torch.cat(x).double().flatten(2).transpose(1, 2).flatten(0, 1).numpy() for x in zip(*pairs_))
+    got = values(model=saved)["model"]["fidelity_true"]
+    assert got == pytest.approx(((target - target.mean(0)) ** 2).sum() / ((pred - target) ** 2).sum(), rel=1e-4)
+
+
+def test_a_teacher_of_one_size_and_a_map_of_the_same_grid_have_no_true_fidelity():
+    got = values(clip=made(factor=2), same=made("toy_dino", factor=1, kind="tile"))
+    assert not any("fidelity_true" in of_model for of_model in got.values())
+
+
 def test_plain_fidelity_has_the_same_error_and_the_teachers_own_variance():
     """A constant added to the bias map must change neither number; a pattern changes the variance of the own targets alone."""
     flat, pattern = made(kind="bilinear"), made(kind="bilinear")

@@ -214,3 +214,18 @@ def test_nothing_in_a_step_waits_for_the_device():
     with profile() as reading:
         total.item()
     assert WAITS & {event.name for event in reading.function_events}
+
+
+@pytest.mark.parametrize("distance", ["mse", "smooth_l1"])
+def test_the_true_map_is_compared_where_the_base_counts_and_only_with_a_weight(distance):
+    base, views = _problem()
+    usual = _loss(base, views, PLAIN.model_copy(update={"distance": distance}))
+    options = PLAIN.model_copy(update={"true_map": 0.5, "distance": distance})
+    true = base.high_BCHW + 3 * torch.randn_like(base.high_BCHW)
+    apart = {"mse": F.mse_loss, "smooth_l1": F.smooth_l1_loss}[distance](base.high_BCHW, true, reduction="none").mean(1)
+    mask = views.masks.base_B1HW
+    expected = (apart if mask is None else apart * mask[:, 0]).mean()
+    loss = _loss(base._replace(true_BCHW=true), views, options)
+    assert torch.allclose(loss.parts["true_map"], expected, rtol=1e-5)
+    assert torch.allclose(loss.total, usual.total + 0.5 * expected, rtol=1e-5)
+    assert "true_map" not in usual.parts
