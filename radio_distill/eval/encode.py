@@ -7,7 +7,6 @@ Shapes: B images of a batch, C channels, H W pixels or cells.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple, TypeVar
 
@@ -23,21 +22,16 @@ from .feature_files import Features
 from .features import FeatureKey
 from .models import NamedModel
 from .task import Context
+from .usable import MANY, fault_of, leave_out
 
 __all__ = ["Fit", "Resize", "Rule", "encode_batches", "features_of", "precision"]
 
 T = TypeVar("T")
 
-log = logging.getLogger(__name__)
-
 Rule = Literal["short_side", "centre_crop", "exact"]
 """short_side: the short side becomes `side` pixels and the aspect is kept; both sides are rounded to what the model takes.
 centre_crop: the same, then the square in the middle. exact: a square of `side` pixels, whatever the aspect."""
 
-SHOWN = 3
-"""Images that an error names of those that cannot be read."""
-MANY = 1000
-"""Images that cannot be read before extraction ends at once."""
 WINDOW = 8
 """Batches that a worker reads at a time, to find images of one size among them."""
 
@@ -119,14 +113,11 @@ def features_of(
         return encode_batches(opened, dataset, resize, images, context, unread, maps=maps)
 
     features = context.cache.features(key, len(dataset), produce, maps=maps, half=half, ranks=context.ranks, unread=unread)
-    bad = list(features.unread.values())
-    if bad:
-        text = f"{len(bad)} of {len(dataset)} images of {dataset.name}/{dataset.split} cannot be read: {'; '.join(bad[:SHOWN])}"
-        text += f"; and {len(bad) - SHOWN} others" if len(bad) > SHOWN else ""
-        if len(bad) > max_bad * len(dataset):
-            features.close()
-            raise DataError(text)
-        log.warning("%s; they are left out", text)
+    try:
+        leave_out(dataset, features.unread, max_bad)
+    except DataError:
+        features.close()
+        raise
     return features
 
 
@@ -189,11 +180,11 @@ class Reader(IterableDataset[list[Group]]):
             yield [Group(positions, torch.stack([images[p] for p in positions]), unread) for positions in by_size.values()]
 
     def _image(self, index: int, unread: dict[int, str]) -> Tensor:
-        try:
-            return self.fit(self.dataset[index].image_3HW)
-        except (DataError, OSError) as error:
-            unread[index] = str(error)
-            return torch.zeros(3, *self.fit.square, dtype=torch.uint8)
+        found = [torch.zeros(3, *self.fit.square, dtype=torch.uint8)]
+        why = fault_of(self.dataset, index, lambda sample: found.append(self.fit(sample.image_3HW)))
+        if why is not None:
+            unread[index] = why
+        return found[-1]
 
 
 def _noted(groups: list[Group], unread: dict[int, str]) -> list[Group]:

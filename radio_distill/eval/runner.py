@@ -138,8 +138,10 @@ def _measure(suite: Suite, name: str, task: Task, opened: NamedModel, context: C
     side = task.size(context)
     own = Resize("exact", side).fit(opened.model).square[0] if side else side
     log.info("%s of %s%s", name, opened.label, f", which takes {own} px and not {side}" if own != side else "")
-    scores = task.run(opened, replace(context, files=files))
-    results = [_result(known, score, items=len(scored), side=task.size(context)) for score in scores]
+    left_out: dict[str, int] = {}
+    scores = list(task.run(opened, replace(context, files=files, left_out=left_out)))
+    items = len(scored) - left_out.get(f"{scored.name}/{scored.split}", 0)
+    results = [_result(known, s, items=items, left_out=sum(left_out.values()), side=task.size(context)) for s in scores]
     if context.ranks.rank == 0:
         append(out, results)
     if files is not None:
@@ -200,7 +202,7 @@ def _measure_cost(task: Task, opened: NamedModel, context: Context, out: Path) -
     append(out, costs)
 
 
-def _result(known: Mapping[str, Any], score: Score, *, items: int, side: int) -> Result:
+def _result(known: Mapping[str, Any], score: Score, *, items: int, left_out: int, side: int) -> Result:
     return Result(
         **known,
         metric=score.metric,
@@ -210,5 +212,5 @@ def _result(known: Mapping[str, Any], score: Score, *, items: int, side: int) ->
         headline=score.headline,
         resolution=side if score.side is None else score.side,
         count=items if score.scored is None else score.scored,
-        left_out=score.left_out,
+        left_out=left_out if score.left_out is None else score.left_out,
     )

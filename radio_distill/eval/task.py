@@ -8,16 +8,18 @@ from __future__ import annotations
 import logging
 import time
 from abc import abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from ..config.cards import Fields
+from ..config.numbers import Share
 from ..data.identity import Identity
 from ..errors import DataError
 from .features import ALONE, FeatureCache, Ranks
 from .progress import KEEPS_NOTHING, ProbeFiles, Progress
+from .usable import usable
 
 if TYPE_CHECKING:
     import torch
@@ -44,8 +46,8 @@ class Score(NamedTuple):
     """Number of items, where they are not those of the first data set."""
     side: int | None = None
     """Pixels that this number was measured at, where a task measures at several."""
-    left_out: int = 0
-    """Images of the task's data sets that could not be read and were left out."""
+    left_out: int | None = None
+    """Images of the task's data sets that could not be read and were left out; None: those that `Task.usable` has left out."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,10 @@ class Context:
     """Seconds between two savings of a probe."""
     files: ProbeFiles | None = None
     """Those of the task that is being measured."""
+    left_out: dict[str, int] = field(default_factory=dict, compare=False, repr=False)
+    """Of the task that is being measured: how many items of a data set (`ade20k/validation`) are left out."""
+    unusable: dict[str, dict[int, str]] = field(default_factory=dict, compare=False, repr=False)
+    """Bad items of data sets, looked for once an evaluation."""
     _identities: dict[tuple[Any, ...], Identity] = field(default_factory=dict, compare=False, repr=False)
 
     def progress(self, name: str) -> Progress:
@@ -122,12 +128,21 @@ class Task(Fields):
     """Name of the data set (datasets/registry.py)."""
     version: str = "1"
     """Version of the protocol; numbers of different versions are not comparable."""
+    max_bad: Share = 0.0
+    """Share of a data set's images that may be left out because they cannot be read; at 0 one of them fails the task."""
     reads_data: ClassVar[bool] = True
     """False: it needs no folder of data sets."""
 
     @abstractmethod
     def datasets(self, context: Context) -> Sequence[Dataset[Any]]:
         """All data sets, listed and checked, the scored one first. Raises DataError before anything is computed."""
+
+    def usable(self, context: Context, look: Callable[[Any], object] | None = None) -> Sequence[Dataset[Any]]:
+        """`datasets` without the items that cannot be read, or that `look` refuses (usable.py); for tasks that would stop at them.
+
+        All ranks call it alike. Raises DataError on all of them, naming the items, when they are more than `max_bad` allows.
+        """
+        return [usable(dataset, context, max_bad=self.max_bad, look=look) for dataset in self.datasets(context)]
 
     @abstractmethod
     def passes(self, context: Context) -> float:

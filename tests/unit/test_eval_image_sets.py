@@ -263,14 +263,14 @@ def test_images_that_cannot_be_read_fail_a_task_or_are_left_out_and_counted(
 
     knn, linear = measured().failures
     assert "knn of" in knn
-    assert "2 of 8 images of folder/val cannot be read: " in knn
+    assert "2 of 8 images of folder/val cannot be used: " in knn
     assert "rubbish.png is damaged or cannot be used (not an image: " in knn
     assert "empty.jpg is damaged" in knn
     assert "max_bad of the task" in linear
     outcome = measured("knn.max_bad=0.25", "linear.max_bad=0.25")
     assert outcome.failures == []
     assert [(r.task, r.value, r.count, r.left_out) for r in outcome.results] == [("knn", 100.0, 6, 3), ("linear", 100.0, 6, 3)]
-    assert "2 of 8 images of folder/val cannot be read: " in caplog.text
+    assert "2 of 8 images of folder/val cannot be used: " in caplog.text
     assert "knn: 3 images that cannot be read are left out, 6 are scored" in table(outcome.results)
 
 

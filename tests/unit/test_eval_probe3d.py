@@ -301,7 +301,9 @@ def test_views_of_the_toy_world_have_one_object_with_depth_and_normals():
 
 def test_pairs_with_too_few_points_are_named(context):
     task = Correspondence(kind="correspondence", dataset="navi_pairs", resolution=32, every=8, pairs=1)
-    message = r"toyworld, 72000/0@32: too few correspondences: the views have \d+ and \d+ points"
+    message = (
+        r"1 of 1 images of toyworld/val cannot be used: 72000/0@32: too few correspondences: the views have \d+ and \d+ points"
+    )
     with pytest.raises(DataError, match=message):
         scores(task, open_model("teacher:toy_dino"), context)
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from ...errors import DataError
 from .means import Means
 
-__all__ = ["CorrespondenceMeter", "Matches", "match", "errors"]
+__all__ = ["CorrespondenceMeter", "Matches", "check_points", "match", "errors"]
 
 
 class Matches(NamedTuple):
@@ -43,17 +43,23 @@ def match(
     Features are resized (bicubic) to the grid of points; only points with z > 0 take part. chunk: points of view 0 compared at
     once. Raises DataError when view 0 has fewer than `num` such points, or view 1 fewer than two.
     """
+    check_points(points_0_3HW, points_1_3HW, num)
     vectors_0, seen_0 = _seen(features_0_Chw, points_0_3HW)
     vectors_1, seen_1 = _seen(features_1_Chw, points_1_3HW)
-    if len(seen_0) < num or len(seen_1) < 2:
-        raise DataError(
-            f"too few correspondences: the views have {len(seen_0)} and {len(seen_1)} points with depth, expected at least "
-            f"{num} and 2; leave this pair out, use a finer grid, or lower the number of matches"
-        )
     nearest = [(part @ vectors_1.T).topk(2, dim=1) for part in vectors_0.split(chunk)]
     distance = (1 - torch.cat([n.values for n in nearest])).clamp(min=1e-9)
     best = (1 - distance[:, 0] / distance[:, 1]).topk(num).indices
     return Matches(seen_0[best], seen_1[torch.cat([n.indices[:, 0] for n in nearest])[best]])
+
+
+def check_points(points_0_3HW: Tensor, points_1_3HW: Tensor, num: int) -> None:
+    """Raise DataError when view 0 has fewer than `num` points with z > 0, or view 1 fewer than two."""
+    seen = [int((points[2] > 0).sum()) for points in (points_0_3HW, points_1_3HW)]
+    if seen[0] < num or seen[1] < 2:
+        raise DataError(
+            f"too few correspondences: the views have {seen[0]} and {seen[1]} points with depth, expected at least "
+            f"{num} and 2; leave this pair out, use a finer grid, or lower the number of matches"
+        )
 
 
 def errors(matches: Matches, pose_34: Tensor, intrinsics_33: Tensor) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from ...errors import DataError
 from .means import Means
 
-__all__ = ["PckMeter", "keypoint_errors"]
+__all__ = ["PckMeter", "check_rows", "keypoint_errors"]
 
 
 def keypoint_errors(
@@ -33,10 +33,7 @@ def keypoint_errors(
     index over the width of the grid, without a half-cell shift (the reference's rule). box_scale: longest side of the target's
     box over the longest side of its image. Raises DataError when the keypoints do not pair up.
     """
-    if keypoints_i_K3.shape != keypoints_j_K3.shape:
-        raise DataError(
-            f"{len(keypoints_i_K3)} keypoints in one image and {len(keypoints_j_K3)} in the other; they must pair up row by row"
-        )
+    check_rows(keypoints_i_K3, keypoints_j_K3)
     visible = (keypoints_i_K3[:, 2] > 0) & (keypoints_j_K3[:, 2] > 0)
     source = keypoints_i_K3[visible, :2].float() / image_size
     target = keypoints_j_K3[visible, :2].float() / image_size
@@ -46,6 +43,14 @@ def keypoint_errors(
     width = features_j.shape[-1]
     found = torch.stack([best % width, best // width], dim=1).float() / width
     return (found - target).norm(dim=1) / box_scale
+
+
+def check_rows(keypoints_i_K3: Tensor, keypoints_j_K3: Tensor) -> None:
+    """Raise DataError when the keypoints of two images do not pair up."""
+    if keypoints_i_K3.shape != keypoints_j_K3.shape:
+        raise DataError(
+            f"{len(keypoints_i_K3)} keypoints in one image and {len(keypoints_j_K3)} in the other; they must pair up row by row"
+        )
 
 
 class PckMeter:

@@ -6,6 +6,7 @@ Shapes: B images, C channels, h w cells, S side of the views.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 from itertools import pairwise
 from typing import Literal
 
@@ -13,12 +14,11 @@ import torch
 from torch import Tensor
 
 from ...config.numbers import Positive, Side
-from ...errors import DataError
 from ..datasets import open_dataset
 from ..datasets.base import Dataset
 from ..datasets.object_views import Sized, ViewPair
 from ..encode import Resize
-from ..metrics.correspondence import CorrespondenceMeter, errors, match
+from ..metrics.correspondence import CorrespondenceMeter, check_points, errors, match
 from ..metrics.means import Means
 from ..models import NamedModel
 from ..probes.batches import each_item
@@ -58,13 +58,10 @@ class Correspondence(Task):
         return 2.0 * len(self.datasets(context)[0])
 
     def run(self, opened: NamedModel, context: Context) -> Iterable[Score]:
-        (pairs,) = self.datasets(context)
+        (pairs,) = self.usable(context, partial(_check_pair, every=self.every, matches=self.matches))
         meter, by_angle = CorrespondenceMeter(), Means()
-        for number, pair in each_item(pairs, context):
-            try:
-                metres, pixels = self.errors_of(pair, self._maps(opened, pair, context))
-            except DataError as error:
-                raise DataError(f"{pairs.name}, {pairs.keys[number]}: {error}") from error
+        for _, pair in each_item(pairs, context):
+            metres, pixels = self.errors_of(pair, self._maps(opened, pair, context))
             meter.update(metres, pixels)
             by_angle.update({_bin(pair.pose_34): 100 * (metres < BIN_METRES).double()})
         meter.reduce()
@@ -76,7 +73,7 @@ class Correspondence(Task):
 
     def errors_of(self, pair: ViewPair, maps_2Chw: Tensor) -> tuple[Tensor, Tensor]:
         """Metres and pixels by which the best matches of a pair are off. Raises DataError when there are too few points."""
-        points = [view.points_3HW[:, :: self.every, :: self.every].to(maps_2Chw) for view in (pair.first, pair.second)]
+        points = [points.to(maps_2Chw) for points in _points(pair, self.every)]
         found = match(maps_2Chw[0], maps_2Chw[1], *points, num=self.matches)
         return errors(found, pair.pose_34.to(maps_2Chw), pair.second.intrinsics_33.to(maps_2Chw))
 
@@ -84,6 +81,15 @@ class Correspondence(Task):
         fit = Resize("exact", self.size(context)).fit(opened.model)
         images = torch.stack([fit(view.image_3HW) for view in (pair.first, pair.second)])
         return frozen_map(opened.model, images, context)
+
+
+def _points(pair: ViewPair, every: int) -> list[Tensor]:
+    """The points of both views, one pixel in `every`."""
+    return [view.points_3HW[:, ::every, ::every] for view in (pair.first, pair.second)]
+
+
+def _check_pair(pair: ViewPair, *, every: int, matches: int) -> None:
+    check_points(*_points(pair, every), matches)
 
 
 def _bin(pose_34: Tensor) -> str:

@@ -83,7 +83,7 @@ class Detection(Task):
         return float(self.steps * self.batch + len(self.datasets(context)[0]))
 
     def run(self, opened: NamedModel, context: Context) -> Iterable[Score]:
-        test, train = self.datasets(context)
+        test, train = self.usable(context)
         detector = self.fit_detector(opened, train, context)
         truth, found = _Rows([], []), []
         for sample, detections in self.detections(detector, opened, test, context):

@@ -16,10 +16,11 @@ from ..datasets.base import Dataset, Subset
 from ..datasets.keypoint_pairs import KeypointPair, SquareImage, images_of
 from ..datasets.object_views import Sized
 from ..encode import Resize, features_of
-from ..metrics.keypoints import PckMeter, keypoint_errors
+from ..metrics.keypoints import PckMeter, check_rows, keypoint_errors
 from ..metrics.means import Means
 from ..models import NamedModel
 from ..task import Context, Score, Task
+from ..usable import usable
 
 __all__ = ["Keypoints"]
 
@@ -70,13 +71,18 @@ class Keypoints(Task):
     def errors(
         self, opened: NamedModel, pairs: Dataset[KeypointPair], context: Context
     ) -> Iterator[tuple[KeypointPair, Tensor]]:
-        """This rank's pairs and the errors of their keypoints, in units of the object's size."""
-        chosen = [pairs[i] for i in range(context.ranks.rank, len(pairs), context.ranks.world)]
+        """This rank's pairs and the errors of their keypoints, in units of the object's size. Pairs with an image that may be left out
+        (`max_bad` of the images) are left out."""
+        usable_pairs = usable(pairs, context, max_bad=self.max_bad, look=_check_pair)
+        every = [usable_pairs[i] for i in range(len(usable_pairs))]
         side = self.size(context)
-        images = self._images(pairs)
+        images = self._images(usable_pairs)
         place = {whole: own for own, whole in enumerate(images.indices)}
-        with features_of(opened, images, Resize("exact", side), context) as features:
-            for pair in chosen:
+        with features_of(opened, images, Resize("exact", side), context, max_bad=self.max_bad) as features:
+            bad = {images.indices[i] for i in features.unread}
+            kept = [pair for pair in every if pair.first not in bad and pair.second not in bad]
+            context.left_out[f"{pairs.name}/{pairs.split}"] = len(pairs) - len(kept)
+            for pair in kept[context.ranks.rank :: context.ranks.world]:
                 first, second = features.maps([place[pair.first], place[pair.second]]).to(context.device)
                 points = (x.to(context.device) for x in (pair.keypoints_first_K3, pair.keypoints_second_K3))
                 yield pair, keypoint_errors(first, second, *points, image_size=side, box_scale=pair.box_scale)
@@ -85,3 +91,7 @@ class Keypoints(Task):
         """The images that the pairs are made of."""
         used = {number for i in range(len(pairs)) for number in (pairs[i].first, pairs[i].second)}
         return Subset(images_of(pairs), sorted(used))
+
+
+def _check_pair(pair: KeypointPair) -> None:
+    check_rows(pair.keypoints_first_K3, pair.keypoints_second_K3)

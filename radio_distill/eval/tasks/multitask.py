@@ -109,7 +109,7 @@ class MultitaskProbe(Task):
         return float(self.steps * self.batch + len(self.datasets(context)[0]))
 
     def run(self, opened: NamedModel, context: Context) -> Iterable[Score]:
-        test, train = self.datasets(context)
+        test, train = self.usable(context)
         heads = self.fit_heads(opened, train, context)
         pictures = MultitaskPictures(context, f"{self.dataset}_{opened.label}", self._outputs(test))
         yield from self.score(self.predictions(heads, opened, test, context), test, pictures)

@@ -19,7 +19,7 @@ from ...errors import DataError
 from ...network.student import Student
 from ...paths import data_path, expand
 from ..datasets.base import TOY, Dataset, Subset, open_dataset
-from ..datasets.instances import decode_mask
+from ..datasets.instances import InstanceSample, decode_mask
 from ..encode import precision
 from ..metrics.instances import instance_scores, mask_ious
 from ..metrics.means import Means
@@ -58,12 +58,13 @@ class SamMasks(Task):
         sam = SamDecoder.load(data_path("teachers") / "toy" / "sam_decoder" if toy else expand(self.decoder)).to(context.device)
         means = Means()
         pictures = Pictures(context, f"sam_{self.dataset}_{opened.label}")
-        for _, sample in each_item(self.datasets(context)[0], context):
+        (dataset,) = self.usable(context, _decode)
+        for _, sample in each_item(dataset, context):
             height, width = sample.image_3HW.shape[-2:]
             image = sam.prepare(sample.image_3HW, SAM_MEAN).to(context.device)
             embedding = sam.embedding(self._features(opened, image[None], context), opened.label)
             guess = sam.masks(embedding, sample.boxes_N4, (height, width))
-            truth = torch.stack([decode_mask(mask, height, width) for mask in sample.masks]).to(guess.device)
+            truth = _decode(sample).to(guess.device)
             means.update(instance_scores(mask_ious(guess, truth).cpu(), sample.areas_N))
             pictures.add_masks(sample.image_3HW, truth, guess)
         pictures.save()
@@ -88,3 +89,9 @@ class SamMasks(Task):
                     f"{', '.join(self.adaptors)}); name it as `adaptors` of this task, or leave the model out"
                 )
             return model.encode_adaptors(image)[chosen].features_BCHW.float()
+
+
+def _decode(sample: InstanceSample) -> Tensor:
+    """All masks of an image, bool (N, H, W)."""
+    height, width = sample.image_3HW.shape[-2:]
+    return torch.stack([decode_mask(mask, height, width) for mask in sample.masks])

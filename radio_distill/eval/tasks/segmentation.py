@@ -68,7 +68,7 @@ class Segmentation(Task):
         return float(self.steps * self.batch + len(self.datasets(context)[0]))
 
     def run(self, opened: NamedModel, context: Context) -> Iterable[Score]:
-        test, train = self.datasets(context)
+        test, train = self.usable(context)
         head = self.fit_head(opened, train, context)
         counts = Confusion(len(test.classes), device=context.device)
         pictures = Pictures(context, f"{self.dataset}_{opened.label}")

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from ...config.numbers import Share, Side
+from ...config.numbers import Side
 from ...errors import DataError
 from ..datasets.base import Dataset, Subset
 from ..encode import Resize, Rule, features_of
@@ -27,8 +27,6 @@ class SummaryTask(Task):
     """Side in pixels, of the short side or of a square (see `resize`)."""
     resize: Rule = "short_side"
     """How images become images of that size."""
-    max_bad: Share = 0.0
-    """Share of a data set's images that may be left out because they cannot be read; at 0 one of them fails the task."""
 
     def size(self, context: Context) -> int:
         return context.resolution or self.resolution
@@ -48,10 +46,6 @@ class SummaryTask(Task):
         try:
             return features_of(opened, dataset, resize, context, maps=False, half=True, max_bad=self.max_bad)
         except DataError as error:
-            if "cannot be read" in str(error):
-                raise DataError(
-                    f"{error}; copy them again, or allow for a share that is left out: max_bad of the task"
-                ) from None
             if "has no summary" not in str(error):
                 raise
             raise DataError(

@@ -165,7 +165,7 @@ class Depth(SurfaceTask):
         return depth_loss(probe(batch.features, batch.size), batch.depth_B1SS, version=self.version)
 
     def run(self, opened: NamedModel, context: Context) -> Iterable[Score]:
-        test, train = self.datasets(context)
+        test, train = self.usable(context)
         read = self._read(opened)
         pictures = self._pictures(opened, context)
         meter = DepthMeter()
@@ -195,7 +195,7 @@ class Normals(SurfaceTask):
         return angular_loss(probe(batch.features, batch.size), batch.normals_B3SS, batch.depth_B1SS > 0)
 
     def run(self, opened: NamedModel, context: Context) -> Iterable[Score]:
-        test, train = self.datasets(context)
+        test, train = self.usable(context)
         read = self._read(opened)
         pictures = self._pictures(opened, context)
         meter = NormalsMeter()

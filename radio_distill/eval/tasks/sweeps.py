@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -94,14 +95,17 @@ class FeatureSweep(Sweep):
 
     def run(self, opened: NamedModel, context: Context) -> Iterable[Score]:
         (dataset,) = self.datasets(context)
-        with features_of(opened, dataset, Resize("centre_crop", self.reference), context) as reference:
+        features_at = partial(features_of, opened, dataset, context=context, max_bad=self.max_bad)
+        with features_at(Resize("centre_crop", self.reference)) as reference:
             for side, own in distinct(opened, self.sides):
-                with features_of(opened, dataset, Resize("centre_crop", side), context) as features:
+                with features_at(Resize("centre_crop", side)) as features:
                     assert features.map_shape is not None
                     error, grid = 0.0, (features.map_shape[1], features.map_shape[2])
                     moments = Moments(features.map_shape[0])
-                    for first in range(0, len(dataset), PART):
-                        part = range(first, min(first + PART, len(dataset)))
+                    readable = [i for i in reference.readable if i not in features.unread]
+                    context.left_out[f"{dataset.name}/{dataset.split}"] = len(dataset) - len(readable)
+                    for first in range(0, len(readable), PART):
+                        part = readable[first : first + PART]
                         target = resize_map(reference.maps(part), grid)
                         error += (features.maps(part) - target).double().square().sum().item()
                         moments.update(target)
