@@ -16,7 +16,7 @@ from torch import Tensor
 from ..align import resize_map
 from ..config.recipe import Source
 from ..errors import DataError
-from .decode import BadImage, Scratch, decode, read_header
+from .decode import MAX_PIXELS, BadImage, Scratch, decode, read_header
 from .files import is_image
 from .identity import digest
 from .reading import ShardError, read_shard
@@ -27,8 +27,6 @@ __all__ = ["TOY", "HeldOut"]
 TOY = "toy"
 SCENES_SEED = 73_000
 """Far from the seeds that training data, toy teachers and the toy suite are made with."""
-
-MAX_PIXELS = 1 << 28
 
 
 class HeldOut:

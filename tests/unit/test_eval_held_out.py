@@ -2,6 +2,7 @@
 
 import io
 import tarfile
+import zlib
 
 import pytest
 import torch
@@ -61,3 +62,14 @@ def test_too_few_images_and_bad_ones_are_told(tmp_path):
     (tmp_path / "b.png").write_bytes(b"no image")
     with pytest.raises(DataError, match=r"b\.png of .* cannot be used .*not an image"):
         HeldOut(str(tmp_path), 2).images(0, 2, 4)
+
+
+def test_the_limit_of_pixels_is_that_of_every_other_image(tmp_path):
+    claims = bytearray()
+    photo("red").save(data := io.BytesIO(), "png")
+    claims += data.getvalue()
+    claims[16:24] = (20_000).to_bytes(4, "big") + (5_001).to_bytes(4, "big")  # the header alone says so
+    claims[29:33] = zlib.crc32(claims[12:29]).to_bytes(4, "big")
+    (tmp_path / "a.png").write_bytes(claims)
+    with pytest.raises(DataError, match=r"a.png of .* \(too large: 20000 x 5001 pixels, the limit is 100000000"):
+        HeldOut(str(tmp_path), 1).images(0, 1, 8)

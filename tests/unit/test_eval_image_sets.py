@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import tarfile
 from pathlib import Path
 
@@ -142,6 +143,7 @@ def test_imagenet_as_webdataset_shards(tmp_path: Path) -> None:
     write_tar(place / "imagenet1k-validation-01.tar", {"c.cls": b"999", "c.json": b"{}", "c.jpg": jpeg()})
     val = labelled("imagenet1k", "val", tmp_path)
     assert labels_of(val).tolist() == [12, 7, 999]
+    assert val.notes == ["left out: 1 .json (imagenet1k-validation-01.tar: c.json)"]
     assert val[1].label == 7
     assert val[1].image_3HW[0].float().mean() > 240
 
@@ -173,6 +175,11 @@ def test_coco_captions_are_read(tmp_path: Path) -> None:
     assert list(captions_of(test)) == [("a cat",), ("a dog", "dog, running")]
     assert test[1].captions[0] == "a dog"
     assert captions_of(test.limited(1)) == [("a cat",)]
+    (tmp_path / "coco" / "val2014" / "spare.jpg").write_bytes(b"")
+    os.utime(tmp_path / "coco" / "coco_test_karpathy.json", ns=(1, 1))
+    assert open_dataset("coco_karpathy", "test", tmp_path, kind="captioned").notes == [
+        "left out: 1 images that coco_test_karpathy.json does not list for test (spare.jpg)"
+    ]
 
 
 def test_captions_that_do_not_fit_are_told(tmp_path: Path) -> None:

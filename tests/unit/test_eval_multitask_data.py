@@ -107,6 +107,10 @@ def test_pascal_context_takes_masks_of_either_folder_and_nobody_without_parts(pa
     targets = open_dataset("pascal_context", "val", pascal, kind="multitask")[1].targets
     assert targets["semseg"][0, 1, 0] == 15
     assert not targets["parsing"].any()
+    (pascal / "PASCALContext" / "JPEGImages" / "2009.jpg").write_bytes(b"")
+    assert open_dataset("pascal_context", "val", pascal, kind="multitask").notes == [
+        "left out: 1 images that val.txt does not list (JPEGImages/2009.jpg)"
+    ]
 
 
 def test_the_parts_of_pascal_are_the_24_of_a_person_in_six_groups() -> None:

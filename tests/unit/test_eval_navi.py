@@ -58,6 +58,13 @@ def test_lists_are_sorted_every_fourth_view_counts_and_objects_without_a_wild_se
     assert views(root).keys == ["a_object/wild_set/000@32", "a_object/wild_set/004@32", "b_object/wild_set/003@32"]
     train = ["a_object/multiview_00_pixel_5/000@32", "b_object/multiview_00_pixel_5/001@32"]
     assert views(root, "train").keys == train
+    for name in ("thumb_1.png", "000_small.jpg"):
+        (root / "navi_v1" / "a_object" / "wild_set" / "images" / name).write_bytes(b"")
+    assert views(root).notes == [
+        "left out: 2 images that are no view (a_object/wild_set/images/000_small.jpg), "
+        "1 objects without a wild_set or a multiview_* (no_wild_set)",
+        "one view in 4 is kept, of 10, as published",
+    ]
 
 
 def test_a_view_has_the_depth_of_the_file_and_is_cut_to_the_object(root):

@@ -281,3 +281,24 @@ def test_the_toy_world_has_both_kinds_of_samples() -> None:
         assert mask[box[1] : box[3], box[0] : box[2]].sum() == area
         assert mask[box[1]].any()
         assert mask[:, box[2] - 1].any()
+
+
+def test_what_is_not_read_is_counted_with_an_example(ade: Path, voc: Path, coco: Path) -> None:
+    ade_base, voc_base = ade / "ADEChallengeData2016", voc / "VOCdevkit" / "VOC2012"
+    jpeg(ade_base / "images" / "training" / "extra.JPG")
+    (ade_base / "images" / "training" / "._ADE_train_00000001.jpg").write_bytes(b"")
+    png(ade_base / "annotations" / "training" / "alone.png", np.ones((16, 24)))
+    assert Ade20k(ade, "training").notes == [
+        "left out: 1 annotations without an image (annotations/training/alone.png), "
+        "1 hidden (images/training/._ADE_train_00000001.jpg), 1 images that are no .jpg (images/training/extra.JPG)"
+    ]
+    (voc_base / "JPEGImages" / "phone.heic").write_bytes(b"")
+    assert Voc2012(voc, "val").notes == [
+        "left out: 2 images that val.txt does not list (JPEGImages/2007_000032.jpg), "
+        "1 .heic, which is an image format that is not read: convert them (JPEGImages/phone.heic)"
+    ]
+    jpeg(coco / "val2017" / "000000000077.jpg")
+    assert CocoInstances(coco, "val2017").notes == [
+        "left out: 1 images that instances_val2017.json does not list (000000000077.jpg)",
+        "2 images without an object (000000000004.jpg): nothing is trained on them",
+    ]

@@ -66,6 +66,9 @@ def test_pairs_come_class_by_class_and_share_their_images(root):
     ]
     assert [key[:3] for key in data.keys] == ["bus", "bus", "cat", "cat"]
     assert len(images_of(data.limited(1))) == 4
+    assert data.notes == []
+    (root / "SPair-71k" / "JPEGImages" / "cat" / "spare.jpg").write_bytes(b"")
+    assert pairs(root).limited(1).notes == ["left out: 1 images of no pair of test (JPEGImages/cat/spare.jpg)"]
 
 
 def test_keypoints_and_boxes_follow_the_padding_to_a_square(root):
@@ -88,6 +91,7 @@ def test_at_most_200_pairs_of_a_class_are_drawn_and_always_the_same(tmp_path):
         write_pair(folder, i, "cow", "a", "b", (20, 20))
     data = pairs(tmp_path)
     assert len(data) == 200
+    assert data.notes == ["200 of 203 pairs: at most 200 of a class, as published"]
     assert [p.viewpoint for p in data.pairs] == [p.viewpoint for p in pairs(tmp_path).pairs]
     assert [p.viewpoint for p in data.pairs] != sorted(p.viewpoint for p in data.pairs)
 

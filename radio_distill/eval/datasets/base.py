@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
+from functools import lru_cache
 from itertools import chain
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from ...config.messages import did_you_mean
+from ...data.files import LeftOut, list_folder
 from ...data.identity import Identity, identify
 from ...errors import DataError
 from ...loaders import check_call, import_named, is_named
 from .registry import READERS, TOY_READERS
 
-__all__ = ["TOY", "Dataset", "Subset", "missing", "open_dataset"]
+__all__ = ["TOY", "Dataset", "Subset", "missing", "not_read", "notes_of", "open_dataset", "tell"]
 
 S = TypeVar("S")
+
+log = logging.getLogger(__name__)
 
 TOY = "toy"
 """The root that stands for generated scenes."""
@@ -114,6 +119,35 @@ def missing(path: Path, *, dataset: str, layout: str, source: str) -> DataError:
     """The error of a path that is not there: what was looked for, how the data set should lie, where users get it."""
     lines = "\n  ".join(layout.strip().splitlines())
     return DataError(f"{dataset}: {path} is missing; expected\n  {lines}\nunder the folder given as --data. {source}")
+
+
+def not_read(folder: Path, used: Container[str], why: str, *, root: Path | None = None) -> LeftOut:
+    """What lies below a folder of images and is not read, by reason: images that are not among `used` (paths below the folder) for the
+    reason `why`; examples are paths below `root` (else below the folder)."""
+    found, left_out = list_folder(folder), LeftOut()
+    prefix = "" if root is None else f"{folder.relative_to(root).as_posix()}/"
+    for reason, count in found.left_out.counts.items():
+        left_out.add(reason, prefix + found.left_out.examples[reason], count)
+    spare = [name for name in found.images if name not in used]
+    for reason, names in ((why, spare), ("tars, which are not unpacked", found.tars)):
+        if names:
+            left_out.add(reason, prefix + names[0], len(names))
+    return left_out
+
+
+def notes_of(dataset: Dataset[Any], left_out: LeftOut) -> list[str]:
+    """The note about what was left out, logged once: as a warning where images may be among it."""
+    if not left_out:
+        return []
+    note = f"left out: {left_out}"
+    tell(f"{dataset.name}/{dataset.split}: {note}", logging.WARNING if left_out.has_images else logging.INFO)
+    return [note]
+
+
+@lru_cache(maxsize=256)
+def tell(text: str, level: int) -> None:
+    """Log a line once, however often the set is opened."""
+    log.log(level, "%s", text)
 
 
 def _reader(place: str) -> Callable[..., Dataset[Any]]:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ...errors import DataError
 from ...toyworld import ToySample, sample_scene
-from .base import Dataset, Subset, missing
+from .base import Dataset, Subset, missing, not_read, notes_of
 from .pixels import decode_rgb
 from .toy import ToyDataset, toy_image
 
@@ -63,6 +63,7 @@ class CaptionFile(Captioned):
         absent = [file for file, _ in self._items if not (folder / file).is_file()]
         if absent:
             raise DataError(f"{name}: {len(absent)} of {len(captions)} images are missing, the first is {folder / absent[0]}")
+        self.notes = notes_of(self, not_read(folder, captions, f"images that {table.name} does not list for {split}"))
 
     @property
     def keys(self) -> Sequence[str]:

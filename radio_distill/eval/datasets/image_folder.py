@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
 from pathlib import Path
 
-from ...data.files import IMAGE_SUFFIXES, Found, LeftOut, list_folder
+from ...data.files import IMAGE_SUFFIXES, list_folder
 from ...errors import DataError
-from .base import missing
+from .base import missing, not_read, notes_of, tell
 from .pixels import decode_rgb
 from .samples import Labelled, LabelledImage
 
-__all__ = ["ImageFolder", "split_folder", "tell"]
-
-log = logging.getLogger(__name__)
+__all__ = ["ImageFolder", "split_folder"]
 
 _SUFFIXES = ", ".join(sorted(IMAGE_SUFFIXES))
 
@@ -38,9 +35,10 @@ class ImageFolder(Labelled):
         self.classes = found.folders if train == self._root else list_folder(train).folders
         self._files = tuple(file for file in found.images if "/" in file)
         self._check(train)
-        self.notes = _notes(found, self._files, found.folders)
-        for note in self.notes:
-            tell(f"{name}/{split}: {note}", logging.WARNING if found.left_out.has_images else logging.INFO)
+        self.notes = notes_of(self, not_read(self._root, set(self._files), "images beside the folders of classes"))
+        if empty := sorted(set(found.folders) - {file.partition("/")[0] for file in self._files}):
+            self.notes.append(f"{len(empty)} classes without images ({empty[0]})")
+            tell(f"{name}/{split}: {self.notes[-1]}", logging.INFO)
         self._label: Mapping[str, int] = {of_class: i for i, of_class in enumerate(self.classes)}
 
     def _check(self, train: Path) -> None:
@@ -76,23 +74,6 @@ class ImageFolder(Labelled):
 def split_folder(root: Path, split: str) -> Path | None:
     """The folder of a split under one of its names; None when there is none."""
     return next((root / name for name in ALIASES.get(split, (split,)) if (root / name).is_dir()), None)
-
-
-def _notes(found: Found, files: Sequence[str], classes: Sequence[str]) -> list[str]:
-    left_out = found.left_out + LeftOut()
-    loose = [file for file in found.images if "/" not in file]
-    for what, names in (("images beside the folders of classes", loose), ("tars, which are not unpacked", found.tars)):
-        if names:
-            left_out.add(what, names[0], len(names))
-    empty = sorted(set(classes) - {file.partition("/")[0] for file in files})
-    notes = [f"left out: {left_out}"] if left_out else []
-    return notes + ([f"{len(empty)} classes without images ({empty[0]})"] if empty else [])
-
-
-@lru_cache(maxsize=256)
-def tell(text: str, level: int) -> None:
-    """Once, however often the set is opened."""
-    log.log(level, "%s", text)
 
 
 def _not_there(path: Path) -> Path:

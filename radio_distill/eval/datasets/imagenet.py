@@ -10,11 +10,11 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from ...data.files import is_hidden, list_folder
+from ...data.files import LeftOut, is_hidden, list_folder
 from ...data.identity import stamps
 from ...errors import DataError
-from .base import missing
-from .image_folder import ImageFolder, split_folder, tell
+from .base import missing, notes_of, tell
+from .image_folder import ImageFolder, split_folder
 from .imagenet_labels import CLASSES, class_names, labels_of_names, wnids
 from .imagenet_parquet import ParquetPlace, places_in_parquet
 from .imagenet_shards import ShardPlace, places_in_shards
@@ -102,13 +102,19 @@ class Packed(Labelled):
     name = "imagenet1k"
 
     def __init__(
-        self, split: str, tables: Sequence[Path], places: Sequence[ParquetPlace] | Sequence[ShardPlace], labels: Sequence[int]
+        self,
+        split: str,
+        tables: Sequence[Path],
+        places: Sequence[ParquetPlace] | Sequence[ShardPlace],
+        labels: Sequence[int],
+        left_out: LeftOut,
     ) -> None:
         self.split, self.tables, self._places, self._labels = split, tables, places, labels
         self.classes, self.complete = class_names(), len(labels) == COUNTS[split]
         for place, label in zip(places, labels):
             if not 0 <= label < CLASSES:
                 raise DataError(f"{place}: label {label}, expected 0 to {CLASSES - 1}; this is not ImageNet-1k's {split}")
+        self.notes = notes_of(self, left_out)
 
     @property
     def keys(self) -> Sequence[str]:

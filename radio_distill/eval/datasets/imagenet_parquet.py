@@ -8,6 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ...data.files import LeftOut
 from ...errors import DataError
 from .imagenet_labels import CLASSES, check_order, labels_of_names
 
@@ -36,8 +37,13 @@ class ParquetPlace(NamedTuple):
 
 
 @lru_cache(maxsize=4)
-def places_in_parquet(files: tuple[Path, ...], stamps: tuple[tuple[int, int], ...]) -> tuple[list[ParquetPlace], list[int]]:
-    """Where every image lies, and its label; read once a process as long as the files' `stamps` stay. Raises DataError."""
+def places_in_parquet(
+    files: tuple[Path, ...], stamps: tuple[tuple[int, int], ...]
+) -> tuple[list[ParquetPlace], list[int], LeftOut]:
+    """Where every image lies, its label, and what is left out (nothing); read once a process as long as the files' `stamps` stay.
+
+    Raises DataError.
+    """
     places, labels = list[ParquetPlace](), list[int]()
     for path in files:
         file = _opened(path)
@@ -46,7 +52,7 @@ def places_in_parquet(files: tuple[Path, ...], stamps: tuple[tuple[int, int], ..
             found = file.read_row_group(group, columns=["label"])["label"].to_pylist()
             places += [ParquetPlace(path, group, i) for i in range(len(found))]
             labels += found if label is None else [label[i] for i in found]
-    return places, labels
+    return places, labels, LeftOut()
 
 
 def _labels(schema: Any, path: Path) -> Sequence[int] | None:

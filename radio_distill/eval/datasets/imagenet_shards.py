@@ -7,6 +7,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
+from ...data.files import LeftOut
 from ...data.names import is_image_suffix, name_of
 from ...data.tar import LocalTar
 from ...errors import DataError
@@ -37,9 +38,15 @@ class ShardPlace(NamedTuple):
 
 
 @lru_cache(maxsize=4)
-def places_in_shards(files: tuple[Path, ...], stamps: tuple[tuple[int, int], ...]) -> tuple[list[ShardPlace], list[int]]:
-    """Where every image lies, and its label; read once a process as long as the files' `stamps` stay. Raises DataError."""
-    found = [_read(path) for path in files]
+def places_in_shards(
+    files: tuple[Path, ...], stamps: tuple[tuple[int, int], ...]
+) -> tuple[list[ShardPlace], list[int], LeftOut]:
+    """Where every image lies, its label, and what is in the tars besides; read once a process as long as the files' `stamps` stay.
+
+    Raises DataError.
+    """
+    left_out = LeftOut()
+    found = [_read(path, left_out) for path in files]
     places = [place for images, _ in found for place in images.values()]
     classes = [classes[key] for images, classes in found for key in images]
     if all(text.isdecimal() for text in classes):
@@ -50,11 +57,11 @@ def places_in_shards(files: tuple[Path, ...], stamps: tuple[tuple[int, int], ...
         labels = [of[text] for text in classes]
     for place, label in zip(places, labels):
         _check_wnid(place, label)
-    return places, labels
+    return places, labels, left_out
 
 
-def _read(path: Path) -> tuple[dict[str, ShardPlace], dict[str, str]]:
-    """Images of a shard and what their .cls say, by the key of the sample."""
+def _read(path: Path, left_out: LeftOut) -> tuple[dict[str, ShardPlace], dict[str, str]]:
+    """Images of a shard and what their .cls say, by the key of the sample; other members are counted in `left_out`."""
     tar = LocalTar(str(path))
     images: dict[str, ShardPlace] = {}
     classes: dict[str, str] = {}
@@ -62,6 +69,7 @@ def _read(path: Path) -> tuple[dict[str, ShardPlace], dict[str, str]]:
         for member, start, size in tar.places():
             name = name_of(member)
             if name is None or not (name.suffix == "cls" or is_image_suffix(name.suffix)):
+                left_out.add("hidden or without an ending" if name is None else f".{name.suffix}", f"{path.name}: {member}")
                 continue
             if name.key in (classes if name.suffix == "cls" else images):
                 raise DataError(f"{path}: {name.key} is there twice; give every sample a name of its own")

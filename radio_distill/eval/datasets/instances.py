@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ...errors import DataError, RadioDistillError
 from ...toyworld import CLASSES, ToySample
-from .base import Dataset, missing
+from .base import Dataset, missing, not_read, notes_of
 from .pixels import read_rgb
 from .toy import ToyDataset, toy_image
 
@@ -167,6 +167,10 @@ class CocoInstances(Dataset[InstanceSample]):
         lost = [name for name in names if name not in there and not (self.images / name).is_file()]
         if lost:
             raise DataError(f"COCO 2017: {len(lost)} of {len(self._rows)} images are not in {self.images} ({lost[0]}, ...)")
+        self.notes = notes_of(self, not_read(self.images, set(names), f"images that {self.file.name} does not list"))
+        without = sorted({*range(len(names))} - {*self.annotated(crowds=False)})
+        if without:
+            self.notes.append(f"{len(without)} images without an object ({names[without[0]]}): nothing is trained on them")
 
     @property
     def keys(self) -> Sequence[str]:

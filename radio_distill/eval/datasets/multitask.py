@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ...errors import DataError
-from .base import Dataset, missing
+from .base import Dataset, missing, not_read, notes_of
 from .pixels import check_size
 
 __all__ = ["FILL", "Multitask", "MultitaskFolder", "MultitaskSample", "plane", "vectors"]
@@ -49,7 +49,7 @@ class MultitaskFolder(Multitask):
     """Folder with the lists of names, under `base`."""
     layout: str
     folders: Mapping[str, str]
-    """Folder under `base` -> suffix of its files; every image has a file in each."""
+    """Folder under `base` -> suffix of its files; every image has a file in each. That of the images comes first."""
 
     def __init__(self, root: Path, split: str) -> None:
         """split: `train` or `val`. Raises DataError for what is missing."""
@@ -64,6 +64,11 @@ class MultitaskFolder(Multitask):
             raise DataError(f"{self.title}: {listed} lists no images; unpack the archive again")
         for folder, suffix in self.folders.items():
             self._check(self._keys, self.root / folder, suffix)
+        photos, suffix = next(iter(self.folders.items()))
+        used = {f"{key}{suffix}" for key in self._keys}
+        self.notes = notes_of(
+            self, not_read(self.root / photos, used, f"images that {split}.txt does not list", root=self.root)
+        )
 
     @property
     def keys(self) -> Sequence[str]:

@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ...data.files import is_hidden, stems
+from ...data.files import LeftOut, is_hidden, stems
 from ...errors import DataError
-from .base import S, missing
+from .base import S, missing, not_read, notes_of
 from .navi_files import COPY, Camera, of_view, read_camera, read_photograph
 from .object_views import ObjectView, Sized, ViewPair, crop_to_object, relative_pose
 
@@ -71,6 +71,19 @@ class _Navi(Sized[S]):
         if not self.places:
             place = self.root / "*" / ("wild_set" if split == "test" else "multiview_*") / "images" / "*.jpg"
             raise missing(place, dataset="navi", layout=LAYOUT, source=SOURCE)
+        self.notes = notes_of(self, self._left_out(sorted(found.keys() - objects.keys())))
+        self.notes.append(f"one view in {EVERY} is kept, of {len(self.all_places):,}, as published")
+
+    def _left_out(self, objects: list[str]) -> LeftOut:
+        left_out = LeftOut()
+        if objects:
+            left_out.add("objects without a wild_set or a multiview_*", objects[0], len(objects))
+        used: dict[tuple[str, str], set[str]] = {}
+        for place in self.all_places:
+            used.setdefault(place[:2], set()).update((f"{place.view}.jpg", f"{COPY}{place.view}.jpg"))
+        for (of, collection), names in used.items():
+            left_out += not_read(self.root / of / collection / "images", names, "images that are no view", root=self.root)
+        return left_out
 
     def _views(self, object: str, collection: str) -> list[str]:
         """Numbers of the views of a collection; all have a depth map and a camera."""

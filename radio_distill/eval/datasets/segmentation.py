@@ -17,7 +17,7 @@ from ...errors import DataError
 from ...toyworld import SEGMENT_NAMES, ToySample
 from ..metrics.checks import known_labels
 from ..metrics.segmentation import IGNORE, labels_from_raw
-from .base import Dataset, missing
+from .base import Dataset, missing, not_read, notes_of
 from .pixels import read_labels, read_rgb
 from .toy import ToyDataset, toy_image
 
@@ -68,6 +68,9 @@ class Ade20k(Dataset[SegmentationSample]):
         images, labelled = set(stems(self.images, ".jpg")), set(stems(self.annotations, ".png"))
         _check_pairs("ADE20k", self.images, images, labelled)
         self._keys = sorted(images)
+        photos = not_read(self.images, {f"{key}.jpg" for key in images}, "images that are no .jpg", root=base)
+        maps = not_read(self.annotations, {f"{key}.png" for key in images}, "annotations without an image", root=base)
+        self.notes = notes_of(self, photos + maps)
 
     @property
     def keys(self) -> Sequence[str]:
@@ -108,6 +111,10 @@ class Voc2012(Dataset[SegmentationSample]):
         wanted = set(self._keys)
         _check_pairs("VOC2012", self.base / "JPEGImages", wanted, images)
         _check_pairs("VOC2012", self.base / "SegmentationClass", wanted, wanted & labelled)
+        unlisted = f"images that {split}.txt does not list"
+        self.notes = notes_of(
+            self, not_read(self.base / "JPEGImages", {f"{key}.jpg" for key in wanted}, unlisted, root=self.base)
+        )
 
     @property
     def keys(self) -> Sequence[str]:

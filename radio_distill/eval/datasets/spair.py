@@ -21,7 +21,7 @@ from torchvision.transforms.v2.functional import InterpolationMode, resize
 
 from ...data.files import stems
 from ...errors import DataError
-from .base import Dataset, missing
+from .base import Dataset, missing, not_read, notes_of
 from .keypoint_pairs import KeypointPair, KeypointPairs, SquareImage
 from .object_views import Sized
 from .pixels import read_rgb
@@ -67,6 +67,12 @@ class SPair(KeypointPairs):
             for path in self._files(category, name):
                 if not path.is_file():
                     raise missing(path, dataset="spair71k", layout=LAYOUT, source=SOURCE)
+        used = {f"{category}/{name}.jpg" for category, name in self.paths}
+        self.notes = notes_of(self, not_read(self.root / "JPEGImages", used, f"images of no pair of {split}", root=self.root))
+        if len(self.pairs) < len(pairs):
+            self.notes.append(
+                f"{len(self.pairs):,} of {len(pairs):,} pairs: at most {PAIRS_PER_CLASS} of a class, as published"
+            )
 
     @property
     def keys(self) -> Sequence[str]:
