@@ -1,10 +1,10 @@
 """The losses: pure functions of predictions and targets, in float32 whatever the autocast around them.
 
 All return sums and counts per image, never a mean: the caller divides by the count over all ranks, so that masks, uneven
-batches and the number of ranks do not change the gradient. `feature_loss` and `summary_loss` are what the rows of
+batches and the number of ranks do not change the gradient. `feature_loss`, `summary_loss` and `relation_loss` are what the rows of
 config/terms.py name; a further term is a function beside them and a row there.
 
-Shapes: B batch, C channels, H W grid, T teachers.
+Shapes: B batch, N batches of all ranks, C channels, H W grid, T teachers.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ from torch import Tensor
 
 from .balance.balancer import Balancer
 from .balance.dispersion import angle
-from .config.recipe import FeatureLoss, Recipe
+from .config.recipe import FeatureLoss, Recipe, Relation
 from .config.terms import Term, terms_of
 from .errors import RecipeError
 from .loaders import check_call, import_named
 from .seeded import uniform
+from .tensors import Rows, own_rows
 
 __all__ = [
     "AdaLoss",
@@ -36,6 +37,7 @@ __all__ = [
     "fidelity_sums",
     "load_terms",
     "mesa_terms",
+    "relation_loss",
     "summary_loss",
     "summary_terms",
 ]
@@ -54,6 +56,8 @@ class Pair(NamedTuple):
     """bool: which positions the teacher saw (`data.shift_std`); None: all, and for summaries."""
     balancer: Balancer
     """Of the teacher: `inverse` gives its own units."""
+    gather: Callable[[Tensor], Rows] = own_rows
+    """Gives the rows (B, ...) of all ranks that run this forward, without gradients. A collective: every rank calls it alike."""
 
 
 LossFunction = Callable[..., Tensor]
@@ -97,6 +101,34 @@ def feature_loss(pair: Pair, spec: FeatureLoss) -> Tensor:
 def summary_loss(pair: Pair, kind: Literal["cosine", "angle"]) -> Tensor:
     """`summary_terms` of a pair, (B,)."""
     return summary_terms(pair.pred, pair.target, kind, pair.balancer.dispersion)
+
+
+def relation_loss(pair: Pair, spec: Relation) -> Tensor:
+    """How far the distances of each image to all others are from the teacher's, (B,): smooth-L1, the mean over the others.
+
+    Others are the N - 1 images of the same forward on all ranks. Distances are Euclidean, divided by their mean over all pairs, so
+    that scale and rotation of either space do not matter; both means, and the median that divides near from far, are constants to
+    the gradient. Of the sum over all images the gradient is exact on any number of ranks. Zero for a single image.
+    Source: RKD (arXiv:1904.05068, eq. 5); with `gate: near_far` ARKD (SigLino, arXiv:2512.20157).
+    """
+    (preds_NC, start), (targets_NC, _) = pair.gather(pair.pred), pair.gather(pair.target)
+    count, own = len(preds_NC), slice(start, start + len(pair.pred))
+    if count < 2:
+        return pair.pred.sum(1) * 0
+    pred_BN = _distances(pair.pred, preds_NC) / _mean_distance(_distances(preds_NC, preds_NC))
+    target_NN = _distances(targets_NC, targets_NC)
+    target_NN = target_NN / _mean_distance(target_NN)
+    difference_BN = pred_BN - target_NN[own]
+    if spec.gate == "near_far":
+        pairs = ~torch.eye(count, dtype=torch.bool, device=target_NN.device)
+        near_BN = target_NN[own] < _median_of(target_NN, pairs)
+        difference_BN = torch.where(near_BN, difference_BN.clamp(min=0), difference_BN.clamp(max=0))
+    value_B = F.smooth_l1_loss(difference_BN, torch.zeros_like(difference_BN), reduction="none", beta=spec.beta).sum(1) / (
+        count - 1
+    )
+    return value_B + (
+        value_B - value_B.detach()
+    )  # a pair stands in the rows of both its images, of which this one has a gradient
 
 
 def feature_terms(pred_BCHW: Tensor, target_BCHW: Tensor, mask_B1HW: Tensor | None, spec: FeatureLoss) -> tuple[Tensor, Tensor]:
@@ -209,6 +241,24 @@ def _sum_positions(loss_BHW: Tensor, mask_B1HW: Tensor | None) -> tuple[Tensor, 
         return loss_BHW.sum((1, 2)), loss_BHW.new_full((len(loss_BHW),), positions)
     mask_BHW = mask_B1HW[:, 0]
     return torch.where(mask_BHW, loss_BHW, 0).sum((1, 2)), mask_BHW.sum((1, 2)).float()
+
+
+def _distances(a_BC: Tensor, b_NC: Tensor) -> Tensor:
+    """(B, N), by differences: the squares of near vectors' norms would cancel."""
+    return torch.cdist(a_BC, b_NC, compute_mode="donot_use_mm_for_euclid_dist")
+
+
+def _mean_distance(distances_NN: Tensor) -> Tensor:
+    """Over all pairs of two images, ()."""
+    count = len(distances_NN)
+    return (distances_NN.sum() / (count * (count - 1))).clamp(min=EPS)
+
+
+def _median_of(distances_NN: Tensor, pairs_NN: Tensor) -> Tensor:
+    """Over all pairs, (): the lower of the two in the middle. The diagonal is sorted behind everything."""
+    values = torch.where(pairs_NN, distances_NN, torch.inf).flatten().sort().values
+    count = len(distances_NN)
+    return values[(count * (count - 1) - 1) // 2]
 
 
 def _unit(x: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -17,7 +18,25 @@ from torch import Tensor
 
 from .errors import CheckpointError
 
-__all__ = ["all_reduce", "broadcast", "non_finite", "refuse_non_finite", "row_major", "save_tensors"]
+__all__ = [
+    "Rows",
+    "all_reduce",
+    "broadcast",
+    "gather_rows",
+    "non_finite",
+    "own_rows",
+    "refuse_non_finite",
+    "row_major",
+    "save_tensors",
+]
+
+
+class Rows(NamedTuple):
+    """The rows of all ranks of a group, in their order."""
+
+    all_NC: Tensor
+    start: int
+    """Where this rank's own begin."""
 
 
 def row_major(x: Tensor) -> Tensor:
@@ -33,6 +52,19 @@ def broadcast(x: Tensor, group: dist.ProcessGroup | None = None) -> None:
 def all_reduce(x: Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM, group: dist.ProcessGroup | None = None) -> None:
     """Replace `x` by its sum (or what `op` says) over the ranks of the group. A collective, as `broadcast`."""
     _in_place(x, lambda packed: dist.all_reduce(packed, op, group=group))
+
+
+def own_rows(x: Tensor) -> Rows:
+    """`gather_rows` of a rank that is alone."""
+    return Rows(x.detach(), 0)
+
+
+def gather_rows(x: Tensor, group: dist.ProcessGroup | None = None) -> Rows:
+    """The rows `x` of every rank of the group, without gradients; all ranks have the same shape. A collective."""
+    packed = row_major(x)
+    rows = [torch.empty_like(packed) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(rows, packed, group)
+    return Rows(torch.cat(rows), dist.get_rank(group) * len(x))
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:

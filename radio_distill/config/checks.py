@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from ..errors import CardError
 from .cards import TeacherCard
@@ -212,7 +212,8 @@ def _mosaic(recipe: Recipe, partition: Partition, name: str, card: TeacherCard, 
         yield Problem(f"teacher {name!r}: a mosaic cannot be upsampled by {view.upsampler.kind!r}; use bilinear", here)
     for term, weight in weights_of(recipe, name, card).items():
         if term.head == "summary" and weight > 0:
-            key = f"teachers.{name}.summary_weight" if term in TERMS else f"loss.terms.{term.name}.teachers.{name}"
+            keys = {"summary": f"teachers.{name}.summary_weight", "relation": f"loss.relation.teachers.{name}"}
+            key = keys.get(term.name, f"loss.terms.{term.name}.teachers.{name}")
             yield Problem(f"teacher {name!r}: a mosaic has one summary for many images; set {key}=0", here)
 
 
@@ -237,10 +238,15 @@ def _terms(recipe: Recipe) -> Found:
         if name in taken or not re.fullmatch(r"[A-Za-z0-9_-]+", name):
             text = f"loss term {name!r}: expected a name of letters, digits, - and _, and none of {', '.join(taken)}"
             yield Problem(f"{text}; rename it", path)
-        for teacher in term.teachers:
-            if teacher not in recipe.teachers:
-                text = f"loss term {name!r} names teacher {teacher!r}{did_you_mean(teacher, recipe.teachers)}"
-                yield Problem(text, (*path, "teachers", teacher))
+        yield from _named_teachers(recipe, name, term.teachers, path)
+    yield from _named_teachers(recipe, "relation", recipe.loss.relation.teachers, ("loss", "relation"))
+
+
+def _named_teachers(recipe: Recipe, term: str, teachers: Iterable[str], path: KeyPath) -> Found:
+    for teacher in teachers:
+        if teacher not in recipe.teachers:
+            text = f"loss term {term!r} names teacher {teacher!r}{did_you_mean(teacher, recipe.teachers)}"
+            yield Problem(text, (*path, "teachers", teacher))
 
 
 def ranges(recipe: ImageJob) -> Found:

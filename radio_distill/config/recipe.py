@@ -276,6 +276,19 @@ class Mesa(Fields):
     """First step at which it counts (OURS: the end of the frozen-trunk phase)."""
 
 
+class Relation(Fields):
+    weight: Weight = 0.0
+    """Weight of the relation term for every teacher with a summary; 0: off. It asks that images lie as far from each other as the
+    teacher's summaries of them do (RKD, arXiv:1904.05068), not where. SigLino weighs it 1."""
+    teachers: dict[str, Weight] = {}
+    """Another weight for some teachers, by their name in `teachers`; 0: not for that one."""
+    gate: Literal["near_far", "all"] = "near_far"
+    """`near_far`: pairs nearer than the teacher's median are only pulled together, the others only pushed apart (SigLino's ARKD,
+    arXiv:2512.20157). `all`: each pair both ways (RKD)."""
+    beta: Scale = 1.0
+    """Where smooth-L1 turns from quadratic to linear, in mean distances (RKD: 1)."""
+
+
 class LossTerm(Fields):
     loader: Loader
     """`package.module:function` of yours, called as function(pair, **options) (docs/training.md)."""
@@ -302,6 +315,8 @@ class Loss(Fields):
     """Per image keep the teacher with the highest loss and drop each other one with this probability (UNIC)."""
     mesa: Mesa = Mesa()
     """Self-consistency with the EMA student."""
+    relation: Relation = Relation()
+    """Distances between the images' summaries."""
     terms: dict[str, LossTerm] = {}
     """Terms of your own, by the name that logs give them."""
 

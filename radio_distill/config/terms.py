@@ -58,6 +58,14 @@ TERMS = (
         weight=lambda recipe, teacher: recipe.teachers[teacher].summary_weight,
         options=lambda recipe: {"kind": recipe.loss.summary},
     ),
+    Term(
+        name="relation",
+        head="summary",
+        per="image",
+        loader="radio_distill.losses:relation_loss",
+        weight=lambda recipe, teacher: recipe.loss.relation.teachers.get(teacher, recipe.loss.relation.weight),
+        options=lambda recipe: {"spec": recipe.loss.relation},
+    ),
 )
 """Those that every stage has."""
 

@@ -9,6 +9,7 @@ Shapes: B batch, T teachers, N class tokens, C channels, H W.
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ from ..losses import AdaLoss, Pair, drop_coefficients, evaluate, fidelity_sums, 
 from ..network.student import Student, StudentTokens
 from ..student.build import seeded_draws
 from ..student.damp import set_damp_step
+from ..tensors import Rows, own_rows
 from ..train import agree
 from ..train.ema import Ema
 from ..types import Batch, Losses, Target, Targets
@@ -49,6 +51,8 @@ class DistillTask(nn.Module):
         """Side in tokens of this step's attention windows, by partition; None: global attention."""
         self.balancers: dict[str, Balancer] = {}
         """Read for fidelity and dispersion; the service owns them."""
+        self.gather: dict[str, Callable[[Tensor], Rows]] = {}
+        """How a term gets the rows of the other ranks that run a partition, by its name; of one alone its own."""
         self.adaloss = AdaLoss(recipe.loss.adaloss) if recipe.loss.adaloss is not None else None
         self.step_terms: dict[str, Tensor | float] = {}
         self.mesa_on = False
@@ -125,14 +129,15 @@ class DistillTask(nn.Module):
         """Per-image losses of one adaptor; adds the sums that make its fidelity to `parts`."""
         balancer, images = self.balancers[name], self.recipe.partitions[batch.partition].images
         features, mask = self._predict(batch, name, target, tokens)
-        pairs = {"features": Pair(features, target.features_BCHW, mask, balancer)}
+        gather = self.gather.get(batch.partition, own_rows)
+        pairs = {"features": Pair(features, target.features_BCHW, mask, balancer, gather)}
         terms: Terms = {}
         for term, function in self.terms.items():
             if not term.is_computed(self.recipe, name):
                 continue
             if term.head == "summary" and target.summary_BC is not None and "summary" not in pairs:
                 summary = self._predict_summary(batch, name, tokens)
-                pairs["summary"] = Pair(summary, target.summary_BC, None, balancer)
+                pairs["summary"] = Pair(summary, target.summary_BC, None, balancer, gather)
             if term.head in pairs:
                 sums_B = evaluate(term, function, pairs[term.head], term.options(self.recipe))
                 terms[term] = sums_B / (count if term.per == "position" else images)

@@ -20,6 +20,7 @@ from ..tensors import save_tensors
 from ..train import agree
 from ..train.distributed import World
 from ..train.ema import Ema
+from ..train.partition import gatherers
 from ..train.run import RunFolder
 from ..train.streams import forwards
 from ..train.training import Training
@@ -44,6 +45,7 @@ class StageTraining(Training):
             recipe, world, run, side.streams, self.task, student, micro_steps=micro_steps, ema_decay=recipe.ema.decay
         )
         self.task.attach(self.service.balancers, self.ema)
+        self.task.gather = gatherers(side.assignment, world.rank)
         self.label = ""
         """What its lines on the console begin with, where there are several students."""
         self.further: list[StageTraining] = []

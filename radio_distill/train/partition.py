@@ -11,11 +11,17 @@ Losses are divided by the global number of images of their partition, so the gra
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+
+import torch.distributed as dist
+from torch import Tensor
 
 from ..errors import RecipeError
+from ..tensors import Rows, gather_rows
 
-__all__ = ["Assignment", "Share", "assign"]
+__all__ = ["Assignment", "Share", "assign", "gatherers"]
 
 
 @dataclass(frozen=True)
@@ -65,6 +71,23 @@ def assign(
         if sizes is not None:
             return _apart(images, sizes, world_size)
     raise RecipeError(_no_division(images, multiple, world_size))
+
+
+def gatherers(assignment: Assignment, rank: int) -> dict[str, Callable[[Tensor], Rows]]:
+    """How this rank gets the rows of all ranks that run a partition, by the partition's name; nothing for those it runs alone.
+
+    All of a partition's ranks run as many forwards of it in the same order. Makes process groups where ranks are apart.
+    """
+    shared = {name: ranks for name, ranks in assignment.ranks.items() if rank in ranks and len(ranks) > 1}
+    everyone = tuple(range(assignment.world_size))
+    groups = {ranks: None if ranks == everyone else _group(ranks) for ranks in dict.fromkeys(shared.values())}
+    return {name: partial(gather_rows, group=groups[ranks]) for name, ranks in shared.items()}
+
+
+def _group(ranks: tuple[int, ...]) -> dist.ProcessGroup:
+    group = dist.new_group(list(ranks), use_local_synchronization=True)
+    assert isinstance(group, dist.ProcessGroup)  # this rank is one of them
+    return group
 
 
 def _fits(images: int, ranks: int, multiple: int) -> bool:

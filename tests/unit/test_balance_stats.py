@@ -198,6 +198,7 @@ def _rank(rank: int, folder: str) -> None:
     from radio_distill.balance import fit_on_first_rank
     from radio_distill.config.recipe import PhiS
     from radio_distill.errors import RecipeError
+    from radio_distill.train.partition import Assignment, gatherers
 
     x = sam_like(400, 8)
     moments, dispersion = Moments(8), Dispersion(8)
@@ -210,6 +211,10 @@ def _rank(rank: int, folder: str) -> None:
     broadcast(transposed)
     summed = torch.arange(6.0).view(2, 3).T if rank == 0 else torch.zeros(3, 2)
     all_reduce(summed)
+    assignment = Assignment(2, {"low": 2, "high": 2}, {"low": (0, 1), "high": (rank,)})
+    rows, start = gatherers(assignment, rank)["low"](torch.full((3, 2), float(rank)))
+    assert rows[:, 0].tolist() == [0.0] * 3 + [1.0] * 3
+    assert start == 3 * rank
     try:
         fit_on_first_rank(PhiS(), _three(), "three")
         refused = ""

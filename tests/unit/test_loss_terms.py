@@ -126,7 +126,7 @@ def test_plan_says_what_it_cannot_count(caplog):
     ("override", "expected"),
     [
         ("loss.terms.gram={loader: gram}", "'loss.terms.gram.loader' is 'gram', expected package.module:name"),
-        ("loss.terms.summary={loader: 'a:b'}", "loss term 'summary': expected a name of .* none of features, summary, mesa; rename it"),
+        ("loss.terms.summary={loader: 'a:b'}", "loss term 'summary': expected a name of .* none of features, summary, relation, mesa; rename it"),
         ("loss.terms.gram={loader: 'a:b', teachers: {toy_clap: 1}}", "loss term 'gram' names teacher 'toy_clap', did you mean 'toy_clip'"),
         ("loss.terms.gram={loader: 'a:b', wieght: 1}", "unknown key 'loss.terms.gram.wieght', did you mean 'weight'"),
         ("optim.loader=a:b", "'optim.loader' has no effect on optim.kind=adamw; set optim.kind=custom"),
@@ -158,4 +158,4 @@ def test_options_that_a_term_does_not_take_are_named_before_anything_runs():
     recipe = load_recipe("toy/stage1", [f"loss.terms.t={{loader: '{HERE}:gram', options: {{powr: 2}}}}"])
     with pytest.raises(RecipeError, match=r"loss.terms.t.loader: .*gram.* cannot be called with 1 value, powr="):
         load_terms(recipe)
-    assert [term.name for term in terms_of(recipe)] == ["features", "summary", "t"]
+    assert [term.name for term in terms_of(recipe)] == ["features", "summary", "relation", "t"]
