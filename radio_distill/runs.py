@@ -19,7 +19,7 @@ from .paths import expand
 if TYPE_CHECKING:
     from .config.recipe import Job
 
-__all__ = ["Meta", "artifact_folder", "latest", "latest_of_all", "pointed", "read_meta", "run_path"]
+__all__ = ["Meta", "artifact_folder", "artifact_of", "latest", "latest_of_all", "pointed", "read_meta", "run_path"]
 
 log = logging.getLogger(__name__)
 
@@ -110,6 +110,17 @@ def artifact_folder(path: Path, kind: str = "student") -> Path:
     if found != kind:
         raise CheckpointError(f"{path} holds no {kind}: it is a run whose checkpoints hold the {found}; name another")
     return checkpoint / found
+
+
+def artifact_of(path: Path) -> str | None:
+    """What a run folder, a checkpoint or an exported folder holds: `student`, `upsampler`, ...; None when it is none of these."""
+    for kind in ("upsampler", "student"):
+        if (path / f"{kind}.safetensors").is_file():
+            return kind
+    if (path / "config.json").is_file():  # a student, exported for transformers
+        return "student"
+    checkpoint = path if (path / "meta.json").is_file() else latest(path)
+    return read_meta(checkpoint).artifact if checkpoint is not None else None
 
 
 def run_path(recipe: Job) -> Path:

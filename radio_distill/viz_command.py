@@ -21,7 +21,7 @@ from .errors import DataError
 from .eval.fidelity_tables import method
 from .fingerprint import fingerprint
 from .teachers.base import load_teacher
-from .upsamplers.folder import SavedUpsampler, load_upsampler
+from .upsamplers.folder import SavedUpsampler, named_upsampler
 from .upsamplers.upsampled import Upsampled
 
 __all__ = ["draw_upsamplers", "main"]
@@ -33,7 +33,7 @@ def main(upsamplers: list[str], images: str, out: str) -> int:
     """Draw at most six images of a folder, of shards or of one file, or `toy` scenes; print where the picture is."""
     if Path(out).suffix != ".png":
         raise DataError(f"--out is {out!r}, expected a name that ends in .png")
-    saved = [load_upsampler(path) for path in dict.fromkeys(upsamplers)]
+    saved = [named_upsampler(path) for path in dict.fromkeys(upsamplers)]
     data = HeldOut(images, MOST_IMAGES, exact=False)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     viz.save_png(viz.panel(draw_upsamplers(saved, data, device=device), side=CELL_PX), Path(out))

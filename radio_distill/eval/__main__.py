@@ -3,7 +3,7 @@
 Suites are cards (eval/SUITE.yaml) that the runner carries out; a few are programs of their own:
 
 toy       students and teachers on generated scenes
-fidelity  trained upsamplers on held-out images
+fidelity  trained upsamplers on held-out images, and students beside the teachers that their heads predict
 vlm       vision-language models with a student as tower, through lmms-eval
 """
 
@@ -230,21 +230,63 @@ def _toy(arguments: argparse.Namespace) -> str:
 
 
 def _fidelity(arguments: argparse.Namespace) -> str:
+    """Upsamplers, and students beside the teachers that their heads predict."""
+    from ..runs import artifact_of
+
+    names = list(dict.fromkeys(arguments.model))
+    teachers = [name.removeprefix("teacher:") for name in names if name.startswith("teacher:") and "+featsharp:" not in name]
+    left = [name for name in names if name.removeprefix("teacher:") not in teachers]
+    students = [name for name in left if name.startswith("random:") or artifact_of(Path(name)) == "student"]
+    upsamplers = [name for name in left if name not in students]
+    for name in upsamplers:
+        if "+featsharp:" not in name and not Path(name).exists():
+            raise RadioDistillError(
+                f"model {name!r}: fidelity is measured of upsamplers and students; expected the folder of a run or an export, "
+                "random:RUN, or teacher:CARD+featsharp:FOLDER"
+            )
+    if not left:
+        raise RadioDistillError(
+            "fidelity of a teacher alone: it is what others are compared with; name a student or an upsampler"
+        )
+    if arguments.resolution and upsamplers:
+        raise RadioDistillError(
+            f"--resolution has no effect on the upsampler {upsamplers[0]}, which has its teacher's size; leave it out"
+        )
+    tables = [_upsamplers(arguments, upsamplers)] if upsamplers else []
+    return "\n\n".join([*tables, _heads(arguments, students, teachers)] if students else tables)
+
+
+def _heads(arguments: argparse.Namespace, students: Sequence[str], teachers: Sequence[str]) -> str:
     import torch
 
     from ..data.held_out import TOY, HeldOut
-    from ..upsamplers.folder import load_upsampler
+    from ..network.student import Student
+    from .heads import SUITE, HeadsProtocol, cards_for, left_to_measure, measure_heads, sizes_of
+    from .models import open_model
+
+    protocol = HeadsProtocol() if arguments.limit is None else HeadsProtocol(images=arguments.limit)
+    data, labels = HeldOut(arguments.data or TOY, protocol.images), []
+    for name in students:
+        opened = open_model(name, device="cuda" if torch.cuda.is_available() else "cpu")
+        assert isinstance(opened.model, Student)
+        cards, sizes = cards_for(opened.model, opened.label, teachers), sizes_of(name, arguments.resolution)
+        labels.append(opened.label)
+        for one in left_to_measure(opened, cards, sizes, read(arguments.out), data, protocol):
+            _kept(arguments, list(measure_heads(opened, cards, one, data, protocol)))
+    return table([r for r in read(arguments.out) if r.suite == SUITE and r.model in labels])
+
+
+def _upsamplers(arguments: argparse.Namespace, names: Sequence[str]) -> str:
+    import torch
+
+    from ..data.held_out import TOY, HeldOut
+    from ..upsamplers.folder import named_upsampler
     from .fidelity import FidelityProtocol, left_to_measure, measure, measured_of, to_results
     from .fidelity_tables import render
 
     protocol = FidelityProtocol() if arguments.limit is None else FidelityProtocol(images=arguments.limit)
-    for name in arguments.model:
-        if not Path(name).exists():
-            raise RadioDistillError(
-                f"model {name!r}: fidelity is measured of upsamplers; expected the folder of one's run or export"
-            )
     data = HeldOut(arguments.data or TOY, protocol.images)
-    models = {name: load_upsampler(name) for name in dict.fromkeys(arguments.model)}
+    models = {name: named_upsampler(name) for name in names}
     left = left_to_measure(models, read(arguments.out), data, protocol)
     for row in measure(left, data, protocol, device="cuda" if torch.cuda.is_available() else "cpu"):
         log.info("fidelity of %s: %.3f", row.model, row.values["fidelity"])
@@ -278,7 +320,7 @@ Function = Callable[[argparse.Namespace], str]
 
 FUNCTIONS: dict[str, tuple[Function, tuple[str, ...]]] = {
     "toy": (_toy, ("limit", "resolution")),
-    "fidelity": (_fidelity, ("limit", "data")),
+    "fidelity": (_fidelity, ("limit", "data", "resolution")),
     "vlm": (_vlm, ("limit", "data", "task", "batch")),
 }
 """Suites that are no cards, with the options that they have."""

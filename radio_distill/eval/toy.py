@@ -15,12 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..align import resize_map
-from ..balance import Moments
 from ..config.load import list_cards
 from ..files import digest_of
 from ..network.student import Student
 from ..teachers.base import load_teacher
 from ..types import Result, VisionModel, VisionOutput
+from .metrics.heads import HeadFidelity
 from .metrics.knn import knn_top1
 from .metrics.segmentation import Confusion
 from .probes.linear_segmentation import fit_cached, predict_cached
@@ -116,17 +116,15 @@ def fidelity(student: Student, images_N3SS: Tensor, size: tuple[int, int], *, ba
     }
     if not teachers:
         return {}
-    errors = dict.fromkeys(teachers, 0.0)
-    moments = {name: Moments(teacher.card.output.features) for name, teacher in teachers.items()}
+    sums = {name: HeadFidelity(teacher.card.output.features) for name, teacher in teachers.items()}
     for part in images_N3SS.split(batch):
         pixels = _resized(part, size)
         predictions = student.encode_adaptors(pixels)
         for name, teacher in teachers.items():
             predicted = predictions[name].features_BCHW
             target = resize_map(teacher.encode(pixels).features_BCHW, (predicted.shape[-2], predicted.shape[-1]))
-            errors[name] += (predicted - target).square().sum().item()
-            moments[name].update(target)
-    return {name: float(m.covariance_CC.trace() * (m.count - 1)) / errors[name] for name, m in moments.items()}
+            sums[name].update(predicted, target)
+    return {name: of_head.value for name, of_head in sums.items()}
 
 
 @cache

@@ -131,7 +131,7 @@ def teacher_builder(card: TeacherCard) -> Callable[[TeacherCard, Weights], nn.Mo
     if target is None and card.family == CUSTOM:
         raise CardError(
             f"card {card.name!r} needs the code that builds its teacher, and came from a folder, which may not name code: use "
-            "the card file with the `loader` itself (--model teacher:CARD.yaml+featsharp:FOLDER)"
+            "the card file with the `loader` itself (teacher:CARD.yaml+featsharp:FOLDER)"
         )
     if target is None:
         raise CardError(

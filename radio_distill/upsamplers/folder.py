@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ..balance import Balancer, identity
 from ..config.cards import CUSTOM, TeacherCard
-from ..config.load import list_cards
+from ..config.load import list_cards, load_card
 from ..config.upsampler import Network
 from ..config.upsampler_recipe import Downsampler
 from ..errors import CheckpointError, TeacherError
@@ -30,14 +30,17 @@ from ..files import appearing, json_file, written_as
 from ..fingerprint import Difference, Fingerprint, fingerprint, known_fingerprint
 from ..paths import expand
 from ..student.spectral import fold_state
+from ..teachers.base import teacher_builder
 from ..tensors import save_tensors
 from .form import form_of
 from .sharpener import Sharpener
 
 log = logging.getLogger(__name__)
 
-__all__ = ["SavedUpsampler", "check_teacher", "load_upsampler", "read_network", "save_upsampler"]
+__all__ = ["SavedUpsampler", "check_teacher", "load_upsampler", "named_upsampler", "read_network", "save_upsampler"]
 
+TEACHER, FEATSHARP = "teacher:", "+featsharp:"
+"""Of the names that commands take."""
 WEIGHTS = "upsampler.safetensors"
 FACTS = "upsampler.json"
 
@@ -126,6 +129,19 @@ def load_upsampler(path: str | Path) -> SavedUpsampler:
         )
 
 
+def named_upsampler(name: str) -> SavedUpsampler:
+    """The upsampler that a command names: FOLDER, or teacher:CARD+featsharp:FOLDER, whose card may name the code of its teacher.
+
+    Raises CheckpointError as `load_upsampler` does, TeacherError when it was trained for another teacher than CARD.
+    """
+    card, plus, folder = name.removeprefix(TEACHER).partition(FEATSHARP)
+    if not (plus and name.startswith(TEACHER)):
+        return load_upsampler(name)
+    saved, lent = load_upsampler(folder), load_card(card)
+    check_teacher(saved, lent, saved.size)
+    return replace(saved, card=lent)
+
+
 def read_network(path: Path) -> Network:
     """The network of an upsampler, without its weights. Raises CheckpointError when there is none."""
     from ..runs import artifact_folder
@@ -134,7 +150,10 @@ def read_network(path: Path) -> Network:
 
 
 def check_teacher(saved: SavedUpsampler, card: TeacherCard, size: int | None = None) -> None:
-    """Raise TeacherError when the upsampler was made for another teacher, or for another size of a teacher's input."""
+    """Raise TeacherError when the upsampler was made for another teacher, or for another size of a teacher's input; CardError for a
+    card that a folder has stripped of the code that builds its teacher."""
+    if card.family == CUSTOM and card.loader is None:
+        teacher_builder(card)  # it came from a folder, without its code: raises CardError with what to do
     differences = _trained_for(saved).differences(fingerprint(card))
     asked = size or card.input.size
     if saved.size != asked:

@@ -13,7 +13,7 @@ from radio_distill.config.load import load_card
 from radio_distill.config.upsampler import Network
 from radio_distill.data.held_out import HeldOut
 from radio_distill.data.jitter import draw_matrices, warp_views
-from radio_distill.errors import CheckpointError, RadioDistillError, TeacherError
+from radio_distill.errors import CardError, CheckpointError, RadioDistillError, RadioDistillError, TeacherError
 from radio_distill.eval.__main__ import main, read
 from radio_distill.eval.fidelity import FIRST_SEED, FidelityProtocol, Measured, measure, measured_of, to_results
 from radio_distill.eval.fidelity_tables import method, render
@@ -22,6 +22,7 @@ from radio_distill.fingerprint import fingerprint
 from radio_distill.homography import covered, warp
 from radio_distill.results import append
 from radio_distill.teachers.base import load_teacher
+from radio_distill.upsamplers.folder import save_upsampler
 
 PROTOCOL = FidelityProtocol(images=3, batch=2, fine=2, levels=(2,))
 
@@ -247,9 +248,27 @@ def test_small_numbers_keep_their_digits():
     assert "| 4.32e-05 |" in render([row("a", 2.0)._replace(values=numbers)])
 
 
-def test_wrong_use_of_the_command_line_is_told(tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        main(["--suite", "fidelity", "--model", "a", "--resolution", "96"])
-    assert "--resolution has no effect in suite fidelity; leave it out" in capsys.readouterr().err
+def test_a_card_of_the_users_lends_an_upsampler_the_code_that_its_folder_may_not_name(tmp_path, monkeypatch, capsys):
+    """A teacher with a `loader`: the folder keeps the card as facts, the command names the card itself."""
+    (tmp_path / "lent_nets.py").write_text("from radio_distill.teachers.toy import build\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    toy = load_card("toy_dino")
+    card = toy.model_copy(update={"name": "lent", "family": "custom", "loader": "lent_nets:build"})
+    (tmp_path / "lent.yaml").write_text(card.model_dump_json())
+    save_upsampler(dataclasses.replace(made("toy_dino", kind="bilinear"), card=card), tmp_path / "up")
+    call = ["--suite", "fidelity", "--limit", "1", "--out", str(tmp_path / "r.jsonl"), "--model"]
+    with pytest.raises(CardError, match="use the card file with the `loader` itself"):
+        main([*call, str(tmp_path / "up")])
+    assert main([*call, f"teacher:{tmp_path / 'lent.yaml'}+featsharp:{tmp_path / 'up'}"]) == 0
+    assert "| lent |" in capsys.readouterr().out
+    with pytest.raises(TeacherError, match="trained for teacher 'lent' and is asked to serve 'toy_siglip'"):
+        main([*call, f"teacher:toy_siglip+featsharp:{tmp_path / 'up'}"])
+
+
+def test_wrong_use_of_the_command_line_is_told(tmp_path):
+    with pytest.raises(RadioDistillError, match="--resolution has no effect on the upsampler"):
+        main(["--suite", "fidelity", "--model", make(tmp_path / "up"), "--resolution", "96"])
+    (tmp_path / "empty").mkdir()
+    tmp_path /= "empty"
     with pytest.raises(CheckpointError, match=r"holds no checkpoint; expected a run folder"):
         main(["--suite", "fidelity", "--model", str(tmp_path)])

@@ -1,0 +1,156 @@
+"""The `fidelity` suite of students: what their heads say of held-out images, beside what the teachers say of these.
+
+    python -m radio_distill.eval --suite fidelity --model runs/stage1 --model random:runs/stage1 --data PHOTOS
+
+A head is compared with the teacher of the same name: with one named in the same command (`--model teacher:CARD.yaml`), else with
+the shipped card. Student and teachers see the sizes of the run's recipe, each partition for itself.
+
+Shapes: B batch, C channels, H W the student's grid.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..align import resize_map
+from ..config.cards import TeacherCard
+from ..config.load import list_cards, load_card, load_job
+from ..config.recipe import Recipe
+from ..data.held_out import HeldOut
+from ..errors import RadioDistillError
+from ..files import digest_of
+from ..fingerprint import fingerprint
+from ..network.student import Student
+from ..teachers.base import Teacher, load_teacher
+from ..types import Result
+from .metrics.heads import HeadFidelity, found_own
+from .models import NamedModel
+
+__all__ = ["HeadsProtocol", "Sizes", "cards_for", "measure_heads", "sizes_of"]
+
+log = logging.getLogger(__name__)
+
+SUITE = "heads"
+"""Under which results are filed."""
+
+
+@dataclass(frozen=True)
+class HeadsProtocol:
+    """What is measured; its hash travels with every result."""
+
+    images: int = 64
+    """Held-out images, among which a summary has to find its own."""
+    batch: int = 8
+    """Images of one forward."""
+
+
+class Sizes(NamedTuple):
+    """One resolution at which a student is measured."""
+
+    student: int
+    """Side in pixels of its image."""
+    teachers: Mapping[str, int]
+    """Of those teachers that do not see their card's size, by name."""
+
+
+def sizes_of(name: str, resolution: int | None) -> list[Sizes]:
+    """At which resolutions the student that `name` means is measured: those of its run's recipe, or the one that is asked for.
+
+    Raises RadioDistillError for a student without its run when none is asked for.
+    """
+    folder = Path(name.removeprefix("random:").partition("?")[0]).expanduser()
+    found = next((place / "recipe.yaml" for place in (folder, folder.parent.parent) if (place / "recipe.yaml").is_file()), None)
+    if found is None and resolution is None:
+        raise RadioDistillError(
+            f"model {name!r}: no recipe.yaml tells at which size it was trained; name the side in pixels, --resolution"
+        )
+    partitions = load_job(Recipe, found).partitions.values() if found is not None else ()
+    sizes = [
+        Sizes(p.size, {n: view.size for n, view in p.teachers.items() if view.size and not view.mosaic}) for p in partitions
+    ]
+    if resolution is None:
+        return sizes
+    return [next((s for s in sizes if s.student == resolution), Sizes(resolution, {}))]
+
+
+def cards_for(student: Student, label: str, given: Sequence[str]) -> dict[str, TeacherCard]:
+    """Head -> card of its teacher. given: cards named in the command, by name or path. Raises RadioDistillError when no head has one.
+
+    A card that a run folder names is not opened: it may name code.
+    """
+    shipped, named = list_cards(), {card.name: card for card in map(load_card, given)}
+    widths = {a.name: (a.summary.out_dim if a.summary else None, a.features.out_dim) for a in student.arch.adaptors}
+    for head, card in named.items():
+        if head in widths and not _fits(widths[head], card):
+            raise RadioDistillError(
+                f"{label}: its head {head!r} predicts a map of {widths[head][1]} channels and a summary of {widths[head][0]}, and the "
+                f"card of that name says {card.output.features} and {card.output.summary}; name the card that it was trained with"
+            )
+    cards = {head: card for head in widths if (card := named.get(head) or shipped.get(head)) and _fits(widths[head], card)}
+    left = [head for head in widths if head not in cards]
+    advice = f"no card of its head {' or '.join(left)}: name the teacher beside it, --model teacher:CARD.yaml, whose `name` is the head's"
+    if not cards:
+        raise RadioDistillError(f"{label}: {advice if left else 'it has no heads that predict a teacher'}")
+    if left:
+        log.warning("%s: %s", label, advice)
+    return cards
+
+
+@torch.no_grad()
+def measure_heads(
+    opened: NamedModel, cards: Mapping[str, TeacherCard], sizes: Sizes, data: HeldOut, protocol: HeadsProtocol
+) -> Iterator[Result]:
+    """Fidelity and retrieval of every head that has a card, at one size of the student's image."""
+    student = opened.model
+    assert isinstance(student, Student)
+    side, device = student.nearest_size(sizes.student, sizes.student)[0], next(student.parameters()).device
+    teachers = {head: load_teacher(card).to(device) for head, card in cards.items()}
+    fidelities = {head: HeadFidelity(card.output.features) for head, card in cards.items()}
+    summaries: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    for start in range(0, data.count, protocol.batch):
+        said = student.encode_adaptors(data.images(start, start + protocol.batch, side).to(device))
+        for head, teacher in teachers.items():
+            target = teacher.encode(data.images(start, start + protocol.batch, _side(teacher, sizes.teachers.get(head))))
+            pred = said[head].features_BCHW.float()
+            fidelities[head].update(pred, resize_map(target.features_BCHW, (pred.shape[2], pred.shape[3])))
+            if target.summary_BC is not None and (summary := said[head].summary_BC) is not None:
+                summaries.setdefault(head, []).append((summary.float(), target.summary_BC))
+    known = {"dataset": data.id, "count": data.count, "resolution": side, "config_hash": _digest(protocol, sizes, cards)}
+    for head in teachers:
+        values = {"fidelity": ("ratio", fidelities[head].value)}
+        if head in summaries:
+            pred, target_NC = (torch.cat(parts) for parts in zip(*summaries[head]))
+            values["retrieval_r1"] = ("percent", found_own(pred, target_NC))
+        for metric, (unit, value) in values.items():
+            yield Result(SUITE, head, metric, value, unit, True, opened.label, **known, model_id=opened.id)
+
+
+def left_to_measure(
+    opened: NamedModel, cards: Mapping[str, TeacherCard], sizes: Sequence[Sizes], results: Sequence[Result], data: HeldOut,
+    protocol: HeadsProtocol,
+) -> list[Sizes]:  # fmt: skip
+    """The sizes at which `results` has no numbers of the student on these images."""
+    done = {(r.model_id, r.dataset, r.config_hash) for r in results if r.suite == SUITE}
+    return [s for s in sizes if (opened.id, data.id, _digest(protocol, s, cards)) not in done]
+
+
+def _digest(protocol: HeadsProtocol, sizes: Sizes, cards: Mapping[str, TeacherCard]) -> str:
+    teachers = {head: fingerprint(card).digest for head, card in cards.items()}
+    return digest_of({**asdict(protocol), "student": sizes.student, "sizes": dict(sizes.teachers), "teachers": teachers})[:12]
+
+
+def _fits(widths: tuple[int | None, int], card: TeacherCard) -> bool:
+    """Whether a head gives what a card says; it may leave out the summary."""
+    return widths[1] == card.output.features and widths[0] in (None, card.output.summary)
+
+
+def _side(teacher: Teacher, asked: int | None) -> int:
+    side = asked or teacher.card.input.size
+    return teacher.nearest_size(side, side)[0]
