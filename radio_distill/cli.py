@@ -91,6 +91,9 @@ def _add_commands_for_data(commands: Any) -> None:
     toyworld.add_argument("--seed", type=int, default=0, help="seed of the scenes (0)")
     toyworld.add_argument("--dense", action="store_true", help="also write depth, normals, segments and keypoints")
     _add_recipe(_add(commands, "stats", "statistics of the teachers' features, for balance.path"))
+    cache = _add(commands, "cache", "the teachers' targets of some views of every image, computed once, for cache.read")
+    _add_recipe(cache)
+    cache.add_argument("--views", type=_positive, help="views (crop and flip) of every image; the same as data.views=N")
 
 
 def _add_commands_that_train(commands: Any) -> None:
@@ -251,6 +254,13 @@ def _stats(arguments: argparse.Namespace) -> int:
     return stats([arguments.recipe, *arguments.overrides])
 
 
+def _cache(arguments: argparse.Namespace) -> int:
+    from .distill.cache import main as cache
+
+    views = [f"data.views={arguments.views}"] if arguments.views else []
+    return cache([arguments.recipe, *arguments.overrides, *views])
+
+
 def _train(arguments: argparse.Namespace) -> int:
     from .config.load import load, load_upsampler_recipe, load_vlm_recipe
 
@@ -327,6 +337,7 @@ HANDLERS: dict[str, Callable[[argparse.Namespace], int]] = {
     "shards": _shards,
     "toyworld": _toyworld,
     "stats": _stats,
+    "cache": _cache,
     "train": _train,
     "upsampler": _train,
     "vlm": _vlm,

@@ -77,10 +77,14 @@ def examine_recipe(recipe: AnyRecipe, *, open_sources: bool = False) -> Iterator
 
     resumed = latest(run_path(recipe))
     cards = cards_of(recipe) if isinstance(recipe, Recipe) else {recipe.teacher: load_card(recipe.teacher)}
+    teachers_run = not isinstance(recipe, Recipe) or recipe.cache.read is None or recipe.cache.miss == "online"
+    if isinstance(recipe, Recipe) and recipe.cache.read is not None:
+        yield _cache(recipe.cache.read)
     for name, card in cards.items():
         path = local_weights(card)
-        missing = path is None and needs_weights(card)
-        yield Finding(f"teacher {name}", str(path or (how_to_get(card) if missing else card.loader)), missing=missing)
+        missing = path is None and needs_weights(card) and teachers_run
+        otherwise = how_to_get(card) if missing else card.loader or "not here, and not needed: its targets are in the cache"
+        yield Finding(f"teacher {name}", str(path or otherwise), missing=missing)
     if isinstance(recipe, Recipe):
         yield from _upsamplers(recipe, cards)
         yield from _start(recipe) if resumed is None else [Finding("resume", str(resumed))]
@@ -91,6 +95,15 @@ def examine_recipe(recipe: AnyRecipe, *, open_sources: bool = False) -> Iterator
     yield from examine_packages(recipe)
     yield from examine_code(recipe)
     yield _disk(recipe)
+
+
+def _cache(where: str) -> Finding:
+    from .data.sources import is_url
+
+    if is_url(where):
+        return Finding("cache", f"{without_secrets(where)}; not opened", unopened=True)
+    here = (Path(expand(where)) / "cache.json").is_file()
+    return Finding("cache", where if here else f"no cache in {where}; write it: radio-distill cache RECIPE", missing=not here)
 
 
 def _balancers(path: Path, cards: dict[str, TeacherCard]) -> Finding:

@@ -51,6 +51,7 @@ def check_recipe(recipe: Recipe, load_card: Callable[[str], TeacherCard], *, tra
     problems += _loss(recipe)
     problems += _terms(recipe)
     problems += engine_problems(recipe)
+    problems += _cache(recipe)
     problems += ranges(recipe)
     problems += data_problems(recipe.data, recipe.partitions, training=training)
     return problems
@@ -215,6 +216,12 @@ def _mosaic(recipe: Recipe, partition: Partition, name: str, card: TeacherCard, 
             keys = {"summary": f"teachers.{name}.summary_weight", "relation": f"loss.relation.teachers.{name}"}
             key = keys.get(term.name, f"loss.terms.{term.name}.teachers.{name}")
             yield Problem(f"teacher {name!r}: a mosaic has one summary for many images; set {key}=0", here)
+
+
+def _cache(recipe: Recipe) -> Found:
+    if recipe.cache.read is not None and recipe.engine.placement.kind == "dedicated":
+        text = "'engine.placement.kind' is 'dedicated' and the targets come from cache.read, so teacher ranks have no work; remove it"
+        yield Problem(text, ("engine", "placement", "kind"))
 
 
 def _loss(recipe: Recipe) -> Found:

@@ -376,6 +376,11 @@ class Data(Fields):
     """Samples of a shard that are permuted together."""
     crop: Crop = Crop()
     """Random-resized crop, shared by the student and all teachers."""
+    views: Positive | None = None
+    """Different views (crop and flip) of an image: epoch e shows view e modulo this number. null: as many as epochs, or as many
+    as the cache that is read holds."""
+    view_seed: Seed | None = None
+    """Seed of the views alone; null: the recipe's `seed`, or that of the cache that is read."""
     shift_std: Weight = 0.0
     """Standard deviation, in patches, of independent whole-patch shifts of the student's and each teacher's crop (V4: 0.5)."""
     min_side: Side = 8
@@ -384,6 +389,20 @@ class Data(Fields):
     """Larger images are skipped (decompression bombs)."""
     max_bad: Share = 0.05
     """The run stops when more than this share of the recent samples could not be used."""
+
+
+class Cache(Fields):
+    read: str | None = None
+    """Folder (or URL, or `pipe:` command with {} for the file) of a cache that `radio-distill cache` wrote: the teachers'
+    targets come from it, and the images are seen in its views. null: the teachers run."""
+    miss: Literal["error", "online"] = "error"
+    """What happens to an image that the cache does not hold. `error`: the run stops, at its start where that is known.
+    `online`: the teachers run on it."""
+    write: str = ""
+    """Folder that `radio-distill cache` writes; empty: `cache` in the run folder."""
+    store: Literal["int8", "exact"] = "int8"
+    """How `radio-distill cache` keeps feature maps. `int8`: balanced, one byte a value and one scale for each channel of a view.
+    `exact`: as the teachers give them, 2 bytes a value in bf16 and 4 in fp32."""
 
 
 class Ema(Fields):
@@ -491,6 +510,8 @@ class Recipe(ImageJob):
     """Resolution groups; every optimizer step contains all of them."""
     loss: Loss = Loss()
     """What is minimised."""
+    cache: Cache = Cache()
+    """Targets that were computed before (docs/data.md)."""
 
     def each(self) -> list[Recipe]:
         """This recipe, and for each of `students` the one that would train it alone."""

@@ -6,13 +6,18 @@ import hashlib
 import random
 from functools import lru_cache
 
-__all__ = ["stable_hash", "shard_order"]
+__all__ = ["sample_seed", "shard_order", "stable_hash"]
 
 
 def stable_hash(*parts: str | int) -> int:
     """Return 63 bits that depend only on `parts`, in every process and on every machine (Python's own hash does not)."""
     text = "\x1f".join(map(str, parts))
     return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=8).digest(), "big") >> 1
+
+
+def sample_seed(seed: int, source: str, view: int, key: str) -> int:
+    """Return the seed of one view (crop, flip) of a sample; 63 bits. `key` is that of reading.py, unique in its source."""
+    return stable_hash(stable_hash(seed, source), view, key)
 
 
 @lru_cache(maxsize=16)

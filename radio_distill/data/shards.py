@@ -11,22 +11,26 @@ import logging
 import os
 import random
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import pairwise
 from math import ceil
 from pathlib import Path
+from types import TracebackType
 
 from ..config.recipe import Source
 from ..errors import DataError
 from ..files import appearing, json_file
 from .files import INDEX
-from .reading import Raw, ShardError, whole_samples
+from .reading import Raw, ShardError, read_shard, whole_samples
 from .sources import Listing, is_url, list_source
 from .tar import LocalTar, raise_file_limit
 
-__all__ = ["ShardSummary", "cut_tars", "make_shards", "scan"]
+__all__ = ["ShardSummary", "TarFile", "count_samples", "cut_tars", "make_shards", "scan"]
 
+LOOKED_AT = 8
+"""Shards whose samples are counted where no index says how many there are."""
 SIDECARS = ("txt", "json", "cls")
 log = logging.getLogger(__name__)
 
@@ -115,18 +119,56 @@ def _samples(listing: Listing) -> Iterator[Raw]:
 
 def _write(path: Path, samples: list[Raw], start: int) -> None:
     """A running number before each name keeps samples of one stem apart; dots would be taken for the extension."""
-    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
+    with TarFile(path) as tar:
         for number, (key, parts) in enumerate(samples, start=start):
             stem = f"{number:08d}-{os.path.basename(key).replace('.', '_')}"
             for suffix, read in parts.items():
-                _add(tar, f"{stem}.{suffix}", read)
+                tar.add(f"{stem}.{suffix}", read())
 
 
-def _add(tar: tarfile.TarFile, name: str, read: Callable[[], bytes]) -> None:
-    data = read()
-    member = tarfile.TarInfo(name)  # time, owner and mode stay at constants: same samples, same bytes
-    member.size = len(data)
-    tar.addfile(member, io.BytesIO(data))
+class TarFile:
+    """A tar that appears when it is closed; left by an exception it never does."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with ExitStack() as stack:
+            temporary = stack.enter_context(appearing(path))
+            self._tar = stack.enter_context(tarfile.open(temporary, "w", format=tarfile.PAX_FORMAT))
+            self._stack = stack.pop_all()
+
+    def add(self, name: str, data: bytes) -> None:
+        """One member; time, owner and mode stay at constants: same samples, same bytes."""
+        member = tarfile.TarInfo(name)
+        member.size = len(data)
+        self._tar.addfile(member, io.BytesIO(data))
+
+    def close(self) -> None:
+        """Write the end, and give the file its name."""
+        self._stack.close()
+
+    def __enter__(self) -> TarFile:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._stack.__exit__(kind, error, trace)
+
+
+def count_samples(listing: Listing) -> int | None:
+    """How many samples a source has: files, or what the index beside its shards says, or (about) what a few of its shards hold.
+
+    None when it is remote. Raises DataError for a shard that cannot be read.
+    """
+    if listing.files:
+        return len(listing.files)
+    if (indexed := _indexed(listing)) is not None:
+        return indexed
+    chosen = [listing.tars[i * len(listing.tars) // LOOKED_AT] for i in range(LOOKED_AT)]
+    if any(is_url(shard.url) for shard in chosen):
+        return None
+    try:
+        return round(len(listing.tars) * sum(sum(1 for _ in read_shard(shard)) for shard in chosen) / LOOKED_AT)
+    except ShardError as error:
+        raise DataError(f"data.sources.{listing.name}: {error}; mend that shard or leave it out") from error
 
 
 def _indexed(listing: Listing) -> int | None:

@@ -13,9 +13,10 @@ from collections.abc import Iterator
 from itertools import accumulate, islice
 from typing import Any, NamedTuple
 
+from ..config.recipe import Data
 from ..errors import DataError
 from .reading import Raw, ShardError, read_shard
-from .seeding import shard_order, stable_hash
+from .seeding import sample_seed, shard_order, stable_hash
 from .sources import Shard
 
 __all__ = ["Bad", "Feed", "Sample", "Stream"]
@@ -37,7 +38,7 @@ class Sample(NamedTuple):
     key: str
     """`source/shard/sample`."""
     seed: int
-    """Function of (seed, source, epoch, sample)."""
+    """Function of (seed, source, view, sample); the view is the epoch, or as `data.views` says."""
     raw: Raw
 
 
@@ -53,11 +54,11 @@ class Bad(NamedTuple):
 class Stream:
     """Iterates over `Sample`s without end. `bad` collects unreadable shards until someone empties it."""
 
-    def __init__(self, feeds: tuple[Feed, ...], index: int, streams: int, *, seed: int, order: str, shuffle: int) -> None:
+    def __init__(self, feeds: tuple[Feed, ...], index: int, streams: int, *, seed: int, order: str, data: Data) -> None:
         """Start stream `index` of `streams` at its beginning.
 
         `seed` and `order` (the partition's name: two partitions go different ways through the data) fix the sequence,
-        `seed` alone the seeds of the samples; `shuffle` is the number of samples that are permuted together.
+        `seed` (or `data.view_seed`) alone the seeds of the samples; `data.shuffle` samples are permuted together.
         """
         self.index = index
         self.bad: list[Bad] = []
@@ -66,7 +67,7 @@ class Stream:
         self._drawn = 0
         self._bounds = list(accumulate(feed.weight for feed in feeds))
         self._readers = {
-            feed.name: _Reader(feed, index, streams, seed=seed, order=order, shuffle=shuffle, bad=self.bad) for feed in feeds
+            feed.name: _Reader(feed, index, streams, seed=seed, order=order, data=data, bad=self.bad) for feed in feeds
         }
 
     def __iter__(self) -> Iterator[Sample]:
@@ -94,12 +95,12 @@ class Stream:
 class _Reader:
     """The way of one stream through one source: epoch, place in this epoch's shards, samples taken of that shard."""
 
-    def __init__(self, feed: Feed, index: int, streams: int, *, seed: int, order: str, shuffle: int, bad: list[Bad]) -> None:
+    def __init__(self, feed: Feed, index: int, streams: int, *, seed: int, order: str, data: Data, bad: list[Bad]) -> None:
         self.epoch = self.shard = self.offset = 0
         self._feed, self._index, self._streams = feed, index, streams
         self._order = stable_hash(seed, order, feed.name)
-        self._seed = stable_hash(seed, feed.name)
-        self._shuffle = shuffle
+        self._seed = seed if data.view_seed is None else data.view_seed
+        self._views, self._shuffle = data.views, data.shuffle
         self._bad = bad
         self._failed: set[str] = set()
         self._samples = self._run()
@@ -117,6 +118,7 @@ class _Reader:
 
     def _read(self, shard: Shard) -> Iterator[Sample]:
         number, error = self.offset // self._shuffle, ""
+        view = self.epoch % self._views if self._views else self.epoch
         samples = read_shard(shard)
         try:
             for _ in islice(samples, number * self._shuffle):
@@ -129,7 +131,7 @@ class _Reader:
             for raw in block[self.offset - number * self._shuffle :]:
                 self.offset += 1
                 self._failed.clear()
-                yield Sample(f"{self._feed.name}/{raw.key}", stable_hash(self._seed, self.epoch, raw.key), raw)
+                yield Sample(f"{self._feed.name}/{raw.key}", sample_seed(self._seed, self._feed.name, view, raw.key), raw)
             if len(block) < self._shuffle and not error:
                 error = "" if number or block else "holds no sample"
                 break

@@ -19,14 +19,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..config.recipe import Data
+from ..config.recipe import Crop, Data
 from ..types import View
 from .crops import Box, Shift, draw_crop, draw_shift, make_room
 from .decode import BadImage, Pixels, Scratch, decode, read_header
 from .mosaic import mosaic, unmosaic
 from .seeding import stable_hash
 
-__all__ = ["Canvas", "ViewCutter", "ViewSpec", "as_views", "mosaic", "resize_into", "unmosaic"]
+__all__ = ["Canvas", "Cut", "ViewCutter", "ViewSpec", "as_views", "draw_cut", "mosaic", "resize_into", "unmosaic"]
 
 HIGH_RESOLUTION = 768
 """From this side on, images smaller than half of it are skipped: they would be enlarged more than twice."""
@@ -44,6 +44,19 @@ class ViewSpec(NamedTuple):
     """Side in pixels."""
     patch: int
     """Side of its patches, the unit of shifts."""
+
+
+class Cut(NamedTuple):
+    """Which part of an image a view shows."""
+
+    crop: Box
+    flip: bool
+    """Whether it is mirrored, left to right."""
+
+
+def draw_cut(rng: random.Random, height: int, width: int, crop: Crop) -> Cut:
+    """Draw the crop and the flip of an image of so many pixels."""
+    return Cut(draw_crop(rng, height, width, crop), rng.random() < crop.flip)
 
 
 class Canvas(NamedTuple):
@@ -75,23 +88,22 @@ class ViewCutter:
             groups.setdefault(spec.name if self._data.shift_std else spec.size, []).append(spec)
         return [self._canvas(group, count) for group in groups.values()]
 
-    def cut(self, data: bytes, seed: int, canvases: Sequence[Canvas], index: int) -> None:
-        """Fill row `index` of every canvas from an encoded image. Raises BadImage; then the row is undefined.
+    def cut(self, data: bytes, seed: int, canvases: Sequence[Canvas], index: int) -> Cut:
+        """Fill row `index` of every canvas from an encoded image; returns what was cut. Raises BadImage; then the row is undefined.
 
         Everything random comes from `seed` (and, for shifts, the consumer's name).
         """
         header = read_header(data, max_pixels=self._data.max_pixels)
         if min(header.height, header.width) < self._min_side:
             raise BadImage("too small", f"{header.width} x {header.height} pixels, at least {self._min_side} wanted")
-        rng = random.Random(seed)
-        crop = draw_crop(rng, header.height, header.width, self._data.crop)
-        flip = rng.random() < self._data.crop.flip
+        crop, flip = draw_cut(random.Random(seed), header.height, header.width, self._data.crop)
         shifts = [self._shift(seed, canvas) for canvas in canvases]
         crop = make_room(crop, shifts) if self._data.shift_std else crop
         largest = max(canvas.size for canvas in canvases)
         height, width = math.ceil(largest / crop.height), math.ceil(largest / crop.width)
         pixels = decode(data, header, self._scratch, min_height=height, min_width=width)
         _paint(torch.from_numpy(pixels), crop, shifts, canvases, index, flip=flip)
+        return Cut(crop, flip)
 
     def _shift(self, seed: int, canvas: Canvas) -> Shift:
         if not self._data.shift_std:

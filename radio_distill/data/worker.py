@@ -73,7 +73,7 @@ class PartReader(IterableDataset[Part | DataError]):
             yield error
 
     def _stream(self, index: int) -> Stream:
-        stream = Stream(self._feeds, index, self._streams, seed=self._seed, order=self._partition, shuffle=self._data.shuffle)
+        stream = Stream(self._feeds, index, self._streams, seed=self._seed, order=self._partition, data=self._data)
         if index in self._states:
             stream.load(self._states[index])
         return stream

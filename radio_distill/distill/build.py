@@ -18,6 +18,7 @@ from ..config.cards import TeacherCard
 from ..config.load import cards_of
 from ..config.mosaic import images_per_mosaic
 from ..config.recipe import Recipe, Start
+from ..data.views import ViewSpec
 from ..errors import RecipeError
 from ..network.student import Student
 from ..paths import expand
@@ -34,10 +35,11 @@ from ..train.partition import Assignment, assign
 from ..train.streams import Streams
 from ..train.watchdog import watch
 from .bank import TeacherBank
+from .cached import CachedTeachers, open_cache
 from .remote import RemoteTeachers
 from .targets import Encoder, TeacherService, name_non_finite, view_specs
 
-__all__ = ["TeacherSide", "build_teacher_side", "build_start", "build_teachers", "assignment_of"]
+__all__ = ["TeacherSide", "assignment_of", "build_start", "build_teacher_side", "build_teachers", "view_specs_of"]
 
 log = logging.getLogger(__name__)
 
@@ -55,17 +57,32 @@ class TeacherSide:
 def build_teacher_side(recipe: Recipe, world: World, *, weights: Weights = "pretrained") -> TeacherSide:
     """Load the teachers and find out who runs what; the streams are not open yet. weights: `random` for benchmarks."""
     encoder: Encoder
-    if world.bridge is not None:
+    specs, patch = view_specs_of(recipe), _patch(recipe)
+
+    def bank() -> TeacherBank:
+        return TeacherBank(recipe, build_teachers(recipe, world.device, weights=weights))
+
+    if recipe.cache.read is not None:
+        recipe, folder, header = open_cache(recipe, specs)
+        encoder = CachedTeachers(recipe, folder, header, world.device, teachers=bank)
+    elif world.bridge is not None:
         encoder = RemoteTeachers(recipe, world.bridge)
     else:
-        encoder = TeacherBank(recipe, build_teachers(recipe, world.device, weights=weights))
+        encoder = bank()
     assignment = assignment_of(recipe, encoder.cards, world.size)
-    patch = student_arch(recipe.student, slots_of(recipe)).trunk.patch_size
-    sizes = {name: (card.input.size, card.input.patch) for name, card in encoder.cards.items()}
-    specs = {name: view_specs(recipe, partition, sizes, patch) for name, partition in recipe.partitions.items()}
     service = TeacherService(recipe, encoder, student_patch=patch)
     window = StatisticsWindow(recipe.balance, encoder.cards, world.device)
     return TeacherSide(service, window, assignment, Streams(recipe, assignment, world.rank, specs))
+
+
+def view_specs_of(recipe: Recipe) -> dict[str, list[ViewSpec]]:
+    """What the loader has to deliver, by partition."""
+    sizes, patch = {name: (card.input.size, card.input.patch) for name, card in cards_of(recipe).items()}, _patch(recipe)
+    return {name: view_specs(recipe, partition, sizes, patch) for name, partition in recipe.partitions.items()}
+
+
+def _patch(recipe: Recipe) -> int:
+    return student_arch(recipe.student, slots_of(recipe)).trunk.patch_size
 
 
 def build_start(recipe: Recipe, world: World, side: TeacherSide, found: Path | None) -> Student:

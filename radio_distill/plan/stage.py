@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..config.cards import TeacherCard
 from ..config.load import cards_of
 from ..config.mosaic import images_per_mosaic
 from ..config.recipe import Dedicated, Recipe
+from ..config.secrets import without_secrets
 from ..errors import RecipeError
 from ..student.build import student_of
 from ..train.partition import Assignment, assign
@@ -103,14 +104,19 @@ def plan(
     """
     where, cards = machine(gpu, world_size, utilisation), cards_of(recipe)
     dedicated, each = isinstance(recipe.engine.placement, Dedicated), recipe.each()
+    cached = recipe.cache.read is not None
     training = student_ranks(recipe.engine.placement, world_size)
     costs = {name: _cost_of_all(each, name) for name in recipe.partitions}
     assignment = assign_ranks(recipe, cards, costs, training)
+    if cached:
+        costs = {name: replace(cost, teachers=dict.fromkeys(cost.teachers, 0.0)) for name, cost in costs.items()}
     partitions = tuple(_partition(recipe, name, cards, costs[name], assignment) for name in recipe.partitions)
     per_rank = [_rank_flop(partitions, costs, rank, dedicated=dedicated) for rank in range(training)]
     teacher_ranks = tuple(_teacher_ranks(recipe, cards, partitions, where)) if dedicated else ()
     compute = max([max(per_rank) / where.flops, *(rank.step_seconds for rank in teacher_ranks)])
-    state = sum(state_bytes(r, {} if dedicated or i else cards, student_of(r), training).total for i, r in enumerate(each))
+    state = sum(
+        state_bytes(r, {} if dedicated or cached or i else cards, student_of(r), training).total for i, r in enumerate(each)
+    )
     memory = state / GIB + max(p.memory_gib for p in partitions) + RESERVE_GIB
     checkpoint_gib = sum(checkpoint_bytes(student_of(r)) for r in each) / GIB
     found = scale(recipe, cards, partitions, where, cluster, compute, checkpoint_gib * GIB) if cluster else None
@@ -210,7 +216,7 @@ def _partition(
     partition, ranks = recipe.partitions[name], assignment.ranks[name]
     per_rank = partition.images // len(ranks)
     micro = fit_micro_batch(partition.micro_batch, per_rank, f"partitions.{name}.micro_batch")
-    here = {} if isinstance(recipe.engine.placement, Dedicated) else cards
+    here = {} if isinstance(recipe.engine.placement, Dedicated) or recipe.cache.read is not None else cards
     memory = max(
         partition_bytes(each, partition, cards, student_of(each), micro) + work_bytes(each, partition, here, micro)
         for each in recipe.each()
@@ -232,6 +238,8 @@ def _partition(
 
 def _notes(recipe: Recipe, per_rank: list[float], teacher_ranks: tuple[TeacherRankPlan, ...], where: Machine) -> Iterator[str]:
     optim = recipe.optim
+    if recipe.cache.read is not None:
+        yield f"no teacher runs, as far as the cache {without_secrets(recipe.cache.read)} holds the images (cache.miss={recipe.cache.miss})"
     idle = 1 - sum(per_rank) / (max(per_rank) * len(per_rank))
     if idle > 0.1:
         yield f"ranks wait {idle:.0%} of the time for the slowest one; other numbers of GPUs or images divide better"

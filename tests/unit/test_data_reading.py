@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from radio_distill.config.recipe import Source
+from radio_distill.config.recipe import Data, Source
 from radio_distill.data.names import name_of
 from radio_distill.data.reading import Raw, ShardError, read_shard, whole_samples
 from radio_distill.data.sources import MAX_STREAMS, Listing, Shard, choose_streams, list_source
@@ -126,7 +126,7 @@ def test_a_command_that_fails_is_an_error(tmp_path: Path) -> None:
 
 
 def stream(shards: list[Shard], **options: object) -> Stream:
-    return Stream((Feed("src", 1.0, tuple(shards)),), 0, 1, seed=0, order="low", shuffle=4, **options)  # type: ignore[arg-type]
+    return Stream((Feed("src", 1.0, tuple(shards)),), 0, 1, seed=0, order="low", data=Data(shuffle=4), **options)  # type: ignore[arg-type]
 
 
 def test_a_shard_that_vanishes_is_named_and_passed_over(tmp_path: Path) -> None:

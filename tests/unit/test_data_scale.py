@@ -8,7 +8,7 @@ from unittest import mock
 import numpy as np
 import pytest
 
-from radio_distill.config.recipe import Source
+from radio_distill.config.recipe import Data, Source
 from radio_distill.data.reading import Raw
 from radio_distill.data.seeding import shard_order
 from radio_distill.data.sources import list_source
@@ -37,7 +37,7 @@ def feed_of(shards: int, streams: int) -> Feed:
 
 
 def stream_of(feed: Feed, index: int, streams: int) -> Stream:
-    return Stream((feed,), index, streams, seed=0, order="low", shuffle=10)
+    return Stream((feed,), index, streams, seed=0, order="low", data=Data(shuffle=10))
 
 
 def test_an_epoch_of_all_streams_has_every_shard_once():

@@ -1,0 +1,103 @@
+"""Read shards once, from their first sample to their last, in given views: how a cache of targets is made.
+
+Training draws endless streams (loader.py); this has an end, and says when each shard is through.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch.utils.data import IterableDataset, get_worker_info
+
+from ..config.recipe import Data
+from .decode import BadImage
+from .reading import Raw, ShardError, read_shard
+from .seeding import sample_seed
+from .sources import Shard
+from .stream import Bad
+from .views import Canvas, Cut, ViewCutter, ViewSpec
+
+__all__ = ["Once", "Piece", "Row", "ShardView"]
+
+
+class ShardView(NamedTuple):
+    """One shard of a source, to be read in one view."""
+
+    source: str
+    shard: Shard
+    view: int
+
+
+class Row(NamedTuple):
+    """One image of a piece."""
+
+    item: int
+    """Index of its `ShardView`."""
+    key: str
+    """`source/shard/sample`."""
+    seed: int
+    cut: Cut
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Consecutive images, perhaps of several shards."""
+
+    rows: list[Row]
+    canvases: list[Canvas]
+    """Their first `len(rows)` rows are filled."""
+    ended: list[int]
+    """Items whose last image is in this piece or in one before it."""
+    bad: list[Bad]
+
+
+class Once(IterableDataset[Piece]):
+    """Pieces of at most `size` images; loader process w of W reads every W-th item."""
+
+    def __init__(
+        self, items: Sequence[ShardView], specs: Sequence[ViewSpec], data: Data, *, partition_size: int, seed: int, size: int
+    ) -> None:
+        """partition_size: side in pixels of the student's image, which decides which images are too small."""
+        self._items, self._specs, self._data = tuple(items), tuple(specs), data
+        self._partition_size, self._seed, self._size = partition_size, seed, size
+
+    def __iter__(self) -> Iterator[Piece]:
+        info = get_worker_info()
+        worker, workers = (info.id, info.num_workers) if info else (0, 1)
+        cutter = ViewCutter(self._specs, self._data, size=self._partition_size)
+        piece = Piece([], cutter.blank(self._size), [], [])
+        for number in range(worker, len(self._items), workers):
+            source, _, view = self._items[number]
+            for raw in _samples(self._items[number], piece.bad):
+                seed = sample_seed(self._seed, source, view, raw.key)
+                if len(piece.rows) == self._size:
+                    yield piece
+                    piece = Piece([], cutter.blank(self._size), [], [])
+                cut = _cut(cutter, raw, seed, piece, source)
+                if cut is not None:
+                    piece.rows.append(Row(number, f"{source}/{raw.key}", seed, cut))
+            piece.ended.append(number)
+        yield piece
+
+
+def _samples(item: ShardView, bad: list[Bad]) -> Iterator[Raw]:
+    """As far as the shard can be read; training uses as much of it."""
+    try:
+        yield from read_shard(item.shard)
+    except ShardError as error:
+        bad.append(Bad(f"{item.source}/{item.shard.name}", "unreadable shard", str(error)))
+
+
+def _cut(cutter: ViewCutter, raw: Raw, seed: int, piece: Piece, source: str) -> Cut | None:
+    if raw.image is None:
+        piece.bad.append(Bad(f"{source}/{raw.key}", "no image"))
+        return None
+    try:
+        return cutter.cut(raw.image(), seed, piece.canvases, len(piece.rows))
+    except BadImage as error:
+        piece.bad.append(Bad(f"{source}/{raw.key}", error.reason, error.detail))
+    except OSError as error:
+        piece.bad.append(Bad(f"{source}/{raw.key}", "unreadable", str(error)))
+    return None
