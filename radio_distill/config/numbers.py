@@ -18,6 +18,7 @@ __all__ = [
     "Decay",
     "Factor",
     "Free",
+    "HIGHEST_FACTOR",
     "Mean",
     "NOT_A_BOOL",
     "Positive",
@@ -57,7 +58,8 @@ Count = Annotated[int, NOT_A_BOOL, Field(ge=0, le=10**9)]
 """A number of things; 0 where there may be none."""
 Side = Annotated[int, NOT_A_BOOL, Field(gt=0, le=2**16)]
 """A length in pixels, tokens or cells."""
-Factor = Annotated[int, NOT_A_BOOL, Field(gt=0, le=16)]
+HIGHEST_FACTOR = 16
+Factor = Annotated[int, NOT_A_BOOL, Field(gt=0, le=HIGHEST_FACTOR)]
 """How many times as fine an upsampler makes a map; levels of it are the prime factors."""
 Seed = Annotated[int, NOT_A_BOOL, Field(ge=0, lt=2**63)]
 """Of random numbers."""

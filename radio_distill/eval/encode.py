@@ -21,6 +21,7 @@ from .datasets.base import Dataset
 from .feature_files import Features
 from .features import FeatureKey
 from .models import NamedModel
+from .sizes import image_size
 from .task import Context
 from .usable import MANY, fault_of, leave_out
 
@@ -41,11 +42,12 @@ class Resize(NamedTuple):
 
     rule: Rule
     side: int
+    """Pixels of the network's input; an upsampler gets images that are its factor times as large (sizes.py)."""
 
     def fit(self, model: VisionModel) -> Fit:
         """The rule for one model. A model of a single size gets that size: the whole image (short_side, exact) or its middle."""
         unit = model.nearest_size(1, 1)
-        return Fit(self.rule, model.nearest_size(self.side, self.side), unit, fixed=unit == model.nearest_size(4096, 4096))
+        return Fit(self.rule, image_size(model, self.side, self.side), unit, fixed=unit == model.nearest_size(4096, 4096))
 
 
 class Fit(NamedTuple):

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from ..plan.cost import count_flops
 from ..types import Result
-from .encode import Resize, precision
+from .encode import precision
 from .models import NamedModel
+from .sizes import image_size, seen
 from .task import Context
 
 __all__ = ["COST", "HEAD", "NOTE", "cost_of", "cost_rows", "device_name", "seconds_per_image"]
@@ -40,8 +41,8 @@ NOTE = (
 
 def cost_of(opened: NamedModel, side: int, context: Context) -> list[Result]:
     """Count and time forwards of square images of the nearest size that the model takes."""
-    height, width = Resize("exact", side).fit(opened.model).square
-    image_13HW = _noise(1, height, width, context.device)
+    at = seen(opened.model, side, side)
+    image_13HW = _noise(1, *at.image, context.device)
     grids: list[torch.Size] = []
     flop = count_flops(lambda: grids.append(opened.model.encode(image_13HW).features_BCHW.shape[-2:]))
     weights = (x.numel() for name, x in opened.tensors().items() if x.is_floating_point() and not name.startswith(ADAPTORS))
@@ -54,7 +55,7 @@ def cost_of(opened: NamedModel, side: int, context: Context) -> list[Result]:
     return [
         Result(
             suite=COST, task=COST, metric=metric, value=value, unit=unit, higher_is_better=False, headline=False, count=1,
-            model=opened.label, model_id=opened.id, dataset=device_name(context.device), resolution=height,
+            model=opened.label, model_id=opened.id, dataset=device_name(context.device), resolution=at.network[0], grid=at.grid[0],
             precision=precision(context),
         )
         for metric, value, unit in found
@@ -88,7 +89,7 @@ HEAD = ("model", "px", "tokens", "parameters, M", "GFLOP", "ms", "measured on")
 @torch.no_grad()
 def seconds_per_image(opened: NamedModel, side: int, context: Context) -> float:
     """Median time of a forward pass of square images, divided by their number."""
-    height, width = Resize("exact", side).fit(opened.model).square
+    height, width = image_size(opened.model, side, side)
     images = _noise(min(context.batch, 8), height, width, context.device)
     times = []
     for _ in range(1 + RUNS):

@@ -4,6 +4,8 @@ runs/stage3                              a run (its newest checkpoint), one of i
 checkpoint.pth.tar                       a training checkpoint of the reference
 teacher:dfn_clip                         a card
 teacher:dfn_clip+featsharp:runs/up_3x    with a trained upsampler
+teacher:dfn_clip+random:runs/up_3x       with that upsampler, its network untrained
+teacher:dfn_clip+bilinear:2              its map enlarged, or (tile) stitched of 2 x 2 tiles, or (s2) both: nothing is trained
 timm:vit_small_patch14_dinov2            a vision transformer of timm; ?weights=FILE or ?weights=random
 hf:/models/siglip                        a folder of transformers, or a RADIO model; ?trust_remote_code=true runs its own code
 random:runs/stage3                       that architecture, untrained: the floor of every table
@@ -17,7 +19,7 @@ import inspect
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from importlib import import_module
 from pathlib import Path
@@ -33,11 +35,13 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from ..teachers.base import Teacher
+    from ..upsamplers.folder import SavedUpsampler
 
 __all__ = ["NamedModel", "load_model", "open_model", "openers"]
 
 FORMS = (
-    "the folder of a run, a checkpoint or an export; teacher:NAME; teacher:NAME+featsharp:FOLDER; timm:NAME; hf:FOLDER; "
+    "the folder of a run, a checkpoint or an export; teacher:NAME; teacher:NAME+featsharp:FOLDER (or +random:FOLDER, +bilinear:2, "
+    "+tile:2, +s2:2); timm:NAME; hf:FOLDER; "
     "random:FOLDER; package.module:function"
 )
 OPTIONS = {"timm": ("weights",), "hf": ("trust_remote_code",), "": ("window",), "random": ("window",)}
@@ -55,6 +59,8 @@ class NamedModel:
     """What it does with an image besides its weights: sizes, normalisation, network, windows."""
     tensors: Callable[[], Mapping[str, Tensor]]
     """All its weights."""
+    details: Mapping[str, Any] = field(default_factory=dict)
+    """What results say of it (`Result.details`)."""
 
     @cached_property
     def id(self) -> str:
@@ -141,21 +147,51 @@ def _from_card(name: str, rest: str, options: dict[str, str], device: str) -> Na
     from ..config.load import load_card
     from ..teachers.base import load_teacher
 
-    card, plus, upsampler = rest.partition("+featsharp:")
+    card, plus, upsampler = rest.partition("+")
+    how, _, which = upsampler.partition(":")
+    if plus and (how not in UPSAMPLING or not which):
+        raise RadioDistillError(f"model {name!r}: unknown upsampler {upsampler!r}; expected {FORMS}")
     teacher = load_teacher(load_card(card)).to(device)
     if not plus:
-        return _teacher(name, teacher)
-    from ..upsamplers.folder import load_upsampler
+        return _teacher(name, teacher, {"teacher": card})
     from ..upsamplers.upsampled import Upsampled
 
-    saved = load_upsampler(upsampler)
-    facts = {"teacher": _card_facts(teacher), "network": saved.network.model_dump(mode="json"), "size": saved.size}
+    saved = _upsampler(name, how, which, teacher)
+    network = saved.network.model_dump(mode="json")
+    facts = {
+        "teacher": _card_facts(teacher),
+        "network": network,
+        "size": saved.size,
+        "image": "factor times the network's input",
+    }
 
     def tensors() -> dict[str, Tensor]:
         parts = {"teacher": teacher.net.state_dict(), "sharpener": saved.sharpener.state_dict()}
         return _joined({**parts, "balancer": saved.sharpener.balancer.tensors()})
 
-    return NamedModel(name, Upsampled(teacher, saved), facts, tensors)
+    details = {"teacher": card, "network": network, "steps": saved.provenance.get("step", 0)}
+    details |= {"random": True} if how == "random" else {}
+    return NamedModel(name, Upsampled(teacher, saved), facts, tensors, details)
+
+
+UPSAMPLING = ("featsharp", "random", "bilinear", "tile", "s2")
+"""What may follow `+`: a trained upsampler of any kind, the same untrained, what needs no training."""
+
+
+def _upsampler(name: str, how: str, which: str, teacher: Teacher) -> SavedUpsampler:
+    from ..config.numbers import HIGHEST_FACTOR
+    from ..config.upsampler import Network
+    from ..upsamplers.folder import load_upsampler, untrained
+
+    if how == "featsharp":
+        return load_upsampler(which)
+    if how == "random":
+        saved = load_upsampler(which)
+        return untrained(saved.network, saved.card, saved.size, saved.sharpener.balancer)
+    if not which.isdecimal() or not 1 < int(which) <= HIGHEST_FACTOR:
+        raise RadioDistillError(f"model {name!r}: {how}:{which}, expected a factor of 2 to {HIGHEST_FACTOR}")
+    network = Network.model_validate({"kind": how, "factor": int(which), "debias": False})
+    return untrained(network, teacher.card, teacher.card.input.size)
 
 
 def _from_timm(name: str, rest: str, options: dict[str, str], device: str) -> NamedModel:
@@ -236,8 +272,8 @@ def _student(label: str, student: nn.Module, options: dict[str, str], device: st
     return NamedModel(label, student.eval().requires_grad_(False).to(device), facts, student.state_dict)
 
 
-def _teacher(label: str, teacher: Teacher) -> NamedModel:
-    return NamedModel(label, teacher, _card_facts(teacher), teacher.net.state_dict)
+def _teacher(label: str, teacher: Teacher, details: Mapping[str, Any] | None = None) -> NamedModel:
+    return NamedModel(label, teacher, _card_facts(teacher), teacher.net.state_dict, details or {})
 
 
 def _card_facts(teacher: Teacher) -> dict[str, Any]:

@@ -19,9 +19,10 @@ from ..files import digest_of
 from ..results import append, read
 from ..types import Result
 from ..version import __version__
-from .encode import Resize, precision
+from .encode import precision
 from .model_cost import COST, cost_of, device_name
 from .progress import ProbeFiles
+from .sizes import seen
 from .suites import CUSTOM, PAPER, Suite, digest
 from .task import Context, Score, Task
 
@@ -136,12 +137,12 @@ def _measure(suite: Suite, name: str, task: Task, opened: NamedModel, context: C
         log.info("%s of %s is in %s", name, opened.label, out)
         return before
     side = task.size(context)
-    own = Resize("exact", side).fit(opened.model).square[0] if side else side
+    own = seen(opened.model, side, side).network[0] if side else side
     log.info("%s of %s%s", name, opened.label, f", which takes {own} px and not {side}" if own != side else "")
     left_out: dict[str, int] = {}
     scores = list(task.run(opened, replace(context, files=files, left_out=left_out)))
     items = len(scored) - left_out.get(f"{scored.name}/{scored.split}", 0)
-    results = [_result(known, s, items=items, left_out=sum(left_out.values()), side=task.size(context)) for s in scores]
+    results = [_result(known, s, opened, items=items, left_out=sum(left_out.values()), side=side) for s in scores]
     if context.ranks.rank == 0:
         append(out, results)
     if files is not None:
@@ -191,7 +192,7 @@ def _measure_cost(task: Task, opened: NamedModel, context: Context, out: Path) -
         "task": COST,
         "model_id": opened.id,
         "dataset": device_name(context.device),
-        "resolution": Resize("exact", side).fit(opened.model).square[0],
+        "resolution": seen(opened.model, side, side).network[0],
         "precision": precision(context),
     }
     if any(all(getattr(r, key) == value for key, value in known.items()) for r in read(out)):
@@ -202,7 +203,9 @@ def _measure_cost(task: Task, opened: NamedModel, context: Context, out: Path) -
     append(out, costs)
 
 
-def _result(known: Mapping[str, Any], score: Score, *, items: int, left_out: int, side: int) -> Result:
+def _result(known: Mapping[str, Any], score: Score, opened: NamedModel, *, items: int, left_out: int, side: int) -> Result:
+    asked = side if score.side is None else score.side
+    at = seen(opened.model, asked, asked) if asked else None
     return Result(
         **known,
         metric=score.metric,
@@ -210,7 +213,9 @@ def _result(known: Mapping[str, Any], score: Score, *, items: int, left_out: int
         unit=score.unit,
         higher_is_better=score.higher_is_better,
         headline=score.headline,
-        resolution=side if score.side is None else score.side,
+        resolution=at.network[0] if at else 0,
+        grid=at.grid[0] if at else 0,
+        details=dict(opened.details),
         count=items if score.scored is None else score.scored,
         left_out=left_out if score.left_out is None else score.left_out,
     )

@@ -24,6 +24,7 @@ from .metrics.heads import HeadFidelity
 from .metrics.knn import knn_top1
 from .metrics.segmentation import Confusion
 from .probes.linear_segmentation import fit_cached, predict_cached
+from .sizes import seen
 
 __all__ = ["ToyProtocol", "evaluate"]
 
@@ -65,14 +66,15 @@ def evaluate(model: VisionModel, name: str, protocol: ToyProtocol, *, resolution
     from ..toyworld import CLASSES, SEGMENT_NAMES
 
     train, test = scenes(TRAIN_SEED, protocol.train, protocol.size), scenes(TEST_SEED, protocol.test, protocol.size)
-    size = model.nearest_size(*(2 * (resolution or protocol.size,)))
+    at = seen(model, *(2 * (resolution or protocol.size,)))
+    size, side = at.image, at.network[0]
     known, asked = encode(model, train.images_N3SS, size), encode(model, test.images_N3SS, size)
     results = []
     if known.summary_BC is not None and asked.summary_BC is not None:
         accuracy = knn_top1(
             known.summary_BC, train.labels_N, asked.summary_BC, test.labels_N, classes=len(CLASSES), k=protocol.k
         )
-        results.append(_result("knn", "top1", accuracy, name, protocol, size[0]))
+        results.append(_result("knn", "top1", accuracy, name, protocol, side))
     classes = len(SEGMENT_NAMES)
     labels = train.segmentation_NSS[:, ::2, ::2]  # a quarter of the pixels: the resize to full size is most of the probe's work
     head = fit_cached(known.features_BCHW, labels, classes=classes, steps=protocol.steps)
@@ -80,12 +82,12 @@ def evaluate(model: VisionModel, name: str, protocol: ToyProtocol, *, resolution
     counts = Confusion(classes)
     counts.update(guess, test.segmentation_NSS)
     miou = counts.compute()["mIoU"]
-    results.append(_result("segmentation", "mIoU", miou, name, protocol, size[0]))
+    results.append(_result("segmentation", "mIoU", miou, name, protocol, side))
     if isinstance(model, Student):
         for teacher, accuracy in heads_knn(model, train, test, size, classes=len(CLASSES), k=protocol.k).items():
-            results.append(_result(f"knn {teacher}", "top1", accuracy, name, protocol, size[0]))
+            results.append(_result(f"knn {teacher}", "top1", accuracy, name, protocol, side))
         for teacher, value in fidelity(model, test.images_N3SS, size).items():
-            results.append(_result(teacher, "fidelity", value, name, protocol, size[0], unit="ratio"))
+            results.append(_result(teacher, "fidelity", value, name, protocol, side, unit="ratio"))
     return results
 
 

@@ -37,7 +37,15 @@ from .sharpener import Sharpener
 
 log = logging.getLogger(__name__)
 
-__all__ = ["SavedUpsampler", "check_teacher", "load_upsampler", "named_upsampler", "read_network", "save_upsampler"]
+__all__ = [
+    "SavedUpsampler",
+    "check_teacher",
+    "load_upsampler",
+    "named_upsampler",
+    "read_network",
+    "save_upsampler",
+    "untrained",
+]
 
 TEACHER, FEATSHARP = "teacher:", "+featsharp:"
 """Of the names that commands take."""
@@ -140,6 +148,21 @@ def named_upsampler(name: str) -> SavedUpsampler:
     saved, lent = load_upsampler(folder), load_card(card)
     check_teacher(saved, lent, saved.size)
     return replace(saved, card=lent)
+
+
+def untrained(network: Network, card: TeacherCard, size: int, balancer: Balancer | None = None) -> SavedUpsampler:
+    """An upsampler with the weights it would start from (of one generator, seed 0); its de-bias map is zero.
+
+    size: of the teacher's input; balancer: None leaves the teacher's units as they are.
+    """
+    channels, grid = card.output.features, size // card.input.patch
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        sharpener = Sharpener(network, channels, (grid, grid), balancer or identity(channels))
+        downsampler = form_of(network.reference).downsampler(Downsampler(), channels)
+    for module in (sharpener, downsampler):
+        module.eval().requires_grad_(False)
+    return SavedUpsampler(sharpener, downsampler, network, card, size, Downsampler(), {"step": 0})
 
 
 def read_network(path: Path) -> Network:

@@ -13,7 +13,7 @@ from radio_distill.config.load import load_card
 from radio_distill.config.upsampler import Network
 from radio_distill.data.held_out import HeldOut
 from radio_distill.data.jitter import draw_matrices, warp_views
-from radio_distill.errors import CardError, CheckpointError, RadioDistillError, RadioDistillError, TeacherError
+from radio_distill.errors import CardError, CheckpointError, RadioDistillError, TeacherError
 from radio_distill.eval.__main__ import main, read
 from radio_distill.eval.fidelity import FIRST_SEED, FidelityProtocol, Measured, measure, measured_of, to_results
 from radio_distill.eval.fidelity_tables import method, render

@@ -150,7 +150,7 @@ def test_the_command_line_measures_and_tells_what_failed(
     assert main([*flags, "--model", "teacher:toy_dino", "imagenet1k_knn.k=3"]) == 1  # it has no text tower
     told = capsys.readouterr()
     assert "preset custom" in told.out
-    assert "teacher:toy_dino @192" in told.out
+    assert "teacher:toy_dino @189" in told.out  # 27 patches of 7: what it saw, where 192 were asked for
     assert "has no text tower" in told.err
     assert {(r.task, r.preset, r.count) for r in read(out)} == {("imagenet1k_knn", "custom", 12), ("cost", "", 1)}
     assert main([*flags, "--model", "teacher:toy_dino", "--dry-run"]) == 0

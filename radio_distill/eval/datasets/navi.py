@@ -110,7 +110,7 @@ class _Navi(Sized[S]):
         """One view, cropped to its object."""
         folder = self.root / place.object / place.collection
         photograph = read_photograph(folder, place.view, self.annotations[place.object, place.collection][place.view])
-        return crop_to_object(photograph, self.side, file=str(folder / "depth" / f"{place.view}.png"))
+        return crop_to_object(photograph, self.side, file=str(folder / "depth" / f"{place.view}.png"), pixels=self.pixels)
 
 
 class NaviViews(_Navi[ObjectView]):

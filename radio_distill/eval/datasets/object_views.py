@@ -18,9 +18,19 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import InterpolationMode, center_crop, resize
 
 from ...errors import DataError
-from .base import Dataset, S
+from .base import Dataset, S, Subset
 
-__all__ = ["ObjectView", "Photograph", "Sized", "ViewPair", "crop_to_object", "normals_of", "relative_depth", "relative_pose"]
+__all__ = [
+    "ObjectView",
+    "Photograph",
+    "Sized",
+    "ViewPair",
+    "crop_to_object",
+    "finer",
+    "normals_of",
+    "relative_depth",
+    "relative_pose",
+]
 
 SIDE = 512
 """Pixels of the square image, if a task does not say otherwise."""
@@ -48,7 +58,7 @@ class ObjectView(NamedTuple):
     """One view, cropped to its object."""
 
     image_3HW: Tensor
-    """uint8 RGB (3, S, S)."""
+    """uint8 RGB (3, S, S), or a multiple of S that the data set was asked for."""
     depth_1HW: Tensor
     """Relative to the object: 0.01 where it is nearest, 1 where it is farthest; 0 where there is none."""
     normals_3HW: Tensor
@@ -77,16 +87,26 @@ class Sized(Dataset[S]):
     """A data set whose images are cropped or padded to a square of `side` pixels; its keys end in `@side`."""
 
     side = SIDE
+    pixels = 1
 
-    def at(self: D, side: int) -> D:
-        """The same items at another size."""
+    def at(self: D, side: int, pixels: int = 1) -> D:
+        """The same items at another size; of views the image alone with `pixels` times as many pixels a side."""
         other = copy.copy(self)
-        other.side = side
+        other.side, other.pixels = side, pixels
         return other
 
 
-def crop_to_object(photograph: Photograph, side: int, *, file: str) -> ObjectView:
-    """The square around the object, at `side` pixels. Raises DataError naming `file` when there is no object in the middle."""
+def finer(dataset: Dataset[S], pixels: int) -> Dataset[S]:
+    """The same views, or pairs of them, with `pixels` times as many pixels a side in their images: what an upsampler's tiles are
+    cut from. A data set that is not `Sized` stays as it is."""
+    if isinstance(dataset, Subset):
+        return Subset(finer(dataset.whole, pixels), dataset.indices)
+    return dataset.at(dataset.side, pixels) if isinstance(dataset, Sized) else dataset
+
+
+def crop_to_object(photograph: Photograph, side: int, *, file: str, pixels: int = 1) -> ObjectView:
+    """The square around the object, at `side` pixels, its image at `pixels` times as many. Raises DataError naming `file` when there
+    is no object in the middle."""
     image, depth = photograph.image_3HW, photograph.depth_1HW
     if image.shape[1:] != depth.shape[1:]:
         sides = ["x".join(map(str, x.shape[:0:-1])) for x in (depth, image)]
@@ -94,14 +114,16 @@ def crop_to_object(photograph: Photograph, side: int, *, file: str) -> ObjectVie
     focal = photograph.focal * side / min(image.shape[1:])
     nearest = depth[depth > 0].min() if (depth > 0).any() else depth.new_zeros(())
     given = photograph.normals_3HW
-    image, depth = _middle(image, side), _middle(depth, side)
+    image, depth = _middle(image, side * pixels), _middle(depth, side)
     box = _box(depth, file)
     centre = depth.new_tensor([side / 2, side / 2])
     points = _cut(depth * _rays(depth, focal, centre), box)
-    image, depth = _cut(image, box), _cut(depth, box)
+    top, left, size = box
+    image, depth = _cut(image, (top * pixels, left * pixels, size * pixels)), _cut(depth, box)
     normals = normals_of(depth, focal) if given is None else _cut(_middle(given, side), box)
     focal *= side / depth.shape[-1]
-    image, depth, normals, points = (_resized(x, side) for x in (image, depth, normals, points))
+    image = _resized(image, side * pixels)
+    depth, normals, points = (_resized(x, side) for x in (depth, normals, points))
     intrinsics = torch.diag(depth.new_tensor([focal, focal, 1.0]))
     return ObjectView(image, relative_depth(depth, nearest), normals, points, intrinsics, photograph.pose_34)
 

@@ -50,14 +50,14 @@ class ToyViews(_Toy[ObjectView]):
     """The subject of every scene."""
 
     def __getitem__(self, index: int) -> ObjectView:
-        return _view(self.world.render(index), self.side)
+        return _view(self.world.render(index), self.side, self.pixels)
 
 
 class ToyPairs(_Toy[ViewPair]):
     """The subject of every scene from two points of view."""
 
     def __getitem__(self, index: int) -> ViewPair:
-        first, second = (_view(self.world.render(index, view=view), self.side) for view in (0, 1))
+        first, second = (_view(self.world.render(index, view=view), self.side, self.pixels) for view in (0, 1))
         return ViewPair(first, second, relative_pose(first.pose_34, second.pose_34))
 
 
@@ -113,7 +113,7 @@ class ToyKeypointPairs(_Toy[KeypointPair], KeypointPairs):
         return torch.from_numpy(np.column_stack([pixels, scene.keypoints.visible_K[own]])).float()
 
 
-def _view(scene: ToySample, side: int) -> ObjectView:
+def _view(scene: ToySample, side: int, pixels: int) -> ObjectView:
     """The subject, with the exact normals of the renderer."""
     subject = torch.from_numpy(scene.instances_HW == SUBJECT)
     rotation = torch.from_numpy(scene.camera.rotation_33).float()
@@ -125,7 +125,7 @@ def _view(scene: ToySample, side: int) -> ObjectView:
         torch.cat([rotation, shift[:, None]], dim=1),
         torch.from_numpy(scene.normals_HW3).permute(2, 0, 1) * subject,
     )
-    return crop_to_object(photograph, side, file=f"toy scene of a {CLASSES[scene.label]}")
+    return crop_to_object(photograph, side, file=f"toy scene of a {CLASSES[scene.label]}", pixels=pixels)
 
 
 def _longest_side(mask_HW: np.ndarray) -> int:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ...types import VisionModel
 from ..encode import precision
+from ..sizes import factor_of
 from ..task import Context
 
 __all__ = ["frozen_map", "only_size", "pad_to_model", "padded_size"]
@@ -28,10 +29,10 @@ def frozen_map(model: VisionModel, images_B3HW: Tensor, context: Context) -> Ten
 
 
 def padded_size(model: VisionModel, height: int, width: int) -> tuple[int, int]:
-    """The smallest size not below (height, width) that the model takes; of a model of one size, that size."""
+    """The smallest size of images not below (height, width) that the model takes; of a model of one size, that size."""
     if only := only_size(model):
         return only
-    patch = model.patch_size
+    patch = model.patch_size * factor_of(model)
     high, wide = -(-height // patch) * patch, -(-width // patch) * patch
     for _ in range(SEARCH):  # windows ask for multiples of several patches
         near = model.nearest_size(high, wide)

@@ -16,13 +16,14 @@ from torch import Tensor
 from ...config.numbers import Positive, Side
 from ..datasets import open_dataset
 from ..datasets.base import Dataset
-from ..datasets.object_views import Sized, ViewPair
+from ..datasets.object_views import Sized, ViewPair, finer
 from ..encode import Resize
 from ..metrics.correspondence import CorrespondenceMeter, check_points, errors, match
 from ..metrics.means import Means
 from ..models import NamedModel
 from ..probes.batches import each_item
 from ..probes.frozen import frozen_map
+from ..sizes import factor_of
 from ..task import Context, Score, Task
 
 __all__ = ["Correspondence"]
@@ -39,7 +40,7 @@ class Correspondence(Task):
     version: Literal["2024", "2025"] = "2024"
     """Of Probe3D; both are the same here."""
     resolution: Side = 512
-    """Side in pixels of the views."""
+    """Side in pixels of the views; an upsampler gets images with its factor times as many."""
     every: Positive = 4
     """One pixel in so many, in rows and columns, is a point to match; features are resized to that grid."""
     matches: Positive = 1000
@@ -58,7 +59,8 @@ class Correspondence(Task):
         return 2.0 * len(self.datasets(context)[0])
 
     def run(self, opened: NamedModel, context: Context) -> Iterable[Score]:
-        (pairs,) = self.usable(context, partial(_check_pair, every=self.every, matches=self.matches))
+        usable = self.usable(context, partial(_check_pair, every=self.every, matches=self.matches))
+        pairs = finer(usable[0], factor_of(opened.model))
         meter, by_angle = CorrespondenceMeter(), Means()
         for _, pair in each_item(pairs, context):
             metres, pixels = self.errors_of(pair, self._maps(opened, pair, context))

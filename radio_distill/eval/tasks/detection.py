@@ -25,6 +25,7 @@ from ..models import NamedModel
 from ..probes.batches import each_item, training_batches
 from ..probes.fit import fit
 from ..probes.frozen import frozen_map, padded_size
+from ..sizes import factor_of
 from ..task import Context, Score, Task
 
 __all__ = ["Detection", "coco_rows"]
@@ -42,7 +43,8 @@ class Detection(Task):
     train: str
     test: str
     side: Side = 512
-    """Side in pixels of the square that an image is resized into, or the next that the model takes."""
+    """Side in pixels of the square that an image is resized into, or the next that the network takes; an upsampler gets its
+    factor times as many."""
     scales: tuple[Scale, Scale] = (0.1, 2.0)
     """Large-scale jitter of training images."""
     factors: tuple[Scale, ...] = (2.0, 1.0, 0.5)
@@ -165,7 +167,7 @@ class Detection(Task):
             yield from scored()
 
     def _square(self, opened: NamedModel, context: Context) -> int:
-        side = self.size(context)
+        side = self.size(context) * factor_of(opened.model)
         return max(padded_size(opened.model, side, side))
 
 

@@ -28,6 +28,7 @@ from ..probes.frozen import frozen_map
 from ..probes.multitask import MultitaskHeads, losses
 from ..probes.multitask_pictures import MultitaskPictures
 from ..probes.multitask_views import MultitaskAugment, pad
+from ..sizes import image_size
 from ..task import Context, Score, Task
 
 __all__ = ["MultitaskProbe"]
@@ -75,7 +76,8 @@ class MultitaskProbe(Task):
     canvas: tuple[Side, Side]
     """Height and width in pixels of training crops; test images are padded to it, not resized."""
     input: Side
-    """Side in pixels of the square that the model sees: the canvas, resized where it is another."""
+    """Side in pixels of the square that the network sees: the canvas, resized where it is another; an upsampler gets its factor
+    times as many pixels a side."""
     steps: Positive = 40_000
     batch: Positive = 4
     """Images of a step, on all ranks together."""
@@ -173,7 +175,7 @@ class MultitaskProbe(Task):
     def _features(self, model: VisionModel, images_B3HW: Tensor, context: Context) -> Tensor:
         """The map of padded uint8 images, resized to the square that the model sees."""
         side = self.size(context)
-        size = model.nearest_size(side, side)
+        size = image_size(model, side, side)
         if tuple(images_B3HW.shape[-2:]) != size:
             resized = F.interpolate(images_B3HW.float(), size=size, mode="bilinear", antialias=True)
             images_B3HW = resized.round().clamp(0, 255).byte()

@@ -27,6 +27,7 @@ from ..models import NamedModel
 from ..probes.batches import each_item
 from ..probes.pictures import Pictures
 from ..probes.sam_decoder import SamDecoder
+from ..sizes import image_size
 from ..task import Context, Score, Task
 
 __all__ = ["SamMasks"]
@@ -77,7 +78,7 @@ class SamMasks(Task):
     def _features(self, opened: NamedModel, image_13HW: Tensor, context: Context) -> Tensor:
         """The map (1, C, h, w) that stands for SAM's: of the student's adaptor, or the model's own."""
         model, side = opened.model, context.resolution or image_13HW.shape[-1]
-        image = resize_map(image_13HW, model.nearest_size(side, side))
+        image = resize_map(image_13HW, image_size(model, side, side))
         with torch.autocast(context.device.type, torch.bfloat16, enabled=precision(context) == "bf16"):
             if not isinstance(model, Student):
                 return model.encode(image).features_BCHW.float()

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ...align import resize_map
 from ...config.numbers import Count, Positive, Rate, Scale, Share, Side
 from ..datasets.base import Dataset, open_dataset
 from ..datasets.segmentation import SegmentationSample
@@ -24,6 +25,7 @@ from ..probes.fit import fit
 from ..probes.frozen import frozen_map, only_size, pad_to_model, padded_size
 from ..probes.linear_segmentation import resize_logits, segmentation_head, segmentation_loss
 from ..probes.pictures import Pictures
+from ..sizes import factor_of
 from ..task import Context, Score, Task
 
 __all__ = ["Segmentation"]
@@ -39,7 +41,10 @@ class Segmentation(Task):
     """Split that is scored."""
     short_side: Side = 512
     """Pixels of the short side at test, and in training at scale 1. Training crops are squares of this side, or the next that
-    the model takes."""
+    the network takes. An upsampler gets images that are its factor times as large."""
+    pixels: Positive | None = None
+    """How many pixels a side an upsampler's images hold, in multiples of the network's input: 1 no more than the network sees,
+    2 twice as many (the inputs of FeatSharp's Figure 7); null: as many as its factor asks for."""
     steps: Positive = 80_000
     warmup: Count = 1500
     """Steps."""
@@ -97,9 +102,10 @@ class Segmentation(Task):
         )
 
         def batches() -> Iterator[tuple[Tensor, Tensor]]:
+            every = factor_of(opened.model)  # the loss is on as many pixels as without an upsampler
             for samples in crops:
-                images = torch.stack([s.image_3HW for s in samples])
-                labels = torch.stack([s.labels_HW for s in samples])
+                images = self._blurred(torch.stack([s.image_3HW for s in samples]), opened)
+                labels = torch.stack([s.labels_HW[every // 2 :: every, every // 2 :: every] for s in samples])
                 yield frozen_map(opened.model, images, context), labels.to(context.device)
 
         fit(
@@ -117,7 +123,16 @@ class Segmentation(Task):
     def _side(self, opened: NamedModel, context: Context) -> int:
         """The short side that images have for a model; a model of one size would see smaller images in a corner of its crops."""
         only = only_size(opened.model)
-        return min(only) if only else self.size(context)
+        return min(only) if only else self.size(context) * factor_of(opened.model)
+
+    def _blurred(self, images_B3HW: Tensor, opened: NamedModel) -> Tensor:
+        """The same uint8 images with the detail of `pixels` times the network's input, where an upsampler would see more."""
+        factor = factor_of(opened.model)
+        if self.pixels is None or self.pixels >= factor:
+            return images_B3HW
+        size = (images_B3HW.shape[-2], images_B3HW.shape[-1])
+        small = (size[0] * self.pixels // factor, size[1] * self.pixels // factor)
+        return resize_map(resize_map(images_B3HW.float(), small), size).round().clamp(0, 255).byte()
 
     @torch.no_grad()
     def predictions(
@@ -129,7 +144,8 @@ class Segmentation(Task):
             factor = self._side(opened, context) / min(height, width)
             image = resize_rgb(sample.image_3HW, (round(height * factor), round(width * factor)))
             seen = pad_to_model(opened.model, image)
-            logits = resize_logits(head(frozen_map(opened.model, seen[None], context)), seen.shape[-2:])
+            features = frozen_map(opened.model, self._blurred(seen[None], opened), context)
+            logits = resize_logits(head(features), seen.shape[-2:])
             if not self.stretch and seen.shape[-2] >= image.shape[-2] and seen.shape[-1] >= image.shape[-1]:
                 logits = logits[..., : image.shape[-2], : image.shape[-1]]
             yield sample, resize_logits(logits, (height, width)).argmax(1)[0]

@@ -21,7 +21,7 @@ from ...config.numbers import Positive, Rate, Scale, Side, Weight
 from ..blocks import with_blocks
 from ..datasets import open_dataset
 from ..datasets.base import Dataset
-from ..datasets.object_views import ObjectView, Sized
+from ..datasets.object_views import ObjectView, Sized, finer
 from ..encode import Fit, Resize
 from ..metrics.depth import DepthMeter, depth_loss
 from ..metrics.normals import NormalsMeter, angular_loss
@@ -32,6 +32,7 @@ from ..probes.dpt import DepthProbe, Dpt, LinearHead, NormalsProbe, Version
 from ..probes.fit import fit
 from ..probes.frozen import frozen_map
 from ..probes.surfaces import Jitter, Surface, SurfaceItem, SurfacePictures
+from ..sizes import factor_of
 from ..task import Context, Score, Task
 
 __all__ = ["Depth", "Normals", "SurfaceTask"]
@@ -53,7 +54,7 @@ class SurfaceTask(Task):
     version: Version = "2024"
     """Of Probe3D: 2024 is what published numbers were made with, 2025 interpolates and takes gradients properly."""
     resolution: Side = 512
-    """Side in pixels of images and of their ground truth."""
+    """Side in pixels of images and of their ground truth; an upsampler gets images with its factor times as many."""
     head: Literal["dpt", "linear"] = "dpt"
     """dpt: reads four blocks; linear: one convolution on the last map."""
     hidden: Positive = 512
@@ -165,7 +166,7 @@ class Depth(SurfaceTask):
         return depth_loss(probe(batch.features, batch.size), batch.depth_B1SS, version=self.version)
 
     def run(self, opened: NamedModel, context: Context) -> Iterable[Score]:
-        test, train = self.usable(context)
+        test, train = (finer(views, factor_of(opened.model)) for views in self.usable(context))
         read = self._read(opened)
         pictures = self._pictures(opened, context)
         meter = DepthMeter()
@@ -195,7 +196,7 @@ class Normals(SurfaceTask):
         return angular_loss(probe(batch.features, batch.size), batch.normals_B3SS, batch.depth_B1SS > 0)
 
     def run(self, opened: NamedModel, context: Context) -> Iterable[Score]:
-        test, train = self.usable(context)
+        test, train = (finer(views, factor_of(opened.model)) for views in self.usable(context))
         read = self._read(opened)
         pictures = self._pictures(opened, context)
         meter = NormalsMeter()

@@ -20,6 +20,7 @@ from ..datasets import open_dataset
 from ..datasets.base import Dataset
 from ..encode import Resize, features_of
 from ..models import NamedModel
+from ..sizes import seen
 from ..task import Context, Score, Task
 from .knn import Knn
 from .segmentation import Segmentation
@@ -119,10 +120,10 @@ class FeatureSweep(Sweep):
 
 def distinct(opened: NamedModel, sides: Sequence[int]) -> Iterator[tuple[int, int]]:
     """The sides that give different sizes, with those sizes: one alone for a model of one size."""
-    seen: dict[tuple[int, int], int] = {}
+    sizes: dict[tuple[int, int], int] = {}
     for side in sides:
-        seen.setdefault(opened.model.nearest_size(side, side), side)
-    return ((side, size[0]) for size, side in seen.items())
+        sizes.setdefault(seen(opened.model, side, side).network, side)
+    return ((side, size[0]) for size, side in sizes.items())
 
 
 def _in_passes(sides: Sequence[int]) -> float:

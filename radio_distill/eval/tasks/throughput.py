@@ -16,6 +16,7 @@ from ..datasets.base import Dataset
 from ..encode import precision
 from ..model_cost import device_name
 from ..models import NamedModel
+from ..sizes import factor_of, image_size
 from ..task import Context, Score, Task
 from .sweeps import distinct
 
@@ -49,7 +50,8 @@ class Timing(NamedTuple):
 
 
 class Throughput(Task):
-    """Forward passes of random images. Each factor is one point: an input of factor times the side."""
+    """Forward passes of random images. Each factor is one point: an input of factor times the side; of an upsampled model the side
+    alone, whose map is finer by the upsampler's own factor."""
 
     kind: Literal["throughput"]
     reads_data: ClassVar[bool] = False
@@ -75,7 +77,8 @@ class Throughput(Task):
         return times * self.images * (self.warmup + self.runs)
 
     def run(self, opened: NamedModel, context: Context) -> Iterable[Score]:
-        for side, own in distinct(opened, [self.side * f for f in self.factors]):
+        factors = (1,) if factor_of(opened.model) > 1 else self.factors
+        for side, own in distinct(opened, [self.side * f for f in factors]):
             timing = self.measure(opened, side, context)
             milliseconds = 1000 * timing.seconds / self.images / timing.tokens
             yield Score("ms_per_token", milliseconds, "ms", higher_is_better=False, headline=False, side=own)
@@ -84,7 +87,7 @@ class Throughput(Task):
     @torch.no_grad()
     def measure(self, opened: NamedModel, side: int, context: Context) -> Timing:
         """Time forward passes; every one is waited for."""
-        height, width = opened.model.nearest_size(side, side)
+        height, width = image_size(opened.model, side, side)
         images = torch.rand(self.images, 3, height, width, device=context.device)
         times = []
         for _ in range(self.warmup + self.runs):
