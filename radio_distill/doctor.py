@@ -89,8 +89,7 @@ def examine_recipe(recipe: AnyRecipe, *, open_sources: bool = False) -> Iterator
         yield from _upsamplers(recipe, cards)
         yield from _start(recipe) if resumed is None else [Finding("resume", str(resumed))]
     if recipe.balance.path:
-        by_name = cards if isinstance(recipe, Recipe) else {card.name: card for card in cards.values()}
-        yield _balancers(Path(expand(recipe.balance.path)), by_name)
+        yield _balancers(Path(expand(recipe.balance.path)), cards, by_card=not isinstance(recipe, Recipe))
     yield from _images(recipe, open_sources)
     yield from examine_packages(recipe)
     yield from examine_code(recipe)
@@ -106,13 +105,14 @@ def _cache(where: str) -> Finding:
     return Finding("cache", where if here else f"no cache in {where}; write it: radio-distill cache RECIPE", missing=not here)
 
 
-def _balancers(path: Path, cards: dict[str, TeacherCard]) -> Finding:
-    from .balance import check_balancers
+def _balancers(path: Path, cards: dict[str, TeacherCard], *, by_card: bool) -> Finding:
+    """by_card: they are looked up by the teacher that they are of, not by its name in the recipe."""
+    from .balance import check_balancers, name_of
 
     if not path.is_dir():
         return Finding("balancers", f"no folder {path}; make it with `radio-distill stats`", missing=True)
     try:
-        check_balancers(path, cards)
+        check_balancers(path, {name_of(path, card): card for card in cards.values()} if by_card else cards)
     except CheckpointError as error:
         return Finding("balancers", str(error), missing=True)
     return Finding("balancers", str(path))

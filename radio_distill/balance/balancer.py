@@ -31,7 +31,7 @@ from ..tensors import broadcast, row_major, save_tensors
 
 log = logging.getLogger(__name__)
 
-__all__ = ["Balancer", "check_balancers", "identity", "load_balancers", "save_balancers"]
+__all__ = ["Balancer", "check_balancers", "identity", "load_balancers", "name_of", "save_balancers"]
 
 # Methods whose inverse has orthogonal columns, so that raw squared distances need one weight per channel and no matrix.
 ORTHOGONAL = ("phi_s", "pca")
@@ -148,12 +148,7 @@ def check_balancers(folder: Path, cards: Mapping[str, TeacherCard]) -> None:
     """Raise CheckpointError when the balancer of a teacher in `cards` was made for another one: other facts, weights or code."""
     for name, card in cards.items():
         path = folder / f"{name}.safetensors"
-        try:
-            with safe_open(path, "pt") as file:
-                recorded = (file.metadata() or {}).get("fingerprint")
-            was = Fingerprint.from_dict(json.loads(recorded)) if recorded else None
-        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"{path} is not a balancer ({error}); make it again with `radio-distill stats`") from error
+        was = _recorded(path)
         if was is None:
             log.warning("%s has no fingerprint of its teacher (it is of an older version): taken to be that of %s", path, name)
         elif differences := was.differences(fingerprint(card)):
@@ -161,6 +156,18 @@ def check_balancers(folder: Path, cards: Mapping[str, TeacherCard]) -> None:
                 f"{path} was made for another teacher than {name!r} is now ({', '.join(map(str, differences))}); make it again with "
                 "`radio-distill stats`, or correct the card or balance.path"
             )
+
+
+def name_of(folder: Path, card: TeacherCard) -> str:
+    """Under which name a folder holds the balancer of a card's teacher: the card's own, or what a recipe called the same teacher."""
+    if (folder / f"{card.name}.safetensors").is_file():
+        return card.name
+    same = [
+        path.stem
+        for path in sorted(folder.glob("*.safetensors"))
+        if (was := _recorded(path)) and not was.differences(fingerprint(card))
+    ]
+    return same[0] if same else card.name
 
 
 def load_balancers(folder: Path, channels: dict[str, int] | None = None) -> dict[str, Balancer]:
@@ -171,6 +178,16 @@ def load_balancers(folder: Path, channels: dict[str, int] | None = None) -> dict
     if channels is None:
         return {path.stem: _load(folder, path.stem, None) for path in sorted(folder.glob("*.safetensors"))}
     return {name: _load(folder, name, expected) for name, expected in channels.items()}
+
+
+def _recorded(path: Path) -> Fingerprint | None:
+    """The fingerprint of the teacher that a balancer was made for, where the file has one."""
+    try:
+        with safe_open(path, "pt") as file:
+            recorded = (file.metadata() or {}).get("fingerprint")
+        return Fingerprint.from_dict(json.loads(recorded)) if recorded else None
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path} is not a balancer ({error}); make it again with `radio-distill stats`") from error
 
 
 def _load(folder: Path, name: str, expected: int | None) -> Balancer:

@@ -63,9 +63,21 @@ def fit(method: BalanceKind, moments: Moments, name: str, *, previous: Balancer 
         inverse_weight=inverse.float(),
         offset_C=offset_C.float(),
         mean_C=mean_C.float(),
-        facts={"teacher": name, "count": str(int(count))},
+        facts={"teacher": name, "count": str(int(count)), **_spread(covariance_CC)},
     )
     return balancer.to(moments.device)
+
+
+def _spread(covariance_CC: Tensor) -> dict[str, str]:
+    """How the variance lies in its directions, as facts of a balancer.
+
+    `first_share`: the share of the first principal axis. `effective_rank`: (sum of the eigenvalues)^2 over the sum of their
+    squares; C where all are equal, 1 where there is but one.
+    """
+    eigenvalues = torch.linalg.eigvalsh(covariance_CC)
+    total = eigenvalues.sum()
+    rank = total.square() / eigenvalues.square().sum()
+    return {"first_share": f"{float(eigenvalues[-1] / total):.4g}", "effective_rank": f"{float(rank):.4g}"}
 
 
 def fit_on_first_rank(

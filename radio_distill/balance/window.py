@@ -6,13 +6,14 @@ everybody receives the same matrices.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from ..config.cards import TeacherCard
-from ..config.recipe import Balance
+from ..config.recipe import Balance, BalanceKind
 from ..types import VisionOutput
 from . import Balancer, Dispersion, Moments, fit_on_first_rank
 
@@ -22,8 +23,16 @@ __all__ = ["StatisticsWindow"]
 class StatisticsWindow:
     """Moments of features and angular dispersion of summaries, by teacher."""
 
-    def __init__(self, spec: Balance, cards: dict[str, TeacherCard], device: torch.device) -> None:
+    def __init__(
+        self,
+        spec: Balance,
+        cards: dict[str, TeacherCard],
+        device: torch.device,
+        methods: Mapping[str, BalanceKind] | None = None,
+    ) -> None:
+        """methods: of teachers that are not equalised by `spec.method`."""
         self.spec = spec
+        self._methods = {**dict.fromkeys(cards, spec.method), **(methods or {})}
         self._outputs = {name: card.output for name, card in cards.items()}
         self._device = device
         self.clear()
@@ -53,7 +62,7 @@ class StatisticsWindow:
         """Balancers from the sums of all ranks, which stay as they are; the axes of `previous` ones are kept. A collective."""
         balancers = {}
         for name, moments in self.moments.items():
-            balancer = fit_on_first_rank(self.spec.method, moments.all_reduce(), name, previous=previous.get(name))
+            balancer = fit_on_first_rank(self._methods[name], moments.all_reduce(), name, previous=previous.get(name))
             if name in self.dispersions:
                 balancer = replace(balancer, dispersion=self.dispersions[name].all_reduce())
             balancers[name] = balancer

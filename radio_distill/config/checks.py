@@ -233,7 +233,7 @@ def _loss(recipe: Recipe) -> Found:
     if recipe.loss.mesa.weight and not recipe.ema.decay:
         yield Problem("'loss.mesa.weight' needs the EMA student; set ema.decay (0.9996)", ("loss", "mesa", "weight"))
     balance = recipe.balance
-    if balance.window == 0 and balance.path is None and balance.method.kind != "none":
+    if balance.window == 0 and balance.path is None and any(recipe.method_of(n).kind != "none" for n in recipe.teachers):
         text = "'balance.window' is 0 and there is no 'balance.path': no statistics; give one, or balance.method.kind=none"
         yield Problem(text, ("balance", "window"))
 

@@ -166,6 +166,10 @@ def code_of(recipe: Job) -> dict[str, str]:
         found["balance.method"] = recipe.balance.method.loader
     if isinstance(recipe, Recipe):
         found |= {f"loss.terms.{name}": term.loader for name, term in recipe.loss.terms.items()}
+        own = {name: teacher.balance for name, teacher in recipe.teachers.items()}
+        found |= {
+            f"teachers.{name}.balance": method.loader for name, method in own.items() if isinstance(method, CustomBalance)
+        }
     if recipe.optim.kind == "custom":
         found["optim"] = str(recipe.optim.loader)
     return found

@@ -176,32 +176,6 @@ class TeacherView(Fields):
     """How a target is made finer than the teacher's own map."""
 
 
-class Teacher(Fields):
-    card: str | None = None
-    """Name of the card or path of a YAML file; null: the key of this entry."""
-    summary_weight: Weight = 1.0
-    """Weight of the summary loss; 0 for a teacher without a summary."""
-    feature_weight: Weight = 1.0
-    """Weight of the feature loss."""
-    compile: bool = False
-    """torch.compile the teacher (static shapes, one graph per partition)."""
-    chunk: Positive | None = None
-    """At most this many teacher images in one forward; null: all."""
-
-
-class Partition(Fields):
-    size: Side
-    """Side in pixels of the student's image."""
-    images: Positive
-    """Images of this partition in one optimizer step, over all ranks."""
-    weight: Weight = 1.0
-    """Weight of this partition's mean loss in the total. 1 for all: equal partitions (OURS)."""
-    micro_batch: Positive | None = None
-    """Images per rank and forward; null: all at once. Smaller values accumulate gradients."""
-    teachers: dict[str, TeacherView]
-    """The teachers that this partition matches, by their name in `teachers`."""
-
-
 class PhiS(Fields):
     kind: Literal["phi_s"] = "phi_s"
 
@@ -242,6 +216,34 @@ BalanceKind = Annotated[
     PhiS | GlobalStandardize | Standardize | PCAWhiten | ZCAWhiten | HCAWhiten | NoBalance | CustomBalance,
     Field(discriminator="kind"),
 ]
+
+
+class Teacher(Fields):
+    card: str | None = None
+    """Name of the card or path of a YAML file; null: the key of this entry."""
+    summary_weight: Weight = 1.0
+    """Weight of the summary loss; 0 for a teacher without a summary."""
+    feature_weight: Weight = 1.0
+    """Weight of the feature loss."""
+    compile: bool = False
+    """torch.compile the teacher (static shapes, one graph per partition)."""
+    chunk: Positive | None = None
+    """At most this many teacher images in one forward; null: all."""
+    balance: BalanceKind | None = None
+    """How this one is equalised; null: by `balance.method`, as all others."""
+
+
+class Partition(Fields):
+    size: Side
+    """Side in pixels of the student's image."""
+    images: Positive
+    """Images of this partition in one optimizer step, over all ranks."""
+    weight: Weight = 1.0
+    """Weight of this partition's mean loss in the total. 1 for all: equal partitions (OURS)."""
+    micro_batch: Positive | None = None
+    """Images per rank and forward; null: all at once. Smaller values accumulate gradients."""
+    teachers: dict[str, TeacherView]
+    """The teachers that this partition matches, by their name in `teachers`."""
 
 
 class Balance(Fields):
@@ -510,6 +512,11 @@ class Recipe(ImageJob):
     """Resolution groups; every optimizer step contains all of them."""
     loss: Loss = Loss()
     """What is minimised."""
+
+    def method_of(self, teacher: str) -> BalanceKind:
+        """How a teacher is equalised, by its name in the recipe."""
+        return self.teachers[teacher].balance or self.balance.method
+
     cache: Cache = Cache()
     """Targets that were computed before (docs/data.md)."""
 

@@ -71,7 +71,8 @@ def build_teacher_side(recipe: Recipe, world: World, *, weights: Weights = "pret
         encoder = bank()
     assignment = assignment_of(recipe, encoder.cards, world.size)
     service = TeacherService(recipe, encoder, student_patch=patch)
-    window = StatisticsWindow(recipe.balance, encoder.cards, world.device)
+    methods = {name: recipe.method_of(name) for name in encoder.cards}
+    window = StatisticsWindow(recipe.balance, encoder.cards, world.device, methods)
     return TeacherSide(service, window, assignment, Streams(recipe, assignment, world.rank, specs))
 
 

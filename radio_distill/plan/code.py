@@ -19,6 +19,9 @@ __all__ = ["UserCode", "import_code", "user_code"]
 
 IMPORTERS: dict[str, Callable[[Any], object]] = {
     "balance.method": lambda recipe: import_method(recipe.balance.method),
+    "teachers": lambda recipe: [
+        import_method(t.balance) for t in recipe.teachers.values() if t.balance and t.balance.kind == "custom"
+    ],
     "loss.terms": load_terms,
     "optim": lambda recipe: import_optimizer(recipe.optim),
 }

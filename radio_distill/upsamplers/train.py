@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .. import viz
 from ..align import resize_map
-from ..balance import Balancer, check_balancers, load_balancers, save_balancers
+from ..balance import Balancer, check_balancers, load_balancers, name_of, save_balancers
 from ..balance.window import StatisticsWindow
 from ..config.load import load_card
 from ..config.upsampler_recipe import VIEWS, UpsamplerRecipe
@@ -47,7 +47,7 @@ from .map_weights import covered_masks
 from .objective import Base, ViewLoss, Views
 from .sharpener import Sharpener
 
-__all__ = ["UpsamplerTask", "UpsamplerTraining", "train_upsampler"]
+__all__ = ["Inputs", "UpsamplerTask", "UpsamplerTraining", "statistics", "train_upsampler"]
 
 log = logging.getLogger(__name__)
 
@@ -228,8 +228,9 @@ def statistics(recipe: UpsamplerRecipe, world: distributed.World, inputs: Inputs
     name, card = "teacher", inputs.teacher.card
     if recipe.balance.path:
         folder = Path(expand(recipe.balance.path))
-        loaded = load_balancers(folder, {card.name: card.output.features})[card.name]
-        agree.on_main(lambda: check_balancers(folder, {card.name: card}))
+        called = name_of(folder, card)
+        loaded = load_balancers(folder, {called: card.output.features})[called]
+        agree.on_main(lambda: check_balancers(folder, {called: card}))
         return loaded
     window = StatisticsWindow(recipe.balance, {name: inputs.teacher.card}, world.device)
     encode = chunked(inputs.teacher, recipe.chunk)

@@ -170,6 +170,15 @@ def test_a_width_without_a_hadamard_matrix_is_refused() -> None:
     assert fit(METHODS["zca"], m, "odd").channels == 6
 
 
+def test_facts_say_how_the_variance_lies_in_its_directions() -> None:
+    one, all_alike = Moments(4), Moments(4)
+    one.update(torch.tensor([[0.0, 0, 0, 0], [2, 4, 0, 0], [1, 2, 0, 0]]))
+    all_alike.update(torch.cat([torch.eye(4), -torch.eye(4)]))
+    for moments, share, rank in ((one, "1", "1"), (all_alike, "0.25", "4")):
+        facts = fit(METHODS["phi_s"], moments, "t").facts
+        assert (facts["first_share"], facts["effective_rank"]) == (share, rank)
+
+
 def test_saved_balancers_come_back_the_same(moments: Moments, tmp_path: Path) -> None:
     saved = {kind: fit(method, moments, kind) for kind, method in METHODS.items()}
     save_balancers(tmp_path / "balancers", saved)
@@ -179,7 +188,8 @@ def test_saved_balancers_come_back_the_same(moments: Moments, tmp_path: Path) ->
     maps = features(2)
     for name, balancer in saved.items():
         assert loaded[name].kind == balancer.kind
-        assert loaded[name].facts == {"teacher": name, "count": "1400"}
+        assert loaded[name].facts == balancer.facts
+        assert (balancer.facts["teacher"], balancer.facts["count"]) == (name, "1400")
         for key, x in balancer.tensors().items():
             assert torch.equal(loaded[name].tensors()[key], x), (name, key)
             assert loaded[name].tensors()[key].stride() == x.stride(), (name, key)
