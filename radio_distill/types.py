@@ -85,6 +85,10 @@ class Batch:
     def __len__(self) -> int:
         return len(self.keys)
 
+    def side(self, view: str) -> int:
+        """Of the view's images, in pixels."""
+        return self.views[view].images_B3HW.shape[-1]
+
 
 class Target(NamedTuple):
     """What one adaptor has to predict for one batch; no gradient flows into it."""

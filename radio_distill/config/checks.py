@@ -27,6 +27,7 @@ from .recipe import (
     Trained,
     Upsampler,
 )
+from .sizes import draws_sizes
 from .terms import TERMS, weights_of
 from .upsampler import ENLARGING
 
@@ -94,10 +95,12 @@ def _students(recipe: Recipe) -> Found:
 
 def _student(recipe: Recipe, student: Student, path: KeyPath) -> Found:
     patch, where = _patch(student), ".".join(map(str, path))
-    grids = {name: partition.size // patch for name, partition in recipe.partitions.items()}
+    grids = [
+        (name, size // patch) for name, partition in recipe.partitions.items() for size in partition.sizes or [partition.size]
+    ]
     for window in student.vitdet.windows:  # every partition draws among those that divide its grid
-        if all(grid % window for grid in grids.values()):
-            sides = ", ".join(f"{grid} of partition {name!r}" for name, grid in grids.items())
+        if all(grid % window for _, grid in grids):
+            sides = ", ".join(f"{grid} of partition {name!r}" for name, grid in grids)
             yield Problem(f"a window of {window} tokens divides no grid: sides are {sides}", (*path, "vitdet", "windows"))
     for name, partition in recipe.partitions.items():
         if partition.size > student.max_size:
@@ -126,13 +129,14 @@ def _teachers(recipe: Recipe, cards: dict[str, TeacherCard]) -> Found:
 
 
 def _partition(recipe: Recipe, name: str, partition: Partition, cards: dict[str, TeacherCard]) -> Found:
-    path, size, patch = ("partitions", name), partition.size, patch_size(recipe)
-    if size % patch:
-        fitting = max(patch, round(size / patch) * patch)
-        yield Problem(
-            f"'partitions.{name}.size' is {size}, no multiple of the student's patch {patch}; nearest is {fitting}",
-            (*path, "size"),
-        )
+    path, patch = ("partitions", name), patch_size(recipe)
+    for size in partition.sizes or [partition.size]:
+        if size % patch:
+            fitting = max(patch, round(size / patch) * patch)
+            yield Problem(
+                f"'partitions.{name}.size' is {size}, no multiple of the student's patch {patch}; nearest is {fitting}",
+                (*path, "size"),
+            )
     if partition.micro_batch is not None and partition.micro_batch > partition.images:
         expected = f"1 to {partition.images} (its images), or null"
         text = f"'partitions.{name}.micro_batch' is {partition.micro_batch}, expected {expected}"
@@ -148,12 +152,22 @@ def _partition(recipe: Recipe, name: str, partition: Partition, cards: dict[str,
 
 
 def _view(recipe: Recipe, partition: Partition, name: str, view: TeacherView, card: TeacherCard, path: KeyPath) -> Found:
-    size, patch = view.size or card.input.size, card.input.patch
-    if size != card.input.size and not card.input.resizable:
-        yield Problem(f"teacher {name!r} at {size} px: its card allows {card.input.size} px only", (*path, "size"))
-    elif size < patch or size % patch:
-        fitting = max(1, round(size / patch)) * patch
-        yield Problem(f"teacher {name!r} at {size} px: no multiple of its patch {patch}; nearest is {fitting}", (*path, "size"))
+    patch = card.input.patch
+    for size in view.sizes or [view.size or card.input.size]:
+        if size != card.input.size and not card.input.resizable:
+            yield Problem(f"teacher {name!r} at {size} px: its card allows {card.input.size} px only", (*path, "size"))
+        elif size < patch or size % patch:
+            fitting = max(1, round(size / patch)) * patch
+            yield Problem(
+                f"teacher {name!r} at {size} px: no multiple of its patch {patch}; nearest is {fitting}", (*path, "size")
+            )
+    if len(view.sizes) > 1 and isinstance(view.upsampler, Trained | Debias):
+        text = (
+            f"teacher {name!r}: {view.upsampler.kind!r} is trained for one size, and `size` names {len(view.sizes)}; name one"
+        )
+        yield Problem(text, (*path, "size"))
+    if view.size and view.mosaic:
+        yield Problem(f"teacher {name!r}: a mosaic has the card's {card.input.size} px; remove size", (*path, "size"))
     yield from _upsampler(name, view, path)
     if view.mosaic:
         yield from _mosaic(recipe, partition, name, card, path)
@@ -200,6 +214,7 @@ def _bias_map(spec: Upsampler) -> str | None:
 
 def _mosaic(recipe: Recipe, partition: Partition, name: str, card: TeacherCard, path: KeyPath) -> Found:
     view, size, patch, here = partition.teachers[name], card.input.size, card.input.patch, (*path, "mosaic")
+    odd = next((side for side in partition.sizes or [partition.size] if side % patch), None)
     if view.size not in (None, size):
         yield Problem(
             f"teacher {name!r} at {view.size} px: a mosaic is shown at the card's {size} px; remove size", (*path, "size")
@@ -207,8 +222,8 @@ def _mosaic(recipe: Recipe, partition: Partition, name: str, card: TeacherCard, 
     elif 2 * partition.size > size:
         text = f"teacher {name!r}: a mosaic needs 2 x 2 images of {partition.size} px in its {size} px; set mosaic: false"
         yield Problem(text, here)
-    elif partition.size % patch:
-        yield Problem(f"teacher {name!r}: mosaic images of {partition.size} px are no multiple of its patch {patch}", here)
+    elif odd:
+        yield Problem(f"teacher {name!r}: mosaic images of {odd} px are no multiple of its patch {patch}", here)
     if not isinstance(view.upsampler, Bilinear):
         yield Problem(f"teacher {name!r}: a mosaic cannot be upsampled by {view.upsampler.kind!r}; use bilinear", here)
     for term, weight in weights_of(recipe, name, card).items():
@@ -219,6 +234,8 @@ def _mosaic(recipe: Recipe, partition: Partition, name: str, card: TeacherCard, 
 
 
 def _cache(recipe: Recipe) -> Found:
+    if recipe.cache.read is not None and (drawn := draws_sizes(recipe)):
+        yield Problem(f"a cache holds views of one size, and 'partitions.{drawn}' draws sizes; name one", ("cache", "read"))
     if recipe.cache.read is not None and recipe.engine.placement.kind == "dedicated":
         text = "'engine.placement.kind' is 'dedicated' and the targets come from cache.read, so teacher ranks have no work; remove it"
         yield Problem(text, ("engine", "placement", "kind"))

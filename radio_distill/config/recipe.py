@@ -7,9 +7,11 @@ PHI = PHI-S paper, FS = FeatSharp paper, V4 = C-RADIOv4 report, OURS = not publi
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
+from pydantic_core import PydanticCustomError
 
 from ..types import CLIP_MEAN, CLIP_STD
 from .cards import Fields, Loader
@@ -164,9 +166,34 @@ class Debias(Fields):
 Upsampler = Annotated[Bilinear | Tile | S2 | Trained | Debias, Field(discriminator="kind")]
 
 
-class TeacherView(Fields):
+class Sized(Fields):
+    """What has a side in pixels, or several, of which each step draws one."""
+
     size: Side | None = None
-    """Side in pixels the teacher runs at in this partition; null: the card's."""
+    sizes: dict[Side, Scale] = {}
+    """Of `size: {128: 1, 256: 2}`: the sides, each with its weight; `size` is then the largest. Empty: there is only one."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_several(cls, values: Any) -> Any:
+        """Take `size: {SIDE: WEIGHT}` apart."""
+        several = values.get("size") if isinstance(values, Mapping) else None
+        if isinstance(several, Mapping) and several and all(str(side).isdecimal() for side in several):  # text: keys of a file
+            return {**values, "size": max(map(int, several)), "sizes": several}
+        return values
+
+    @model_validator(mode="after")
+    def _is_the_largest(self) -> Self:
+        if self.sizes and self.size != max(self.sizes):
+            raise PydanticCustomError(
+                "sizes", "`sizes` whose largest is `size`; write the map of sides as `size`, and no `sizes`"
+            )
+        return self
+
+
+class TeacherView(Sized):
+    size: Side | None = None
+    """Side in pixels the teacher runs at in this partition; null: the card's. `{224: 1, 448: 1}`: drawn for each step."""
     mosaic: bool = False
     """Place k x k images of the batch in one teacher image (teachers that only take one large size: SAM)."""
     grid: Literal["student", "teacher"] = "student"
@@ -233,9 +260,9 @@ class Teacher(Fields):
     """How this one is equalised; null: by `balance.method`, as all others."""
 
 
-class Partition(Fields):
+class Partition(Sized):
     size: Side
-    """Side in pixels of the student's image."""
+    """Side in pixels of the student's image. `{128: 1, 256: 2}`: drawn for each step, with these weights (docs/training.md)."""
     images: Positive
     """Images of this partition in one optimizer step, over all ranks."""
     weight: Weight = 1.0

@@ -151,7 +151,7 @@ def _texts(values: Any, path: KeyPath) -> Iterator[tuple[KeyPath, str]]:
         yield path, values
     elif isinstance(values, dict):
         for key, value in values.items():
-            yield (*path, key), key
+            yield (*path, key), str(key)
             yield from _texts(value, (*path, key))
             if isinstance(value, str):  # a name and its value, as in a card's `params`
                 yield (*path, key), f"{key}={value}"

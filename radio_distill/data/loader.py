@@ -23,7 +23,7 @@ from ..types import Batch, View
 from .processes import ahead, read_in_processes
 from .sources import choose_streams, list_source
 from .stream import Bad, Feed
-from .views import ViewSpec, as_views
+from .views import ViewsAt, as_views
 from .worker import Part, PartReader
 
 __all__ = ["Loader", "build_loader", "merge_positions"]
@@ -34,15 +34,16 @@ log = logging.getLogger(__name__)
 def build_loader(
     recipe: AnyRecipe,
     partition: str,
-    specs: Sequence[ViewSpec],
+    views: ViewsAt,
     *,
     rank: int = 0,
     world_size: int = 1,
     position: dict[str, Any] | None = None,
+    step: int = 0,
 ) -> Loader:
     """Build the loader of a partition for one of the `world_size` ranks that run it.
 
-    `specs` are the views of the student and of the teachers. `position` is the `Batch.position` of the last batch that was
+    `views` are those of the student and of the teachers in a step, of which `step` is the first. `position` is the `Batch.position` of the last batch that was
     used (of this rank, or of all ranks by `merge_positions`); None starts at the beginning. Raises DataError when sources
     are missing, too small, or no longer those of the position, or when streams, ranks and images do not divide.
     """
@@ -57,7 +58,7 @@ def build_loader(
     mine = range(rank * streams // world_size, (rank + 1) * streams // world_size)
     parts = PartReader(
         tuple(Feed(listing.name, listing.weight, listing.shards(streams)) for listing in listings),
-        tuple(specs),
+        views,
         data,
         partition=partition,
         size=recipe.partitions[partition].size,
@@ -66,6 +67,7 @@ def build_loader(
         indices=mine,
         quota=images // streams,
         states=_states(position, header, mine),
+        step=step,
     )
     workers = _fit_workers(recipe.engine.workers, len(mine))
     return Loader(parts, partition, header, workers=workers, micro_batch=recipe.partitions[partition].micro_batch)

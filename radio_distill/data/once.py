@@ -66,15 +66,15 @@ class Once(IterableDataset[Piece]):
     def __iter__(self) -> Iterator[Piece]:
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
-        cutter = ViewCutter(self._specs, self._data, size=self._partition_size)
-        piece = Piece([], cutter.blank(self._size), [], [])
+        cutter = ViewCutter(self._data, size=self._partition_size)
+        piece = Piece([], cutter.blank(self._specs, self._size), [], [])
         for number in range(worker, len(self._items), workers):
             source, _, view = self._items[number]
             for raw in _samples(self._items[number], piece.bad):
                 seed = sample_seed(self._seed, source, view, raw.key)
                 if len(piece.rows) == self._size:
                     yield piece
-                    piece = Piece([], cutter.blank(self._size), [], [])
+                    piece = Piece([], cutter.blank(self._specs, self._size), [], [])
                 cut = _cut(cutter, raw, seed, piece, source)
                 if cut is not None:
                     piece.rows.append(Row(number, f"{source}/{raw.key}", seed, cut))

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import random
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -26,7 +26,19 @@ from .decode import BadImage, Pixels, Scratch, decode, read_header
 from .mosaic import mosaic, unmosaic
 from .seeding import stable_hash
 
-__all__ = ["Canvas", "Cut", "ViewCutter", "ViewSpec", "as_views", "draw_cut", "mosaic", "resize_into", "unmosaic"]
+__all__ = [
+    "Canvas",
+    "Cut",
+    "ViewCutter",
+    "ViewSpec",
+    "ViewsAt",
+    "always",
+    "as_views",
+    "draw_cut",
+    "mosaic",
+    "resize_into",
+    "unmosaic",
+]
 
 HIGH_RESOLUTION = 768
 """From this side on, images smaller than half of it are skipped: they would be enlarged more than twice."""
@@ -59,6 +71,15 @@ def draw_cut(rng: random.Random, height: int, width: int, crop: Crop) -> Cut:
     return Cut(draw_crop(rng, height, width, crop), rng.random() < crop.flip)
 
 
+ViewsAt = Callable[[int], Sequence[ViewSpec]]
+"""The views that a step needs, by its number; travels to loader processes."""
+
+
+def always(views: Sequence[ViewSpec], step: int) -> Sequence[ViewSpec]:
+    """`partial(always, views)`: the same views in every step."""
+    return views
+
+
 class Canvas(NamedTuple):
     """Pixels and boxes of a batch that is being filled, one pair for all `names`."""
 
@@ -73,18 +94,17 @@ class Canvas(NamedTuple):
 class ViewCutter:
     """Decodes, crops, flips and resizes samples for one partition."""
 
-    def __init__(self, specs: Sequence[ViewSpec], data: Data, *, size: int) -> None:
-        """Cut for `specs` as `data` says; `size` is the partition's, and decides which images are too small."""
-        self._specs = tuple(specs)
+    def __init__(self, data: Data, *, size: int) -> None:
+        """Cut as `data` says; `size` is the partition's largest, and decides which images are too small."""
         self._data = data
         self._min_side = max(data.min_side, size // 2) if size >= HIGH_RESOLUTION else data.min_side
         self._pool = _Pool()
         self._scratch = Scratch()
 
-    def blank(self, count: int) -> list[Canvas]:
-        """Return canvases for `count` samples: one for each size, or for each consumer where crops are shifted."""
+    def blank(self, specs: Sequence[ViewSpec], count: int) -> list[Canvas]:
+        """Return canvases for `count` samples of these views: one for each size, or for each consumer where crops are shifted."""
         groups: dict[object, list[ViewSpec]] = {}
-        for spec in self._specs:
+        for spec in specs:
             groups.setdefault(spec.name if self._data.shift_std else spec.size, []).append(spec)
         return [self._canvas(group, count) for group in groups.values()]
 

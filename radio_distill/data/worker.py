@@ -6,8 +6,9 @@ The same code runs in the training process when there are no workers.
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 from torch.utils.data import IterableDataset, get_worker_info
@@ -16,7 +17,7 @@ from ..config.recipe import Data
 from ..errors import DataError
 from .decode import BadImage
 from .stream import Bad, Feed, Sample, Stream
-from .views import Canvas, ViewCutter, ViewSpec
+from .views import Canvas, ViewCutter, ViewsAt, ViewSpec
 
 __all__ = ["Part", "PartReader"]
 
@@ -43,7 +44,7 @@ class PartReader(IterableDataset[Part | DataError]):
     def __init__(
         self,
         feeds: tuple[Feed, ...],
-        specs: tuple[ViewSpec, ...],
+        views: ViewsAt,
         data: Data,
         *,
         partition: str,
@@ -53,9 +54,10 @@ class PartReader(IterableDataset[Part | DataError]):
         indices: range,
         quota: int,
         states: dict[int, dict[str, Any]],
+        step: int,
     ) -> None:
-        """Prepare the streams `indices` of `streams`, each giving `quota` images a step, from `states` where given."""
-        self._feeds, self._specs, self._data = feeds, specs, data
+        """Prepare the streams `indices` of `streams`, each giving `quota` images a step, from `states` where given, at `step`."""
+        self._feeds, self._views, self._data, self._step = feeds, views, data, step
         self._partition, self._size, self._seed = partition, size, seed
         self._streams, self._indices, self._quota, self._states = streams, indices, quota, states
 
@@ -64,11 +66,11 @@ class PartReader(IterableDataset[Part | DataError]):
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
         block = len(self._indices) // workers
         streams = [self._stream(index) for index in self._indices[worker * block : (worker + 1) * block]]
-        cutter = ViewCutter(self._specs, self._data, size=self._size)
+        cutter = ViewCutter(self._data, size=self._size)
         watch = _Watch(self._data.max_bad)
         try:
-            while True:
-                yield self._part(streams, cutter, watch)
+            for step in count(self._step):
+                yield self._part(streams, cutter, watch, self._views(step))
         except DataError as error:
             yield error
 
@@ -78,8 +80,8 @@ class PartReader(IterableDataset[Part | DataError]):
             stream.load(self._states[index])
         return stream
 
-    def _part(self, streams: list[Stream], cutter: ViewCutter, watch: _Watch) -> Part:
-        canvases = cutter.blank(len(streams) * self._quota)
+    def _part(self, streams: list[Stream], cutter: ViewCutter, watch: _Watch, views: Sequence[ViewSpec]) -> Part:
+        canvases = cutter.blank(views, len(streams) * self._quota)
         samples: list[Sample] = []
         bad: list[Bad] = []
         for number, stream in enumerate(streams, start=1):

@@ -62,7 +62,8 @@ class TeacherBank:
             if view.mosaic:
                 return self._encode_mosaic(batch, teacher, pixels, chunked(teacher, self.recipe.teachers[name].chunk))
             upsampler = self._upsamplers[batch.partition, name]
-            return upsampler(chunked(teacher, self.recipe.teachers[name].chunk), pixels, view.size or teacher.card.input.size)
+            side = batch.side(name) // view.upsampler.factor
+            return upsampler(chunked(teacher, self.recipe.teachers[name].chunk), pixels, side)
 
     def _encode_mosaic(
         self, batch: Batch, teacher: Teacher, pixels_B3HW: Tensor, encode: Callable[[Tensor], VisionOutput]

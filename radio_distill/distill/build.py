@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -37,7 +38,7 @@ from ..train.watchdog import watch
 from .bank import TeacherBank
 from .cached import CachedTeachers, open_cache
 from .remote import RemoteTeachers
-from .targets import Encoder, TeacherService, name_non_finite, view_specs
+from .targets import Encoder, TeacherService, name_non_finite, view_specs, views_at
 
 __all__ = ["TeacherSide", "assignment_of", "build_start", "build_teacher_side", "build_teachers", "view_specs_of"]
 
@@ -57,27 +58,29 @@ class TeacherSide:
 def build_teacher_side(recipe: Recipe, world: World, *, weights: Weights = "pretrained") -> TeacherSide:
     """Load the teachers and find out who runs what; the streams are not open yet. weights: `random` for benchmarks."""
     encoder: Encoder
-    specs, patch = view_specs_of(recipe), _patch(recipe)
+    patch = _patch(recipe)
 
     def bank() -> TeacherBank:
         return TeacherBank(recipe, build_teachers(recipe, world.device, weights=weights))
 
     if recipe.cache.read is not None:
-        recipe, folder, header = open_cache(recipe, specs)
+        recipe, folder, header = open_cache(recipe, view_specs_of(recipe))
         encoder = CachedTeachers(recipe, folder, header, world.device, teachers=bank)
     elif world.bridge is not None:
         encoder = RemoteTeachers(recipe, world.bridge)
     else:
         encoder = bank()
     assignment = assignment_of(recipe, encoder.cards, world.size)
+    sizes = {name: (card.input.size, card.input.patch) for name, card in encoder.cards.items()}
+    views = {name: partial(views_at, recipe, name, sizes, patch) for name in recipe.partitions}
     service = TeacherService(recipe, encoder, student_patch=patch)
     methods = {name: recipe.method_of(name) for name in encoder.cards}
     window = StatisticsWindow(recipe.balance, encoder.cards, world.device, methods)
-    return TeacherSide(service, window, assignment, Streams(recipe, assignment, world.rank, specs))
+    return TeacherSide(service, window, assignment, Streams(recipe, assignment, world.rank, views))
 
 
 def view_specs_of(recipe: Recipe) -> dict[str, list[ViewSpec]]:
-    """What the loader has to deliver, by partition."""
+    """What the loader has to deliver, by partition, where steps draw no sizes."""
     sizes, patch = {name: (card.input.size, card.input.patch) for name, card in cards_of(recipe).items()}, _patch(recipe)
     return {name: view_specs(recipe, partition, sizes, patch) for name, partition in recipe.partitions.items()}
 

@@ -23,6 +23,7 @@ import torch
 from ..balance import Balancer, load_balancers, save_balancers
 from ..config.load import cards_of, load_recipe
 from ..config.recipe import Recipe
+from ..config.sizes import draws_sizes
 from ..data.once import Once, Piece, ShardView
 from ..data.processes import read_in_processes
 from ..data.shards import TarFile, count_samples
@@ -72,6 +73,8 @@ def main(argv: Sequence[str]) -> int:
         )
     if recipe.engine.placement.kind == "dedicated":
         raise RecipeError("engine.placement is 'dedicated' and a cache has no students to serve; remove it")
+    if drawn := draws_sizes(recipe):
+        raise RecipeError(f"a cache holds views of one size, and partitions.{drawn} draws sizes; name one")
     recipe = recipe.model_copy(update={"cache": recipe.cache.model_copy(update={"read": None})})
     return run_ranks(recipe, lambda world: write_cache(recipe, world))
 

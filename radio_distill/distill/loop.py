@@ -53,7 +53,7 @@ def build(recipe: Recipe, world: distributed.World, runs: list[RunFolder]) -> St
     trainer, *trainer.further = trainers
     for name, member in zip(["student", *recipe.students], trainers if recipe.students else []):
         member.label = name
-    trainer.streams.open(positions)
+    trainer.streams.open(positions, step=trainer.step)
     return trainer
 
 

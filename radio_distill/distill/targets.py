@@ -18,12 +18,13 @@ from torch import Tensor
 from ..align import resample_to
 from ..balance import Balancer
 from ..config.cards import TeacherCard
-from ..config.recipe import Partition, Recipe
+from ..config.recipe import Partition, Recipe, TeacherView
+from ..config.sizes import at_step
 from ..data.views import ViewSpec
 from ..errors import TrainingError
 from ..types import Batch, Target, Targets, VisionOutput
 
-__all__ = ["Encoder", "TeacherService", "check_finite", "name_non_finite", "view_specs"]
+__all__ = ["Encoder", "TeacherService", "check_finite", "name_non_finite", "view_specs", "views_at"]
 
 
 def view_specs(recipe: Recipe, partition: Partition, sizes: dict[str, tuple[int, int]], student_patch: int) -> list[ViewSpec]:
@@ -36,9 +37,18 @@ def view_specs(recipe: Recipe, partition: Partition, sizes: dict[str, tuple[int,
         specs.append(ViewSpec("ema_student", partition.size, student_patch))
     for name, view in partition.teachers.items():
         size, patch = sizes[name]
-        pixels = partition.size if view.mosaic else (view.size or size) * view.upsampler.factor
-        specs.append(ViewSpec(name, pixels, patch))
+        specs.append(ViewSpec(name, _pixels(partition, view, size), patch))
     return specs
+
+
+def views_at(recipe: Recipe, name: str, sizes: dict[str, tuple[int, int]], student_patch: int, step: int) -> list[ViewSpec]:
+    """`view_specs` of the partition of that name in a step."""
+    return view_specs(recipe, at_step(recipe, name, step), sizes, student_patch)
+
+
+def _pixels(partition: Partition, view: TeacherView, size: int) -> int:
+    """Side of the images that a teacher is given: of one of a mosaic, or of the whole view that its upsampler cuts or shrinks."""
+    return partition.size if view.mosaic else (view.size or size) * view.upsampler.factor
 
 
 class Encoder(Protocol):
@@ -82,25 +92,19 @@ class TeacherService:
     def __call__(self, batch: Batch) -> Targets:
         return self.targets(batch, self.encode(batch))
 
-    def grid(self, partition: str, name: str) -> tuple[int, int]:
-        """Side of the grid on which the teacher's loss is taken in a partition, and of the map it delivers."""
-        part, card = self.recipe.partitions[partition], self.cards[name]
-        view = part.teachers[name]
-        own = part.size if view.mosaic else (view.size or card.input.size) * view.upsampler.factor
-        delivered = own // card.input.patch
-        return (part.size // self._student_patch if view.grid == "student" else delivered), delivered
-
-    def positions(self, partition: str, name: str) -> int:
-        """Target positions of one step over all ranks, when none is masked."""
-        side, _ = self.grid(partition, name)
-        return self.recipe.partitions[partition].images * side * side
+    def positions(self, partition: Partition, name: str) -> int:
+        """Target positions of one step over all ranks, when none is masked. partition: as it is in that step."""
+        view, card = partition.teachers[name], self.cards[name]
+        delivered = _pixels(partition, view, card.input.size) // card.input.patch
+        side = partition.size // self._student_patch if view.grid == "student" else delivered
+        return partition.images * side * side
 
     def overlap(self, batch: Batch, name: str) -> Tensor:
         """How many target positions of a batch lie inside both the student's and the teacher's crop; a scalar."""
-        side, delivered = self.grid(batch.partition, name)
+        side, delivered = batch.side("student") // self._student_patch, batch.side(name) // self.cards[name].input.patch
         student, teacher = batch.views["student"].boxes_B4, batch.views[name].boxes_B4
         if self.recipe.partitions[batch.partition].teachers[name].grid == "teacher":
-            delivered = self.recipe.partitions[batch.partition].size // self._student_patch
+            side, delivered = delivered, side
             student, teacher = teacher, student
         ones = torch.ones(len(batch), 1, delivered, delivered, device=student.device)
         _, mask = resample_to(ones, teacher, student, (side, side), aligned=False)
@@ -113,7 +117,7 @@ class TeacherService:
         boxes = batch.views[name].boxes_B4
         if partition.teachers[name].grid == "teacher":
             return Target(out.summary_BC, features, boxes)
-        side = partition.size // self._student_patch
+        side = batch.side("student") // self._student_patch
         student_boxes = batch.views["student"].boxes_B4
         features, mask = resample_to(features, boxes, student_boxes, (side, side), aligned=self.recipe.data.shift_std == 0)
         return Target(out.summary_BC, features, student_boxes, mask)

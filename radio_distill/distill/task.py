@@ -18,6 +18,7 @@ from torch.func import functional_call
 from ..align import resample_to
 from ..balance import Balancer
 from ..config.recipe import Recipe
+from ..config.sizes import at_step
 from ..config.terms import Term
 from ..errors import RecipeError
 from ..losses import AdaLoss, Pair, drop_coefficients, evaluate, fidelity_sums, load_terms, mesa_terms
@@ -76,7 +77,7 @@ class DistillTask(nn.Module):
 
     def _draw_window(self, partition: str, step: int) -> int | None:
         """One of the windows that divide the partition's grid, or None."""
-        vitdet, side = self.recipe.student.vitdet, self.recipe.partitions[partition].size // self.student.patch_size
+        vitdet, side = self.recipe.student.vitdet, at_step(self.recipe, partition, step).size // self.student.patch_size
         fitting = [window for window in vitdet.windows if side % window == 0]
         draw = random.Random(f"{self.recipe.seed}/{step}/{partition}")
         return draw.choice(fitting) if fitting and draw.random() < vitdet.probability else None

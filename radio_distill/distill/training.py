@@ -11,6 +11,7 @@ from torch import Tensor
 from .. import viz
 from ..balance import Balancer, load_balancers, save_balancers
 from ..config.recipe import Recipe
+from ..config.sizes import at_step
 from ..log.sinks import console_line
 from ..network.student import Student
 from ..student.checkpoints import save_student
@@ -109,7 +110,8 @@ class StageTraining(Training):
         """
         recipe, service = self.recipe, self.service
         if recipe.data.shift_std == 0:
-            return {p: {t: float(service.positions(p, t)) for t in part.teachers} for p, part in recipe.partitions.items()}
+            cells = {p: at_step(recipe, p, self.step) for p in recipe.partitions}
+            return {p: {t: float(service.positions(cell, t)) for t in cell.teachers} for p, cell in cells.items()}
         keys = [(p, t) for p, part in recipe.partitions.items() for t in part.teachers]
         totals = torch.zeros(len(keys), device=self.world.device)
         for batch in batches:

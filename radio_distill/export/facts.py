@@ -9,6 +9,7 @@ from typing import Any
 
 from ..config.load import dump, load_card, load_job
 from ..config.recipe import Recipe
+from ..config.sizes import sides_text
 from ..errors import CardError
 from ..files import digest_of, json_file
 from ..types import Result
@@ -143,7 +144,7 @@ def _stage(recipe: Recipe) -> Stage:
         sha256=digest_of(dump(recipe)),
         sources=tuple(recipe.data.sources),
         steps=recipe.optim.steps,
-        batches=" + ".join(f"{p.images} at {p.size} px" for p in recipe.partitions.values()),
+        batches=" + ".join(f"{p.images} at {sides_text(p)}" for p in recipe.partitions.values()),
         size=min(p.size for p in recipe.partitions.values()),
         windows=tuple(recipe.student.vitdet.windows),
     )

@@ -21,11 +21,12 @@ from ..config.cards import TeacherCard
 from ..config.load import cards_of
 from ..config.mosaic import mosaic_of
 from ..config.recipe import Debias, Recipe, TeacherView, Trained
+from ..config.sizes import choices
 from ..config.terms import Term, weights_of
 from ..config.upsampler import Network
 from ..errors import CheckpointError
 from ..losses import LossFunction, Pair, evaluate, load_terms
-from ..network.arch import HeadArch, TrunkArch
+from ..network.arch import HeadArch, StudentArch, TrunkArch
 from ..paths import expand
 from ..student.build import student_of
 from ..teachers.arch import Arch
@@ -94,40 +95,68 @@ class PartitionCost:
 
 
 def partition_cost(recipe: Recipe, partition: str) -> PartitionCost:
-    """FLOP per image of a partition, by its name in the recipe. Windowed training steps count as global ones.
+    """FLOP per image of a partition, by its name in the recipe: of the sizes that steps draw, the mean. Windowed training steps
+    count as global ones.
 
     Raises CardError for an unknown card, RecipeError for a mosaic that does not fit or an unknown student.
     """
     cell, cards, arch = recipe.partitions[partition], cards_of(recipe), student_of(recipe)
-    grid = cell.size // arch.trunk.patch_size
-    student = trunk_flops(arch.trunk, grid)
-    adaptors = {adaptor.name: adaptor for adaptor in arch.adaptors}
-    heads = balance = losses = 0.0
-    teachers, terms = {}, load_terms(recipe)
-    for name, view in cell.teachers.items():
-        card = cards[name]
-        mosaic = mosaic_of(card, cell.size).images if view.mosaic else 1
-        side = cell.size if view.mosaic else view.size or card.input.size
-        tokens = (side // card.input.patch * view.upsampler.factor) ** 2
-        teachers[name] = teacher_images(view) * teacher_flops(card, card.input.size if view.mosaic else side) / mosaic
-        teachers[name] += upsampler_flops(view, card, side // card.input.patch)
-        balance += 2 * tokens * card.output.features**2
-        loss_tokens = grid**2 if view.grid == "student" else tokens
-        heads += head_flops(adaptors[name].features, loss_tokens)
-        summary = adaptors[name].summary
-        heads += head_flops(summary, 1) if summary else 0.0
-        for term, weight in weights_of(recipe, name, card).items():
-            if weight > 0:
-                losses += term_flops(term, terms[term], term.options(recipe), card, round(loss_tokens**0.5))
+    terms, sums = load_terms(recipe), _Sums(teachers=dict.fromkeys(cell.teachers, 0.0))
+    for size, share in choices(cell, cell.size).items():
+        sums.student += share * trunk_flops(arch.trunk, size // arch.trunk.patch_size)
+        for name, view in cell.teachers.items():
+            for own, often in choices(view, cards[name].input.size).items():
+                drawn = view.model_copy(update={"size": own})
+                _add_teacher(sums, recipe, name, drawn, cards[name], arch, terms, size=size, share=share * often)
     return PartitionCost(
-        student_forward=student,
-        heads_forward=heads,
-        teachers=teachers,
-        balance=balance,
-        ema_forward=student if recipe.loss.mesa.weight > 0 else 0.0,
+        student_forward=sums.student,
+        heads_forward=sums.heads,
+        teachers=sums.teachers,
+        balance=sums.balance,
+        ema_forward=sums.student if recipe.loss.mesa.weight > 0 else 0.0,
         passes=4 if recipe.student.grad_checkpointing else 3,
-        losses_forward=losses,
+        losses_forward=sums.losses,
     )
+
+
+@dataclass
+class _Sums:
+    """FLOP per image, summed over sizes and teachers."""
+
+    teachers: dict[str, float]
+    student: float = 0.0
+    heads: float = 0.0
+    balance: float = 0.0
+    losses: float = 0.0
+
+
+def _add_teacher(
+    sums: _Sums,
+    recipe: Recipe,
+    name: str,
+    view: TeacherView,
+    card: TeacherCard,
+    arch: StudentArch,
+    terms: Mapping[Term, LossFunction],
+    *,
+    size: int,
+    share: float,
+) -> None:
+    """What one teacher of one size asks of an image, where the student's has `size` px. share: how often that is so."""
+    grid, side = size // arch.trunk.patch_size, size if view.mosaic else view.size or card.input.size
+    tokens = (side // card.input.patch * view.upsampler.factor) ** 2
+    mosaic = mosaic_of(card, size).images if view.mosaic else 1
+    teacher = teacher_images(view) * teacher_flops(card, card.input.size if view.mosaic else side) / mosaic
+    sums.teachers[name] += share * (teacher + upsampler_flops(view, card, side // card.input.patch))
+    sums.balance += share * 2 * tokens * card.output.features**2
+    adaptor = next(adaptor for adaptor in arch.adaptors if adaptor.name == name)
+    loss_tokens = grid**2 if view.grid == "student" else tokens
+    sums.heads += share * (
+        head_flops(adaptor.features, loss_tokens) + (head_flops(adaptor.summary, 1) if adaptor.summary else 0)
+    )
+    for term, weight in weights_of(recipe, name, card).items():
+        if weight > 0:
+            sums.losses += share * term_flops(term, terms[term], term.options(recipe), card, round(loss_tokens**0.5))
 
 
 def term_flops(term: Term, function: LossFunction, options: Mapping[str, Any], card: TeacherCard, grid: int) -> float:

@@ -10,6 +10,7 @@ from ..config.load import cards_of
 from ..config.mosaic import images_per_mosaic
 from ..config.recipe import Dedicated, Recipe
 from ..config.secrets import without_secrets
+from ..config.sizes import sides_text
 from ..errors import RecipeError
 from ..student.build import student_of
 from ..train.partition import Assignment, assign
@@ -41,6 +42,9 @@ class PartitionPlan:
 
     name: str
     size: int
+    """The largest that steps draw; memory is that of it, FLOP are the mean."""
+    sides: str
+    """`256 px`, `128 to 256 px`."""
     images: int
     """Per step, over all ranks."""
     ranks: tuple[int, ...]
@@ -224,6 +228,7 @@ def _partition(
     return PartitionPlan(
         name=name,
         size=partition.size,
+        sides=sides_text(partition),
         images=partition.images,
         ranks=ranks,
         images_per_rank=per_rank,
@@ -267,4 +272,10 @@ def _mosaic_notes(recipe: Recipe, cards: dict[str, TeacherCard], partitions: tup
         if p.micro_batch % whole:
             advice = f"set partitions.{p.name}.micro_batch={whole}"
             notes.append(f"forwards of {p.micro_batch} images leave mosaics of {whole} partly empty; {advice}")
+        cell = recipe.partitions[p.name]
+        for size in sorted(set(cell.sizes) - {cell.size}):
+            many = images_per_mosaic(cell.model_copy(update={"size": size}), cards)
+            if p.micro_batch % many:
+                text = f"at {size} px a mosaic holds {many} images and a forward has {p.micro_batch}"
+                notes.append(f"{text}: which share one, and so the last digits of the targets, depend on the number of ranks")
     return notes

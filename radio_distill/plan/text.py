@@ -62,7 +62,7 @@ def _partitions(plan: Plan) -> Iterator[str]:
     rows = [("GFLOP per image", "student", *names, "total", "teachers")]
     for p in plan.partitions:
         teachers = (_giga(p.teacher_flop[name]) if name in p.teacher_flop else "-" for name in names)
-        rows.append((f"{p.name}, {p.size} px", _giga(p.student_flop), *teachers, _giga(p.total_flop), f"{p.teacher_share:.0%}"))
+        rows.append((f"{p.name}, {p.sides}", _giga(p.student_flop), *teachers, _giga(p.total_flop), f"{p.teacher_share:.0%}"))
     yield from _table(rows)
     yield ""
     rows = [("images per step", "all", "ranks", "per rank", "per forward", "GiB per forward")]

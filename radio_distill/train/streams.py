@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 
 from ..config.upsampler_recipe import AnyRecipe
 from ..data.loader import build_loader
-from ..data.views import ViewSpec
+from ..data.views import ViewsAt
 from ..errors import RecipeError
 from ..types import Batch
 from .partition import Assignment
@@ -20,7 +20,8 @@ __all__ = ["Streams", "forwards"]
 class Streams:
     """The micro-batches of consecutive steps, over all partitions of this rank."""
 
-    def __init__(self, recipe: AnyRecipe, assignment: Assignment, rank: int, specs: dict[str, list[ViewSpec]]) -> None:
+    def __init__(self, recipe: AnyRecipe, assignment: Assignment, rank: int, specs: Mapping[str, ViewsAt]) -> None:
+        """specs: of every partition, the views of a step."""
         self._recipe, self._specs, self.names = recipe, specs, tuple(recipe.partitions)
         self._shares = {name: share for name in recipe.partitions if (share := assignment.share(name, rank)) is not None}
         self._loaders: dict[str, Iterator[list[Batch]]] = {}
@@ -28,12 +29,18 @@ class Streams:
         self.positions: dict[str, Any] = {}
         """Where the streams stand after the last step, by partition; given back to `open` on resume."""
 
-    def open(self, positions: dict[str, Any]) -> None:
-        """Start (or go on) reading. Raises DataError when images are missing or the streams do not fit."""
+    def open(self, positions: dict[str, Any], *, step: int = 0) -> None:
+        """Start (or go on, with `step`) reading. Raises DataError when images are missing or the streams do not fit."""
         self.positions = {name: positions[name] for name in self._shares if name in positions}
         for name, share in self._shares.items():
             loader = build_loader(
-                self._recipe, name, self._specs[name], rank=share.index, world_size=share.ranks, position=positions.get(name)
+                self._recipe,
+                name,
+                self._specs[name],
+                rank=share.index,
+                world_size=share.ranks,
+                position=positions.get(name),
+                step=step,
             )
             self._loaders[name] = iter(loader)
 

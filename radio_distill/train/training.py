@@ -32,8 +32,8 @@ class MicroBatches(Protocol):
     positions: dict[str, Any]
     """Where each stands after the last step; empty where that follows from the step."""
 
-    def open(self, positions: dict[str, Any]) -> None:
-        """Start (or go on) reading."""
+    def open(self, positions: dict[str, Any], *, step: int = 0) -> None:
+        """Start reading, or go on with `step` from where the streams stood."""
         ...
 
     def next(self, device: torch.device) -> list[Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from ..balance.window import StatisticsWindow
 from ..config.load import load_card
 from ..config.upsampler_recipe import VIEWS, UpsamplerRecipe
 from ..data.jitter import draw_matrices, warp_views
-from ..data.views import ViewSpec
+from ..data.views import ViewSpec, always
 from ..log.sinks import hours_left
 from ..paths import expand
 from ..runs import latest
@@ -194,7 +195,7 @@ class Inputs:
         self.teacher = load_teacher(load_card(recipe.teacher)).to(world.device, dtype)
         assignment = assign(images={VIEWS: recipe.images}, costs={VIEWS: 1.0}, world_size=world.size)
         specs = [ViewSpec(BASE, recipe.partitions[VIEWS].size, self.teacher.patch_size)]
-        self.streams = Streams(recipe, assignment, world.rank, {VIEWS: specs})
+        self.streams = Streams(recipe, assignment, world.rank, {VIEWS: partial(always, specs)})
         self.micro_steps = max(forwards(recipe, assignment, rank) for rank in range(world.size))
 
 
@@ -219,7 +220,7 @@ def build(recipe: UpsamplerRecipe, world: distributed.World, run: RunFolder) -> 
     if recipe.spectral:
         apply_spectral(task, init="one")
     training = UpsamplerTraining(recipe, world, run, inputs, task)
-    training.streams.open(resume(training, found) if found else {})
+    training.streams.open(resume(training, found) if found else {}, step=training.step)
     return training
 
 

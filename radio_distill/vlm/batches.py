@@ -100,9 +100,9 @@ class TextStreams:
             )
         self.micro_steps = per_rank // self._size
 
-    def open(self, positions: dict[str, Any]) -> None:
-        """Start reading at the step `positions["step"]`."""
-        step, workers = positions["step"], self._recipe.engine.workers
+    def open(self, positions: dict[str, Any], *, step: int = 0) -> None:
+        """Start reading at a step, from which the place in the data follows."""
+        workers = self._recipe.engine.workers
         loader = DataLoader(
             self._samples,
             batch_sampler=list_batches(self._recipe, len(self._samples), self._world, self._size, step),  # type: ignore[arg-type]

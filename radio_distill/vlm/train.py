@@ -129,7 +129,7 @@ def build(recipe: VlmRecipe, world: distributed.World, run: RunFolder) -> VlmTra
     found = latest(run.path)
     if found is not None:
         resume(training, found)
-    training.streams.open({"step": training.step})
+    training.streams.open({}, step=training.step)
     return training
 
 

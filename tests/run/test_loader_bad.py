@@ -4,6 +4,7 @@ import io
 import logging
 import os
 import tarfile
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from PIL import Image
 
 from radio_distill.config.recipe import Data, Engine, Partition, Recipe, Source
 from radio_distill.data.loader import Loader, build_loader
-from radio_distill.data.views import ViewSpec
+from radio_distill.data.views import ViewSpec, always
 from radio_distill.errors import DataError
 
 PHOTOS = GOLDEN.parent / "data" / "photos"
@@ -45,7 +46,7 @@ def loader(source: Path | str, *, workers: int = 0, size: int = 16, images: int 
         data=Data.model_validate({"sources": {"web": Source(path=str(source))}, "streams": 1, "max_bad": 0.9, **data}),
         engine=Engine(workers=workers),
     )
-    return build_loader(r, "low", [ViewSpec("student", size, 8)])
+    return build_loader(r, "low", partial(always, [ViewSpec("student", size, 8)]))
 
 
 def keys(source: Path | str, steps: int, **options: object) -> set[str]:

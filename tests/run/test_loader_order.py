@@ -2,6 +2,7 @@
 
 import io
 import tarfile
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +12,11 @@ from PIL import Image
 
 from radio_distill.config.recipe import Crop, Data, Engine, Partition, Recipe, Source
 from radio_distill.data.loader import build_loader, merge_positions
-from radio_distill.data.views import ViewSpec
+from radio_distill.data.views import ViewsAt, ViewSpec, always
 from radio_distill.errors import DataError
 from radio_distill.types import Batch
 
-SPECS = [ViewSpec("student", 16, 8), ViewSpec("a", 16, 8), ViewSpec("b", 12, 6)]
+SPECS = partial(always, [ViewSpec("student", 16, 8), ViewSpec("a", 16, 8), ViewSpec("b", 12, 6)])
 
 
 def jpeg(number: int, side: int = 20) -> bytes:
@@ -57,8 +58,10 @@ def recipe(
     )
 
 
-def take(r: Recipe, steps: int, *, rank: int = 0, ranks: int = 1, position: object = None) -> list[Batch]:
-    iterator = iter(build_loader(r, "low", SPECS, rank=rank, world_size=ranks, position=position))  # type: ignore[arg-type]
+def take(
+    r: Recipe, steps: int, *, rank: int = 0, ranks: int = 1, position: object = None, views: ViewsAt = SPECS, step: int = 0
+) -> list[Batch]:
+    iterator = iter(build_loader(r, "low", views, rank=rank, world_size=ranks, position=position, step=step))  # type: ignore[arg-type]
     batches = [batch for _ in range(steps) for batch in next(iterator)]
     iterator.close()  # type: ignore[attr-defined]
     return batches
@@ -109,6 +112,20 @@ def test_resume_on_another_number_of_ranks_continues_exactly(shards: Path, befor
     r = recipe(shards)
     position = merge_positions([take(r, 5, rank=rank, ranks=before)[-1].position for rank in range(before)])
     assert same(global_steps(r, 9)[5:], global_steps(r, 4, ranks=now, position=position))
+
+
+def drawn(step: int) -> list[ViewSpec]:
+    return [ViewSpec("student", (8, 16, 24)[step * 7 % 3], 8)]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_views_belong_to_the_number_of_the_step_also_after_a_resume(shards: Path, workers: int) -> None:
+    r = recipe(shards, workers=workers)
+    whole = take(r, 6, views=drawn)
+    assert [batch.side("student") for batch in whole] == [8, 16, 24, 8, 16, 24]
+    again = take(r, 2, views=drawn, position=whole[3].position, step=4)
+    for ours, theirs in zip(again, whole[4:], strict=True):
+        assert torch.equal(ours.views["student"].images_B3HW, theirs.views["student"].images_B3HW)
 
 
 def test_every_epoch_of_a_source_shows_every_image_once(shards: Path) -> None:

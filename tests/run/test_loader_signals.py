@@ -11,10 +11,11 @@ import pytest
 
 PROGRAM = """
 import signal, sys
+from functools import partial
 import torch
 from radio_distill.config.recipe import Data, Engine, Partition, Recipe, Source
 from radio_distill.data.loader import build_loader
-from radio_distill.data.views import ViewSpec
+from radio_distill.data.views import ViewSpec, always
 
 def main():
     got = []
@@ -23,7 +24,7 @@ def main():
     recipe = Recipe(
         name="test", teachers={}, partitions={"low": Partition(size=16, images=4, teachers={})},
         data=Data(sources={"x": Source(path=sys.argv[1])}, streams=1), engine=Engine(workers=1))
-    loader = iter(build_loader(recipe, "low", [ViewSpec("student", 16, 8)]))
+    loader = iter(build_loader(recipe, "low", partial(always, [ViewSpec("student", 16, 8)])))
     next(loader)
     print(torch.multiprocessing.active_children()[0].pid, flush=True)
     for line in sys.stdin:

@@ -33,8 +33,8 @@ def smooth(height: int, width: int) -> np.ndarray:
 
 
 def cut(data: bytes, specs: list[ViewSpec], *, seed: int = 0, size: int = 16, **options: object) -> dict[str, object]:
-    cutter = ViewCutter(specs, Data.model_validate(options), size=size)
-    canvases = cutter.blank(1)
+    cutter = ViewCutter(Data.model_validate(options), size=size)
+    canvases = cutter.blank(specs, 1)
     cutter.cut(data, seed, canvases, 0)
     return as_views([canvases])  # type: ignore[return-value]
 

@@ -9,7 +9,7 @@ from radio_distill.align import resize_map
 from radio_distill.balance import identity
 from radio_distill.config.load import cards_of, load_recipe
 from radio_distill.distill.bank import TeacherBank
-from radio_distill.distill.targets import TeacherService, view_specs
+from radio_distill.distill.targets import TeacherService, views_at
 from radio_distill.doctor import examine_recipe
 from radio_distill.errors import CheckpointError, TeacherError
 from radio_distill.teachers.base import load_teacher
@@ -44,7 +44,7 @@ def batch_of(recipe, service, partition, count):
     boxes = torch.tensor([0.0, 0.0, 1.0, 1.0]).repeat(count, 1)
     views = {
         spec.name: View(torch.randint(0, 256, (count, 3, spec.size, spec.size), dtype=torch.uint8, generator=generator), boxes)
-        for spec in view_specs(recipe, recipe.partitions[partition], sizes, 8)
+        for spec in views_at(recipe, partition, sizes, 8, 0)
     }
     return Batch(partition, tuple(f"toy/0/{i}" for i in range(count)), torch.arange(count), views)
 
@@ -86,7 +86,8 @@ def test_sharp_targets_are_reduced_antialiased_to_the_students_grid(weights):
     target = service.targets(batch, raw)["toy_clip"]
     reduced = F.interpolate(raw["toy_clip"].features_BCHW, (24, 24), mode="bilinear", antialias=True, align_corners=False)
     assert torch.allclose(target.features_BCHW, reduced, atol=1e-4)
-    assert service.grid("high", "toy_clip") == (24, 36)
+    assert raw["toy_clip"].features_BCHW.shape[-1] == 36
+    assert service.positions(recipe.partitions["high"], "toy_clip") == recipe.partitions["high"].images * 24 * 24
 
 
 def test_low_targets_get_the_same_debias_map(weights):

@@ -7,7 +7,7 @@ from radio_distill.balance import identity
 from radio_distill.config.load import cards_of, load_card, load_recipe
 from radio_distill.config.mosaic import mosaic_of
 from radio_distill.distill.bank import TeacherBank
-from radio_distill.distill.targets import TeacherService, name_non_finite, view_specs
+from radio_distill.distill.targets import TeacherService, name_non_finite, views_at
 from radio_distill.distill.task import DistillTask
 from radio_distill.errors import RecipeError
 from radio_distill.student.build import build_student, slots_of
@@ -37,9 +37,9 @@ def build(name="toy/stage1", *overrides):
     return recipe, service, task
 
 
-def batch_of(recipe, service, partition, count, *, shift=None, seed=0):
+def batch_of(recipe, service, partition, count, *, shift=None, seed=0, step=0):
     sizes = {n: (c.input.size, c.input.patch) for n, c in service.cards.items()}
-    specs = view_specs(recipe, recipe.partitions[partition], sizes, 8)
+    specs = views_at(recipe, partition, sizes, 8, step)
     generator = torch.Generator().manual_seed(seed)
     boxes = torch.tensor([0.0, 0.0, 1.0, 1.0]).repeat(count, 1)
     views = {}
@@ -66,7 +66,7 @@ def gradient(task, service, batches, counts):
 
 
 def whole_counts(recipe, service):
-    return {p: {t: float(service.positions(p, t)) for t in part.teachers} for p, part in recipe.partitions.items()}
+    return {p: {t: float(service.positions(part, t)) for t in part.teachers} for p, part in recipe.partitions.items()}
 
 
 @pytest.mark.parametrize(
@@ -115,7 +115,7 @@ def test_targets_lie_on_the_students_grid_or_the_student_on_theirs():
     targets = service(batch_of(recipe, service, "low", 16))
     assert targets["toy_siglip"].features_BCHW.shape[-2:] == (6, 6)
     assert targets["toy_clip"].features_BCHW.shape[-2:] == (12, 12)
-    assert service.positions("low", "toy_clip") == 16 * 12 * 12
+    assert service.positions(recipe.partitions["low"], "toy_clip") == 16 * 12 * 12
     gradient(task, service, [batch_of(recipe, service, "low", 16)], whole_counts(recipe, service))
 
 

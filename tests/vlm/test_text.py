@@ -203,7 +203,7 @@ def test_a_conversation_whose_image_is_damaged_is_replaced_counted_and_named(
     conversations = [Conversation(f"mix/{i}", TURNS, {3: lambda: b"no image", 4: missing}.get(i)) for i in range(120)]
     r = recipe("samples=40", "optim.steps=3", "optim.warmup=0", "data.max_bad=0.02", "engine.workers=0")
     streams = TextStreams(r, vlm, conversations, world())
-    streams.open({"step": 0})
+    streams.open({})
     keys = [key for _ in range(3) for batch in streams.next(torch.device("cpu")) for key in batch.keys]
     assert len(keys) == 120
     assert sorted(set(keys)) == sorted({c.key for c in conversations} - {"mix/3", "mix/4"})
@@ -216,7 +216,7 @@ def test_a_conversation_whose_image_is_damaged_is_replaced_counted_and_named(
         conversations,
         world(),
     )
-    strict.open({"step": 0})
+    strict.open({})
     with pytest.raises(
         DataError,
         match=r"2 of the 120 conversations read so far could not be used, more than data.max_bad=0.01; the last: the image",

@@ -1,0 +1,49 @@
+"""The sides of images that a step draws where a recipe gives several (`size: {128: 1, 256: 2}`).
+
+A draw belongs to the recipe's seed, the step and the partition (and the teacher): all ranks and loader processes know it, and a
+resumed run draws on as if it had not stopped.
+"""
+
+from __future__ import annotations
+
+import random
+
+from .recipe import Partition, Recipe, Sized, TeacherView
+
+__all__ = ["at_step", "choices", "draws_sizes", "sides_text"]
+
+
+def at_step(recipe: Recipe, partition: str, step: int) -> Partition:
+    """The partition as it is in a step: one size for the student, one for each teacher."""
+    cell = recipe.partitions[partition]
+    drawn: dict[str, object] = {"size": _draw(cell, recipe, step, partition)} if cell.sizes else {}
+    views = {
+        name: view.model_copy(update={"size": _draw(view, recipe, step, partition, name)})
+        for name, view in cell.teachers.items()
+        if view.sizes
+    }
+    if views:
+        drawn["teachers"] = {**cell.teachers, **views}
+    return cell.model_copy(update=drawn) if drawn else cell
+
+
+def draws_sizes(recipe: Recipe) -> str | None:
+    """The first partition whose sizes are drawn, of the student or of a teacher."""
+    cells = recipe.partitions.items()
+    return next((name for name, cell in cells if cell.sizes or any(view.sizes for view in cell.teachers.values())), None)
+
+
+def choices(sized: Partition | TeacherView, default: int) -> dict[int, float]:
+    """Side -> how often it is drawn; the shares sum to 1. default: the side of a view that names none."""
+    weights = sized.sizes or {sized.size or default: 1.0}
+    return {side: weight / sum(weights.values()) for side, weight in weights.items()}
+
+
+def sides_text(sized: Sized) -> str:
+    """`256 px`, or `128 to 256 px`."""
+    return f"{min(sized.sizes)} to {max(sized.sizes)} px" if len(sized.sizes) > 1 else f"{sized.size} px"
+
+
+def _draw(sized: Sized, recipe: Recipe, step: int, *of: str) -> int:
+    generator = random.Random("/".join(map(str, (recipe.seed, step, *of, "size"))))
+    return generator.choices(list(sized.sizes), list(sized.sizes.values()))[0]
