@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from ..network.arch import StudentArch
 from .facts import Facts, Origin
 
@@ -64,7 +66,7 @@ summary = tokens[:, {summary_idxs}].flatten(1)  # (1, {summary})
 features = tokens[:, {prefix}:]  # (1, {patches}, {dim})
 ```""",
     "onnx": """\
-Any batch; height and width any multiple of {patch} px, two patches or more. Pixels in [0, 1]: the graph normalises them.
+Any batch; height and width any multiple of {patch} px. Pixels in [0, 1]: the graph normalises them.
 
 ```python
 import numpy as np
@@ -75,8 +77,21 @@ names = [output.name for output in session.get_outputs()]
 outputs = dict(zip(names, session.run(None, {{"images": np.random.rand(1, 3, {size}, {size}).astype(np.float32)}})))
 outputs["summary"], outputs["features"]  # (1, {summary}), (1, {dim}, rows, columns)
 ```""",
+    "web": """\
+For transformers.js (browser and Node). Any batch; height and width any multiple of {patch} px. Pixels in [0, 1]: the graph normalises them.
+
+```js
+import {{ AutoModel, AutoProcessor, RawImage }} from "@huggingface/transformers";
+
+const processor = await AutoProcessor.from_pretrained("{name}");
+const model = await AutoModel.from_pretrained("{name}", {{ dtype: "fp32" }}); // "fp16", "q8"
+const outputs = await model(await processor(await RawImage.read("image.jpg")));
+outputs.pooler_output; // the summary, [1, {summary}]
+outputs.features; // [1, {dim}, rows, columns]
+outputs.last_hidden_state; // [1, {prefix} + rows * columns, {dim}]: class tokens, registers, patches
+```""",
     "torch": """\
-Any batch; height and width any multiple of {patch} px, two patches or more. Pixels in [0, 1]: the program normalises them.
+Any batch; height and width any multiple of {patch} px. Pixels in [0, 1]: the program normalises them.
 
 ```python
 import torch
@@ -88,13 +103,28 @@ outputs["summary"], outputs["features"]  # (1, {summary}), (1, {dim}, rows, colu
 }
 
 
-def model_card(arch: StudentArch, facts: Facts, form: str, *, size: int, native: bool, notes: list[str], folder: str) -> str:
-    """The text of README.md. size: side in pixels of its examples; native: transformers' own class reads it; folder: its name."""
+def model_card(
+    arch: StudentArch,
+    facts: Facts,
+    form: str,
+    *,
+    size: int,
+    native: bool,
+    notes: list[str],
+    folder: str,
+    errors: Mapping[str, Mapping[str, float]],
+) -> str:
+    """The text of README.md.
+
+    size: side in pixels of its examples; native: transformers' own class reads it; folder: its name; errors: by dtype and
+    output, of graphs of lower precision.
+    """
     parts = [
         _front_matter(facts, form),
         f"# {facts.name}",
         _what(arch, facts),
         "## Load it\n\n" + _load(arch, facts, form, size, native, folder),
+        _precision(errors, size),
         _teachers(facts),
         _data(facts),
         _results(facts),
@@ -105,7 +135,14 @@ def model_card(arch: StudentArch, facts: Facts, form: str, *, size: int, native:
 
 
 def _front_matter(facts: Facts, form: str) -> str:
-    library = {"hf": "transformers", "timm": "timm", "radio": "pytorch", "torch": "pytorch", "onnx": "onnx"}[form]
+    library = {
+        "hf": "transformers",
+        "timm": "timm",
+        "radio": "pytorch",
+        "torch": "pytorch",
+        "onnx": "onnx",
+        "web": "transformers.js",
+    }[form]
     lines = ["---", f"library_name: {library}", "pipeline_tag: image-feature-extraction"]
     if restricting(facts) or facts.start:
         lines += ["license: other", "license_name: see-the-licences-of-the-teachers"]
@@ -152,6 +189,17 @@ def _load(arch: StudentArch, facts: Facts, form: str, size: int, native: bool, f
         summary=len(arch.summary_idxs) * trunk.embed_dim,
         summary_idxs=list(arch.summary_idxs),
         adaptors=repr([a.name for a in arch.adaptors]),
+    )
+
+
+def _precision(errors: Mapping[str, Mapping[str, float]], size: int) -> str:
+    if not errors:
+        return ""
+    names = list(next(iter(errors.values())))
+    rows = "\n".join(f"| {name} | " + " | ".join(f"{errors[dtype][name]:.1e}" for dtype in errors) + " |" for name in names)
+    return (
+        "## What lower precision costs\n\nRelative error of each output against the student in float32, on generated scenes of "
+        f"{size} px in onnxruntime on a CPU:\n\n| output | {' | '.join(errors)} |\n|---{'|---' * len(errors)}|\n{rows}"
     )
 
 

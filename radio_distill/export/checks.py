@@ -82,7 +82,7 @@ def notes(arch: StudentArch, facts: Facts, form: str) -> list[str]:
             f"windowed attention (ViTDet, trained with windows {', '.join(map(str, facts.windows))}): {NATIVE}, timm and {OTHERS} "
             "always attend to whole images; radio-distill and the modelling file of the hf folder have it"
         )
-    if facts.windows and form in ("timm", "onnx", "torch"):
+    if facts.windows and form in ("timm", "onnx", "web", "torch"):
         lines.append("windowed attention (ViTDet): this format attends to whole images")
     return lines
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..errors import CheckpointError
 from ..network.arch import StudentArch
@@ -20,7 +21,8 @@ from .card import model_card
 from .checks import check, notes, reads_natively
 from .facts import PROVENANCE
 from .folder import write_folder
-from .hf import preferred_size, write_hf
+from .hf import preferred_size, preprocessor_config, write_hf
+from .onnx import ONNX_DTYPES, Errors, write_onnx, write_web
 from .push import check_repository, push
 from .radio import write_radio
 from .source import Source, open_source
@@ -30,9 +32,11 @@ __all__ = ["FORMATS", "export", "main"]
 
 log = logging.getLogger(__name__)
 
-FORMATS = ("hf", "radio", "timm", "onnx", "torch")
+FORMATS = ("hf", "radio", "timm", "onnx", "web", "torch")
 NUM_MEASURED = 64
 """Images for the scale of the features: it is one number over all channels and patches, and settles after a few."""
+NUM_SCENES = 4
+"""Generated scenes on which the error of a graph of lower precision is measured."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -50,7 +54,7 @@ def export(
     """Write a student for others into the new folder `out`, which appears complete or not at all.
 
     path: run folder, checkpoint, or whatever `load_student` reads. adaptors: names to keep; None: all. dtype: of the weights
-    in the files (hf, radio, timm). rms_images: folder, shards or `toy`, on which the features' scale is measured (hf).
+    in the files (hf, radio, timm: float32, bfloat16, float16; onnx: float32, float16, int8). rms_images: folder, shards or `toy`, on which the features' scale is measured (hf).
     text_towers: copy the text encoders of adaptors that have one (hf). called: what README.md loads; None: the folder. Raises CheckpointError when there is no student, when
     the format cannot hold it, or when `out` exists; what its consumers leave out is logged and stands in README.md.
     """
@@ -126,10 +130,13 @@ def choose(text: str) -> list[str] | None:
 def _check_options(form: str, dtype: str, measures: bool, text_towers: bool) -> None:
     if form not in FORMATS:
         raise CheckpointError(f"unknown format {form!r}; expected one of {', '.join(FORMATS)}")
-    if dtype not in DTYPES:
-        raise CheckpointError(f"unknown dtype {dtype!r}; expected one of {', '.join(DTYPES)}")
-    if dtype != "float32" and form in ("onnx", "torch"):
-        raise CheckpointError(f"dtype={dtype} has no effect on format {form}, whose graph computes in float32; leave it out")
+    if form == "web" and dtype != "float32":
+        raise CheckpointError(f"dtype={dtype} has no effect on format web, which holds float32, float16 and int8; leave it out")
+    if form == "torch" and dtype != "float32":
+        raise CheckpointError(f"dtype={dtype} has no effect on format torch, whose graph computes in float32; leave it out")
+    known = ONNX_DTYPES if form == "onnx" else tuple(DTYPES)
+    if dtype not in known:
+        raise CheckpointError(f"unknown dtype {dtype!r} of format {form}; expected one of {', '.join(known)}")
     for option, given in (("rms_images", measures), ("--text-towers", text_towers)):
         if given and form != "hf":
             raise CheckpointError(f"{option} has no effect on format {form}; leave it out, or use --format hf")
@@ -144,11 +151,18 @@ def _measured(source: Source, images: str) -> StudentArch:
     return replace(source.student.arch, feature_rms=feature_rms(source.student, batches))
 
 
+def _scenes(side: int) -> Tensor:
+    from ..data.held_out import TOY, HeldOut
+
+    return HeldOut(TOY, NUM_SCENES).images(0, NUM_SCENES, side)
+
+
 def _fill(
     folder: Path, source: Source, form: str, dtype: str, told: list[str], name: str, towers: Mapping[str, TextTower]
 ) -> None:
     student, facts = source.student, source.facts
     size = preferred_size(student, facts)
+    errors: Errors = {}
     with torch.no_grad():
         if form == "hf":
             write_hf(student, facts, folder, dtype=DTYPES[dtype])
@@ -161,15 +175,16 @@ def _fill(
 
             write_timm(student, folder, size=size, dtype=DTYPES[dtype])
         elif form == "onnx":
-            from .onnx import write_onnx
-
-            write_onnx(student, folder)
+            errors = write_onnx(student, folder, dtype=dtype, images=_scenes(size))
+        elif form == "web":
+            config = {"model_type": "radio", "architectures": ["RadioModel"], "hidden_size": student.embed_dim}
+            errors = write_web(student, folder, config, preprocessor_config(size), images=_scenes(size))
         else:
             from .program import write_program
 
             write_program(student, folder)
     native = reads_natively(student.arch)
-    card = model_card(student.arch, facts, form, size=size, native=native, notes=told, folder=name)
+    card = model_card(student.arch, facts, form, size=size, native=native, notes=told, folder=name, errors=errors)
     (folder / "README.md").write_text(card)
     (folder / PROVENANCE).write_text(json.dumps(_provenance(source, form, dtype), indent=1) + "\n")
 

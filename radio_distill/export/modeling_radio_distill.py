@@ -166,7 +166,7 @@ class RadioDistillModel(PreTrainedModel):
                 values = getattr(self.radio_model.arch, name)
                 getattr(module, f"norm_{name}").data = torch.tensor(values, dtype=torch.float32).view(3, 1, 1)
 
-    def _set_gradient_checkpointing(self, enable: bool = True, **how: Any) -> None:
+    def _set_gradient_checkpointing(self, enable: bool = True, *args: Any, **options: Any) -> None:
         """What transformers' switches call: every block of the trunk is computed again in the backward pass."""
         self.model.set_grad_checkpointing(enable)
         self.gradient_checkpointing = enable
@@ -196,7 +196,7 @@ class RadioDistillModel(PreTrainedModel):
         if (x is None) == (pixel_values is None):
             raise ValueError("expected images (B, 3, H, W) as `x` or as `pixel_values`, one of them")
         pixels: Any = pixel_values if x is None else x
-        with_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        with_states = bool(self.config.output_hidden_states if output_hidden_states is None else output_hidden_states)
         if image_grid_hw is not None:
             return self._forward_grids(pixels, image_grid_hw, feature_fmt, with_states)
         if not with_states:
@@ -234,7 +234,8 @@ class RadioDistillModel(PreTrainedModel):
     def _chosen(self, outputs: dict[str, Any], states: Sequence[Tensor] | None) -> Any:
         """The backbone's output, where there are hidden states with them; with adaptors all outputs by name."""
         if states is not None:
-            outputs["backbone"] = RadioStates(*outputs["backbone"], self.model.norm(states[-1]), tuple(states))
+            summary, features = outputs["backbone"]
+            outputs["backbone"] = RadioStates(summary, features, self.model.norm(states[-1]), tuple(states))
         return outputs if self.adaptors else outputs["backbone"]
 
     def forward_intermediates(
@@ -270,7 +271,7 @@ class RadioDistillModel(PreTrainedModel):
         self, *, out_features: list[str] | None = None, out_indices: list[int] | None = None
     ) -> RadioDistillBackbone:
         """The same weights with transformers' calling form of backbones: the maps of `out_features` or `out_indices`."""
-        config = deepcopy(self.config)
+        config: Any = deepcopy(self.config)
         config.set_output_features_output_indices(out_features, out_indices)
         with torch.device("meta"):  # no memory: its network is this one's
             backbone = RadioDistillBackbone(config)

@@ -16,6 +16,7 @@ __all__ = ["load_student"]
 OTHER_LOADERS = {
     "timm": 'timm.create_model("naflexvit_..."), see its README.md',
     "onnx": "onnxruntime.InferenceSession(FOLDER/model.onnx)",
+    "web": "transformers.js, see its README.md",
     "torch": "torch.export.load(FOLDER/model.pt2)",
 }
 

@@ -268,8 +268,14 @@ def test_a_run_without_balancers(tmp_path: Path) -> None:
 def test_options_that_do_not_exist(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     out = tmp_path / "out"
     refused("no adaptor 'clip' in this student; it has toy_clip, toy_siglip, toy_dino, toy_sam", run, out, adaptors=["clip"])
-    refused("unknown format 'tflite'; expected one of hf, radio, timm, onnx, torch", run, out, "tflite")
-    refused("unknown dtype 'int8'; expected one of float32, bfloat16, float16", run, out, dtype="int8")
+    refused("unknown format 'tflite'; expected one of hf, radio, timm, onnx, web, torch", run, out, "tflite")
+    refused("unknown dtype 'int8' of format hf; expected one of float32, bfloat16, float16", run, out, dtype="int8")
+    refused(
+        "unknown dtype 'bfloat16' of format onnx; expected one of float32, float16, int8", run, out, "onnx", dtype="bfloat16"
+    )
+    refused(
+        "dtype=float16 has no effect on format web, which holds float32, float16 and int8", run, out, "web", dtype="float16"
+    )
     refused("dtype=bfloat16 has no effect on format torch", run, out, "torch", dtype="bfloat16")
     refused("rms_images has no effect on format onnx; leave it out, or use --format hf", run, out, "onnx", rms_images="toy")
     refused("--text-towers has no effect on format timm", run, out, "timm", text_towers=True)

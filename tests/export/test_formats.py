@@ -173,13 +173,15 @@ def test_timm_reads_the_hugging_face_weights(run: Path, student: Student, tmp_pa
 def test_the_torch_program_takes_every_batch_height_and_width(run: Path, student: Student, tmp_path: Path) -> None:
     folder = export(run, tmp_path / "torch", "torch")
     model = torch.export.load(folder / "model.pt2").module()
-    for count, size in zip((1, 2, 3), SIZES):
+    for count, size in zip((1, 2, 3, 1, 2), [*SIZES, (4, 4), (4, 12)]):
         got, want = model(pictures(size, count)), student.encode_adaptors(pictures(size, count))
         close(got["summary"], want["backbone"].summary_BC)
         close(got["features"], want["backbone"].features_BCHW)
         for name in student.adaptors:
             close(got[f"{name}.features"], want[name].features_BCHW)
         assert "toy_sam.summary" not in got
+    with pytest.raises((AssertionError, RuntimeError)):
+        model(pictures((10, 16)))
 
 
 @torch.no_grad()
@@ -198,7 +200,7 @@ def test_the_onnx_graph_takes_every_batch_height_and_width(run: Path, student: S
     folder = export(run, tmp_path / "onnx", "onnx")
     session = onnxruntime.InferenceSession(str(folder / "model.onnx"), providers=["CPUExecutionProvider"])
     names = [output.name for output in session.get_outputs()]
-    for count, size in zip((1, 2, 3), [*SIZES]):
+    for count, size in zip((1, 2, 3, 1, 2), [*SIZES, (4, 4), (4, 12)]):
         got = dict(zip(names, session.run(None, {"images": pictures(size, count).numpy()})))
         want = student.encode_adaptors(pictures(size, count))
         close(torch.from_numpy(got["summary"]), want["backbone"].summary_BC)
@@ -210,6 +212,6 @@ def test_the_onnx_graph_takes_every_batch_height_and_width(run: Path, student: S
 def test_onnx_says_what_is_missing(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("radio_distill.export.onnx.find_spec", lambda name: None)
     with pytest.raises(
-        CheckpointError, match=r'needs the package onnx, which is not installed; pip install "radio-distill\[onnx\]"'
+        CheckpointError, match=r'need the package onnx, which is not installed; pip install "radio-distill\[onnx\]"'
     ):
         export(run, tmp_path / "onnx", "onnx")
