@@ -31,7 +31,7 @@ from .weight_files import cached_weights, hub_id, local_weights, needs_weights
 if TYPE_CHECKING:
     from .data.sources import Listing
 
-__all__ = ["examine_code", "examine_machine", "examine_recipe", "examine_packages", "show"]
+__all__ = ["examine_code", "examine_machine", "examine_packages", "examine_recipe", "examine_resume", "show"]
 
 PACKAGES = ("torch", "torchvision", "deepspeed", "timm", "open_clip_torch", "transformers", "webdataset", "pydantic")
 VARIABLES = ("HF_HOME", "HF_HUB_OFFLINE", "WANDB_MODE", "CUDA_VISIBLE_DEVICES", "DS_ACCELERATOR", "OMP_NUM_THREADS")
@@ -87,7 +87,8 @@ def examine_recipe(recipe: AnyRecipe, *, open_sources: bool = False) -> Iterator
         yield Finding(f"teacher {name}", str(path or otherwise), missing=missing)
     if isinstance(recipe, Recipe):
         yield from _upsamplers(recipe, cards)
-        yield from _start(recipe) if resumed is None else [Finding("resume", str(resumed))]
+        yield from _start(recipe) if resumed is None else ()
+    yield from examine_resume(recipe)
     if recipe.balance.path:
         yield _balancers(Path(expand(recipe.balance.path)), cards, by_card=not isinstance(recipe, Recipe))
     yield from _images(recipe, open_sources)
@@ -103,6 +104,24 @@ def _cache(where: str) -> Finding:
         return Finding("cache", f"{without_secrets(where)}; not opened", unopened=True)
     here = (Path(expand(where)) / "cache.json").is_file()
     return Finding("cache", where if here else f"no cache in {where}; write it: radio-distill cache RECIPE", missing=not here)
+
+
+def examine_resume(recipe: Job) -> Iterator[Finding]:
+    """Of every run that the recipe would resume, the checkpoint, or why it would be refused; nothing where it starts."""
+    from .runs import latest
+    from .train.run import check_resume
+
+    for each in recipe.each() if isinstance(recipe, Recipe) else [recipe]:
+        path = run_path(each)
+        if not path.is_dir():
+            continue
+        try:
+            check_resume(path, each)
+        except RadioDistillError as error:
+            yield Finding("resume", str(error), missing=True)
+            continue
+        if found := latest(path):
+            yield Finding("resume", str(found))
 
 
 def _balancers(path: Path, cards: dict[str, TeacherCard], *, by_card: bool) -> Finding:

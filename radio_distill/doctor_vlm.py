@@ -8,7 +8,6 @@ from pathlib import Path
 from .config.vlm_recipe import NO_CONVERSATIONS, FromParts, VlmRecipe
 from .errors import RadioDistillError
 from .paths import expand
-from .runs import latest, run_path
 from .student.load import load_student
 from .types import Finding
 from .vlm.conversations import examine, summary
@@ -20,9 +19,7 @@ __all__ = ["examine_vlm"]
 
 def examine_vlm(recipe: VlmRecipe) -> Iterator[Finding]:
     """What it starts from, and its conversations with the first and the last image."""
-    resumed, start = latest(run_path(recipe)), recipe.start
-    if resumed is not None:
-        yield Finding("resume", str(resumed))
+    start = recipe.start
     if isinstance(start, FromParts):
         yield _student(start.student)
         lm = Path(expand(start.lm)) / "config.json"

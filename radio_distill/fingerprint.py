@@ -39,7 +39,7 @@ from .paths import PACKAGE, cache_dir, expand
 from .runs import artifact_folder
 from .weight_files import local_weights
 
-__all__ = ["Difference", "Fingerprint", "code_digest", "fingerprint", "fingerprints", "known_fingerprint"]
+__all__ = ["Difference", "Fingerprint", "code_digest", "fingerprint", "fingerprints", "known_fingerprint", "weights_digest"]
 
 log = logging.getLogger(__name__)
 
@@ -97,6 +97,17 @@ class Fingerprint:
             found.append(Difference("code", self.code[:12], now.code[:12]))
         return found
 
+    def brief(self) -> dict[str, str | None]:
+        """Short digests, for machines that tell each other which teacher they have; None: not known here."""
+        facts = json.dumps(dict(self.facts), sort_keys=True, default=str)
+        return {
+            "card": digest_of(facts)[:12], "weights": self.weights and self.weights[:12], "code": self.code and self.code[:12]
+        }  # fmt: skip
+
+    def unlike(self, brief: Mapping[str, str | None]) -> list[str]:
+        """What another machine's `brief` has otherwise; only what is known on both is compared."""
+        return [what for what, mine in self.brief().items() if mine and brief.get(what) and mine != brief[what]]
+
     def to_dict(self) -> dict[str, Any]:
         """As JSON holds it; `Fingerprint.from_dict` is the way back."""
         named = {"source": self.source, "revision": self.revision, "weights": self.weights, "code": self.code}
@@ -111,7 +122,7 @@ class Fingerprint:
 
 def fingerprint(card: TeacherCard) -> Fingerprint:
     """The fingerprint of a card's teacher as it is on this machine now. Large weights are read once, then known by their file."""
-    return known_fingerprint(card, weights=_weights_digest(card), code=code_digest(card.loader) if card.loader else None)
+    return known_fingerprint(card, weights=weights_digest(card), code=code_digest(card.loader) if card.loader else None)
 
 
 def known_fingerprint(card: TeacherCard, *, weights: str | None = None, code: str | None = None) -> Fingerprint:
@@ -171,7 +182,8 @@ def _upsampler(weights: str) -> Fingerprint:
     return Fingerprint({}, weights, None, digest)
 
 
-def _weights_digest(card: TeacherCard) -> str | None:
+def weights_digest(card: TeacherCard) -> str | None:
+    """SHA-256 of the content of a card's weights, wherever they lie; None when they are not on this machine."""
     path = local_weights(card)
     if path is None:
         return None

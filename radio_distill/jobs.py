@@ -89,9 +89,10 @@ def _plan_vlm(recipe: VlmRecipe, *, cluster: Cluster | None, **machine: Any) -> 
 
 
 def _examine_vlm(recipe: VlmRecipe, *, open_sources: bool) -> Iterator[Finding]:  # its conversations are files
-    from .doctor import examine_code, examine_packages
+    from .doctor import examine_code, examine_packages, examine_resume
     from .doctor_vlm import examine_vlm
 
+    yield from examine_resume(recipe)
     yield from examine_vlm(recipe)
     yield from examine_packages(recipe)
     yield from examine_code(recipe)

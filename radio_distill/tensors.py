@@ -7,6 +7,7 @@ not compute exactly the same.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -68,9 +69,24 @@ def gather_rows(x: Tensor, group: dist.ProcessGroup | None = None) -> Rows:
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file. Raises CheckpointError, and writes nothing, when a number of it is NaN or infinite."""
+    """Write a safetensors file: the same bytes for the same tensors and metadata. Raises CheckpointError, and writes nothing,
+    when a number of it is NaN or infinite."""
     refuse_non_finite(tensors, path)
     save_file({name: row_major(x).cpu() for name, x in tensors.items()}, path, metadata)
+    if metadata and len(metadata) > 1:
+        _sort_metadata(path)
+
+
+def _sort_metadata(path: Path) -> None:
+    """Put the metadata of a safetensors file into the order of its keys; the library's order is another one in every process."""
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(length)
+        assert len(text) == length, (path, len(text), length)
+        file.seek(8)
+        file.write(text)
 
 
 def refuse_non_finite(tensors: Mapping[str, Tensor], path: Path) -> None:

@@ -146,7 +146,8 @@ class Result:
     precision: str = ""
     """What forward passes computed in: fp32 or bf16."""
     data_digest: str = ""
-    """Of all data sets of the task (also those trained on), the times of their files included: others are measured again."""
+    """Of all data sets of the task (also those trained on), the times of their files included, and of the text tower, where there is one:
+    others are measured again."""
     left_out: int = 0
     """Images of the task's data sets that could not be read; the number is one without them."""
     grid: int = 0

@@ -8,13 +8,16 @@ request. Batches that are announced ahead are encoded while the student trains o
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
 from ..config.load import cards_of
 from ..config.recipe import Recipe
+from ..fingerprint import fingerprint
 from ..plan.cost import teacher_costs
 from ..train import preempt
 from ..train.bridge import Bridge, Message, Sent
@@ -52,6 +55,8 @@ class RemoteTeachers:
         """What each teacher rank has not answered, in order."""
         self._received = dict.fromkeys(bridge.teachers, 0)
         self._seconds: dict[str, float] = {}
+        self._untold = {peer: {n: fingerprint(self.cards[n]).brief() for n in names} for peer, names in self._teachers.items()}
+        """What each teacher rank compares its teachers with, at the first request."""
 
     def announce(self, batches: list[Batch]) -> None:
         """Send batches that `encode` will be asked for; those already sent stay as they are."""
@@ -78,7 +83,7 @@ class RemoteTeachers:
         for peer, teachers in self._teachers.items():
             names = [name for name in teachers if name in active]
             if names:
-                message = pack_request(batch, names, received=self._received[peer])
+                message = pack_request(batch, names, received=self._received[peer], teachers=self._untold.pop(peer, {}))
                 request.sent[peer] = self._bridge.send(peer, message)
                 self._queues[peer].append(request)
         return request
@@ -99,12 +104,16 @@ class RemoteTeachers:
             preempt.ask(message.about["stop"])
 
 
-def pack_request(batch: Batch, names: list[str], *, received: int) -> Message:
-    """What teachers need of a batch. received: how many answers of that teacher rank have come in."""
+def pack_request(
+    batch: Batch, names: list[str], *, received: int, teachers: Mapping[str, Mapping[str, str | None]] = MappingProxyType({})
+) -> Message:
+    """What teachers need of a batch. received: how many answers of that teacher rank have come in. teachers: which they should be
+    (`Fingerprint.brief`)."""
     unique = list({id(batch.views[name].images_B3HW): batch.views[name].images_B3HW for name in names}.items())
     index = {key: i for i, (key, _) in enumerate(unique)}
     views = {name: index[id(batch.views[name].images_B3HW)] for name in names}
     about = {"partition": batch.partition, "size": len(batch), "views": views, "received": received}
+    about |= {"teachers": dict(teachers)} if teachers else {}
     return Message(about, [*(images for _, images in unique), batch.seeds_B])
 
 

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import queue
 from collections import deque
+from collections.abc import Mapping
 from threading import Event, Thread
 from typing import Any
 
 import torch
 
+from ..config.cards import TeacherCard
 from ..config.recipe import Recipe
+from ..errors import TeacherError
+from ..fingerprint import fingerprint
 from ..plan.cost import teacher_costs
 from ..train import preempt
 from ..train.bridge import Bridge, Sent
@@ -20,7 +24,7 @@ from .bank import TeacherBank, Timers
 from .build import build_teachers
 from .remote import pack_reply, unpack_request
 
-__all__ = ["serve"]
+__all__ = ["check_teachers", "serve"]
 
 LAST_WORDS_S = 5.0
 """How long a goodbye that has arrived may take to be read."""
@@ -56,6 +60,16 @@ def serve(recipe: Recipe, bridge: Bridge) -> int:
     return max(codes)
 
 
+def check_teachers(cards: Mapping[str, TeacherCard], told: Mapping[str, Mapping[str, str | None]]) -> None:
+    """Raise TeacherError when a teacher of this rank is another one than the students say they have (`Fingerprint.brief`)."""
+    for name, brief in told.items():
+        if unlike := fingerprint(cards[name]).unlike(brief):
+            raise TeacherError(
+                f"the {' and '.join(unlike)} of teacher {name} on this teacher rank differ from those on the student ranks; give all "
+                "machines the same card, weights and loader"
+            )
+
+
 class _Client:
     """What a teacher rank keeps of one student: its timers, and answers until they have been read."""
 
@@ -68,6 +82,7 @@ class _Client:
 
     def answer(self, bank: TeacherBank, bridge: Bridge, peer: int, header: dict[str, Any]) -> None:
         message = bridge.body(peer, header)
+        check_teachers(bank.cards, message.about.get("teachers", {}))
         while self._forgotten < message.about["received"]:
             self._answers.popleft().done()
             self._forgotten += 1

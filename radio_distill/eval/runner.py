@@ -123,7 +123,7 @@ def _measure(suite: Suite, name: str, task: Task, opened: NamedModel, context: C
         "model": opened.label,
         "model_id": opened.id,
         "dataset": f"{scored.name}/{scored.split}#{identities[0].content}",
-        "data_digest": digest_of(" ".join(i.digest for i in identities))[:12],
+        "data_digest": digest_of(" ".join([*(i.digest for i in identities), *task.reads_besides(opened)]))[:12],
         "version": task.version,
         "config_hash": digest(task, context.resolution),
         "seed": context.seed,

@@ -148,6 +148,10 @@ class Task(Fields):
     def passes(self, context: Context) -> float:
         """Forward passes of the encoder in images, for the time estimate of `--dry-run`."""
 
+    def reads_besides(self, opened: NamedModel) -> Sequence[str]:
+        """Digests of what the numbers of a model depend on besides the model, the data sets and the card: a text tower."""
+        return ()
+
     def size(self, context: Context) -> int:
         """Side in pixels that results are filed under."""
         return context.resolution or 0

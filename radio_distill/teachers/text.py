@@ -14,12 +14,14 @@ from torch import Tensor, nn
 
 from ..config.cards import TeacherCard
 from ..errors import CardError, TeacherError
+from ..files import digest_of
+from ..fingerprint import weights_digest
 from ..loaders import import_named
 from . import text_tower
 from .text_tower import TextTower
 from .tokens import construct
 
-__all__ = ["TextTower", "fill", "load_text_tower", "open_text_tower"]
+__all__ = ["TextTower", "fill", "load_text_tower", "open_text_tower", "tower_digest"]
 
 KINDS: dict[str, str] = {
     "open_clip": "radio_distill.teachers.text_open_clip:from_card",
@@ -27,6 +29,11 @@ KINDS: dict[str, str] = {
     "toy": "radio_distill.teachers.text_toy:from_card",
 }
 """Kind -> `module:function`, called with the card."""
+SOURCES: dict[str, str] = {
+    "open_clip": "radio_distill.teachers.text_open_clip:weights_card",
+    "transformers": "radio_distill.teachers.text_transformers:weights_card",
+}
+"""Kind -> function that makes of a card the one whose source holds the tower; others lie in the teacher's own file."""
 
 
 def load_text_tower(card: TeacherCard) -> TextTower:
@@ -52,6 +59,17 @@ def load_text_tower(card: TeacherCard) -> TextTower:
             f"{card.output.summary}, so they cannot be compared; correct `text` or `output` of the card"
         )
     return tower
+
+
+def tower_digest(card: TeacherCard) -> str:
+    """What the vectors of a card's text tower depend on, as one short word: the card's `text` and the content of the weights.
+
+    Raises CardError as `load_text_tower`, where the card does not say where the tower lies.
+    """
+    assert card.text is not None
+    place = SOURCES.get(card.text.kind)
+    holder = import_named(place, by=f"card {card.name!r}", error=CardError)(card) if place else card
+    return digest_of([card.text.model_dump(mode="json"), weights_digest(holder) or [holder.source, holder.revision]])[:12]
 
 
 def open_text_tower(folder: str | Path) -> TextTower:

@@ -16,7 +16,7 @@ from .text_tower import TextTower, build, make_tokenizer
 from .tokens import construct
 from .weights import read, resolve
 
-__all__ = ["from_card", "tower_config"]
+__all__ = ["from_card", "tower_config", "weights_card"]
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "spiece.model")
 TOP_LEVEL = ("positional_embedding", "token_embedding.", "transformer.", "ln_final.", "text_projection")
@@ -27,7 +27,7 @@ def from_card(card: TeacherCard) -> TextTower:
     """The text side of the open_clip model that `text.model` of the card names, with the weights of `text.pretrained`'s
     hub repository where the card's own source is not an open_clip model."""
     config = tower_config(card)
-    card = _weights_card(card)
+    card = weights_card(card)
     state = read(card, FILES, prefix=("text.", *TOP_LEVEL))
     if any(name.startswith("text.") for name in state):
         state = {name.removeprefix("text."): x for name, x in state.items() if name.startswith("text.")}
@@ -64,7 +64,7 @@ def tower_config(card: TeacherCard) -> dict[str, Any]:
     return {"embed_dim": config["embed_dim"], "quick_gelu": config.get("quick_gelu", False), "text_cfg": text}
 
 
-def _weights_card(card: TeacherCard) -> TeacherCard:
+def weights_card(card: TeacherCard) -> TeacherCard:
     """The card whose source is the whole open_clip model: the teacher's own, or one made of `text.pretrained`."""
     assert card.text is not None
     if card.family == "open_clip":

@@ -10,17 +10,15 @@ from .text_tower import TEXT_CLASSES, TextTower, build, make_tokenizer
 from .tokens import construct
 from .weights import read, resolve
 
-__all__ = ["from_card"]
+__all__ = ["from_card", "weights_card"]
 
 
 def from_card(card: TeacherCard) -> TextTower:
     """The text side of the folder or hub repository that `text.model` of the card names."""
     from transformers import AutoConfig
 
-    assert card.text is not None
-    revision = card.revision if card.text.model == card.source else None
-    card = card.model_copy(update={"source": card.text.model, "revision": revision})
-    source = resolve(card)
+    card = weights_card(card)
+    source, revision = resolve(card), card.revision
     place = str(source)
     what = f"text tower of {card.name!r} ({place})"
     try:
@@ -46,3 +44,10 @@ def from_card(card: TeacherCard) -> TextTower:
     # position_ids: a buffer in old files
     fill(what, net, {f"model.{name}": x for name, x in state.items() if not name.endswith("position_ids")})
     return TextTower("transformers", config, net, tokenizer)
+
+
+def weights_card(card: TeacherCard) -> TeacherCard:
+    """The card whose source is the folder or repository of the text tower."""
+    assert card.text is not None
+    revision = card.revision if card.text.model == card.source else None
+    return card.model_copy(update={"source": card.text.model, "revision": revision, "family": "transformers", "loader": None})

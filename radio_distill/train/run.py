@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Mapping
+from pathlib import Path
 from types import TracebackType
 
 from ..config.load import dump, load_job, resume_conflicts
 from ..config.recipe import Job
-from ..errors import CheckpointError
-from ..files import replace_text
+from ..errors import CheckpointError, RadioDistillError, TeacherError
+from ..files import DAMAGE, parse_json, replace_text
 from ..fingerprint import Fingerprint, fingerprints
 from ..runs import run_path
 from . import agree
@@ -19,11 +21,12 @@ from .lock import RunLock
 from .preempt import Stopped
 from .status import start_status, write_status
 
-__all__ = ["RunFolder", "open_run"]
+__all__ = ["RunFolder", "check_resume", "open_run"]
 
 log = logging.getLogger(__name__)
 
 
+RECIPE = "recipe.yaml"
 TEACHERS = "teachers.json"
 """Which teachers the run was started with, and which code of the user's."""
 
@@ -88,47 +91,48 @@ class RunFolder:
             self._lock.release()
 
     def _record(self, recipe: Job) -> None:
-        path = self.path / "recipe.yaml"
-        if path.exists():
-            changed = resume_conflicts(load_job(type(recipe), path), recipe)
-            if changed:
-                lines = "\n".join(f"  {line}" for line in changed[:10])
-                raise CheckpointError(
-                    f"{self.path} was started with another recipe; on resume only engine, log, checkpoint and run may change:\n{lines}\n"
-                    "set run= to another folder for a run of its own (start.kind=run continues from these weights)"
-                )
-        self.teachers = fingerprints(recipe)
-        self._check_teachers(is_resumed=path.exists())
-        replace_text(path, dump(recipe))
+        self.teachers = check_resume(self.path, recipe)
+        replace_text(self.path / RECIPE, dump(recipe))
         replace_text(
             self.path / TEACHERS, json.dumps({name: was.to_dict() for name, was in self.teachers.items()}, indent=1) + "\n"
         )
 
-    def _check_teachers(self, *, is_resumed: bool) -> None:
-        """Refuse other teachers or other code than the run was started with: a card, its weights, its loader or a loss were changed."""
-        path = self.path / TEACHERS
-        if not path.exists():
-            if is_resumed and self.teachers:
-                log.warning(
-                    "%s is of an older version and has no %s: its teachers are taken to be those of today",
-                    *(self.path, TEACHERS),
-                )
-            return
-        try:
-            before = {name: Fingerprint.from_dict(values) for name, values in json.loads(path.read_text()).items()}
-        except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
-            raise CheckpointError(
-                f"{path} cannot be read ({error!r}), so it is not known whether the teachers are the same; delete it if they are"
-            ) from error
-        changed = [
-            f"{name}.{d}" for name, now in self.teachers.items() if name in before for d in before[name].differences(now)
-        ]
-        if changed:
-            lines = "\n".join(f"  {line}" for line in changed[:10])
-            raise CheckpointError(
-                f"{self.path} was started with other teachers or other code; cards, weights or modules have changed:\n{lines}\n"
-                "put them back, or set run= to another folder for a run of its own (start.kind=run continues from these weights)"
-            )
+
+def check_resume(run: Path, recipe: Job) -> dict[str, Fingerprint]:
+    """The fingerprints of a recipe's teachers and of the user's code. Raises CheckpointError when the folder holds a run of another
+    recipe, or of other teachers or other code: a card, its weights, its loader or a loss were changed."""
+    path = run / RECIPE
+    changed = resume_conflicts(load_job(type(recipe), path), recipe) if path.exists() else []
+    if changed:
+        lines = "\n".join(f"  {line}" for line in changed[:10])
+        raise CheckpointError(
+            f"{run} was started with another recipe; on resume only engine, log, checkpoint and run may change:\n{lines}\n"
+            "set run= to another folder for a run of its own (start.kind=run continues from these weights)"
+        )
+    teachers = fingerprints(recipe)
+    _check_teachers(run, teachers, is_resumed=path.exists())
+    return teachers
+
+
+def _check_teachers(run: Path, teachers: Mapping[str, Fingerprint], *, is_resumed: bool) -> None:
+    path = run / TEACHERS
+    if not path.exists():
+        if is_resumed and teachers:
+            log.warning("%s is of an older version and has no %s: its teachers are taken to be those of today", run, TEACHERS)
+        return
+    try:
+        before = {name: Fingerprint.from_dict(values) for name, values in parse_json(path.read_text()).items()}
+        changed = [f"{name}.{d}" for name, now in teachers.items() if name in before for d in before[name].differences(now)]
+    except DAMAGE as error:
+        raise CheckpointError(
+            f"{path} cannot be read ({error!r}), so it is not known whether the teachers are the same; delete it if they are"
+        ) from error
+    if changed:
+        lines = "\n".join(f"  {line}" for line in changed[:10])
+        raise CheckpointError(
+            f"{run} was started with other teachers or other code; cards, weights or modules have changed:\n{lines}\n"
+            "put them back, or set run= to another folder for a run of its own (start.kind=run continues from these weights)"
+        )
 
 
 def open_run(recipe: Job, world: World) -> RunFolder:
@@ -137,9 +141,25 @@ def open_run(recipe: Job, world: World) -> RunFolder:
     agree.on_main(lambda: opened.append(RunFolder(recipe, is_main=True, ranks=world.size)))
     run = opened[0] if world.is_main else RunFolder(recipe, is_main=False)
     try:
+        _refuse_other_teachers(run, recipe, world)
         set_damaged_aside(run.path, rank=world.rank, ranks=world.size, gather=agree.gather)
         agree.on_main(lambda: refuse_to_start_over(run.path))
-    except CheckpointError as error:
+    except RadioDistillError as error:
         run.__exit__(type(error), error, None)
         raise
     return run
+
+
+def _refuse_other_teachers(run: RunFolder, recipe: Job, world: World) -> None:
+    """Raise TeacherError on every rank when a rank has another teacher than the first one, as where a machine holds an old copy."""
+    if world.size == 1:
+        return
+    mine = run.teachers if world.is_main else fingerprints(recipe)  # after the first rank, which has read large weights
+    first = agree.gather(mine if world.is_main else None)[0]
+    assert first is not None
+    found = [f"rank {world.rank}: {name}.{d}" for name, now in mine.items() for d in first[name].differences(now)]
+    if different := [text for rank in agree.gather(found) for text in rank]:
+        lines = "\n".join(f"  {line}" for line in different[:10])
+        raise TeacherError(
+            f"ranks have other teachers or other code than rank 0; give all machines the same cards, weights and modules:\n{lines}"
+        )

@@ -1,22 +1,30 @@
 """The fingerprint of a teacher: everything that changes its output changes it, and nothing else does."""
 
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing
 from made_upsampler import made
 from safetensors.torch import save_file
 
 from radio_distill.balance import check_balancers, identity, save_balancers
-from radio_distill.config.cards import TeacherCard
+from radio_distill.config.cards import TeacherCard, TextTower
 from radio_distill.config.load import load_card, load_recipe
-from radio_distill.doctor import examine_recipe
+from radio_distill.distill.serve import check_teachers
+from radio_distill.doctor import examine_recipe, examine_resume
 from radio_distill.errors import CheckpointError, TeacherError
 from radio_distill.fingerprint import Fingerprint, code_digest, fingerprint, known_fingerprint
+from radio_distill.teachers.text import tower_digest
+from radio_distill.train import run
+from radio_distill.train.distributed import World
 from radio_distill.train.run import RunFolder
 from radio_distill.upsamplers.folder import check_teacher, load_upsampler, save_upsampler
 
@@ -209,16 +217,18 @@ def test_a_run_goes_on_with_its_own_teachers_only(tmp_path: Path, caplog: pytest
     mine = tmp_path / "mine.yaml"
     mine.write_text("extends: toy_clip\nname: mine\n")
     recipe = load_recipe("toy/stage1", [f"run={tmp_path / 'run'}", f"teachers.toy_clip.card={mine}"])
-    with RunFolder(recipe, is_main=True) as run:
-        assert set(run.teachers) == set(recipe.teachers)
+    with RunFolder(recipe, is_main=True) as opened:
+        assert set(opened.teachers) == set(recipe.teachers)
     mine.write_text("extends: toy_clip\nname: mine\nlicence: other\n")  # changes nothing that is computed
     with RunFolder(recipe, is_main=True):
         pass
     mine.write_text("extends: toy_clip\nname: mine\ninput: {std: [0.3, 0.3, 0.3]}\n")
-    with pytest.raises(
-        CheckpointError, match=r"started with other teachers or other code.*\n  toy_clip\.input\.std: \[0\.268.*\] -> \[0\.3"
-    ):
+    told = r"started with other teachers or other code.*\n  toy_clip\.input\.std: \[0\.268.*\] -> \[0\.3"
+    with pytest.raises(CheckpointError, match=told):
         RunFolder(recipe, is_main=True)
+    (finding,) = examine_resume(recipe)  # and `doctor` says so before
+    assert finding.missing
+    assert re.search(told, finding.text)
     (tmp_path / "run" / "teachers.json").unlink()  # a run of an older version
     caplog.clear()
     with RunFolder(recipe, is_main=True):
@@ -235,8 +245,8 @@ def test_a_run_goes_on_with_its_own_code_only(project: Path) -> None:
     recipe = load_recipe(
         "toy/stage1", [f"run={project / 'run'}", "engine.zero=0", *(f"{key}={value}" for key, value in own.items())]
     )
-    with RunFolder(recipe, is_main=True) as run:
-        assert set(own) <= set(run.teachers)
+    with RunFolder(recipe, is_main=True) as opened:
+        assert set(own) <= set(opened.teachers)
     (project / "tiny_layers.py").write_text("LAYERS = 2\n")  # what the loss imports has changed
     with pytest.raises(
         CheckpointError, match=r"other teachers or other code.*\n  balance\.method\.code: .*\n  loss\.terms\.gram\.code"
@@ -264,3 +274,43 @@ def test_doctor_says_no_to_an_upsampler_and_to_balancers_of_another_teacher(tmp_
     for what in ("upsampler toy_clip", "balancers"):
         assert found[what].missing
         assert "input.std: [0.268" in found[what].text
+
+
+def other_machine(rank: int, folder: str) -> None:
+    """Two ranks, the second of which has another copy of a teacher."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    if rank:
+        run.fingerprints = lambda recipe: {"tiny": Fingerprint({}, "a.pt", None, "b" * 64)}  # type: ignore[attr-defined]
+    mine = SimpleNamespace(teachers={"tiny": Fingerprint({}, "a.pt", None, "a" * 64)})
+    world = World(rank, 2, rank, torch.device("cpu"))
+    with pytest.raises(TeacherError, match=r"other code than rank 0; .*\n  rank 1: tiny.weights: a{12} -> b{12}$"):
+        run._refuse_other_teachers(mine, None, world)  # type: ignore[arg-type]
+    dist.destroy_process_group()
+
+
+def test_ranks_with_another_copy_of_a_teacher_are_named_on_all_ranks(tmp_path: Path) -> None:
+    torch.multiprocessing.start_processes(other_machine, (str(tmp_path),), nprocs=2, start_method="fork")
+
+
+def test_a_teacher_rank_refuses_to_stand_for_another_teacher(project: Path) -> None:
+    cards = {"tiny": card(project)}
+    told = fingerprint(cards["tiny"]).brief()
+    check_teachers(cards, {"tiny": told})
+    check_teachers(cards, {"tiny": {**told, "weights": None}})  # they are not on the students' machine
+    (project / "tiny_loader.py").write_text(LOADER + "# edited\n")
+    with pytest.raises(
+        TeacherError, match="the code of teacher tiny on this teacher rank differ from those on the student ranks"
+    ):
+        check_teachers(cards, {"tiny": told})
+
+
+@pytest.mark.parametrize("kind", ["toy", "transformers"])
+def test_the_weights_of_a_text_tower_are_part_of_what_its_numbers_depend_on(kind: str, tmp_path: Path) -> None:
+    toy, weights = load_card("toy_clip"), tmp_path / "tower.safetensors"
+    weights.write_bytes(b"one")
+    place = {"source": str(weights)} if kind == "toy" else {"source": "elsewhere"}
+    made = toy.model_copy(update={**place, "text": TextTower(kind=kind, model=str(weights))})
+    before = tower_digest(made)
+    assert before == tower_digest(made)
+    weights.write_bytes(b"two")
+    assert tower_digest(made) != before

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from radio_distill.errors import CheckpointError
@@ -62,3 +63,18 @@ def test_what_is_not_finite_is_named_and_not_written(bad: float, tmp_path: Path)
         save_tensors(tmp_path / "x.safetensors", tensors)
     assert not list(tmp_path.iterdir())
     assert non_finite({"count": torch.tensor(3)}) is None
+
+
+def test_the_same_tensors_and_metadata_are_the_same_bytes(tmp_path):
+    metadata = {
+        f"key {i}": text for i, text in enumerate(["", 'a "quoted" \\ text', "é漢\x00\x1f\x7f/", '{"json": [1, 2]}', "\n\t"])
+    }
+    tensors = {"b": torch.ones(3), "a": torch.zeros(2, 2)}
+    written = set()
+    for i in range(8):  # the library draws an order for every file
+        save_tensors(tmp_path / f"{i}", tensors, metadata)
+        written.add((tmp_path / f"{i}").read_bytes())
+    assert len(written) == 1
+    with safe_open(tmp_path / "0", "pt") as file:
+        assert file.metadata() == metadata
+        assert torch.equal(file.get_tensor("a"), tensors["a"])

@@ -75,8 +75,8 @@ class Correspondence(Task):
 
     def errors_of(self, pair: ViewPair, maps_2Chw: Tensor) -> tuple[Tensor, Tensor]:
         """Metres and pixels by which the best matches of a pair are off. Raises DataError when there are too few points."""
-        points = [points.to(maps_2Chw) for points in _points(pair, self.every)]
-        found = match(maps_2Chw[0], maps_2Chw[1], *points, num=self.matches)
+        first, second = (points.to(maps_2Chw) for points in _points(pair, self.every))
+        found = match(maps_2Chw[0], maps_2Chw[1], first, second, num=self.matches)
         return errors(found, pair.pose_34.to(maps_2Chw), pair.second.intrinsics_33.to(maps_2Chw))
 
     def _maps(self, opened: NamedModel, pair: ViewPair, context: Context) -> Tensor:
@@ -85,13 +85,14 @@ class Correspondence(Task):
         return frozen_map(opened.model, images, context)
 
 
-def _points(pair: ViewPair, every: int) -> list[Tensor]:
+def _points(pair: ViewPair, every: int) -> tuple[Tensor, Tensor]:
     """The points of both views, one pixel in `every`."""
-    return [view.points_3HW[:, ::every, ::every] for view in (pair.first, pair.second)]
+    return pair.first.points_3HW[:, ::every, ::every], pair.second.points_3HW[:, ::every, ::every]
 
 
 def _check_pair(pair: ViewPair, *, every: int, matches: int) -> None:
-    check_points(*_points(pair, every), matches)
+    first, second = _points(pair, every)
+    check_points(first, second, matches)
 
 
 def _bin(pose_34: Tensor) -> str:

@@ -29,6 +29,11 @@ class Retrieval(SummaryTask):
     def datasets(self, context: Context) -> Sequence[Dataset[Any]]:
         return [open_dataset(self.dataset, "test", context.root, kind="captioned").limited(context.limit)]
 
+    def reads_besides(self, opened: NamedModel) -> Sequence[str]:
+        from ...teachers.text import tower_digest
+
+        return [tower_digest(speaking(opened, self.adaptors)[1])]
+
     def run(self, opened: NamedModel, context: Context) -> Iterable[Score]:
         from ...teachers.text import load_text_tower
 

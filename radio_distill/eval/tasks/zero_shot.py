@@ -34,6 +34,11 @@ class ZeroShot(SummaryTask):
     def datasets(self, context: Context) -> Sequence[Dataset[Any]]:
         return [open_dataset(self.dataset, "val", context.root, kind="labelled").limited(context.limit)]
 
+    def reads_besides(self, opened: NamedModel) -> Sequence[str]:
+        from ...teachers.text import tower_digest
+
+        return [tower_digest(speaking(opened, self.adaptors)[1])]
+
     def run(self, opened: NamedModel, context: Context) -> Iterable[Score]:
         (whole,) = self.datasets(context)
         head, card = speaking(opened, self.adaptors)
