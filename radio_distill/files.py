@@ -6,8 +6,9 @@ import hashlib
 import json
 import os
 import shutil
+import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -46,9 +47,13 @@ def appearing(path: Path, *, sync: bool = False) -> Iterator[Path]:
     """A temporary path beside `path`: the file or folder that the block makes there gets the name `path` when it is complete.
 
     A file replaces the one of that name; a folder takes the place of none or of an empty one, else OSError. When the block
-    fails nothing is left. sync: the file is on the disk before it gets its name.
+    fails nothing is left; what a killed process of this machine left there before is removed. sync: the file is on the disk
+    before it gets its name.
     """
-    temporary = path.with_name(f"{UNFINISHED}{uuid4().hex[:12]}-{path.name}")  # several machines may write here
+    _remove_left_over(path.parent)
+    temporary = path.with_name(
+        f"{UNFINISHED}{_here()}-{os.getpid()}-{uuid4().hex[:8]}-{path.name}"
+    )  # several machines may write here
     try:
         yield temporary
         if sync:
@@ -56,9 +61,41 @@ def appearing(path: Path, *, sync: bool = False) -> Iterator[Path]:
                 os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
-        if temporary.is_dir():
-            shutil.rmtree(temporary, ignore_errors=True)
-        temporary.unlink(missing_ok=True)
+        _remove(temporary)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    path.unlink(missing_ok=True)
+
+
+@cache
+def _remove_left_over(folder: Path) -> None:
+    """Once in a process and folder: remove what processes of this machine were writing there when they were killed."""
+    for path in folder.glob(f"{UNFINISHED}{_here()}-*"):
+        pid = path.name.removeprefix(f"{UNFINISHED}{_here()}-").partition("-")[0]
+        if pid.isdecimal() and not _is_alive(int(pid)):
+            with suppress(OSError):  # another one removes it, too
+                _remove(path)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # of another user
+        return True
+    return True
+
+
+@cache
+def _here() -> str:
+    """What tells process numbers of this machine, or container, from those of others: its boot and its table of processes."""
+    boot, table = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")
+    parts = [boot.read_text() if boot.exists() else socket.gethostname(), os.readlink(table) if table.is_symlink() else ""]
+    return digest_of("".join(parts))[:8]
 
 
 def replace_text(path: Path, text: str) -> None:

@@ -1,6 +1,9 @@
 """One writer: complete or not there; one digest."""
 
 import hashlib
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -45,3 +48,18 @@ def test_digests_are_those_of_sha256(tmp_path: Path) -> None:
     want = hashlib.sha256(b"abc").hexdigest()
     assert digest_of_file(tmp_path / "a") == digest_of("abc") == want
     assert digest_of({"b": 1, "a": [2]}) == hashlib.sha256(b'{"a": [2], "b": 1}').hexdigest()
+
+
+def test_what_a_killed_process_was_writing_is_removed_by_the_next_and_nothing_else_is(tmp_path: Path) -> None:
+    code = "import os, sys, pathlib; from radio_distill.files import appearing\n"
+    code += "with appearing(pathlib.Path(sys.argv[1]) / 'out') as folder:\n    folder.mkdir(); os.kill(os.getpid(), 9)"
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False)
+    (left,) = tmp_path.iterdir()
+    assert left.name.startswith(UNFINISHED)
+    alive = tmp_path / left.name.replace(left.name.split("-")[2], str(os.getppid()), 1)
+    elsewhere = tmp_path / left.name.replace(left.name.split("-")[1], "0badcafe", 1)
+    for path in (alive, elsewhere):
+        path.mkdir()
+    with appearing(tmp_path / "other.txt") as path:
+        path.write_text("")
+    assert {path.name for path in tmp_path.iterdir()} == {"other.txt", alive.name, elsewhere.name}
