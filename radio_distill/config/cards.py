@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated
 
 from pydantic import AfterValidator, BaseModel, ConfigDict
@@ -11,7 +12,7 @@ from ..loaders import is_named
 from .names import FolderName
 from .numbers import Free, Mean, Positive, Side, Std
 
-__all__ = ["CUSTOM", "Loader", "TeacherCard", "TeacherInput", "TeacherOutput", "TextTower"]
+__all__ = ["CUSTOM", "Loader", "licence_note", "licence_notes", "TeacherCard", "TeacherInput", "TeacherOutput", "TextTower"]
 
 
 def _named(value: str) -> str:
@@ -52,11 +53,15 @@ class TeacherOutput(Fields):
 
 class TextTower(Fields):
     kind: str
-    """`open_clip`, `transformers` or `toy`: which library holds the text encoder that matches the summary."""
+    """`open_clip`, `transformers` or `toy`: which library holds the text encoder that matches the summary. `classifier`: there is
+    none, and a text stands for the class that it names."""
     model: str
-    """The library's name of the model whose text encoder belongs to the summary."""
+    """The library's name of the model whose text encoder belongs to the summary. `classifier`: the name of the tensor in the card's
+    source that turns a summary into classes, (classes, width of the summary)."""
     pretrained: str | None = None
     """open_clip's pretrained tag, where it has one."""
+    classes: tuple[str, ...] = ()
+    """`classifier`: what its rows mean, in their order; empty: the 1,000 classes of ImageNet."""
 
 
 CUSTOM = "custom"
@@ -87,3 +92,15 @@ class TeacherCard(Fields):
     """`package.module:function` called as function(card, weights), for a family that is not built in (docs/teachers.md)."""
     note: str = ""
     """One line for `radio-distill list`."""
+
+
+def licence_note(name: str, licence: str) -> str | None:
+    """What has to be said of a licence that nobody has stated; None where one is named."""
+    if licence.strip().lower() not in ("", "-", "?", "n/a", "none", "not known", "not stated", "unknown", "unlicensed"):
+        return None
+    return f"the licence of {name} is not known ({licence or 'empty'}): nothing is allowed until its makers say so; ask them before you use it"
+
+
+def licence_notes(cards: Mapping[str, TeacherCard]) -> list[str]:
+    """The notes that a recipe's teachers, by their names in it, call for."""
+    return [note for name, card in cards.items() if (note := licence_note(name, card.licence))]

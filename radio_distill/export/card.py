@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from ..config.cards import licence_note
 from ..network.arch import StudentArch
 from .facts import Facts, Origin
 
@@ -220,9 +221,12 @@ def _teachers(facts: Facts) -> str:
     text = "## Teachers and licences\n\n| teacher | weights | licence |\n|---|---|---|\n" + "\n".join(rows)
     if facts.start:
         text += f"\n\nThe first stage started from weights of `{facts.start}`; their licence holds as well."
-    limits = restricting(facts)
+    notes = {name: licence_note(name, origin.licence if origin else "unknown") for name, origin in facts.teachers.items()}
+    if unknown := [note for note in notes.values() if note]:
+        text += f"\n\n**Warning:** {'; '.join(unknown)}, and before you pass on a student that learned from it."
+    limits = {name: origin for name, origin in restricting(facts).items() if origin is not None and not notes[name]}
     if limits:
-        names = ", ".join(f"{name} ({origin.licence if origin else 'unknown'})" for name, origin in limits.items())
+        names = ", ".join(f"{name} ({origin.licence})" for name, origin in limits.items())
         text += (
             f"\n\n**Warning: {names}.** These are not permissive licences and may restrict what a model trained on a teacher's "
             "outputs may be used for and how it must be named or passed on. Read them before you use or publish this student."

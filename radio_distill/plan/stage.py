@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from ..config.cards import TeacherCard
+from ..config.cards import TeacherCard, licence_notes
 from ..config.load import cards_of
 from ..config.mosaic import images_per_mosaic
 from ..config.recipe import Dedicated, Recipe
@@ -132,7 +132,11 @@ def plan(
         memory_gib=memory,
         advice=SMALLER if dedicated or memory <= where.gpu_gib else _advice(recipe, where),
         checkpoint_gib=checkpoint_gib,
-        notes=(*_notes(recipe, per_rank, teacher_ranks, where), *_mosaic_notes(recipe, cards, partitions)),
+        notes=(
+            *_notes(recipe, per_rank, teacher_ranks, where),
+            *_mosaic_notes(recipe, cards, partitions),
+            *licence_notes(cards),
+        ),
     )
     return Plan(
         **common,

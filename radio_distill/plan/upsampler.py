@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ..balance import identity
+from ..config.cards import licence_notes
 from ..config.load import load_card
 from ..config.upsampler_recipe import VIEWS, UpsamplerRecipe
 from ..train.partition import assign
@@ -88,7 +89,7 @@ def plan_upsampler(recipe: UpsamplerRecipe, *, world_size: int, gpu: str = "h200
         memory_gib=_memory_bytes(recipe, encodes, trained, micro) / GIB + RESERVE_GIB,
         advice=f"set a smaller {'chunk (teacher images in one forward)' if micro == 1 else 'micro_batch, or chunk'}",
         checkpoint_gib=20 * trained / GIB,
-        notes=tuple(_notes(recipe)),
+        notes=(*_notes(recipe), *licence_notes({card.name: card})),
     )
     return UpsamplerPlan(
         **common,

@@ -27,6 +27,7 @@ KINDS: dict[str, str] = {
     "open_clip": "radio_distill.teachers.text_open_clip:from_card",
     "transformers": "radio_distill.teachers.text_transformers:from_card",
     "toy": "radio_distill.teachers.text_toy:from_card",
+    "classifier": "radio_distill.teachers.text_classifier:from_card",
 }
 """Kind -> `module:function`, called with the card."""
 SOURCES: dict[str, str] = {
@@ -52,7 +53,7 @@ def load_text_tower(card: TeacherCard) -> TextTower:
             f"card {card.name!r}: unknown kind {card.text.kind!r} of text tower, expected one of {', '.join(KINDS)}"
         )
     tower: TextTower = import_named(target, by=f"card {card.name!r}", error=CardError)(card)
-    width = tower.encode([""]).shape[1]
+    width = tower.encode([tower.example]).shape[1]
     if width != card.output.summary:
         raise TeacherError(
             f"teacher {card.name!r}: the text tower {card.text.model!r} gives {width} values and the summary has "

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import re
 import string
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,11 @@ class TextTower:
         self.net = net.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.device = next(self.net.parameters()).device
+
+    @property
+    def example(self) -> str:
+        """A text that it can embed."""
+        return getattr(self.tokenizer, "example", "")
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> TextTower:
         """Move the network to `device`, its floating-point weights to `dtype`; returns self."""
@@ -75,7 +80,9 @@ def open_text_tower(folder: str | Path) -> TextTower:
 
 
 def build(kind: str, config: dict[str, Any]) -> nn.Module:
-    """The network of a kind (`open_clip`, `transformers`, `toy`), token ids (n, L) to embeddings (n, C); random weights."""
+    """The network of a kind (`open_clip`, `transformers`, `toy`, `classifier`), token ids (n, L) to embeddings (n, C); random weights."""
+    if kind == "classifier":
+        return nn.Embedding(len(config["classes"]), config["width"])
     if kind == "open_clip":  # the public constructors build the image tower too
         tower = import_module("open_clip.model")._build_text_tower
         return tower(config["embed_dim"], config["text_cfg"], quick_gelu=config["quick_gelu"])
@@ -91,6 +98,8 @@ def make_tokenizer(kind: str, config: dict[str, Any], place: str, net: nn.Module
     if kind == "transformers":
         files = import_module("transformers").AutoTokenizer.from_pretrained(place)
         return PaddedTokenizer(files, config["max_position_embeddings"], canonical=_type(config) != "clip")
+    if kind == "classifier":
+        return ClassNames(config["classes"])
     if kind == "toy":
         return net.tokenize  # type: ignore[return-value]
     text, module = config["text_cfg"], import_module("open_clip.tokenizer")
@@ -132,6 +141,30 @@ class PaddedTokenizer:
 
     def save_pretrained(self, folder: Path) -> None:
         self.tokenizer.save_pretrained(folder)
+
+
+class ClassNames:
+    """Texts to the numbers of the classes that they name: the longest name in a text counts. Raises ValueError where there is none."""
+
+    def __init__(self, classes: Sequence[str]) -> None:
+        self.example = classes[0]
+        self._ids = {canonicalize(name): i for i, name in enumerate(classes)}
+        if len(self._ids) < len(classes) or "" in self._ids:
+            raise ValueError("two classes have one name, or one has none; give every class a name of its own")
+
+    def __call__(self, texts: list[str]) -> Tensor:
+        return torch.tensor([self._class_of(text) for text in texts])
+
+    def _class_of(self, text: str) -> int:
+        words = canonicalize(text).split()
+        spans = ((j - i, " ".join(words[i:j])) for i in range(len(words)) for j in range(i + 1, len(words) + 1))
+        named = [(length, self._ids[span]) for length, span in spans if span in self._ids]
+        if not named:
+            raise ValueError(
+                f"{text!r} names none of the {len(self._ids)} classes of the classifier that stands in for a text tower; "
+                "only texts about its classes can be compared"
+            )
+        return max(named)[1]
 
 
 def canonicalize(text: str) -> str:

@@ -138,7 +138,8 @@ def test_the_card_warns_of_licences_that_restrict(run: Path, tmp_path: Path) -> 
     assert "license: other" in card
     (tmp_path / "strict.yaml").unlink()
     card = (export(strict, tmp_path / "again") / "README.md").read_text()
-    assert "**Warning: toy_clip (unknown).**" in card
+    assert "**Warning:** the licence of toy_clip is not known (unknown): nothing is allowed until its makers say so" in card
+    assert "These are not permissive licences" not in card
 
 
 def radio_card() -> str:

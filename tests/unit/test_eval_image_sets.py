@@ -2,6 +2,7 @@
 
 import io
 import json
+import logging
 import os
 import tarfile
 from pathlib import Path
@@ -242,8 +243,19 @@ class MeanColour:
         return VisionOutput(features.mean((2, 3)), features)
 
 
+class Colours(MeanColour):
+    """The same without a summary."""
+
+    def encode(self, images_B3HW: torch.Tensor) -> VisionOutput:
+        return VisionOutput(None, super().encode(images_B3HW).features_BCHW)
+
+
 def mean_colour() -> MeanColour:
     return MeanColour()
+
+
+def colours() -> Colours:
+    return Colours()
 
 
 def test_a_model_that_knows_the_classes_scores_all(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -283,8 +295,22 @@ def test_images_that_cannot_be_read_fail_a_task_or_are_left_out_and_counted(
 
 def test_a_model_without_a_summary_is_told(folder: Path, tmp_path: Path) -> None:
     context = Context(root=folder, device=torch.device("cpu"), cache=FeatureCache(tmp_path / "cache"), resolution=32)
-    outcome = run_suite(load_suite("transfer", "smoke").only(["knn"]), ["teacher:toy_sam"], context, tmp_path / "r.jsonl")
+    refused = load_suite("transfer", "smoke", ["knn.without_summary=refuse"]).only(["knn"])
+    outcome = run_suite(refused, ["teacher:toy_sam"], context, tmp_path / "r.jsonl")
     assert "teacher:toy_sam has no summary, and Knn compares summaries" in outcome.failures[0]
+
+
+def test_in_transfer_a_model_without_a_summary_is_compared_by_the_mean_of_its_map(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caplog.set_level(logging.INFO)
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    context = Context(root=folder, device=torch.device("cpu"), cache=FeatureCache(tmp_path / "cache"), resolution=32)
+    suite = load_suite("transfer", "smoke", ["knn.k=3"]).only(["knn"])
+    with_summary, without = (f"{Path(__file__).stem}:{name}" for name in ("mean_colour", "colours"))
+    outcome = run_suite(suite, [with_summary, without], context, tmp_path / "r.jsonl")
+    assert [r.value for r in outcome.results] == [100.0, 100.0]
+    assert "colours has no summary: it is compared by the mean of its map" in caplog.text
 
 
 def test_images_of_all_kinds_of_pixels_become_rgb(tmp_path: Path) -> None:

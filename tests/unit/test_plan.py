@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from radio_distill.config.load import list_recipes, load_recipe
+from radio_distill.config.load import list_recipes, load_card, load_recipe
 from radio_distill.config.recipe import Recipe
 from radio_distill.errors import RecipeError
 from radio_distill.plan.budget import GPUS, to_json
@@ -189,3 +189,14 @@ def test_a_cluster_is_planned_by_hand_arithmetic():
     assert found.checkpoint_seconds == pytest.approx(result.checkpoint_gib * 2**30 / 2e9)
     assert "latency and congestion are left out" in render(result)
     assert json.loads(to_json(result))["scale"]["nodes"] == 16
+
+
+@pytest.mark.parametrize("licence", ["unknown", "not stated", "-"])
+def test_a_licence_that_nobody_stated_is_noted(licence, tmp_path):
+    card = load_card("toy_clip").model_copy(update={"licence": licence})
+    (tmp_path / "clip.yaml").write_text(card.model_dump_json())
+    found = plan(load_recipe("toy/stage1", [f"teachers.toy_clip={{card: {tmp_path / 'clip.yaml'}}}"]), world_size=1)
+    assert f"the licence of toy_clip is not known ({licence}): nothing is allowed until its makers say so" in "\n".join(
+        found.notes
+    )
+    assert not any("licence" in note for note in plan(load_recipe("toy/stage1"), world_size=1).notes)

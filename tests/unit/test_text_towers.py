@@ -243,6 +243,38 @@ def test_a_model_of_transformers_that_is_something_else(tmp_path: Path) -> None:
     refused("is a 'bert', expected a model of type clip, siglip, siglip2", card("transformers", str(tmp_path)), CardError)
 
 
+def classifier(folder: Path, **text) -> TeacherCard:
+    save_file({"head.weight": torch.eye(3, 4), "head.bias": torch.zeros(3)}, folder / "c.safetensors")
+    asked = {"classes": ("fox", "red fox", "two_ships"), **text}
+    return card("classifier", "head.weight", source=str(folder / "c.safetensors"), width=4, **asked)
+
+
+def test_a_classifier_stands_in_for_a_text_tower(tmp_path: Path) -> None:
+    """A text is the row of the longest class name in it; saved and read again, too."""
+    tower = load_text_tower(classifier(tmp_path))
+    tower.save(tmp_path / "saved")
+    for each in (tower, open_text_tower(tmp_path / "saved")):
+        same(each.encode(["a photo of a Red Fox.", "fox", "a drawing of two ships"]), torch.eye(3, 4)[[1, 0, 2]])
+    with pytest.raises(ValueError, match="'a cat' names none of the 3 classes"):
+        tower.encode(["a cat"])
+    with pytest.raises(ValueError, match="names none"):
+        tower.encode(["foxes"])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ({"classes": ("fox", "cat")}, "head.weight has 3 rows, and text.classes names 2; name every row"),
+        ({"classes": ()}, "head.weight has 3 rows, and without text.classes they are ImageNet's 1000"),
+        ({"classes": ("fox", "Fox!", "cat")}, "two classes have one name"),
+        ({"model": "head.bias"}, "text.model is 'head.bias', expected the classifier's matrix in .*: head.weight"),
+    ],
+)
+def test_a_classifier_whose_rows_are_not_the_classes_is_refused(text: dict, message: str, tmp_path: Path) -> None:
+    given = classifier(tmp_path).model_dump()
+    refused(message, TeacherCard.model_validate({**given, "text": {**given["text"], **text}}), CardError)
+
+
 def test_no_texts() -> None:
     with pytest.raises(ValueError, match="encode was given no texts"):
         load_text_tower(load_card("toy_clip")).encode([])

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
-from typing import Any, TypeVar
+from dataclasses import replace
+from typing import Any, Literal, TypeVar
 
 from torch import Tensor
 
 from ...config.numbers import Side
 from ...errors import DataError
+from ...types import VisionModel, VisionOutput
 from ..datasets.base import Dataset, Subset
 from ..encode import Resize, Rule, features_of
 from ..feature_files import Features
@@ -16,6 +19,8 @@ from ..models import NamedModel
 from ..task import Context, Task
 
 __all__ = ["SummaryTask", "parts_of", "readable"]
+
+log = logging.getLogger(__name__)
 
 D = TypeVar("D", bound=Dataset[Any])
 
@@ -27,6 +32,8 @@ class SummaryTask(Task):
     """Side in pixels, of the short side or of a square (see `resize`)."""
     resize: Rule = "short_side"
     """How images become images of that size."""
+    without_summary: Literal["refuse", "mean"] = "refuse"
+    """What becomes of a model that has no summary. `mean`: it is compared by the mean of its map."""
 
     def size(self, context: Context) -> int:
         return context.resolution or self.resolution
@@ -42,16 +49,40 @@ class SummaryTask(Task):
 
     def features(self, opened: NamedModel, dataset: Dataset[Any], context: Context) -> Features:
         """The same on disk, for data sets that do not fit into memory. Close it after use."""
-        resize = Resize(self.resize, self.size(context))
         try:
-            return features_of(opened, dataset, resize, context, maps=False, half=True, max_bad=self.max_bad)
+            return self._features(opened, dataset, context)
         except DataError as error:
             if "has no summary" not in str(error):
                 raise
+            if self.without_summary == "mean":
+                log.info("%s has no summary: it is compared by the mean of its map", opened.label)
+                return self._features(_by_its_mean(opened), dataset, context)
             raise DataError(
                 f"{opened.label} has no summary, and {type(self).__name__} compares summaries; leave this model out, or choose "
                 "a suite on feature maps"
             ) from None
+
+    def _features(self, opened: NamedModel, dataset: Dataset[Any], context: Context) -> Features:
+        resize = Resize(self.resize, self.size(context))
+        return features_of(opened, dataset, resize, context, maps=False, half=True, max_bad=self.max_bad)
+
+
+class MeanOfMap:
+    """A model whose summary is the mean of its map."""
+
+    def __init__(self, model: VisionModel) -> None:
+        self.model, self.patch_size = model, model.patch_size
+
+    def nearest_size(self, height: int, width: int) -> tuple[int, int]:
+        return self.model.nearest_size(height, width)
+
+    def encode(self, images_B3HW: Tensor) -> VisionOutput:
+        features_BCHW = self.model.encode(images_B3HW).features_BCHW
+        return VisionOutput(features_BCHW.mean((2, 3)), features_BCHW)
+
+
+def _by_its_mean(opened: NamedModel) -> NamedModel:
+    return replace(opened, model=MeanOfMap(opened.model), facts={**opened.facts, "summary": "mean of the map"})
 
 
 def parts_of(features: Features, rows: int) -> Iterator[Tensor]:
