@@ -1,4 +1,4 @@
-"""The recipe of one stage of a vision-language model with a frozen student as its tower (`radio-distill vlm train RECIPE`).
+"""The recipe of one stage of a vision-language model with a student as its tower (`radio-distill vlm train RECIPE`).
 
 Sources of numbers: LLAVA = LLaVA-1.5 (arXiv:2310.03744) and its published scripts, OURS = our choice.
 """
@@ -56,6 +56,14 @@ class Lora(Fields):
     """The update is scaled by alpha / rank (LLAVA)."""
 
 
+class Tower(Fields):
+    lr: Rate = 2e-6
+    """Its own peak learning rate; the schedule is that of `optim` (OURS: a tenth of the language model's)."""
+    gram: Weight = 1.0
+    """Weight of Gram anchoring, which holds the map's spatial structure: the squared distance, a position, of the cosines between all
+    patches of a picture from those of the student as it came (DINOv3, arXiv:2508.10104; SigLino, arXiv:2512.20157). 0: off."""
+
+
 class VlmSource(Fields):
     path: str
     """LLaVA's JSON (a list of records with `image` and `conversations`), or WebDataset shards with `.jpg` and `.json`."""
@@ -86,7 +94,7 @@ class VlmOptim(Optim):
     eps: Scale = 1e-8
     """Added to the root of the second moment (AdamW's own default)."""
     freeze_trunk: Literal[0] = 0
-    """The student is always frozen."""
+    """Nothing is held back: what does not learn is frozen from the first step to the last."""
     clip: Scale | None = 1.0
     """Largest global gradient norm (LLAVA)."""
 
@@ -97,12 +105,14 @@ class VlmLog(Log):
 
 
 class VlmRecipe(Job):
-    """One of the two stages of LLaVA-1.5: the projector alone, then the projector and the language model."""
+    """One of three stages: the projector alone, then the projector and the language model (LLaVA-1.5), then the student as well."""
 
     start: Annotated[FromParts | FromVlm, Field(discriminator="kind")]
     """What is put together, or continued."""
     trains: Literal["projector", "all"]
-    """`projector`: the language model is frozen as well. `all`: both learn. The student never does."""
+    """`projector`: the language model is frozen. `all`: both learn."""
+    tower: Tower | None = None
+    """The student learns, too; null: it is frozen."""
     lora: Lora | None = None
     """Low-rank updates of the language model instead of all its weights; merged into it in what is saved."""
     template: Literal["chat", "plain"] = "chat"
@@ -138,6 +148,12 @@ def _fitting(recipe: VlmRecipe) -> Iterator[Problem]:
             "'start.tiles' is 0: without images nothing reaches the projector, which alone learns; set trains=all, or tiles=1"
         )
         yield Problem(text, ("start", "tiles"))
+    if recipe.tower is not None and isinstance(recipe.start, FromParts):
+        if recipe.start.dtype != "float32":
+            text = f"'start.dtype' is {recipe.start.dtype!r}, in which the steps of a student that learns would be lost; set float32"
+            yield Problem(text, ("start", "dtype"))
+        if recipe.start.tiles == 0:
+            yield Problem("'start.tiles' is 0: without images the student has nothing to learn from; remove tower", ("tower",))
     if recipe.micro_batch is not None and recipe.micro_batch > recipe.samples:
         text = f"'micro_batch' is {recipe.micro_batch}, expected 1 to {recipe.samples} (samples), or null"
         yield Problem(text, ("micro_batch",))

@@ -120,11 +120,12 @@ def _open(name: str, form: str, rest: str, options: dict[str, str], device: str)
 
 
 def _from_path(name: str, rest: str, options: dict[str, str], device: str) -> NamedModel:
+    from ..student.checkpoints import is_vlm
     from ..student.load import load_student
     from .outside_models import is_radio
 
     path = Path(rest).expanduser()
-    if (path / "config.json").is_file() and not is_radio(path) and not options:
+    if (path / "config.json").is_file() and not is_vlm(path) and not is_radio(path) and not options:
         return _from_hf(name, rest, {}, device)
     if path.is_file() or (path / "config.json").is_file() or any(path.glob("*.pth.tar")):
         return _student(rest, load_student(path), options, device)
@@ -249,9 +250,9 @@ BUILDERS: dict[str, Builder] = {
 
 def _artifact(path: Path, name: str) -> tuple[Path, str]:
     """Where a run's student lies, and its label with the step."""
-    from ..runs import artifact_folder, read_meta
+    from ..runs import artifact_folder, artifact_of, read_meta
 
-    folder = artifact_folder(path)
+    folder = artifact_folder(path, "vlm" if artifact_of(path) == "vlm" else "student")
     if folder == path:
         return folder, name
     checkpoint = folder.parent

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from ..config.load import load_job
+from ..config.vlm_recipe import FromParts, VlmRecipe
 from ..errors import CheckpointError
 from ..network.student import Student
+from ..paths import expand
 from ..student.load import load_student
 from ..student.plain import choose_adaptors, without_layer_scale
 from .facts import Facts, facts_of_export, facts_of_run
@@ -35,7 +38,21 @@ def open_source(path: Path, adaptors: Sequence[str] | None = None) -> Source:
         return Source(without_layer_scale(student), facts_of_export(path))
     student = choose_adaptors(load_student(checkpoint), adaptors)
     _check_balancers(student, checkpoint)
-    return Source(without_layer_scale(student), facts_of_run(checkpoint))
+    return Source(without_layer_scale(student), _facts(checkpoint))
+
+
+def _facts(checkpoint: Path) -> Facts:
+    """Of a run; of a VLM's those of the student that it started from, which tell the teachers, without its results."""
+    from ..runs import read_meta
+
+    run, meta = checkpoint.parent.parent, read_meta(checkpoint)
+    if meta.artifact != "vlm":
+        return facts_of_run(checkpoint)
+    start = load_job(VlmRecipe, run / "recipe.yaml").start
+    before = Path(expand(start.student if isinstance(start, FromParts) else start.source))
+    first = _checkpoint(before)
+    facts = facts_of_export(before) if first is None else _facts(first)
+    return replace(facts, name=run.name, step=meta.step, results=())
 
 
 def _checkpoint(path: Path) -> Path | None:

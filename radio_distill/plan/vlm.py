@@ -24,6 +24,7 @@ from ..vlm.model import join_configs, text_config, tower_config, vlm_folder
 from ..vlm.tower import StudentTowerConfig
 from .budget import GIB, RESERVE_GIB, Budget, budget, fit_micro_batch, machine
 from .cost import trunk_flops
+from .memory import ACTIVATION_BYTES
 
 __all__ = ["VlmPlan", "plan_vlm"]
 
@@ -99,13 +100,14 @@ def _config(recipe: VlmRecipe) -> LlavaConfig:
 
 
 def _trained(recipe: VlmRecipe, model: Any) -> int:
+    tower = _count(model.model.vision_tower) if recipe.tower is not None else 0
     if recipe.trains == "projector":
-        return _count(model.model.multi_modal_projector)
+        return tower + _count(model.model.multi_modal_projector)
     if recipe.lora is None:
-        return _count(model) - _count(model.model.vision_tower)
+        return tower + _count(model) - _count(model.model.vision_tower)
     before = _count(model)
     add_lora(model.model.language_model, recipe.lora)
-    return _count(model) - before + _count(model.model.multi_modal_projector)
+    return tower + _count(model) - before + _count(model.model.multi_modal_projector)
 
 
 def _flop(recipe: VlmRecipe, model: Any) -> dict[str, float]:
@@ -116,7 +118,8 @@ def _flop(recipe: VlmRecipe, model: Any) -> dict[str, float]:
     forward = 2 * tokens * sum(m.weight.numel() for m in linears) + attention
     projector = 2 * tower.num_tokens * _count(model.model.multi_modal_projector)
     passes = 2 + (recipe.trains == "all" and recipe.lora is None) + recipe.grad_checkpointing  # frozen weights have no gradient
-    student = tower.num_views * trunk_flops(trunk, tower.image_size // trunk.patch_size)
+    forwards = 1 if recipe.tower is None else 4 + recipe.grad_checkpointing  # it learns, beside what it was at first
+    student = forwards * tower.num_views * trunk_flops(trunk, tower.image_size // trunk.patch_size)
     return {"student": student, "language model": float(passes * forward + 3 * projector)}
 
 
@@ -126,7 +129,8 @@ def _memory_bytes(
     """Peak on one GPU, an estimate: fp32 weights with gradient and moments, what layers keep for the backward pass, logits."""
     half, zero, text = recipe.engine.precision == "bf16", recipe.engine.zero, model.config.text_config
     start = recipe.start.dtype if isinstance(recipe.start, FromParts) else model.config.vision_config.student_dtype
-    state: float = (2 if start == "bfloat16" else 4) * parameters["student"]
+    copies = 1 if recipe.tower is None else 2  # as it was at first
+    state: float = copies * (2 if start == "bfloat16" else 4) * parameters["student"]
     state += 4 * (parameters["projector"] + parameters["language model"])
     state += 4 * trained / (world_size if zero >= 2 else 1) + 8 * trained / (world_size if zero >= 1 else 1)
     value = 2 if half else 4
@@ -138,7 +142,18 @@ def _memory_bytes(
         else text.num_hidden_layers * layer
     )
     logits = (value + 3 * 4) * text.vocab_size  # as they are, in fp32, their softmax and its gradient
-    return state + micro * recipe.data.max_length * (kept + logits)
+    return state + micro * (recipe.data.max_length * (kept + logits) + _tower_bytes(recipe, model, value))
+
+
+def _tower_bytes(recipe: VlmRecipe, model: Any, value: int) -> float:
+    """What a student that learns keeps of one conversation for the backward pass, its copy of the beginning left aside."""
+    if recipe.tower is None:
+        return 0.0
+    tower = model.config.vision_config
+    trunk = StudentArch.from_dict(tower.student).trunk
+    tokens = (tower.image_size // trunk.patch_size) ** 2 + trunk.num_prefix
+    blocks = 1 + trunk.depth * 2 / ACTIVATION_BYTES if recipe.grad_checkpointing else trunk.depth
+    return tower.num_views * value / 2 * ACTIVATION_BYTES * tokens * trunk.embed_dim * blocks
 
 
 def _count(module: nn.Module) -> int:

@@ -26,8 +26,19 @@ from ..tensors import save_tensors
 from .reference import student_from_arch, student_from_hf_state, student_from_reference
 from .spectral import fold_state, spectral_eps
 
-__all__ = ["save_student", "load_saved", "load_reference", "student_from_hf", "read_tensors"]
+__all__ = [
+    "TOWER",
+    "is_vlm",
+    "save_student",
+    "load_saved",
+    "load_reference",
+    "student_from_hf",
+    "student_from_vlm",
+    "read_tensors",
+]
 
+TOWER, IN_VLM = "radio_distill_tower", "vision_tower.student."
+"""What a VLM's config calls a student, and where its tensors are."""
 WEIGHTS = "student.safetensors"
 ARCHITECTURE = "student.json"
 
@@ -85,6 +96,25 @@ def student_from_hf(folder: Path, adaptor_names: Sequence[str] | None = None) ->
     state = {key: value for file in files for key, value in _load_file(file).items()}
     with json_file(folder / "config.json", "the config of a RADIO model", advice="copy the whole folder again") as config:
         return student_from_hf_state(config, state, adaptor_names)
+
+
+def is_vlm(folder: Path) -> bool:
+    """Whether it is the folder of a VLM that `radio-distill vlm train` saved."""
+    if not (folder / "config.json").is_file():
+        return False
+    with json_file(folder / "config.json", "a model's config", advice="copy the whole folder again") as config:
+        tower = config.get("vision_config")
+        return isinstance(tower, dict) and tower.get("model_type") == TOWER
+
+
+def student_from_vlm(folder: Path) -> Student:
+    """The student in such a folder, without adaptors. Raises CheckpointError when its weights are damaged or incomplete."""
+    state = {key: x for file in sorted(folder.glob("model*.safetensors")) for key, x in _load_file(file).items()}
+    mine = {key.partition(IN_VLM)[2]: x for key, x in state.items() if IN_VLM in key}
+    with json_file(
+        folder / "config.json", "the config of a VLM with a student", advice="copy the whole folder again"
+    ) as config:
+        return student_from_arch(StudentArch.from_dict(config["vision_config"]["student"]), mine)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

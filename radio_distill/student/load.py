@@ -8,8 +8,8 @@ from ..errors import CheckpointError, RadioDistillError
 from ..files import json_file
 from ..hub import Repository
 from ..network.student import Student
-from ..runs import artifact_folder
-from .checkpoints import load_reference, load_saved, student_from_hf
+from ..runs import artifact_folder, artifact_of
+from .checkpoints import is_vlm, load_reference, load_saved, student_from_hf, student_from_vlm
 
 __all__ = ["load_student"]
 
@@ -26,7 +26,8 @@ def load_student(path: str | Path, *, ema: bool = True) -> Student:
 
     path: a run folder, one of its checkpoints, an export (`hf` or `radio`), a Hugging Face folder or hub id of a RADIO
     model, or the reference's .pth.tar. Also an export that transformers saved again, with its own class or with ours:
-    LayerScale is folded, and adaptors that were not saved are left out with a line in the log. A hub id is downloaded
+    LayerScale is folded, and adaptors that were not saved are left out with a line in the log. Also a VLM that `vlm train` saved: its
+    tower, without adaptors. A hub id is downloaded
     unless HF_HUB_OFFLINE is set. ema: of a .pth.tar, prefer the EMA weights where there are any.
     `student.encode(images)` gives summary and map, `student.encode_adaptors(images)` also what it predicts of every
     teacher. Raises CheckpointError.
@@ -44,8 +45,12 @@ def _from_folder(folder: Path, *, ema: bool) -> Student:
     files = sorted(folder.glob("*.pth.tar"))
     if len(files) == 1:
         return load_reference(files[0], ema=ema)
+    if is_vlm(folder):
+        return student_from_vlm(folder)
     if (folder / "config.json").is_file() or any(folder.glob("model*.safetensors")):
         return student_from_hf(folder)
+    if artifact_of(folder) == "vlm":
+        return _from_folder(artifact_folder(folder, "vlm"), ema=ema)
     return load_saved(artifact_folder(folder))
 
 

@@ -75,9 +75,10 @@ class TextBatch:
         return TextBatch(self.keys, tokens, mask, labels, pixels, self.left_out)
 
     @property
-    def num_targets(self) -> Tensor:
-        """Tokens that are predicted."""
-        return (self.labels_BN[:, 1:] != IGNORE).sum()
+    def counts(self) -> Tensor:
+        """Tokens that are predicted, and pictures, (2,)."""
+        predicted = (self.labels_BN[:, 1:] != IGNORE).sum()
+        return torch.stack([predicted, torch.full_like(predicted, 0 if self.pixels_V3SS is None else len(self.pixels_V3SS))])
 
 
 class TextStreams:

@@ -1,4 +1,4 @@
-"""A student as the vision tower of transformers' LLaVA: its last map as tokens, always frozen and in evaluation mode.
+"""A student as the vision tower of transformers' LLaVA: its last map as tokens, in evaluation mode, frozen if not told otherwise.
 
 Shapes: B images, C channels, H W patch grid, N tokens.
 """
@@ -17,6 +17,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from ..network.arch import StudentArch
 from ..network.student import Student
 from ..network.token_merging import merge_tokens
+from ..student.checkpoints import TOWER
 
 __all__ = ["StudentTower", "StudentTowerConfig", "to_tokens"]
 
@@ -27,7 +28,7 @@ class StudentTowerConfig(PretrainedConfig):
     hidden_size and patch_size are those of a token: `unshuffle` patches wide, unshuffle^2 times the student's width.
     """
 
-    model_type = "radio_distill_tower"
+    model_type = TOWER
 
     def __init__(
         self,
@@ -76,6 +77,9 @@ class StudentTower(PreTrainedModel):
     def __init__(self, config: StudentTowerConfig) -> None:
         super().__init__(config)
         self.student = Student(StudentArch.from_dict(config.student or {}))
+        self.learns = False
+        """Whether `forward` has a gradient; then `seen` holds its last map."""
+        self.seen: Tensor | None = None
         self.requires_grad_(False)
         self.post_init()
         self.eval()
@@ -87,11 +91,21 @@ class StudentTower(PreTrainedModel):
         """Stay in evaluation mode."""
         return super().train(False)
 
-    @torch.no_grad()
+    def learn(self, checkpointing: bool) -> None:
+        """Let the student learn; checkpointing: its activations are computed again in the backward pass."""
+        self.learns = True
+        self.student.requires_grad_(True)
+        self.student.model.set_grad_checkpointing(checkpointing)
+
     def forward(self, pixel_values: Tensor, **options: object) -> BaseModelOutput:
         """options: what transformers asks of any tower (which hidden states, which return type); there is one answer."""
-        with torch.autocast(pixel_values.device.type, enabled=False):
+        device = pixel_values.device.type
+        with (
+            torch.set_grad_enabled(self.learns and torch.is_grad_enabled()),
+            torch.autocast(device, torch.get_autocast_dtype(device), enabled=self.learns and torch.is_autocast_enabled(device)),
+        ):
             features_BCHW = self.student.encode(pixel_values.float()).features_BCHW
+        self.seen = features_BCHW if self.learns else None
         tokens_BNC = to_tokens(features_BCHW, self.config.unshuffle)
         if self.config.merge is not None:
             tokens_BNC = merge_tokens(tokens_BNC, self.config.merge).tokens_BKC

@@ -1,13 +1,14 @@
 """Train one stage of a VLM: `radio-distill vlm train RECIPE`. The loop, engine, run folder and resume are those of every training.
 
-    conversations -> tokens, pixels -> frozen student -> projector -> language model -> loss on the answers
+    conversations -> tokens, pixels -> student -> projector -> language model -> loss on the answers
 
-Shapes: B conversations, N tokens, K words of the vocabulary.
+Shapes: B conversations, N tokens, K words of the vocabulary; V pictures, C channels, h w the student's grid, P = h * w positions.
 """
 
 from __future__ import annotations
 
 import logging
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..config.vlm_recipe import FromParts, VlmRecipe
 from ..log.sinks import hours_left
+from ..network.student import Student
 from ..runs import latest
 from ..train import distributed
 from ..train.loop import mean_step, train_one
@@ -31,6 +33,7 @@ from .conversations import read_conversations
 from .lora import add_lora, merge_lora
 from .model import Vlm, build_vlm, load_vlm, save_vlm
 from .prompt import IGNORE
+from .tower import StudentTower
 
 __all__ = ["VlmTask", "VlmTraining", "train_vlm"]
 
@@ -53,6 +56,18 @@ class VlmTask(nn.Module):
         if recipe.grad_checkpointing:
             self.model.model.language_model.gradient_checkpointing_enable({"use_reentrant": False})
         self.model.config.use_cache = False
+        self._anchor: list[Student] = []
+        """The student as it came, which is neither trained nor saved."""
+        if recipe.tower is not None:
+            self._anchor = [deepcopy(self.tower.student)]
+            self.tower.config.student_dtype = "float32"  # steps are lost in less
+            self.tower.float().learn(recipe.grad_checkpointing)
+
+    @property
+    def tower(self) -> StudentTower:
+        found = self.model.model.vision_tower
+        assert isinstance(found, StudentTower)
+        return found
 
     def train(self, mode: bool = True) -> VlmTask:
         """A language model that is frozen stays in evaluation mode, as the student does."""
@@ -63,8 +78,12 @@ class VlmTask(nn.Module):
                 module.training = mode and self.recipe.grad_checkpointing and isinstance(module, GradientCheckpointingLayer)
         return self
 
-    def forward(self, batch: TextBatch, targets: Tensor) -> Losses:
-        """This rank's share of the mean cross-entropy of the answers. targets: number of predicted tokens of the whole step."""
+    def forward(self, batch: TextBatch, counts: Tensor) -> Losses:
+        """This rank's share of the mean cross-entropy of the answers, and of the mean distance to the anchor.
+
+        counts: predicted tokens and pictures of the whole step, (2,).
+        """
+        targets, pictures = counts
         bf16 = self.recipe.engine.precision == "bf16"
         with torch.autocast(batch.tokens_BN.device.type, torch.bfloat16, enabled=bf16):
             out = self.model(
@@ -76,7 +95,35 @@ class VlmTask(nn.Module):
             total = total + 0 * sum(p.sum() for p in self.model.model.multi_modal_projector.parameters())
         with torch.no_grad():
             right = (logits.argmax(1) == labels).sum() / targets  # a label that is ignored is no word
-        return Losses(total, {"loss": total.detach(), "accuracy/tokens": right})
+        parts = {"loss": total.detach(), "accuracy/tokens": right}
+        if self.recipe.tower is not None:
+            distance = self._distance(batch) / pictures.clamp_min(1)
+            total = total + self.recipe.tower.gram * distance
+            parts |= {"loss/gram": distance.detach()}
+        return Losses(total, parts)
+
+    def _distance(self, batch: TextBatch) -> Tensor:
+        """`gram_distances` of the batch's pictures from what the student made of them at first, summed."""
+        seen, (anchor,) = self.tower.seen, self._anchor
+        if batch.pixels_V3SS is None or seen is None:
+            return 0 * sum((p.sum() for p in self.tower.parameters()), torch.zeros((), device=batch.tokens_BN.device))
+        with torch.no_grad():
+            first = anchor.to(seen.device).encode(batch.pixels_V3SS.float()).features_BCHW
+        return gram_distances(seen, first).sum()
+
+
+def gram_distances(seen_VChw: Tensor, first_VChw: Tensor) -> Tensor:
+    """Squared distance of the cosines between all P positions of a picture, over P * P, (V,), in fp32 (SigLino, arXiv:2512.20157)."""
+    with torch.autocast(seen_VChw.device.type, enabled=False):
+        ours_VPC, theirs_VPC = (F.normalize(x.float().flatten(2).mT, dim=2) for x in (seen_VChw, first_VChw))
+        return (ours_VPC @ ours_VPC.mT - theirs_VPC @ theirs_VPC.mT).square().mean((1, 2))
+
+
+def _groups(task: VlmTask, recipe: VlmRecipe) -> list[dict[str, Any]]:
+    """The student's weights, which are the trunk here, with their own learning rate."""
+    groups = parameter_groups(task, recipe.optim.weight_decay, is_head=lambda name: "vision_tower" not in name.split("."))
+    rate = recipe.tower.lr / recipe.optim.lr if recipe.tower is not None else 1.0
+    return [{**group, "rate": rate if group["name"].startswith("trunk") else 1.0} for group in groups]
 
 
 class VlmTraining(Training):
@@ -87,7 +134,7 @@ class VlmTraining(Training):
     def __init__(self, recipe: VlmRecipe, world: distributed.World, run: RunFolder, streams: TextStreams, vlm: Vlm) -> None:
         self.recipe, self.vlm = recipe, vlm
         task = VlmTask(recipe, vlm).to(world.device)
-        groups = parameter_groups(task, recipe.optim.weight_decay, is_head=lambda name: True)
+        groups = _groups(task, recipe)
         super().__init__(recipe, world, run, streams, task, task, micro_steps=streams.micro_steps, ema_decay=0.0, groups=groups)
 
     @property
@@ -152,4 +199,4 @@ def _parts(model: Any) -> dict[str, nn.Module]:
 
 def one_step(t: VlmTraining, step: int, batches: list[Any]) -> None:
     """One optimizer step over all micro-batches (`TextBatch`)."""
-    mean_step(t, step, batches, torch.stack([batch.num_targets for batch in batches]).sum())
+    mean_step(t, step, batches, torch.stack([batch.counts for batch in batches]).sum(0))

@@ -11,9 +11,12 @@ from launch import launch
 from PIL import Image
 
 from radio_distill import load_student
+from radio_distill.cli import main
 from radio_distill.config.load import load_recipe, load_vlm_recipe
 from radio_distill.config.vlm_recipe import FromParts
+from radio_distill.eval.models import load_model
 from radio_distill.eval.vlm_toy import score_toy
+from radio_distill.export.source import open_source
 from radio_distill.student.build import build_student
 from radio_distill.student.checkpoints import save_student
 from radio_distill.student.start import start_weights
@@ -21,7 +24,7 @@ from radio_distill.vlm.batches import Samples, TextBatch, collate
 from radio_distill.vlm.conversations import Conversation
 from radio_distill.vlm.model import Vlm, build_vlm, load_vlm, vlm_folder
 from radio_distill.vlm.prompt import Turn
-from radio_distill.vlm.train import VlmTask
+from radio_distill.vlm.train import VlmTask, _groups, gram_distances
 
 TINY = ["samples=4", "micro_batch=2", "optim.warmup=1", "log.every=1", "checkpoint.every=3"]
 
@@ -115,7 +118,7 @@ def test_conversations_without_images_leave_a_projector_that_learns_alone_as_it_
     assert batch.pixels_V3SS is None
     learning = [p for p in task.parameters() if p.requires_grad]
     assert learning
-    assert not any(grad.any() for grad in torch.autograd.grad(task(batch, batch.num_targets).total, learning))
+    assert not any(grad.any() for grad in torch.autograd.grad(task(batch, batch.counts).total, learning))
 
 
 def test_activations_of_a_frozen_language_model_are_computed_again_if_asked_for(parts: FromParts) -> None:
@@ -127,7 +130,7 @@ def test_activations_of_a_frozen_language_model_are_computed_again_if_asked_for(
         layer = task.train().model.model.language_model.layers[0]
         layer.self_attn.register_forward_hook(lambda *_, seen=seen: seen.append(1))
         learning = [p for p in task.parameters() if p.requires_grad]
-        found = torch.autograd.grad(task(batch, batch.num_targets).total, learning)
+        found = torch.autograd.grad(task(batch, batch.counts).total, learning)
         passes[again], grads[again] = len(seen), torch.cat([grad.flatten() for grad in found])
         assert not layer.self_attn.training
     assert passes == {False: 1, True: 2}
@@ -164,3 +167,85 @@ def test_a_vlm_learns_from_the_picture_what_a_blind_one_cannot_know(toy: Path, t
         right[tiles] = score_toy(vlm_folder(tmp_path / str(tiles)), kinds=["ground"], limit=30, batch=30)["mean"].value
     assert right[0] < 0.6  # one of three
     assert right[1] > right[0] + 0.3
+
+
+def stage3(before: Path, toy: Path, run: Path) -> list[str]:
+    return [*stage2(before, toy, run), "tower={lr: 1.0e-3, gram: 1.0}"]
+
+
+@pytest.fixture(scope="module")
+def third(runs: Path, toy: Path) -> Path:
+    train(0, "toy/vlm_tower", stage3(runs / "two", toy, runs / "three"))
+    return runs / "three"
+
+
+def test_stage_3_trains_the_student_and_what_it_becomes_is_a_student_like_any(third: Path, student: Path) -> None:
+    trained, before = load_vlm(third).model.model.vision_tower.student, load_student(student).eval()
+    found = load_student(third)
+    assert same(found.state_dict(), trained.state_dict())
+    assert not torch.equal(
+        found.state_dict()["model.blocks.0.attn.qkv.weight"], before.state_dict()["model.blocks.0.attn.qkv.weight"]
+    )
+    images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    moved = found.encode(images).features_BCHW - before.encode(images).features_BCHW
+    assert 0 < moved.abs().mean() < 0.5 * before.encode(images).features_BCHW.abs().mean()
+    rows = [json.loads(line) for line in (third / "metrics.jsonl").read_text().splitlines()]
+    assert rows[0]["loss/gram"] == pytest.approx(0, abs=1e-9)  # nothing has moved before the first step
+    assert rows[-1]["loss/gram"] > 0
+
+
+def test_the_trained_student_is_exported_and_evaluated_and_keeps_its_teachers(
+    third: Path, student: Path, tmp_path: Path
+) -> None:
+    assert main(["export", str(third), "--out", str(tmp_path / "out")]) == 0
+    again, trained = load_student(tmp_path / "out"), load_student(third)
+    images = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(again.encode(images), trained.encode(images), atol=1e-5, rtol=1e-4)
+    told = json.loads((tmp_path / "out" / "provenance.json").read_text())["facts"]
+    assert told["name"] == "three"
+    assert told["teachers"].keys() == open_source(student).facts.teachers.keys() != set()
+    for name in (third, vlm_folder(third)):
+        model = load_model(str(name))
+        torch.testing.assert_close(model.encode(images).features_BCHW, trained.encode(images).features_BCHW)
+
+
+def test_a_third_stage_goes_on_from_its_middle_with_the_anchor_of_its_beginning(third: Path, runs: Path, toy: Path) -> None:
+    again = runs / "again3"
+    shutil.copytree(third, again)
+    shutil.rmtree(again / "checkpoints" / "step-00000006")
+    (again / "checkpoints" / "latest").write_text("step-00000003\n")
+    train(0, "toy/vlm_tower", stage3(runs / "two", toy, again))
+    assert same(load_vlm(third).model.state_dict(), load_vlm(again).model.state_dict())
+    lines = (third / "metrics.jsonl").read_text().splitlines()
+    for ours, theirs in zip(lines, (again / "metrics.jsonl").read_text().splitlines(), strict=True):
+        assert json.loads(ours)["loss/gram"] == json.loads(theirs)["loss/gram"]
+
+
+def test_the_distance_to_the_anchor_is_the_loop_over_positions(parts: FromParts) -> None:
+    seen, first = torch.randn(2, 2, 4, 2, 3, generator=torch.Generator().manual_seed(0))
+    found = gram_distances(seen, first)
+    for v in range(2):
+        expected = torch.zeros(())
+        a, b = seen[v].flatten(1).T, first[v].flatten(1).T
+        for i in range(6):
+            for j in range(6):
+                cosines = [torch.nn.functional.cosine_similarity(x[i], x[j], dim=0) for x in (a, b)]
+                expected += (cosines[0] - cosines[1]) ** 2 / 36
+        torch.testing.assert_close(found[v], expected)
+    turn = torch.linalg.qr(torch.randn(4, 4, generator=torch.Generator().manual_seed(1)))[0]
+    turned = 3 * torch.einsum("dc,vchw->vdhw", turn, first)
+    torch.testing.assert_close(gram_distances(turned, first), torch.zeros(2), atol=1e-12, rtol=0)
+
+
+def test_the_student_has_its_own_learning_rate_and_takes_the_gradient_of_answers_and_anchor(parts: FromParts) -> None:
+    task, batch = task_and_batch(parts, True, "tower={lr: 2.0e-6, gram: 1.0}", "optim.lr=1.0e-3")
+    groups = _groups(task, task.recipe)
+    rates = {group["name"].partition("/")[0]: group["rate"] for group in groups}
+    assert rates == {"heads": 1.0, "trunk": pytest.approx(2e-3)}
+    tower = {id(p) for p in task.tower.parameters()}
+    assert tower == {id(p) for group in groups if group["rate"] != 1 for p in group["params"]}
+    task(batch, batch.counts).total.backward()
+    assert task.tower.student.model.blocks[0].attn.qkv.weight.grad.any()
+    without, blind = task_and_batch(parts, False, "tower={}", "template=chat")
+    assert not any(grad.any() for grad in torch.autograd.grad(
+        without(blind, blind.counts).total, [p for p in without.parameters() if p.requires_grad], allow_unused=True) if grad is not None)  # fmt: skip
