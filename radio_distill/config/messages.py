@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from .document import KeyPath, Problem, dotted
-from .schema import descend, key_paths, known_keys, models_of
+from .schema import descend, key_paths, kinds_of, known_keys, models_of
 
 __all__ = ["did_you_mean", "explain", "nearest"]
 
@@ -113,6 +113,10 @@ def _missing(model: type[BaseModel], values: dict[str, Any], path: KeyPath) -> P
 def _unknown(model: type[BaseModel], values: dict[str, Any], path: KeyPath) -> str:
     annotation, parent = descend(model, values, path[:-1])
     siblings = known_keys(annotation, parent)
+    kinds = [kind for other in models_of(annotation) if path[-1] in other.model_fields for kind in kinds_of(other)]
+    if kinds:  # a choice by `kind`, and this is a key of another one
+        text = f"{dotted(path)!r} is no key of kind {(parent or {}).get('kind')!r}, but of {' and '.join(kinds)}"
+        return f"{text}; known here: {', '.join(siblings)}"
     elsewhere = {str(other[-1]): dotted(other) for other in reversed(list(key_paths(model)))}
     near = nearest(path[-1], [*siblings, *elsewhere])
     if near is None:

@@ -10,7 +10,7 @@ from pydantic import BaseModel
 
 from .document import KeyPath
 
-__all__ = ["child", "descend", "key_paths", "known_keys", "models_of"]
+__all__ = ["child", "descend", "key_paths", "kinds_of", "known_keys", "models_of"]
 
 
 def models_of(annotation: Any) -> list[type[BaseModel]]:
@@ -57,9 +57,10 @@ def key_paths(annotation: Any, prefix: KeyPath = ()) -> Iterator[KeyPath]:
 def _candidates(annotation: Any, value: Any) -> list[type[BaseModel]]:
     models = models_of(annotation)
     kind = value.get("kind") if isinstance(value, dict) else None
-    return [model for model in models if kind in _kinds(model)] or models
+    return [model for model in models if kind in kinds_of(model)] or models
 
 
-def _kinds(model: type[BaseModel]) -> tuple[Any, ...]:
+def kinds_of(model: type[BaseModel]) -> tuple[Any, ...]:
+    """What `kind` says for this model; empty where it is no choice."""
     field = model.model_fields.get("kind")
     return get_args(field.annotation) if field and get_origin(field.annotation) is Literal else ()

@@ -10,6 +10,7 @@ from radio_distill.config.load import (
     load,
     load_recipe,
     load_upsampler_recipe,
+    load_vlm_recipe,
     resume_conflicts,
 )
 from radio_distill.config.recipe import Bilinear, Recipe, Tile
@@ -192,3 +193,12 @@ def test_a_recipe_may_stand_anywhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("mine.yaml").write_text("extends: toy/stage3\nname: mine\noptim: {steps: 3}")
     assert load_recipe("mine.yaml").optim.steps == 3
+
+
+def test_a_key_of_another_kind_is_named_as_one() -> None:
+    with pytest.raises(RecipeError, match=r"'start\.size' is no key of kind 'vlm', but of parts; known here: kind, source"):
+        load_vlm_recipe("toy/vlm_sft", ["start.size=32"])
+    with pytest.raises(
+        RecipeError, match=r"'balance\.method\.loader' is no key of kind 'phi_s', but of custom; known here: kind"
+    ):
+        load_recipe("toy/stage1", ["balance.method={kind: phi_s, loader: 'a:b'}"])
