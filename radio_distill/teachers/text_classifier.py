@@ -1,14 +1,20 @@
 """A classifier in place of a text tower: a text stands for the class that it names, as the row of the classifier's matrix.
 
+Classes that share a name (`missile` and `sunglasses` twice among ImageNet's) are one vector, the mean of their rows.
 Zero-shot tasks then compare summaries with these rows by cosine, without the classifier's bias.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
 from ..config.cards import TeacherCard
 from ..errors import CardError
 from .text import fill
-from .text_tower import TextTower, build, make_tokenizer
+from .text_tower import TextTower, build, canonicalize, make_tokenizer
 from .weights import read
 
 __all__ = ["from_card"]
@@ -33,8 +39,14 @@ def from_card(card: TeacherCard) -> TextTower:
         )
     config = {"classes": list(classes), "width": matrix.shape[1]}
     net = build("classifier", config)
-    fill(f"classifier of {card.name!r} ({card.source})", net, {"weight": matrix.float()})
+    fill(f"classifier of {card.name!r} ({card.source})", net, {"weight": _of_one_name_together(matrix.float(), classes)})
     try:
         return TextTower("classifier", config, net, make_tokenizer("classifier", config, "", net))
     except ValueError as error:
         raise CardError(f"card {card.name!r}: text.classes: {error}") from error
+
+
+def _of_one_name_together(matrix_NC: Tensor, classes: Sequence[str]) -> Tensor:
+    names = [canonicalize(name) for name in classes]
+    rows = {name: [i for i, other in enumerate(names) if other == name] for name in dict.fromkeys(names)}
+    return torch.stack([matrix_NC[rows[name]].mean(0) for name in names])

@@ -148,9 +148,10 @@ class ClassNames:
 
     def __init__(self, classes: Sequence[str]) -> None:
         self.example = classes[0]
-        self._ids = {canonicalize(name): i for i, name in enumerate(classes)}
-        if len(self._ids) < len(classes) or "" in self._ids:
-            raise ValueError("two classes have one name, or one has none; give every class a name of its own")
+        names = [canonicalize(name) for name in classes]
+        self._ids = {name: names.index(name) for name in names}
+        if "" in self._ids:
+            raise ValueError(f"class {names.index('')} has no name; give it one")
 
     def __call__(self, texts: list[str]) -> Tensor:
         return torch.tensor([self._class_of(text) for text in texts])

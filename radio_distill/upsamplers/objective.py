@@ -140,7 +140,10 @@ class ViewLoss(nn.Module):
         options, high = self.options, base.high_BCHW
         terms: Terms = {}
         if options.true_map and base.true_BCHW is not None:
-            apart_B1HW = self._apart(high, base.true_BCHW.float())
+            maps = high, base.true_BCHW.float()
+            if options.true_part == "detail":
+                maps = _detail(maps[0], size_of(base.low_BChw)), _detail(maps[1], size_of(base.low_BChw))
+            apart_B1HW = self._apart(*maps)
             terms["true_map"] = options.true_map, _masked(apart_B1HW, views.masks.base_B1HW).mean()
         if options.tv:
             value = total_variation(high, views.masks.base_B1HW, weights.on_map_B1HW, least=self.least)
@@ -191,6 +194,11 @@ class ViewLoss(nn.Module):
 
 def _masked(x: Tensor, mask: Tensor | None) -> Tensor:
     return x if mask is None else torch.where(mask, x, 0)
+
+
+def _detail(map_BCHW: Tensor, grid: tuple[int, int]) -> Tensor:
+    """A fine map minus its mean over every cell of a coarser grid."""
+    return map_BCHW - F.interpolate(F.adaptive_avg_pool2d(map_BCHW, grid), size_of(map_BCHW), mode="nearest")
 
 
 def size_of(map_BCHW: Tensor) -> tuple[int, int]:

@@ -261,12 +261,26 @@ def test_a_classifier_stands_in_for_a_text_tower(tmp_path: Path) -> None:
         tower.encode(["foxes"])
 
 
+def test_classes_of_one_name_are_one_vector_as_among_imagenets(tmp_path: Path) -> None:
+    tower = load_text_tower(classifier(tmp_path, classes=("fox", "Fox!", "cat")))
+    same(tower.encode(["a fox", "cat"]), torch.tensor([[0.5, 0.5, 0, 0], [0, 0, 1, 0]]))
+    rows = torch.randn(1000, 4, generator=torch.Generator().manual_seed(0))
+    of_imagenet = {**classifier(tmp_path).model_dump(), "source": str(tmp_path / "i.safetensors")}
+    save_file({"head.weight": rows}, tmp_path / "i.safetensors")
+    of_imagenet["text"] = {**of_imagenet["text"], "classes": ()}
+    names = open_clip.IMAGENET_CLASSNAMES
+    found = load_text_tower(TeacherCard.model_validate(of_imagenet)).encode([f"a bad photo of a {name}." for name in names])
+    alone = [i for i, name in enumerate(names) if names.count(name) == 1]
+    assert len(alone) > 990
+    same(found[alone], rows[alone])
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ({"classes": ("fox", "cat")}, "head.weight has 3 rows, and text.classes names 2; name every row"),
         ({"classes": ()}, "head.weight has 3 rows, and without text.classes they are ImageNet's 1000"),
-        ({"classes": ("fox", "Fox!", "cat")}, "two classes have one name"),
+        ({"classes": ("fox", "!", "cat")}, "class 1 has no name"),
         ({"model": "head.bias"}, "text.model is 'head.bias', expected the classifier's matrix in .*: head.weight"),
     ],
 )
