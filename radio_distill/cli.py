@@ -83,6 +83,16 @@ def _add_commands_for_data(commands: Any) -> None:
     shards.add_argument("out", help="folder to write shards to")
     shards.add_argument("--count", type=_positive, default=1000, help="images in a shard (1000)")
     shards.add_argument("--seed", type=int, default=0, help="seed of the order of the images (0)")
+    embed = _add(commands, "embed", "a vector for every image of a source, by any model: what curate needs")
+    embed.add_argument("source", help="folder of images, or shards, as data.sources.NAME.path")
+    embed.add_argument("out", help="folder to write to, or to go on in")
+    embed.add_argument("--model", required=True, help="teacher:NAME, a run, timm:NAME, hf:FOLDER: as eval takes them")
+    embed.add_argument("--size", type=_positive, default=224, help="side in pixels (224), rounded to what the model takes")
+    embed.add_argument("--batch", type=_positive, default=64, help="images in a forward pass (64)")
+    embed.add_argument("--workers", type=int, default=4, help="loader processes (4); 0: none")
+    curate = _add(commands, "curate", "which images are worth seeing: no near-duplicates, a balanced sample, a keep-list")
+    curate.add_argument("recipe", help="recipe of a curation, a YAML file (docs/data.md)")
+    curate.add_argument("overrides", nargs="*", metavar="key=value", help="fields of the recipe: count=1000000")
     toyworld = _add(commands, "toyworld", "render scenes with full ground truth into WebDataset shards")
     toyworld.add_argument("out", help="folder to write shards to")
     toyworld.add_argument("--count", type=_positive, default=1024, help="number of scenes (1024)")
@@ -261,6 +271,19 @@ def _cache(arguments: argparse.Namespace) -> int:
     return cache([arguments.recipe, *arguments.overrides, *views])
 
 
+def _embed(arguments: argparse.Namespace) -> int:
+    from .curate.embed import embed
+
+    a = arguments
+    return embed(a.source, a.out, model=a.model, size=a.size, batch=a.batch, workers=max(0, a.workers))
+
+
+def _curate(arguments: argparse.Namespace) -> int:
+    from .curate.run import main as curate
+
+    return curate([arguments.recipe, *arguments.overrides])
+
+
 def _train(arguments: argparse.Namespace) -> int:
     from .config.load import load, load_upsampler_recipe, load_vlm_recipe
 
@@ -336,6 +359,8 @@ HANDLERS: dict[str, Callable[[argparse.Namespace], int]] = {
     "doctor": _doctor,
     "shards": _shards,
     "toyworld": _toyworld,
+    "embed": _embed,
+    "curate": _curate,
     "stats": _stats,
     "cache": _cache,
     "train": _train,

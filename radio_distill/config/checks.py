@@ -302,6 +302,15 @@ def data_problems(data: Data, partitions: dict[str, Partition], *, training: boo
     """What is wrong with the images of any training."""
     if training and not data.sources:
         yield Problem(NO_IMAGES, ("data", "sources"))
+    for name in data.homogeneous:
+        if data.sources and name not in data.sources:
+            text = f"'data.homogeneous' names source {name!r}{did_you_mean(name, list(data.sources))}"
+            yield Problem(f"{text}; expected one of {', '.join(data.sources)}", ("data", "homogeneous", name))
+    if sum(data.homogeneous.values()) > 1:
+        yield Problem(
+            f"shares in 'data.homogeneous' add up to {sum(data.homogeneous.values()):g}, expected at most 1",
+            ("data", "homogeneous"),
+        )
     streams = data.streams
     for name, partition in partitions.items():
         if streams is not None and partition.images % streams:

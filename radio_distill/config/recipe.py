@@ -384,6 +384,9 @@ class Source(Fields):
     """A folder of images, a folder of shards, a shard, a brace pattern (`a-{000..099}.tar`), or any URL webdataset opens."""
     weight: Scale = 1.0
     """Share of the samples drawn from this source."""
+    keep: str | None = None
+    """Folder of keep-lists that `radio-distill curate` wrote: which images of it are seen, and in what share of the epochs.
+    null: all, in every epoch."""
 
 
 class Crop(Fields):
@@ -398,6 +401,9 @@ class Crop(Fields):
 class Data(Fields):
     sources: dict[str, Source] = {}
     """Where images come from, by name. Must be given (`data.sources.train.path=...`)."""
+    homogeneous: dict[str, Share] = {}
+    """Share of the batches of each partition that consist of one source alone, by source (DINOv3: 0.1 ImageNet-1k). The other
+    batches mix all sources by their weights."""
     streams: Positive | None = None
     """Independent readers over all ranks; divides every partition's `images`, and ranks x workers divide it. The order of
     samples depends on it and not on the number of ranks or workers. null: chosen from batch and shards, and recorded."""

@@ -20,6 +20,7 @@ from torch import Tensor
 from ..config.upsampler_recipe import AnyRecipe
 from ..errors import DataError
 from ..types import Batch, View
+from .keep import keep_lists
 from .processes import ahead, read_in_processes
 from .sources import choose_streams, list_source
 from .stream import Bad, Feed
@@ -54,10 +55,14 @@ def build_loader(
     streams = data.streams or (position["streams"] if position else None)
     streams = streams or choose_streams([p.images for p in recipe.partitions.values()], listings, [world_size])
     _check_division(partition, images, streams, world_size)
-    header = {"streams": streams, "sources": {listing.name: listing.fingerprint(streams) for listing in listings}}
+    keep = keep_lists(data)
+    sources = {
+        one.name: one.fingerprint(streams) + (f", keep {keep[one.name].digest}" if one.name in keep else "") for one in listings
+    }
+    header = {"streams": streams, "sources": sources}
     mine = range(rank * streams // world_size, (rank + 1) * streams // world_size)
     parts = PartReader(
-        tuple(Feed(listing.name, listing.weight, listing.shards(streams)) for listing in listings),
+        tuple(Feed(listing.name, listing.weight, listing.shards(streams), keep.get(listing.name)) for listing in listings),
         views,
         data,
         partition=partition,

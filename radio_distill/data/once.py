@@ -5,14 +5,16 @@ Training draws endless streams (loader.py); this has an end, and says when each 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import NamedTuple
 
 from torch.utils.data import IterableDataset, get_worker_info
 
 from ..config.recipe import Data
 from .decode import BadImage
+from .keep import Keep
 from .reading import Raw, ShardError, read_shard
 from .seeding import sample_seed
 from .sources import Shard
@@ -57,11 +59,20 @@ class Once(IterableDataset[Piece]):
     """Pieces of at most `size` images; loader process w of W reads every W-th item."""
 
     def __init__(
-        self, items: Sequence[ShardView], specs: Sequence[ViewSpec], data: Data, *, partition_size: int, seed: int, size: int
+        self,
+        items: Sequence[ShardView],
+        specs: Sequence[ViewSpec],
+        data: Data,
+        *,
+        partition_size: int,
+        seed: int,
+        size: int,
+        keep: Mapping[str, Keep] = MappingProxyType({}),
     ) -> None:
-        """partition_size: side in pixels of the student's image, which decides which images are too small."""
+        """partition_size: side in pixels of the student's image, which decides which images are too small. keep: images of a source
+        that are not in its keep-list are passed over."""
         self._items, self._specs, self._data = tuple(items), tuple(specs), data
-        self._partition_size, self._seed, self._size = partition_size, seed, size
+        self._partition_size, self._seed, self._size, self._keep = partition_size, seed, size, dict(keep)
 
     def __iter__(self) -> Iterator[Piece]:
         info = get_worker_info()
@@ -70,7 +81,10 @@ class Once(IterableDataset[Piece]):
         piece = Piece([], cutter.blank(self._specs, self._size), [], [])
         for number in range(worker, len(self._items), workers):
             source, _, view = self._items[number]
+            keep = self._keep.get(source)
             for raw in _samples(self._items[number], piece.bad):
+                if keep is not None and not keep.weight(raw.key):
+                    continue
                 seed = sample_seed(self._seed, source, view, raw.key)
                 if len(piece.rows) == self._size:
                     yield piece

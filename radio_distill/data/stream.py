@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from ..config.recipe import Data
 from ..errors import DataError
+from .keep import Keep
 from .reading import Raw, ShardError, read_shard
 from .seeding import sample_seed, shard_order, stable_hash
 from .sources import Shard
@@ -30,6 +31,8 @@ class Feed(NamedTuple):
     name: str
     weight: float
     shards: tuple[Shard, ...]
+    keep: Keep | None = None
+    """Which of its samples are given, and how often; None: all, in every epoch."""
 
 
 class Sample(NamedTuple):
@@ -64,7 +67,8 @@ class Stream:
         self.bad: list[Bad] = []
         self.counts: Counter[str] = Counter()
         self._seed = stable_hash(seed, order, "source", index)
-        self._drawn = 0
+        self._drawn = self._step = 0
+        self._alone, self._step_seed = data.homogeneous, stable_hash(seed, order, "homogeneous")
         self._bounds = list(accumulate(feed.weight for feed in feeds))
         self._readers = {
             feed.name: _Reader(feed, index, streams, seed=seed, order=order, data=data, bad=self.bad) for feed in feeds
@@ -74,10 +78,25 @@ class Stream:
         return self
 
     def __next__(self) -> Sample:
-        draw = stable_hash(self._seed, self._drawn) / 2**63 * self._bounds[-1]
-        chosen = next(name for name, bound in zip(self._readers, self._bounds) if draw < bound or bound == self._bounds[-1])
+        chosen = self._only_source() or self._draw_source()
         self._drawn += 1
         return next(self._readers[chosen])
+
+    def begin(self, step: int) -> None:
+        """Say that the next samples are those of a step: they may all be of one source (`data.homogeneous`)."""
+        self._step = step
+
+    def _draw_source(self) -> str:
+        draw = stable_hash(self._seed, self._drawn) / 2**63 * self._bounds[-1]
+        return next(name for name, bound in zip(self._readers, self._bounds) if draw < bound or bound == self._bounds[-1])
+
+    def _only_source(self) -> str | None:
+        """The one source of this step's batch, the same in every stream; None: it is a mixed one."""
+        draw = stable_hash(self._step_seed, self._step) / 2**63
+        for name, bound in zip(self._alone, accumulate(self._alone.values())):
+            if draw < bound:
+                return name
+        return None
 
     def state(self) -> dict[str, Any]:
         """Return the place after the last sample: plain numbers and strings, good for JSON."""
@@ -111,6 +130,7 @@ class _Reader:
     def _run(self) -> Iterator[Sample]:
         while True:
             mine = shard_order(self._order, self.epoch, len(self._feed.shards))[self._index :: self._streams]
+            self._refuse_empty(mine)
             while self.shard < len(mine):
                 yield from self._read(self._feed.shards[mine[self.shard]])
                 self.shard, self.offset = self.shard + 1, 0
@@ -131,6 +151,8 @@ class _Reader:
             for raw in block[self.offset - number * self._shuffle :]:
                 self.offset += 1
                 self._failed.clear()
+                if self._feed.keep is not None and not self._feed.keep.is_seen(raw.key, self.epoch):
+                    continue
                 yield Sample(f"{self._feed.name}/{raw.key}", sample_seed(self._seed, self._feed.name, view, raw.key), raw)
             if len(block) < self._shuffle and not error:
                 error = "" if number or block else "holds no sample"
@@ -138,6 +160,15 @@ class _Reader:
             number += 1
         if error:
             self._report(shard, error)
+
+    def _refuse_empty(self, mine: tuple[int, ...]) -> None:
+        """A stream without a single image would look for one for ever."""
+        keep = self._feed.keep
+        if keep is not None and not any(keep.count(self._feed.shards[i]) for i in mine):
+            raise DataError(
+                f"data.sources.{self._feed.name}.keep: no image is left in the {len(mine)} shards of stream {self._index} of {self._streams}; "
+                "use fewer data.streams, or keep more"
+            )
 
     def _report(self, shard: Shard, error: str) -> None:
         self._bad.append(Bad(f"{self._feed.name}/{shard.name}", "unreadable shard", error))

@@ -6,7 +6,7 @@ The same code runs in the training process when there are no workers.
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import count
 from typing import Any
@@ -17,7 +17,7 @@ from ..config.recipe import Data
 from ..errors import DataError
 from .decode import BadImage
 from .stream import Bad, Feed, Sample, Stream
-from .views import Canvas, ViewCutter, ViewsAt, ViewSpec
+from .views import Canvas, ViewCutter, ViewsAt
 
 __all__ = ["Part", "PartReader"]
 
@@ -70,7 +70,7 @@ class PartReader(IterableDataset[Part | DataError]):
         watch = _Watch(self._data.max_bad)
         try:
             for step in count(self._step):
-                yield self._part(streams, cutter, watch, self._views(step))
+                yield self._part(streams, cutter, watch, step)
         except DataError as error:
             yield error
 
@@ -80,11 +80,12 @@ class PartReader(IterableDataset[Part | DataError]):
             stream.load(self._states[index])
         return stream
 
-    def _part(self, streams: list[Stream], cutter: ViewCutter, watch: _Watch, views: Sequence[ViewSpec]) -> Part:
-        canvases = cutter.blank(views, len(streams) * self._quota)
+    def _part(self, streams: list[Stream], cutter: ViewCutter, watch: _Watch, step: int) -> Part:
+        canvases = cutter.blank(self._views(step), len(streams) * self._quota)
         samples: list[Sample] = []
         bad: list[Bad] = []
         for number, stream in enumerate(streams, start=1):
+            stream.begin(step)
             while len(samples) < number * self._quota:
                 sample = next(stream)
                 failure = _cut(cutter, sample, canvases, len(samples))

@@ -24,6 +24,7 @@ from ..balance import Balancer, load_balancers, save_balancers
 from ..config.load import cards_of, load_recipe
 from ..config.recipe import Recipe
 from ..config.sizes import draws_sizes
+from ..data.keep import keep_lists
 from ..data.once import Once, Piece, ShardView
 from ..data.processes import read_in_processes
 from ..data.shards import TarFile, count_samples
@@ -87,6 +88,7 @@ def write_cache(recipe: Recipe, world: World) -> int:
     header = describe(recipe, cards, specs, listings)
     with ExitStack() as held:
         agree.on_main(lambda: _begin(folder, header, out, held))
+        header = folder.header()  # it may have more views than are asked for
         todo = _todo(out, header, listings)
         left = [one for one in todo if not one.path.exists()]
         agree.on_main(lambda: _tell(recipe, listings, out, len(left) / len(todo)))
@@ -115,7 +117,7 @@ def _begin(folder: CacheFolder, header: Header, out: Path, held: ExitStack) -> N
         changed = differences(was, header)
         changed += [
             f"{key}: {getattr(was, key)} in the cache, {getattr(header, key)} in the recipe"
-            for key in ("store", "view_seed", "contents")
+            for key in ("store", "view_seed", "contents", "keep")
             if getattr(was, key) != getattr(header, key)
         ]
         if was.made["partitions"].keys() != header.made["partitions"].keys():
@@ -177,6 +179,7 @@ class _Writer:
             recipe.data,
             partition_size=partition.size,
             seed=self._header.view_seed,
+            keep=keep_lists(recipe.data),
             size=most,
         )
         pieces, stop = read_in_processes(once, min(recipe.engine.workers, len(todo)))

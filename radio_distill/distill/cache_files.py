@@ -32,6 +32,7 @@ from ..config.mosaic import mosaic_of
 from ..config.recipe import Recipe
 from ..config.secrets import without_secrets
 from ..data.crops import draw_shift
+from ..data.keep import keep_lists
 from ..data.names import name_of
 from ..data.seeding import stable_hash
 from ..data.sources import Listing, is_url
@@ -79,6 +80,8 @@ class Header:
     """Names of every source's shards, in their order."""
     contents: dict[str, str]
     """Number and hash of the names in every source."""
+    keep: dict[str, str]
+    """Digest of every source's keep-list; empty where all images are seen."""
     complete: bool = False
     """Whether every shard is there in every view."""
 
@@ -102,6 +105,7 @@ def describe(
         teachers={name: print_.to_dict() for name, print_ in fingerprints(recipe).items()},
         sources={listing.name: [shard.name for shard in listing.shards(1)] for listing in listings},
         contents={listing.name: listing.fingerprint(1) for listing in listings},
+        keep={name: keep.digest for name, keep in keep_lists(recipe.data).items()},
     )
 
 

@@ -90,6 +90,9 @@ def _missing(header: Header, wanted: Header) -> str:
         return "it is not finished"
     if wanted.views > header.views:
         return f"it has {header.views} views and data.views is {wanted.views}"
+    for name in wanted.sources:
+        if name in header.keep and header.keep[name] != wanted.keep.get(name):
+            return f"it was made with another data.sources.{name}.keep"
     for name, shards in wanted.sources.items():
         absent = set(shards) - set(header.sources.get(name, ()))
         if absent:

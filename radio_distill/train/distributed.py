@@ -20,7 +20,7 @@ from ..errors import TrainingError
 from .bridge import Bridge
 from .placement import place_of
 
-__all__ = ["World", "init", "shutdown"]
+__all__ = ["World", "init", "place_of_process", "shutdown"]
 
 TIMEOUT = timedelta(minutes=60)  # the first step of a large job compiles; a lost rank is the watchdog's business
 
@@ -50,7 +50,7 @@ def init(backend: str | None = None, *, placement: Dedicated | None = None) -> W
     "gloo" always runs on the CPU. placement: which ranks are teachers; they join no group but their bridge. Raises
     TrainingError when several processes have no MASTER_ADDR and MASTER_PORT, RecipeError when a placement does not fit.
     """
-    rank, size, local_rank = _place(os.environ)
+    rank, size, local_rank = place_of_process(os.environ)
     place = place_of(placement, rank, size) if placement else None
     backend = backend or ("nccl" if torch.cuda.is_available() else "gloo")
     device = torch.device("cpu") if backend == "gloo" else torch.device("cuda", local_rank)
@@ -88,7 +88,7 @@ def shutdown() -> None:
         deepspeed.comm.destroy_process_group()  # torch's, and DeepSpeed's own references to it
 
 
-def _place(environment: Mapping[str, str]) -> tuple[int, int, int]:
+def place_of_process(environment: Mapping[str, str]) -> tuple[int, int, int]:
     """(rank, size, local rank) from the launcher's variables."""
     for names in (("RANK", "WORLD_SIZE", "LOCAL_RANK"), ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")):
         if all(name in environment for name in names):

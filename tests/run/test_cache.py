@@ -273,6 +273,12 @@ def test_size_and_break_even_come_first_and_the_size_is_right(recipe, source, tm
     size = sum(path.stat().st_size for path in tmp_path.rglob("*.tar")) / 1e6
     assert float(re.search(r"20 images: ([\d.]+) MB in all", told)[1]) == pytest.approx(size, rel=0.2)
     assert "pays from 1 training on" in caplog.text
+    first = files(tmp_path)
+    assert cache(recipe, [source], tmp_path, views=2) == 0
+    assert cache(recipe, [source], tmp_path, views=1) == 0
+    assert CacheFolder(str(tmp_path)).header().views == 2
+    assert first.items() < files(tmp_path).items()
+    assert len(files(tmp_path)) == 2 * len(first)
 
 
 def test_a_plan_of_a_training_from_a_cache_pays_for_no_teacher(recipe, source, exact):

@@ -1,0 +1,191 @@
+"""k-means on unit vectors, by blocks: memory is that of the centroids and of one block, whatever the number of points.
+
+Lloyd's algorithm with squared Euclidean distances and sums in float64. Assignment, where all the work is, is faiss's where that is installed
+(`pip install "radio-distill[curate]"`), else a matrix product in PyTorch, which also runs on a GPU.
+
+Shapes: N points, K centroids, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+__all__ = ["Assigned", "Clusters", "assign", "kmeans", "resampled_kmeans"]
+
+Points = NDArray[Any]
+"""(N, D), fp16 or fp32."""
+BLOCK = 8192
+"""Points that are compared with all centroids at a time: at 200,000 centroids 6.6 GB of products, hence `_rows`."""
+PRODUCTS = 64_000_000
+"""Numbers of a block of products at most: 256 MB."""
+PLUS_PLUS = 10_000
+"""More centroids are not drawn by k-means++, which looks at all points once for each of them."""
+
+
+class Assigned(NamedTuple):
+    """The nearest centroid of every point."""
+
+    label_N: NDArray[np.int32]
+    distance_N: NDArray[np.float32]
+    """Squared."""
+
+
+class Clusters(NamedTuple):
+    """A clustering of some points."""
+
+    centroids_KD: NDArray[np.float32]
+    assigned: Assigned
+
+    @property
+    def sizes_K(self) -> NDArray[np.int64]:
+        return np.bincount(self.assigned.label_N, minlength=len(self.centroids_KD))
+
+
+def assign(points: Points, centroids_KD: NDArray[np.float32], *, engine: str | None = None) -> Assigned:
+    """The nearest centroid of every point. engine: `faiss` or `torch`; None: faiss where it is installed and there is no GPU."""
+    label_N, distance_N = np.empty(len(points), np.int32), np.empty(len(points), np.float32)
+    nearest = _faiss(centroids_KD) if (engine or _default_engine()) == "faiss" else _torch(centroids_KD)
+    rows = max(1, min(BLOCK, PRODUCTS // len(centroids_KD)))
+    for start in range(0, len(points), rows):
+        block = slice(start, start + rows)
+        label_N[block], distance_N[block] = nearest(np.ascontiguousarray(points[block], dtype=np.float32))
+    return Assigned(label_N, distance_N)
+
+
+Nearest = Callable[[NDArray[np.float32]], tuple[Any, Any]]
+
+
+def _default_engine() -> str:
+    if torch.cuda.is_available():
+        return "torch"
+    from importlib.util import find_spec
+
+    return "faiss" if find_spec("faiss") is not None else "torch"
+
+
+def _faiss(centroids_KD: NDArray[np.float32]) -> Nearest:
+    import faiss
+
+    index = faiss.IndexFlatL2(centroids_KD.shape[1])
+    index.add(np.ascontiguousarray(centroids_KD))
+
+    def nearest(block_BD: NDArray[np.float32]) -> tuple[Any, Any]:
+        distances, labels = index.search(block_BD, 1)
+        return labels[:, 0], distances[:, 0]
+
+    return nearest
+
+
+def _torch(centroids_KD: NDArray[np.float32]) -> Nearest:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    centroids = torch.from_numpy(centroids_KD).to(device)
+    squares_K = centroids.square().sum(1)
+
+    def nearest(block_BD: NDArray[np.float32]) -> tuple[Any, Any]:
+        x_BD = torch.from_numpy(block_BD).to(device)
+        least_B, label_B = torch.addmm(squares_K, x_BD, centroids.T, alpha=-2).min(1)
+        return label_B.cpu().numpy(), (least_B + x_BD.square().sum(1)).clamp_min(0).cpu().numpy()
+
+    return nearest
+
+
+def kmeans(points: Points, k: int, *, iterations: int, rng: np.random.Generator, engine: str | None = None) -> Clusters:
+    """Cluster points: k-means++ (or, for many centroids, distinct points), then Lloyd's iterations until nothing moves.
+
+    A centroid without points moves to the point that is farthest from its own. k: at most the number of points.
+    """
+    centroids_KD = _first(points, k, rng)
+    assigned = assign(points, centroids_KD, engine=engine)
+    for _ in range(iterations):
+        moved_KD = _means(points, assigned, centroids_KD)
+        if np.array_equal(moved_KD, centroids_KD):
+            break
+        centroids_KD = moved_KD
+        assigned = assign(points, centroids_KD, engine=engine)
+    return Clusters(centroids_KD, assigned)
+
+
+def resampled_kmeans(
+    points: Points,
+    k: int,
+    *,
+    iterations: int,
+    rounds: int,
+    nearest: int,
+    seed: Sequence[int],
+    remember: Callable[[str, Callable[[], Clusters]], Clusters] = lambda _, make: make(),
+    engine: str | None = None,
+) -> Clusters:
+    """k-means whose centroids follow where points are, not how many (Vo et al. 2405.15613): `rounds` times, cluster again only the `nearest`
+    points of every centroid, and assign all points anew.
+
+    remember: is given the name of every clustering and how to make it, so that one that is known already need not be made.
+    """
+
+    def first() -> Clusters:
+        return kmeans(points, k, iterations=iterations, rng=np.random.default_rng([*seed, 0]), engine=engine)
+
+    def again(before: Clusters, number: int) -> Clusters:
+        chosen = np.sort(_nearest_of_each(before, nearest))
+        if len(chosen) <= k:
+            return before
+        rng = np.random.default_rng([*seed, number])
+        centroids_KD = kmeans(points[chosen], k, iterations=iterations, rng=rng, engine=engine).centroids_KD
+        return Clusters(centroids_KD, assign(points, centroids_KD, engine=engine))
+
+    clusters = remember("round 0", first)
+    for number in range(1, rounds + 1):
+        clusters = remember(f"round {number}", partial(again, clusters, number))
+    return clusters
+
+
+def _nearest_of_each(clusters: Clusters, count: int) -> NDArray[np.int64]:
+    """Up to `count` points of every cluster, those nearest its centroid."""
+    order = np.lexsort((clusters.assigned.distance_N, clusters.assigned.label_N))
+    labels = clusters.assigned.label_N[order]
+    starts = np.searchsorted(labels, np.arange(len(clusters.centroids_KD)))
+    rank = np.arange(len(order)) - starts[labels]
+    return order[rank < count]
+
+
+def _first(points: Points, k: int, rng: np.random.Generator) -> NDArray[np.float32]:
+    if k > PLUS_PLUS:
+        return points[np.sort(rng.choice(len(points), k, replace=False))].astype(np.float32)
+    # D^2 sampling on at most 50 points a centroid
+    chosen = np.sort(rng.choice(len(points), min(len(points), 50 * k), replace=False))
+    x_SD = torch.from_numpy(points[chosen].astype(np.float32))
+    square_S, least_S = x_SD.square().sum(1), torch.full((len(chosen),), torch.inf)
+    picked = [int(rng.integers(len(chosen)))]
+    for _ in range(k - 1):
+        centre_D = x_SD[picked[-1]]
+        least_S = torch.minimum(least_S, (square_S - 2 * (x_SD @ centre_D) + centre_D.square().sum()).clamp_min(0))
+        least_S[picked] = 0
+        total = least_S.double().cumsum(0)
+        if float(total[-1]) == 0:  # only copies are left
+            rest = np.setdiff1d(np.arange(len(chosen)), picked)
+            picked += rng.choice(rest, k - len(picked), replace=False).tolist()
+            break
+        picked.append(min(int(torch.searchsorted(total, rng.random() * total[-1], right=True)), len(chosen) - 1))
+    return np.ascontiguousarray(x_SD[picked].numpy())
+
+
+def _means(points: Points, assigned: Assigned, centroids_KD: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The means of the clusters; sums in float64."""
+    k = len(centroids_KD)
+    sums_KD, counts_K = torch.zeros(centroids_KD.shape, dtype=torch.float64), np.bincount(assigned.label_N, minlength=k)
+    for start in range(0, len(points), BLOCK):
+        block = slice(start, start + BLOCK)
+        labels = torch.from_numpy(assigned.label_N[block]).long()
+        sums_KD.index_add_(0, labels, torch.from_numpy(points[block].astype(np.float64)))
+    empty = np.flatnonzero(counts_K == 0)
+    means_KD = (sums_KD / torch.from_numpy(np.maximum(counts_K, 1))[:, None]).numpy().astype(np.float32)
+    if len(empty):
+        farthest = np.argpartition(-assigned.distance_N, len(empty) - 1)[: len(empty)]
+        means_KD[empty] = points[np.sort(farthest)].astype(np.float32)
+    return means_KD

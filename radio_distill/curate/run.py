@@ -1,0 +1,208 @@
+"""`radio-distill curate RECIPE`: embeddings -> clusters -> without near-duplicates -> balanced sample -> keep-list and a page.
+
+Every clustering is written down when it is made, so the same command goes on where a killed one has stopped. Everything random is drawn from the
+recipe's seed, so the result is the same.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ..config.curate_recipe import CurateRecipe, Retrieve, load_curate_recipe
+from ..data.keep import write_keep_list
+from ..errors import DataError, RecipeError
+from ..files import appearing, replace_text
+from ..paths import expand
+from .duplicates import duplicates
+from .embeddings import EmbeddingFolder, Embeddings, Header
+from .kmeans import PLUS_PLUS, PRODUCTS, Assigned, Clusters, resampled_kmeans
+from .page import Found, write_page
+from .sampling import Ints, take_balanced
+
+__all__ = ["curate", "main", "memory_bytes"]
+
+log = logging.getLogger(__name__)
+
+DONE = "curated.json"
+RECIPE = "recipe.json"
+POINT_BYTES = 48
+"""Of every image besides its embedding: labels, distances, orders."""
+OVERHEAD = 600_000_000
+"""Python, PyTorch and faiss."""
+NEAREST = 10
+"""Points of a cluster that are clustered again, where the recipe does not say (Vo et al.)."""
+SEEDS = 1024
+"""Seeds that are compared with a block of images at a time."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Curate, and say what to write into a training's recipe."""
+    out = curate(load_curate_recipe(argv[0], argv[1:]))
+    log.info("look at %s, then train with data.sources.NAME.keep=%s", out / "page.html", out / "keep")
+    return 0
+
+
+def curate(recipe: CurateRecipe) -> Path:
+    """Do it, or go on with it; returns the folder of the result. Raises DataError or RecipeError."""
+    out, folder = Path(expand(recipe.out or f"curated/{recipe.name}")), EmbeddingFolder(Path(expand(recipe.embeddings)))
+    header = folder.header()
+    total = folder.count(header)
+    _begin(out, recipe, header)
+    if (out / "keep").exists():
+        log.info("%s is complete", out)
+        return out
+    if recipe.levels[0] >= total:
+        raise RecipeError(f"levels[0] is {recipe.levels[0]} and there are {total} images; expected fewer clusters than images")
+    log.info(
+        "%s images, %d numbers each: %.2f GB of memory at most",
+        f"{total:,}",
+        header.width,
+        memory_bytes(total, header.width, recipe) / 1e9,
+    )
+    embeddings = folder.load()
+    clusters = cluster(embeddings, recipe, out / "clusters")
+    labels = [each.assigned.label_N for each in clusters]
+    repeats = np.full(total, -1, np.int64)
+    if recipe.duplicates is not None:
+        repeats = duplicates(embeddings.x_ND, labels[0], recipe.duplicates)
+    available = np.where(repeats < 0, recipe.repeats, 0)
+    retrieved = np.zeros(total, np.int64)
+    if recipe.retrieve is not None:
+        retrieved = retrieve(embeddings, recipe.retrieve, available > 0, round(recipe.count * recipe.retrieve.share), header)
+    rng = np.random.default_rng([recipe.seed, len(recipe.levels)])
+    balanced = take_balanced(labels, available - retrieved, recipe.count - int(retrieved.sum()), rng)
+    found = Found(embeddings, labels, repeats, retrieved, balanced)
+    _tell(found, recipe.count)
+    write_page(out / "page.html", recipe, folder, header, found)
+    _write(out, folder, header, embeddings, found.taken)
+    return out
+
+
+def memory_bytes(images: int, width: int, recipe: CurateRecipe) -> int:
+    """What a curation takes at most: the embeddings (fp16), the centroids with their sums, a block of products, the sample k-means starts with."""
+    largest = recipe.levels[0]
+    start = 50 * largest if largest <= PLUS_PLUS else largest
+    clusters = largest * width * (4 + 4 + 8 + 8 + 2 * (recipe.resample.nearest or NEAREST))
+    return images * (2 * width + POINT_BYTES) + clusters + 4 * PRODUCTS + min(start, images) * width * 8 + OVERHEAD
+
+
+def cluster(embeddings: Embeddings, recipe: CurateRecipe, folder: Path) -> list[Clusters]:
+    """The clusters of every level; those of a level are the points of the next."""
+    found: list[Clusters] = []
+    points: NDArray[np.float16] | NDArray[np.float32] = embeddings.x_ND
+    for level, k in enumerate(recipe.levels):
+        nearest = recipe.resample.nearest or min(NEAREST, max(1, len(points) // k // 2))
+        clusters = resampled_kmeans(
+            points,
+            k,
+            iterations=recipe.iterations,
+            rounds=recipe.resample.rounds,
+            nearest=nearest,
+            seed=(recipe.seed, level),
+            remember=partial(_remember, folder, f"level {level}"),
+        )
+        found.append(clusters)
+        points = clusters.centroids_KD
+    return found
+
+
+def retrieve(embeddings: Embeddings, wish: Retrieve, is_free_N: NDArray[np.bool_], count: int, header: Header) -> Ints:
+    """(N,) 1 for the images nearest the seeds: the nearest of every seed, then the second nearest of every seed, until `count` are found.
+
+    Raises DataError when the seeds' embeddings are of another model.
+    """
+    folder = EmbeddingFolder(Path(expand(wish.seeds)))
+    theirs = folder.header()
+    if (theirs.model, theirs.size) != (header.model, header.size):
+        raise DataError(
+            f"the seeds in {wish.seeds} were embedded by {theirs.model} at {theirs.size} px and the images by {header.model} at {header.size} px; "
+            "embed both with the same model"
+        )
+    seeds_SD, taken = folder.load().x_ND, np.zeros(len(is_free_N), np.int64)
+    free = np.flatnonzero(is_free_N)
+    depth = min(len(free), max(1, 4 * -(-count // max(1, len(seeds_SD)))))
+    nearest_SR = np.concatenate(
+        [_nearest(seeds_SD[i : i + SEEDS], embeddings.x_ND, free, depth) for i in range(0, len(seeds_SD), SEEDS)]
+    )
+    for rank in nearest_SR.T:  # the same rank of all seeds
+        fresh = np.unique(rank[taken[rank] == 0])
+        taken[fresh[: count - int(taken.sum())]] = 1
+    return taken
+
+
+def _nearest(seeds_SD: NDArray[np.float16], x_ND: NDArray[np.float16], free: Ints, depth: int) -> Ints:
+    """The `depth` images of the largest cosine with every seed, the nearest first; by blocks of images."""
+    seeds = torch.from_numpy(seeds_SD.astype(np.float32))
+    best = torch.full((len(seeds), depth), -torch.inf)
+    where = torch.zeros(len(seeds), depth, dtype=torch.int64)
+    rows = max(depth, PRODUCTS // SEEDS)
+    for start in range(0, len(free), rows):
+        index = free[start : start + rows]
+        products = seeds @ torch.from_numpy(x_ND[index].astype(np.float32)).T
+        best, order = torch.cat([best, products], 1).topk(depth, 1)
+        where = torch.cat([where, torch.from_numpy(index).expand(len(seeds), -1)], 1).gather(1, order)
+    return where.numpy()
+
+
+def _begin(out: Path, recipe: CurateRecipe, header: Header) -> None:
+    """Record the recipe, or refuse another one than the folder was begun with."""
+    facts = {"recipe": recipe.model_dump(mode="json", exclude={"out", "embeddings", "pictures"}), "model": header.model}
+    facts |= {"size": header.size, "contents": header.contents}
+    path = out / RECIPE
+    if path.is_file() and json.loads(path.read_text()) != facts:
+        raise DataError(f"{out} holds a curation by another recipe, or of other images; set out= to another folder")
+    (out / "clusters").mkdir(parents=True, exist_ok=True)
+    replace_text(path, json.dumps(facts, indent=1) + "\n")
+
+
+def _remember(folder: Path, level: str, name: str, make: Callable[[], Clusters]) -> Clusters:
+    """The clustering of that name as it was written, else made and written; only a level's newest stays."""
+    path = folder / f"{level}, {name}.npz"
+    if path.is_file():
+        with np.load(path, allow_pickle=False) as file:
+            return Clusters(file["centroids"], Assigned(file["label"], file["distance"]))
+    number = int(name.split()[1])
+    later = [int(other.stem.split()[-1]) for other in folder.glob(f"{level}, *.npz")]
+    if later and max(later) > number:  # of a run that was further
+        return Clusters(np.empty((0, 0), np.float32), Assigned(np.empty(0, np.int32), np.empty(0, np.float32)))
+    begin = time.monotonic()
+    clusters = make()
+    with appearing(path) as temporary, temporary.open("wb") as file:
+        np.savez(file, centroids=clusters.centroids_KD, label=clusters.assigned.label_N, distance=clusters.assigned.distance_N)
+    (folder / f"{level}, round {number - 1}.npz").unlink(missing_ok=True)
+    log.info("%s, %s: %d clusters, %.0f s", level, name, len(clusters.centroids_KD), time.monotonic() - begin)
+    return clusters
+
+
+def _tell(found: Found, wanted: int) -> None:
+    taken, kept = found.taken, int((found.repeats < 0).sum())
+    log.info("%d near-duplicates; %d images left", len(taken) - kept, kept)
+    log.info(
+        "%d images kept: %d near seeds, %d balanced",
+        int((taken > 0).sum()),
+        int(found.retrieved.sum()),
+        int((found.balanced > 0).sum()),
+    )
+    if taken.sum() < wanted:
+        log.warning("count is %d and there are no more than %d", wanted, int(taken.sum()))
+
+
+def _write(out: Path, folder: EmbeddingFolder, header: Header, embeddings: Embeddings, taken: Ints) -> None:
+    """The keep-list, a file for each shard."""
+    weights: list[dict[str, float]] = []
+    starts = np.searchsorted(embeddings.shard_N, np.arange(len(header.shards) + 1))
+    most = max(1, int(taken.max(initial=1)))
+    for shard, (start, stop) in enumerate(pairwise(starts)):
+        names = folder.keys(shard)
+        weights.append({names[i]: float(taken[start + i]) / most for i in np.flatnonzero(taken[start:stop])})
+    write_keep_list(out / "keep", header.contents, header.shards, weights)
