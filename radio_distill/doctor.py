@@ -188,6 +188,7 @@ def _start(recipe: Recipe) -> Iterator[Finding]:
 
 
 def _images(recipe: ImageJob, open_sources: bool) -> Iterator[Finding]:
+    from .data.keep import Keep
     from .data.reading import ShardError, read_shard
     from .data.sources import is_url, list_source
 
@@ -200,6 +201,7 @@ def _images(recipe: ImageJob, open_sources: bool) -> Iterator[Finding]:
             shards = [shard for shard in listing.shards(1) if open_sources or not is_url(shard.url)]
             samples = [sample for shard in (*shards[:1], *shards[-1:]) for sample in islice(read_shard(shard), 1)]
             cut = _cut(listing)
+            kept = f"; {Keep(Path(expand(source.keep)), listing.fingerprint(1)).total:,} samples kept" if source.keep else ""
         except (RadioDistillError, ShardError, OSError) as error:
             yield Finding(f"images {name}", without_secrets(str(error)), missing=True)
             continue
@@ -207,7 +209,7 @@ def _images(recipe: ImageJob, open_sources: bool) -> Iterator[Finding]:
         looks = ", but no image at the start of the first or last one" if empty else "; first and last can be read"
         looks = f"{looks if shards else ''}{unopened}"
         left_out = f"; left out: {listing.left_out}" if listing.left_out else ""
-        yield Finding(f"images {name}", f"{listing.summary}{looks}{cut}{left_out}", empty, unopened=bool(unopened))
+        yield Finding(f"images {name}", f"{listing.summary}{kept}{looks}{cut}{left_out}", empty, unopened=bool(unopened))
 
 
 def _remote(listing: Listing) -> str:

@@ -9,17 +9,20 @@ from __future__ import annotations
 import logging
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from ..config.recipe import Crop, Data, Source
-from ..data.once import Once, ShardView
+from ..data.loader import SkipLog
+from ..data.once import Once, Row, ShardView
 from ..data.processes import read_in_processes
 from ..data.shards import count_samples
 from ..data.sources import list_source
 from ..data.views import ViewSpec
+from ..errors import TeacherError
 from ..eval.models import open_model
 from ..train.distributed import place_of_process
 from ..types import VisionModel
@@ -91,14 +94,15 @@ def _embed(
     pieces, stop = read_in_processes(once, workers)
     found: dict[int, tuple[list[Tensor], list[str]]] = {i: ([], []) for i in range(len(items))}
     begin = told = time.monotonic()
-    count, ended = 0, 0
+    count, ended, skipped = 0, 0, SkipLog()
     try:
         for piece in pieces:
-            for bad in piece.bad:
-                log.warning("left out %s: %s", bad.key, bad.reason)
+            skipped.add(piece.bad)
             if piece.rows:
                 pixels_B3HW = piece.canvases[0].images_B3SS[: len(piece.rows)].to(device).float() / 255
-                for row, vector_D in zip(piece.rows, _vectors(model, pixels_B3HW).cpu()):
+                vectors_BD = _vectors(model, pixels_B3HW).cpu()
+                _refuse_non_finite(vectors_BD, piece.rows)
+                for row, vector_D in zip(piece.rows, vectors_BD):
                     found[row.item][0].append(vector_D)
                     found[row.item][1].append(row.key.partition("/")[2])
             for item in piece.ended:
@@ -118,6 +122,14 @@ def _vectors(model: VisionModel, pixels_B3HW: Tensor) -> Tensor:
     out = model.encode(pixels_B3HW)
     vectors_BD = (out.features_BCHW.mean((2, 3)) if out.summary_BC is None else out.summary_BC).float()
     return (vectors_BD / vectors_BD.norm(dim=1, keepdim=True).clamp_min(1e-12)).half()
+
+
+def _refuse_non_finite(vectors_BD: Tensor, rows: Sequence[Row]) -> None:
+    bad = (~vectors_BD.isfinite().all(1)).nonzero().flatten().tolist()
+    if bad:
+        raise TeacherError(
+            f"the model gives no finite vector for {len(bad)} of {len(rows)} images, such as {rows[bad[0]].key}; look at them, or take another model"
+        )
 
 
 def _try(model: VisionModel, side: int, batch: int, device: torch.device) -> tuple[float, int]:

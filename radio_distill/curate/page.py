@@ -33,7 +33,7 @@ PAIRS = 16
 MAX_PIXELS = 100_000_000
 OWN_STYLE = """
 .row{display:flex;flex-wrap:wrap;gap:3px;margin:.2rem 0 1rem}.row img{width:88px;height:88px;image-rendering:auto}
-.pair{display:inline-flex;flex-direction:column;margin:0 .6rem .6rem 0}.dropped{opacity:.45}.bar{height:.5rem;background:var(--line)}.bar i{display:block;height:100%;background:#3b78c4}
+.pair{display:inline-flex;flex-direction:column;margin:0 .6rem .6rem 0}.dropped{opacity:.45}
 """
 
 
@@ -82,7 +82,7 @@ def write_page(path: Path, recipe: CurateRecipe, folder: EmbeddingFolder, header
         "random images of each, pale where they are left out.</p>"
     )
     body += [
-        f"<h3>{before[c]:,} images, {after[c]:,} kept ({after[c] / before[c]:.0%})</h3>{_row(((i, taken[i] > 0) for i in members[c]), pictures)}"
+        f"<h3>{before[c]:,} image{'s' * bool(before[c] != 1)}, {after[c]:,} kept ({after[c] / before[c]:.0%})</h3>{_row(((i, taken[i] > 0) for i in members[c]), pictures)}"
         for c in shown
     ]
     if len(pairs):

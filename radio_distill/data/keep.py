@@ -48,6 +48,11 @@ class Keep:
         self._is_folder = any(name.startswith("files ") for name in self._shards)
         self._lists: OrderedDict[str, dict[str, float]] = OrderedDict()
 
+    @property
+    def total(self) -> int:
+        """How many samples are kept."""
+        return sum(kept for _, kept in self._shards.values())
+
     def weight(self, key: str) -> float:
         """In what share of the epochs a sample is seen, 0 to 1. key: that of reading.py."""
         lists = (self._list(file) for file, kept in (self._shards.values() if self._is_folder else self._named(key)) if kept)
@@ -61,7 +66,7 @@ class Keep:
     def count(self, shard: Shard) -> int:
         """How many samples of a shard are kept; for a run of files, how many there may be."""
         if not shard.url:
-            return sum(kept for _, kept in self._shards.values())
+            return self.total
         return self._shards.get(shard.name, ("", 0))[1]
 
     def _named(self, key: str) -> list[tuple[str, int]]:

@@ -27,7 +27,7 @@ from .stream import Bad, Feed
 from .views import ViewsAt, as_views
 from .worker import Part, PartReader
 
-__all__ = ["Loader", "build_loader", "merge_positions"]
+__all__ = ["Loader", "SkipLog", "build_loader", "merge_positions"]
 
 log = logging.getLogger(__name__)
 
@@ -103,7 +103,7 @@ class Loader:
         self.streams: int = header["streams"]
         self.workers = workers
         self._parts, self._partition, self._header, self._micro_batch = parts, partition, header, micro_batch
-        self._skipped = _SkipLog()
+        self._skipped = SkipLog()
 
     def __iter__(self) -> Iterator[list[Batch]]:
         items, stop = read_in_processes(self._parts, self.workers)
@@ -154,7 +154,7 @@ def _rows(batch: Batch, rows: slice) -> Batch:
     return replace(batch, keys=batch.keys[rows], seeds_B=take(batch.seeds_B), views=views)
 
 
-class _SkipLog:
+class SkipLog:
     """Names what was left out: the first few of every reason, then only the counts."""
 
     NAMED = 5

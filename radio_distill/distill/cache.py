@@ -25,6 +25,7 @@ from ..config.load import cards_of, load_recipe
 from ..config.recipe import Recipe
 from ..config.sizes import draws_sizes
 from ..data.keep import keep_lists
+from ..data.loader import SkipLog
 from ..data.once import Once, Piece, ShardView
 from ..data.processes import read_in_processes
 from ..data.shards import TarFile, count_samples
@@ -164,7 +165,7 @@ class _Writer:
         self, recipe: Recipe, side: TeacherSide, world: World, header: Header, balancers: dict[str, Balancer] | None
     ) -> None:
         self._recipe, self._side, self._world, self._header, self._balancers = recipe, side, world, header, balancers
-        self._specs, self._open = view_specs_of(recipe), dict[int, TarFile]()
+        self._specs, self._open, self._skipped = view_specs_of(recipe), dict[int, TarFile](), SkipLog()
 
     def write(self, todo: list[Todo]) -> None:
         """All of the shards, which are of one partition."""
@@ -197,8 +198,7 @@ class _Writer:
             stop()
 
     def _add(self, piece: Piece, todo: list[Todo]) -> None:
-        for bad in piece.bad:
-            log.warning("left out %s: %s%s", bad.key, bad.reason, f" ({bad.detail})" if bad.detail else "")
+        self._skipped.add(piece.bad)
         if piece.rows:
             batch = self._batch(piece, todo[0].partition).to(self._world.device)
             outputs = self._side.service.encode(batch)
@@ -259,7 +259,8 @@ def row_bytes(recipe: Recipe, partition: str) -> int:
 def _tell(recipe: Recipe, listings: list[Listing], out: Path, share_left: float) -> None:
     """Print size and break-even; refuse a disk that is too small."""
     views, names = recipe.data.views or 1, list(recipe.partitions)
-    counts = [count_samples(listing) for listing in listings]
+    keep = keep_lists(recipe.data)
+    counts = [keep[one.name].total if one.name in keep else count_samples(one) for one in listings]
     flops = {p: sum(partition_cost(recipe, p).teachers.values()) for p in names}
     draws = {p: recipe.optim.steps * recipe.partitions[p].images for p in names}
     per_view = {p: row_bytes(recipe, p) for p in names}

@@ -14,7 +14,6 @@ from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
-from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -231,9 +230,7 @@ class _Shards:
 def _index_of(listing: Listing, cached: list[str]) -> Callable[[str], int | None]:
     """Finds the number of a shard in the cache by the name of a sample in the source."""
     if listing.files:
-        ends = list(accumulate(len(shard.files) for shard in listing.shards(1)))
-        numbers = {file: sum(end <= i for end in ends) for i, file in enumerate(listing.files)}
-        return numbers.get
+        return {file: i for i, shard in enumerate(listing.shards(1)) for file in shard.files}.get
     known = {name: i for i, name in enumerate(cached)}
 
     def find(sample: str) -> int | None:

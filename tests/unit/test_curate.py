@@ -17,7 +17,7 @@ from radio_distill.curate import kmeans as kmeans_module
 from radio_distill.curate.duplicates import duplicates
 from radio_distill.curate.embeddings import EmbeddingFolder, Header
 from radio_distill.curate.kmeans import kmeans, resampled_kmeans
-from radio_distill.curate.run import curate
+from radio_distill.curate.run import curate, memory_bytes
 from radio_distill.curate.sampling import share_out, take_balanced
 from radio_distill.errors import DataError, RecipeError
 from radio_distill.toyworld import write_toyworld
@@ -253,3 +253,10 @@ def test_embeddings_go_on_after_a_kill_and_refuse_another_model(tmp_path, capfd,
     assert np.allclose(np.linalg.norm(ours.load().x_ND.astype(np.float32), axis=1), 1, atol=1e-3)
     assert main(["embed", str(scenes), out, *arguments[:-1], "0", "--model", "teacher:toy_dino"]) == 2
     assert "holds other embeddings (model: teacher:toy_clip" in capfd.readouterr().err
+
+
+def test_20_million_images_fit_a_machine_of_24_gib(repo):
+    recipe = CurateRecipe(name="web", embeddings="x", count=2_000_000, levels=(200_000, 20_000, 5_000))
+    needed = memory_bytes(20_000_000, 384, recipe)
+    assert needed < 24 * 2**30
+    assert f"{needed / 1e9:.0f} GB: a machine of 24 GiB" in (repo / "docs/scale.md").read_text()

@@ -17,6 +17,7 @@ from radio_distill.data.shards import make_shards
 from radio_distill.data.sources import list_source
 from radio_distill.data.stream import Feed, Stream
 from radio_distill.data.views import ViewSpec, always
+from radio_distill.doctor import examine_recipe
 from radio_distill.errors import DataError, RecipeError
 
 
@@ -111,6 +112,16 @@ def test_a_recipe_reads_its_keep_list_and_refuses_another_on_resume(listing, tmp
     assert all(kept.weight(key.removeprefix("src/")) for key in batch.keys)
     with pytest.raises(DataError, match=r"data\.sources\.src is not what the run was started with"):
         build_loader(recipe_of(path, f"data.sources.src.keep={tmp_path / 'b'}"), "low", specs, position=batch.position)
+
+
+def test_doctor_says_how_many_are_kept_and_what_is_wrong_with_a_list(listing, tmp_path):
+    listing, path = listing
+    keep_of(listing, tmp_path / "keep", lambda n: float(n < 7))
+    keep = f"data.sources.src.keep={tmp_path / 'keep'}"
+    found = {one.what: one for one in examine_recipe(recipe_of(path, keep))}["images src"]
+    assert "7 samples kept" in found.text
+    found = {one.what: one for one in examine_recipe(recipe_of(path, f"{keep}/none"))}["images src"]
+    assert found.missing
 
 
 def test_lists_that_do_not_fit_are_refused(listing, photos, tmp_path):

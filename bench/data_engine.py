@@ -1,0 +1,145 @@
+"""What a cache of targets saves, what reading it costs, and the speed of `curate` and `embed` beside what they are made of.
+
+    OMP_NUM_THREADS=1 python bench/data_engine.py [--steps 3] [--rows 20000] [--json]
+
+step        of toy/stage3_featsharp (upsamplers of random weights): with running teachers, from an int8 cache, and of the student alone, whose
+            targets lie ready; images are read before the clock starts
+assignment  of vectors of 384 numbers to 20,000 centroids: ours over faiss's flat index, where faiss is installed, and over a bare product
+embed       over forward passes of ready batches by toy_dino
+
+Seconds are CPU time of the process, all threads, on a machine without a GPU: they do not depend on what else it does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import torch
+
+from radio_distill.cli import main as command
+from radio_distill.config.load import load_recipe
+from radio_distill.config.recipe import Source
+from radio_distill.curate.embed import MIDDLE, _vectors
+from radio_distill.curate.kmeans import assign
+from radio_distill.data.once import Once, ShardView
+from radio_distill.data.sources import list_source
+from radio_distill.data.views import ViewSpec
+from radio_distill.distill.build import build_start, build_teacher_side
+from radio_distill.distill.loop import prepare, train_step
+from radio_distill.distill.training import StageTraining
+from radio_distill.eval.models import open_model
+from radio_distill.toyworld import write_toyworld
+from radio_distill.train import distributed
+from radio_distill.train.run import RunFolder
+
+WIDTH, CENTROIDS = 384, 20_000
+FEW = ["partitions.low.images=16", "partitions.high.images=8", "data.streams=4", "balance={ahead: false, window: 1, every: 1}"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=3, help="steps that are timed of each kind (%(default)s)")
+    parser.add_argument("--rows", type=int, default=20_000, help="vectors that are assigned (%(default)s)")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    given = parser.parse_args()
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+    with tempfile.TemporaryDirectory() as folder:
+        write_toyworld(f"{folder}/scenes", count=64, size=192, seed=0, shards=4)
+        found = {**steps(given.steps, Path(folder)), **assignment(given.rows), **embedding(Path(folder))}
+    print(json.dumps(found) if given.json else "\n".join(f"{name:>40} {value:10.3f}" for name, value in found.items()))
+
+
+def steps(count: int, folder: Path) -> dict[str, float]:
+    """CPU seconds of a step, three ways."""
+    from made_upsampler import make
+
+    overrides = [f"data.sources.toy.path={folder / 'scenes'}", "start={kind: scratch}", *FEW]
+    for name in ("toy_clip", "toy_siglip"):
+        path = make(folder / name, name, kind="featsharp", factor=3, debias=True)
+        overrides += [
+            f"partitions.low.teachers.{name}.upsampler={{kind: debias, weights: {path}}}",
+            f"partitions.high.teachers.{name}.upsampler={{kind: featsharp, factor: 3, weights: {path}}}",
+        ]
+    cache = folder / "cache"
+    assert command(["cache", "toy/stage3_featsharp", *overrides, f"cache.write={cache}", "--views", "1"]) == 0
+    read = [*overrides, f"cache.read={cache}"]
+    online, cached = (timed(each, folder / f"run{i}", count) for i, each in enumerate((overrides, read)))
+    alone = timed(read, folder / "run2", count, ready=True)
+    return {
+        "step with running teachers, s": online,
+        "step from the cache, s": cached,
+        "step of the student alone, s": alone,
+        "running teachers / cache": online / cached,
+        "cache / student alone": cached / alone,
+        "reading, share of a step from the cache": 1 - alone / cached,
+    }
+
+
+def timed(overrides: list[str], run: Path, count: int, *, ready: bool = False) -> float:
+    """Median CPU seconds of a step, after one to warm up. ready: targets are there before the clock starts."""
+    recipe, world = load_recipe("toy/stage3_featsharp", [*overrides, f"run={run}"]), distributed.init()
+    side = build_teacher_side(recipe, world)
+    trainer = StageTraining(recipe, world, RunFolder(recipe, is_main=True), side, build_start(recipe, world, side, None))
+    trainer.streams.open({})
+    seconds = []
+    for step in range(count + 1):
+        batches = trainer.streams.next(world.device)
+        prepare(trainer, step, batches)
+        outputs = {id(batch): side.service.encode(batch) for batch in batches} if ready else {}
+        with mock.patch.object(side.service, "encode", lambda batch: outputs[id(batch)]) if ready else mock.MagicMock():  # noqa: B023
+            seconds.append(cpu_seconds(lambda: train_step(trainer, step, batches)))  # noqa: B023
+    distributed.shutdown()
+    return float(np.median(seconds[1:]))
+
+
+def assignment(rows: int) -> dict[str, float]:
+    """Our speed over that of what it is made of."""
+    rng = np.random.default_rng(0)
+    points, centroids = (rng.normal(size=(n, WIDTH)).astype(np.float32) for n in (rows, CENTROIDS))
+    x, y = torch.from_numpy(points), torch.from_numpy(centroids)
+    ours = cpu_seconds(lambda: assign(points.astype(np.float16), centroids, engine="torch"))
+    bare = cpu_seconds(lambda: [part @ y.T for part in x.split(2048)])
+    found = {"assignment, product alone / torch": bare / ours}
+    if find_spec("faiss"):
+        import faiss
+
+        index = faiss.IndexFlatL2(WIDTH)
+        index.add(centroids)
+        theirs = cpu_seconds(lambda: index.search(points, 1))
+        with_faiss = cpu_seconds(lambda: assign(points.astype(np.float16), centroids, engine="faiss"))
+        found |= {"assignment, faiss / ours with faiss": theirs / with_faiss, "assignment, faiss / torch": theirs / ours}
+    return found
+
+
+def embedding(folder: Path) -> dict[str, float]:
+    """Forward passes alone over reading and encoding."""
+    model = open_model("teacher:toy_dino").model
+    listing = list_source("embed", Source(path=str(folder / "scenes")))
+    items = [ShardView("embed", shard, 0) for shard in listing.shards(1)]
+
+    def pieces() -> Once:
+        return Once(items, [ViewSpec("student", 84, 1)], MIDDLE, partition_size=1, seed=0, size=16)
+
+    ready = [piece.canvases[0].images_B3SS[: len(piece.rows)].float() / 255 for piece in pieces()]
+    bare = cpu_seconds(lambda: [_vectors(model, part) for part in ready])
+    both = cpu_seconds(lambda: [_vectors(model, p.canvases[0].images_B3SS[: len(p.rows)].float() / 255) for p in pieces()])
+    return {"embed, forward alone / with reading": bare / both}
+
+
+def cpu_seconds(work: Callable[[], object]) -> float:
+    begin = time.process_time()
+    work()
+    return time.process_time() - begin
+
+
+if __name__ == "__main__":
+    main()
