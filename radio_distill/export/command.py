@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..errors import CheckpointError
 from ..network.arch import StudentArch
-from ..network.scale import feature_rms
+from ..network.scale import measure_rms
 from ..paths import expand
 from ..teachers.text_tower import TextTower
 from .card import model_card
@@ -143,12 +143,13 @@ def _check_options(form: str, dtype: str, measures: bool, text_towers: bool) -> 
 
 
 def _measured(source: Source, images: str) -> StudentArch:
-    """The architecture with the scale of the features on at most NUM_MEASURED squares of the preferred size."""
+    """The architecture with the scale of the features and of its levels on at most NUM_MEASURED squares of the preferred size."""
     from ..data.held_out import HeldOut
 
     side, data = preferred_size(source.student, source.facts), HeldOut(images, NUM_MEASURED, exact=False)
     batches = (data.images(start, start + 8, side) for start in range(0, data.count, 8))
-    return replace(source.student.arch, feature_rms=feature_rms(source.student, batches))
+    features, levels = measure_rms(source.student, batches)
+    return replace(source.student.arch, feature_rms=features, level_rms=levels)
 
 
 def _scenes(side: int) -> Tensor:

@@ -52,6 +52,8 @@ class Stage:
     """Side in pixels of the smallest images."""
     windows: tuple[int, ...]
     """Window sides in tokens that windowed attention was trained with."""
+    largest: int | None = None
+    """Side in pixels of the largest images; None: not told."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,11 @@ class Facts:
     def size(self) -> int | None:
         """Side in pixels of the smallest images it was trained on; None when unknown."""
         return self.stages[0].size if self.stages else None
+
+    @property
+    def largest(self) -> int | None:
+        """Side in pixels of the largest images it was trained on; None when unknown."""
+        return self.stages[0].largest if self.stages else None
 
     @property
     def windows(self) -> tuple[int, ...]:
@@ -147,6 +154,7 @@ def _stage(recipe: Recipe) -> Stage:
         batches=" + ".join(f"{p.images} at {sides_text(p)}" for p in recipe.partitions.values()),
         size=min(p.size for p in recipe.partitions.values()),
         windows=tuple(recipe.student.vitdet.windows),
+        largest=max(p.size for p in recipe.partitions.values()),
     )
 
 

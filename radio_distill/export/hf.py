@@ -28,6 +28,8 @@ __all__ = ["hf_config", "preprocessor_config", "write_code", "write_hf"]
 
 PREFIX = "radio_model."
 CODE = "modeling_radio_distill"
+DYNAMIC = "dynamic"
+"""Folder of an export with the processor of images at their own sizes."""
 CODE_FILES = (
     PACKAGE / f"export/{CODE}.py",
     PACKAGE / "teachers/text_tower.py",
@@ -45,8 +47,11 @@ def write_hf(student: Student, facts: Facts, folder: Path, *, dtype: torch.dtype
     _read_back(folder / "model.safetensors", tensors)
     size = preferred_size(student, facts)
     more = {"text_towers": _text_towers(student.arch, facts), IN_CONFIG: facts.to_dict()}
-    _write_json(folder / "config.json", hf_config(student.arch, size, dtype) | more)
+    budget = patch_budget(student, facts)
+    _write_json(folder / "config.json", hf_config(student.arch, size, budget, dtype) | more)
     _write_json(folder / "preprocessor_config.json", preprocessor_config(size))
+    (folder / DYNAMIC).mkdir()
+    _write_json(folder / DYNAMIC / "preprocessor_config.json", dynamic_config(student.patch_size, budget))
     write_code(folder)
 
 
@@ -56,9 +61,10 @@ def write_code(folder: Path) -> None:
         shutil.copyfile(path, folder / path.name)
 
 
-def hf_config(arch: StudentArch, size: int, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
-    """config.json of a student whose preferred image side is `size` pixels."""
+def hf_config(arch: StudentArch, size: int, budget: tuple[int, int], dtype: torch.dtype) -> dict[str, Any]:
+    """config.json of a student whose preferred image side is `size` pixels; budget: fewest and most patches of an image."""
     trunk = arch.trunk
+    patches = dict(zip(("min_num_patches", "max_num_patches"), budget))
     native = reads_natively(arch)
     return {
         "architectures": ["RadioModel" if native else "RadioDistillModel"],
@@ -88,7 +94,8 @@ def hf_config(arch: StudentArch, size: int, dtype: torch.dtype = torch.float32) 
         "norm_mean": list(arch.mean),
         "norm_std": list(arch.std),
         # the reference's class, and servers of VLMs
-        "args": reference_args(arch),
+        "args": reference_args(arch) | patches,
+        **patches,
         "version": REFERENCE_VERSION,
         "max_resolution": trunk.max_size,
         "preferred_resolution": [size, size],
@@ -99,6 +106,7 @@ def hf_config(arch: StudentArch, size: int, dtype: torch.dtype = torch.float32) 
         "inter_feature_normalizer_config": _intermediate(arch),
         # ours
         "student": arch.to_dict(),
+        "levels": dict(zip((f"stage{n}" for n in arch.level_blocks), arch.level_rms or [None] * len(arch.level_blocks))),
     }
 
 
@@ -121,6 +129,39 @@ def preprocessor_config(size: int) -> dict[str, Any]:
         "image_mean": [0.0, 0.0, 0.0],
         "image_std": [1.0, 1.0, 1.0],
     }
+
+
+def dynamic_config(patch: int, budget: tuple[int, int]) -> dict[str, Any]:
+    """Qwen2VLImageProcessor, the processor of transformers that keeps the aspect ratio and packs patches.
+
+    Without merging and with one frame its patches are those that the native class takes with `image_grid_hw`.
+    """
+    least, most = budget
+    return {
+        "image_processor_type": "Qwen2VLImageProcessor",
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": {"shortest_edge": least * patch**2, "longest_edge": most * patch**2},
+        "resample": 3,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": False,
+        "image_mean": [0.0, 0.0, 0.0],
+        "image_std": [1.0, 1.0, 1.0],
+        "patch_size": patch,
+        "temporal_patch_size": 1,
+        "merge_size": 1,
+    }
+
+
+def patch_budget(student: Student, facts: Facts) -> tuple[int, int]:
+    """The fewest and the most patches of an image at its own size: squares of the smallest and the largest training images.
+
+    Where the largest is not known, of the position table.
+    """
+    least = preferred_size(student, facts) // student.patch_size
+    most = (facts.largest or student.arch.trunk.max_size) // student.patch_size
+    return least**2, max(least, most) ** 2
 
 
 def preferred_size(student: Student, facts: Facts) -> int:

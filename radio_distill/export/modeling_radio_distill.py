@@ -358,14 +358,28 @@ class RadioDistillBackbone(BackboneMixin, RadioDistillModel):
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
     ) -> BackboneOutput:
-        """Encode float images in [0, 1]; `feature_maps`: (B, D, r, c) of every stage of `out_features`, without final norm."""
+        """Encode float images in [0, 1]; `feature_maps`: (B, D, r, c) of every stage of `out_features`, without final norm.
+
+        With `unit_scale` each is divided by its root mean square, which the export measured for `config.levels`.
+        """
         if output_attentions:
             raise ValueError("output_attentions: the fused attention gives no weights; leave it out")
         _, states = forward_hidden_states(self.radio_model, pixel_values)
         grid = tuple(side // self.patch_size for side in pixel_values.shape[-2:])
         patches = [states[self.stage_names.index(name)][:, self.num_summary_tokens :] for name in self.out_features]
-        maps = tuple(x.transpose(1, 2).unflatten(2, grid) for x in patches)
+        maps = tuple(x.transpose(1, 2).unflatten(2, grid) / self._rms(name) for name, x in zip(self.out_features, patches))
         return BackboneOutput(feature_maps=maps, hidden_states=tuple(states) if output_hidden_states else None)
+
+    def _rms(self, stage: str) -> float:
+        if not self.config.unit_scale:
+            return 1.0
+        known = {name: rms for name, rms in (getattr(self.config, "levels", None) or {}).items() if rms}
+        if stage not in known:
+            raise ValueError(
+                f"unit_scale: the scale of {stage!r} was not measured, expected one of {', '.join(known) or 'none'}; "
+                "export with rms_images=FOLDER, and choose out_features of config.levels"
+            )
+        return known[stage]
 
 
 def _with_adaptors(arch: Any, names: str | list[str]) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -114,10 +115,20 @@ class StudentArch:
     """Whether there is one, and whether its rotation is shared by all layers."""
     feature_rms: float | None = None
     """Root mean square of the backbone's features on the images that an export measured it on; None: not measured."""
+    level_rms: tuple[float, ...] | None = None
+    """The same of the patches after each block of `level_blocks`; None: not measured."""
+
+    @property
+    def level_blocks(self) -> tuple[int, ...]:
+        """How many blocks are before each of four levels of the trunk, as equally far apart as they go; the last is the end."""
+        return tuple(sorted({math.ceil(self.trunk.depth * n / 4) for n in (1, 2, 3, 4)}))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
-        return asdict(self)
+        values = asdict(self)
+        if self.level_rms is None:  # so that students without keep the identity that results are stored by
+            del values["level_rms"]
+        return values
 
     @staticmethod
     def from_dict(values: Mapping[str, Any]) -> StudentArch:
@@ -137,6 +148,7 @@ class StudentArch:
             "summary_idxs": tuple(values["summary_idxs"]),
             "mean": tuple(values["mean"]),
             "std": tuple(values["std"]),
+            "level_rms": tuple(values["level_rms"]) if values.get("level_rms") else None,
         }
         return StudentArch(**{**values, **changed})
 

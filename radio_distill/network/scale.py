@@ -13,22 +13,30 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from .intermediates import forward_hidden_states
 from .student import Student
 
-__all__ = ["feature_rms", "use_unit_scale"]
+__all__ = ["measure_rms", "use_unit_scale"]
 
 
 @torch.no_grad()
-def feature_rms(student: Student, batches: Iterable[Tensor]) -> float:
-    """The root mean square over all patches and channels of the backbone's features, on batches (B, 3, H, W) in [0, 1]."""
-    total, count = 0.0, 0
+def measure_rms(student: Student, batches: Iterable[Tensor]) -> tuple[float, tuple[float, ...]]:
+    """The root mean square over all patches and channels, on batches (B, 3, H, W) in [0, 1].
+
+    Returns that of the backbone's features, and those of the patches after each block of `arch.level_blocks`.
+    """
+    levels, skip = student.arch.level_blocks, student.model.patch_generator.num_skip
+    totals, count = [0.0] * (1 + len(levels)), 0
     for images_B3HW in batches:
-        features = student.encode(images_B3HW).features_BCHW
-        total += float(features.double().square().sum())
+        tokens, states = forward_hidden_states(student, images_B3HW)
+        features = student.backbone(tokens).features_BCHW
+        for place, x in enumerate([features, *(states[n][:, skip:] for n in levels)]):
+            totals[place] += float(x.double().square().sum())
         count += features.numel()
     if not count:
         raise ValueError("no images to measure the features on; expected at least one batch")
-    return (total / count) ** 0.5
+    first, *others = ((total / count) ** 0.5 for total in totals)
+    return first, tuple(others)
 
 
 def use_unit_scale(student: Student, rms: float | None = None) -> Student:

@@ -62,7 +62,7 @@ class Student(nn.Module):
 
     def encode(self, images_B3HW: Tensor, *, window: int | None = None) -> VisionOutput:
         """Encode float images in [0, 1]: the summary class tokens side by side (B, k*D), and the map (B, D, H, W)."""
-        return self._backbone(self.forward_tokens(images_B3HW, window=window))
+        return self.backbone(self.forward_tokens(images_B3HW, window=window))
 
     def encode_adaptors(self, images_B3HW: Tensor, *, window: int | None = None) -> dict[str, VisionOutput]:
         """Encode once and predict every teacher: the outputs of all adaptors by name, and 'backbone'."""
@@ -71,7 +71,7 @@ class Student(nn.Module):
     def predict(self, tokens: StudentTokens) -> dict[str, VisionOutput]:
         """The outputs of all adaptors by name, and 'backbone', from what `forward_tokens` gave."""
         predictions = {name: adaptor(*tokens) for name, adaptor in self.adaptors.items()}
-        return {"backbone": self._backbone(tokens), **predictions}
+        return {"backbone": self.backbone(tokens), **predictions}
 
     def forward_tokens(
         self,
@@ -93,7 +93,7 @@ class Student(nn.Module):
 
     def encode_packed(self, images: Sequence[Tensor]) -> list[VisionOutput]:
         """As `encode`, one image (3, H, W) after the other, but in one pass over images of any sizes; each result has B = 1."""
-        return [self._backbone(tokens) for tokens in self.forward_packed(images)]
+        return [self.backbone(tokens) for tokens in self.forward_packed(images)]
 
     def forward_packed(self, images: Sequence[Tensor]) -> list[StudentTokens]:
         """As `forward_tokens` on each image (3, H, W), in one pass: tokens of all images make one sequence.
@@ -167,7 +167,8 @@ class Student(nn.Module):
         """The class tokens of `summary_idxs`, side by side."""
         return class_tokens_BNC[:, self.summary_idxs].flatten(1)
 
-    def _backbone(self, tokens: StudentTokens) -> VisionOutput:
+    def backbone(self, tokens: StudentTokens) -> VisionOutput:
+        """Summary and map from what `forward_tokens` gave, in the scale that was asked for."""
         features = tokens.features_BCHW if self.unit_scale is None else tokens.features_BCHW / self.unit_scale
         return VisionOutput(self.gather_summary(tokens.class_tokens_BNC), features)
 

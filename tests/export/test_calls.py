@@ -1,5 +1,6 @@
 """The modelling file takes the calls that transformers' own models take."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +9,11 @@ import pytest
 import torch
 from made_run import SIZES, close, flat, pictures
 from PIL import Image
-from transformers import AutoModel, CLIPImageProcessor, pipeline
+from transformers import AutoImageProcessor, AutoModel, CLIPImageProcessor, pipeline
 
 from radio_distill.export.command import export
 from radio_distill.network.intermediates import forward_intermediates
+from radio_distill.network.packing import unpack_images
 from radio_distill.network.student import Student
 
 IMAGES = pictures((16, 32))
@@ -148,3 +150,61 @@ def test_patches_that_do_not_fit_their_grids_are_refused(remote: Any) -> None:
         remote(inputs["pixel_values"], image_grid_hw=torch.tensor([[2, 3]]))
     with pytest.raises(ValueError, match="feature_fmt is 'NCHW', but images of several sizes make no map; leave it out"):
         remote(**inputs, feature_fmt="NCHW")
+
+
+# --- images at their own sizes ------------------------------------------------------------------------------------------------
+
+
+def random_picture(width: int, height: int) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(width).integers(0, 255, (height, width, 3), dtype=np.uint8))
+
+
+@torch.no_grad()
+def test_a_processor_that_keeps_the_aspect_ratio(folder: Path, native: Any, remote: Any, student: Student) -> None:
+    """Between the squares of the smallest and the largest training images (48 px): resized as little as that allows."""
+    processor = AutoImageProcessor.from_pretrained(folder, subfolder="dynamic")
+    sizes = [(60, 30), (200, 500), (48, 48), (3, 90)]
+    inputs = processor([random_picture(*size) for size in sizes], return_tensors="pt")
+    grids = inputs["image_grid_thw"][:, 1:]
+    for (width, height), (rows, cols) in zip(sizes, grids.tolist()):
+        assert 144 * 0.8 <= rows * cols <= 144 * 1.2 or min(rows, cols) <= 3
+        assert max(rows * width / (cols * height), cols * height / (rows * width)) < 1.4 or min(rows, cols) <= 3
+    got, theirs = (model(inputs["pixel_values"], image_grid_hw=grids) for model in (remote, native))
+    images = unpack_images(inputs["pixel_values"], grids.tolist(), 4)
+    want = torch.cat([flat(student.encode(image[None]).features_BCHW)[0] for image in images])
+    close(got.features, want, 1e-5)
+    close(theirs.features, want, 1e-5)
+    assert 0 <= inputs["pixel_values"].min() < inputs["pixel_values"].max() <= 1
+    whole = processor(random_picture(48, 48), return_tensors="pt")["pixel_values"]
+    exact = torch.from_numpy(np.array(random_picture(48, 48))).permute(2, 0, 1) / 255
+    close(unpack_images(whole, [[12, 12]], 4)[0], exact, 1e-6)
+
+
+def test_servers_read_how_many_patches_an_image_may_have(tmp_path: Path, run: Path, folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    for values in (config, config["args"]):
+        assert (values["min_num_patches"], values["max_num_patches"]) == (144, 144)
+    from radio_distill import load_student
+    from radio_distill.student.checkpoints import save_student
+
+    save_student(load_student(run), tmp_path / "student")  # of its training nothing is known
+    config = json.loads((export(tmp_path / "student", tmp_path / "hf") / "config.json").read_text())
+    assert (config["min_num_patches"], config["max_num_patches"]) == (56**2, 56**2)  # its nominal size; the table is smaller
+
+
+@torch.no_grad()
+def test_levels_have_names_and_a_measured_scale(run: Path, folder: Path, tmp_path: Path) -> None:
+    scaled = export(run, tmp_path / "hf", rms_images="toy", adaptors=[])
+    levels = json.loads((scaled / "config.json").read_text())["levels"]
+    assert list(levels) == ["stage1", "stage2", "stage3", "stage4"]
+    options: dict[str, Any] = {"trust_remote_code": True, "unit_scale": True}
+    model = AutoModel.from_pretrained(scaled, **options).eval()
+    maps = model.as_backbone(out_features=list(levels))(IMAGES).feature_maps
+    states = AutoModel.from_pretrained(scaled)(IMAGES, output_hidden_states=True).hidden_states
+    for got, (name, rms) in zip(maps, levels.items(), strict=True):
+        close(flat(got), states[int(name.removeprefix("stage"))][:, 8:] / rms, 1e-5)
+    again = json.loads((export(scaled, tmp_path / "again") / "config.json").read_text())
+    assert again["levels"] == levels
+    assert set(json.loads((folder / "config.json").read_text())["levels"].values()) == {None}
+    with pytest.raises(ValueError, match="unit_scale: the scale of 'stem' was not measured, expected one of stage1, stage2"):
+        model.as_backbone(out_features=["stem"])(IMAGES)

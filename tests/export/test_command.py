@@ -24,12 +24,24 @@ from radio_distill.paths import PACKAGE
 from radio_distill.types import Result
 
 CODE = {"modeling_radio_distill.py", "text_tower.py", *(path.name for path in (PACKAGE / "network").glob("[!_]*.py"))}
-FILES = {"README.md", "SHA256SUMS", "config.json", "model.safetensors", "preprocessor_config.json", *CODE}
+FILES = {
+    "README.md",
+    "SHA256SUMS",
+    "config.json",
+    "model.safetensors",
+    "preprocessor_config.json",
+    "dynamic/preprocessor_config.json",
+    *CODE,
+}
 
 
 @pytest.fixture(scope="module")
 def folder(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return export(run, tmp_path_factory.mktemp("exports") / "hf")
+
+
+def files(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
 
 
 def blocks(folder: Path) -> list[str]:
@@ -43,19 +55,19 @@ def blocks(folder: Path) -> list[str]:
 def test_the_command_line_writes_a_folder(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     out = tmp_path / "student"
     assert main(["export", str(run), "--out", str(out), "adaptors=toy_clip", "dtype=float16"]) == 0
-    assert {path.name for path in out.iterdir()} == FILES | {"provenance.json"}
+    assert files(out) == FILES | {"provenance.json"}
     assert f"wrote {out} (hf, 0." in capsys.readouterr().out
     assert list(radio_distill.load_student(out).adaptors) == ["toy_clip"]
 
 
 def test_checksums_and_provenance(folder: Path, run: Path) -> None:
     sums = dict(line.split("  ")[::-1] for line in (folder / "SHA256SUMS").read_text().splitlines())
-    assert sums.keys() == {path.name for path in folder.iterdir()} - {"SHA256SUMS"}
+    assert sums.keys() == files(folder) - {"SHA256SUMS"}
     assert all(hashlib.sha256((folder / name).read_bytes()).hexdigest() == digest for name, digest in sums.items())
     facts = json.loads((folder / "provenance.json").read_text())
     assert (facts["facts"]["name"], facts["facts"]["step"], facts["format"]) == ("tiny", 7, "hf")
     assert facts["facts"]["teachers"]["toy_clip"]["licence"] == "Apache-2.0"
-    assert str(run.parent) not in "".join(path.read_text() for path in folder.iterdir() if path.suffix != ".safetensors")
+    assert str(run.parent) not in "".join(path.read_text() for path in folder.rglob("*.*") if path.suffix != ".safetensors")
 
 
 def test_the_same_run_gives_the_same_files(run: Path, folder: Path, tmp_path: Path) -> None:

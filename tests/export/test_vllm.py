@@ -33,7 +33,10 @@ def test_vllm_gives_the_students_numbers(tmp_path: Path) -> None:
         p.data.add_(torch.randn_like(p) * 0.02)
     save_student(student, tmp_path / "student")
     folder, images = export(tmp_path / "student", tmp_path / "hf"), pictures((224, 224))
-    save_file({"images": images}, tmp_path / "images.safetensors")
+    ragged = [pictures(size, 1) for size in ((224, 224), (96, 320), (480, 16), (64, 48))]
+    packed = torch.cat([student.model.patch_generator.cut(image)[0] for image in ragged])
+    sizes = torch.tensor([image.shape[2:] for image in ragged])
+    save_file({"images": images, "patches": packed, "sizes": sizes}, tmp_path / "images.safetensors")
     script = Path(__file__).with_name("vllm_features.py")
     command = [str(PYTHON), str(script), str(folder), str(tmp_path / "images.safetensors"), str(tmp_path / "out.safetensors")]
     done = subprocess.run(command, env={**os.environ, "VLLM_TARGET_DEVICE": "cpu"}, capture_output=True, text=True)
@@ -41,5 +44,7 @@ def test_vllm_gives_the_students_numbers(tmp_path: Path) -> None:
     got = load_file(tmp_path / "out.safetensors")
     with torch.no_grad():
         want = student.encode(images)
+        each = [flat(student.encode(image).features_BCHW)[0] for image in ragged]
     close(got["summary"], want.summary_BC)
     close(got["features"], flat(want.features_BCHW))
+    close(got["ragged"].view(-1, 384), torch.cat(each))

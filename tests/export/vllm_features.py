@@ -1,5 +1,7 @@
 """Run vLLM's own RadioModel on an export: python vllm_features.py EXPORT IMAGES.safetensors OUT.safetensors.
 
+IMAGES holds `images` (B, 3, H, W) in [0, 1], and images of several sizes as `patches` (N, 3*P*P) with their `sizes` (n, 2) in pixels.
+
 Run by test_vllm.py with the Python of an environment that has vLLM; radio_distill is not imported here.
 """
 
@@ -38,9 +40,14 @@ def main(export: Path, images: Path, out: Path) -> None:
             if getattr(module, "quant_method", None) is not None:
                 module.quant_method.process_weights_after_loading(module)
         mean, std = (torch.tensor(values[key]).view(3, 1, 1) for key in ("norm_mean", "norm_std"))
+        given, patch = load_file(images), values["patch_size"]
         with torch.no_grad():  # it takes pixels that are normalised already
-            summary, features = model((load_file(images)["images"] - mean) / std)
-    save_file({"summary": summary.float().contiguous(), "features": features.float().contiguous()}, out)
+            summary, features = model((given["images"] - mean) / std)
+            patches = given["patches"].unflatten(1, (3, patch, patch))
+            packed = ((patches - mean) / std).flatten(1)[None]
+            _, ragged = model(packed, imgs_sizes=[tuple(size) for size in given["sizes"].tolist()])
+    results = {"summary": summary, "features": features, "ragged": ragged}
+    save_file({name: x.float().contiguous() for name, x in results.items()}, out)
 
 
 if __name__ == "__main__":

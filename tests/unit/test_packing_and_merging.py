@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from radio_distill.config.recipe import Student as Spec
 from radio_distill.network.arch import AdaptorSlot
 from radio_distill.network.intermediates import forward_intermediates
-from radio_distill.network.scale import feature_rms, use_unit_scale
+from radio_distill.network.scale import measure_rms, use_unit_scale
 from radio_distill.network.stages import forward_features
 from radio_distill.network.student import Student
 from radio_distill.network.token_merging import merge_tokens
@@ -184,9 +184,14 @@ def test_an_adapter_sees_the_patches_before_every_group_and_gets_gradients() -> 
 def test_the_constant_makes_features_unit_scale_and_leaves_adaptors_alone() -> None:
     student = make().eval()
     batches = [torch.stack([picture(16, 16), picture(16, 16) ** 2]), picture(32, 8)[None]]
-    rms = feature_rms(student, batches)
+    rms, levels = measure_rms(student, batches)
     features = torch.cat([student.encode(b).features_BCHW.flatten(2).transpose(1, 2).flatten(0, 1) for b in batches])
     assert rms == pytest.approx(features.square().mean().sqrt().item(), rel=1e-5)
+    assert student.arch.level_blocks == (2, 4, 6, 8)
+    each = [forward_intermediates(student, b, [1, 3, 5, 7]).layers for b in batches]
+    for level, got in enumerate(levels):
+        maps = torch.cat([layers[level].features_BCHW.flatten(2).transpose(1, 2).flatten(0, 1) for layers in each])
+        assert got == pytest.approx(maps.square().mean().sqrt().item(), rel=1e-5)
     before = student.encode_adaptors(batches[0])
     with pytest.raises(ValueError, match="holds no feature_rms; expected a student that was exported with `rms_images=FOLDER`"):
         use_unit_scale(student)
@@ -195,11 +200,11 @@ def test_the_constant_makes_features_unit_scale_and_leaves_adaptors_alone() -> N
     torch.testing.assert_close(after["backbone"].features_BCHW, before["backbone"].features_BCHW / rms)
     torch.testing.assert_close(after["backbone"].summary_BC, before["backbone"].summary_BC)
     torch.testing.assert_close(after["clip"].features_BCHW, before["clip"].features_BCHW)
-    assert feature_rms(scaled, batches) == pytest.approx(1)
+    assert measure_rms(scaled, batches)[0] == pytest.approx(1)
     scaled.arch = replace(scaled.arch, feature_rms=3.0)
     assert use_unit_scale(scaled).unit_scale == 3
 
 
 def test_no_images_to_measure() -> None:
     with pytest.raises(ValueError, match="no images to measure the features on"):
-        feature_rms(make().eval(), [])
+        measure_rms(make().eval(), [])
