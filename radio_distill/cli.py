@@ -132,6 +132,10 @@ def _add_commands_that_train(commands: Any) -> None:
     viz.add_argument("upsamplers", nargs="+", metavar="upsampler", help="run folder, checkpoint or folder of an upsampler")
     viz.add_argument("--images", required=True, help="folder of images, shards, one image, or toy (generated scenes)")
     viz.add_argument("--out", required=True, help="picture to write, FILE.png")
+    paper = _add(
+        commands, "paper", "make tables and figures of the FeatSharp paper, on toy data or yours; without a name: list them"
+    )
+    paper.add_argument("overrides", nargs="*", metavar="NAME or key=value", help="table1, figure6, ..., all; run=FOLDER, ...")
     report = _add(commands, "report", "write a run's report: curves, results, pictures")
     report.add_argument("run", help="run folder")
     export = _add(commands, "export", "write a student for others: one folder with weights, model card and checksums")
@@ -331,6 +335,12 @@ def _viz(arguments: argparse.Namespace) -> int:
     return viz(arguments.upsamplers, arguments.images, arguments.out)
 
 
+def _paper(arguments: argparse.Namespace) -> int:
+    from .paper.command import main as paper
+
+    return paper(arguments.overrides)
+
+
 def _report(arguments: argparse.Namespace) -> int:
     from .eval.report import main as report
 
@@ -369,6 +379,7 @@ HANDLERS: dict[str, Callable[[argparse.Namespace], int]] = {
     "submit": _submit,
     "eval": _eval,
     "viz": _viz,
+    "paper": _paper,
     "report": _report,
     "export": _export,
     "gain": _gain,

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-__all__ = ["pca_rgb", "panel", "resize", "save_png"]
+__all__ = ["heat", "panel", "pca_rgb", "resize", "save_png"]
 
 
 def pca_rgb(features_BCHW: Tensor) -> Tensor:
@@ -33,6 +33,13 @@ def pca_rgb(features_BCHW: Tensor) -> Tensor:
     if c < 3:
         y = y.mean(1, keepdim=True).expand(-1, 3)
     return rearrange(y, "(b h w) c -> b c h w", b=b, h=h).float()
+
+
+def heat(values_BHW: Tensor, top: float | None = None) -> Tensor:
+    """Numbers of at least 0 as colours, black over red and yellow to white: (B, 3, H, W). top: what is white; None: the largest."""
+    x = values_BHW.detach().float().cpu()
+    x = 3 * x / max(float(x.max()) if top is None else top, 1e-12)
+    return torch.stack([x, x - 1, x - 2], 1).clamp(0, 1)
 
 
 def panel(rows: dict[str, Tensor], *, side: int = 128) -> Tensor:

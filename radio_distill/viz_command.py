@@ -1,6 +1,7 @@
 """`radio-distill viz UPSAMPLER [UPSAMPLER ...] --images SOURCE --out FILE.png`: draw the maps of upsamplers for some images.
 
-Rows: the images; for every teacher its own map, that map resized bilinearly, and the map of each of its upsamplers.
+Rows: the images; for every teacher its own map, that map resized bilinearly, its map of the larger image (`Real 4x`; of teachers that
+take any size), and the map of each of its upsamplers.
 
 Shapes: B images, C channels, h w the teacher's grid, H W an upsampled grid.
 """
@@ -68,6 +69,8 @@ def _rows_of_teacher(name: str, group: list[SavedUpsampler], data: HeldOut, devi
     low = teacher.encode(resize_map(large, (size, size))).features_BCHW
     grid = (finest * low.shape[2], finest * low.shape[3])
     maps = {f"{name} own": low, f"{name} bilinear": resize_map(low, grid)}
+    if finest > 1 and teacher.card.input.resizable:
+        maps[f"{name} Real {finest}x"] = torch.cat([teacher.encode(image[None]).features_BCHW for image in large])
     for saved in group:
         model, pixels = Upsampled(teacher, saved), resize_map(large, (saved.factor * size,) * 2)
         sharp = torch.cat([model.encode(image[None]).features_BCHW for image in pixels])

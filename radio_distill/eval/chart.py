@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from html import escape
 
-__all__ = ["bar_chart", "line_chart"]
+__all__ = ["bar_chart", "line_chart", "line_chart_file"]
 
 COLOURS = ("#2f6fde", "#d9662b", "#2a9d5c", "#a33bbd", "#c43d4b", "#6b7a8f", "#0e9aa7", "#b8860b")
 DASHES = ("none", "6 3", "2 3")
@@ -34,10 +34,38 @@ def line_chart(
     marks: dict[float, str] | None = None,
     axis: str = "steps",
 ) -> str:
-    """One chart with a legend. baseline: a dashed horizontal line. marks: vertical lines with a label, by x. axis: what x is.
+    """One chart with a legend, as a part of a page. baseline: a dashed horizontal line. marks: vertical lines with a label, by x.
+    axis: what x is.
 
     Points of short lines are drawn as dots.
     """
+    body = _lines(series, baseline=baseline, marks=marks, axis=axis)
+    if not body:
+        return ""
+    svg = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">{body}</svg>'
+    return _figure(title, svg, list(series))
+
+
+def line_chart_file(series: dict[str, Series], *, title: str, axis: str) -> str:
+    """The same chart as a file of its own, with title, legend and colours inside."""
+    top, rows = 24, []
+    for i, (stroke, name) in enumerate(zip(_strokes(len(series)), series)):
+        y = top + HEIGHT + 16 * i + 8
+        rows.append(f'<line x1="{LEFT}" x2="{LEFT + 22}" y1="{y}" y2="{y}" stroke-width="4" {stroke}/>')
+        rows.append(f'<text x="{LEFT + 30}" y="{y + 4}">{escape(name)}</text>')
+    height = top + HEIGHT + 16 * len(series) + 8
+    style = "text{font:12px sans-serif;fill:#1c232e}.tick{font-size:11px;fill:#5d6b7d}.grid{stroke:#d8dee6}"
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{2 * WIDTH}"><style>{style}</style>'
+        f'<rect width="{WIDTH}" height="{height}" fill="#fff"/><text x="{LEFT}" y="16">{escape(title)}</text>'
+        f'<g transform="translate(0 {top})">{_lines(series, axis=axis)}</g>{"".join(rows)}</svg>\n'
+    )
+
+
+def _lines(
+    series: dict[str, Series], *, axis: str, baseline: float | None = None, marks: dict[float, str] | None = None
+) -> str:
+    """What is inside the chart; empty without points."""
     points = [p for line in series.values() for p in line if math.isfinite(p[1])]
     if not points:
         return ""
@@ -72,8 +100,7 @@ def line_chart(
         if px >= last + TICK and px <= end:
             body.append(f'<text class="tick" x="{px:.1f}" y="{HEIGHT - 8}" text-anchor="middle">{x:g}</text>')
             last = px
-    svg = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">{"".join(body)}</svg>'
-    return _figure(title, svg, list(series))
+    return "".join(body)
 
 
 def bar_chart(series: dict[str, Bars], *, title: str, rows: list[str]) -> str:

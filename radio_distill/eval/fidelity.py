@@ -44,7 +44,7 @@ FIRST_SEED = 73_000
 """Image i draws its views, and the positions of CRF and MMD, with seed FIRST_SEED + i."""
 
 REMEMBERED = 4 << 30
-"""Bytes of the teacher's outputs that are kept in the host's memory for the next upsampler of the same teacher."""
+"""Bytes of images and the teacher's outputs that stay in the host's memory for the next upsampler of the same teacher."""
 
 
 @dataclass(frozen=True)
@@ -127,12 +127,12 @@ def measure(
         for saved in group.values():
             check_teacher(saved, saved.card, saved.size)
         teacher = load_teacher(next(iter(group.values())).card).to(device)
-        remember = _Memory(chunked(teacher, chunk))
+        remember = _Memory(chunked(teacher, chunk), data)
         tiling = _overtiling(teacher, next(iter(group.values())).size, data, protocol)
         for name, saved in group.items():
             scores = _Scores(saved, device)
             for start in range(0, data.count, protocol.batch):
-                _score_batch(teacher, remember, scores, data, protocol, start)
+                _score_batch(teacher, remember, scores, protocol, start)
             yield scores.measured(name, tiling)
 
 
@@ -213,23 +213,38 @@ def _groups(models: dict[str, SavedUpsampler], protocol: FidelityProtocol) -> It
 
 
 class _Memory:
-    """The teacher's encode, which answers at once what it was asked before: upsamplers want the same views and tiles."""
+    """Images, and the teacher's encode, which answer at once what they were asked before: upsamplers want the same views and tiles."""
 
-    def __init__(self, encode: Callable[[Tensor], VisionOutput]) -> None:
-        self._encode = encode
-        self._known: dict[bytes, VisionOutput] = {}
+    def __init__(self, encode: Callable[[Tensor], VisionOutput], data: HeldOut) -> None:
+        self._encode, self._data = encode, data
+        self._outputs: dict[bytes, VisionOutput] = {}
+        self._images: dict[tuple[int, int, int], Tensor] = {}
         self._left = REMEMBERED
 
     def __call__(self, pixels_B3HW: Tensor) -> VisionOutput:
         key = hashlib.sha256(f"{tuple(pixels_B3HW.shape)}".encode() + pixels_B3HW.cpu().contiguous().numpy().tobytes()).digest()
-        if key in self._known:
-            return _to(self._known[key], pixels_B3HW.device)
+        if key in self._outputs:
+            return _to(self._outputs[key], pixels_B3HW.device)
         out = self._encode(pixels_B3HW)
-        size = sum(x.numel() * x.element_size() for x in out if x is not None)
-        if size <= self._left:
-            self._left -= size
-            self._known[key] = _to(out, "cpu")
+        if self._has_room(*(x for x in out if x is not None)):
+            self._outputs[key] = _to(out, "cpu")
         return out
+
+    def images(self, start: int, stop: int, side: int) -> Tensor:
+        """As the held-out set gives them."""
+        key = (start, stop, side)
+        if key in self._images:
+            return self._images[key]
+        images = self._data.images(start, stop, side)
+        if self._has_room(images):
+            self._images[key] = images
+        return images
+
+    def _has_room(self, *tensors: Tensor) -> bool:
+        size = sum(x.numel() * x.element_size() for x in tensors)
+        fits = size <= self._left
+        self._left -= size if fits else 0
+        return fits
 
 
 def _to(out: VisionOutput, device: torch.device | str) -> VisionOutput:
@@ -244,12 +259,10 @@ class _Views(NamedTuple):
 
 
 @torch.no_grad()
-def _score_batch(
-    teacher: Teacher, encode: _Memory, scores: _Scores, data: HeldOut, protocol: FidelityProtocol, start: int
-) -> None:
+def _score_batch(teacher: Teacher, encode: _Memory, scores: _Scores, protocol: FidelityProtocol, start: int) -> None:
     saved, device = scores.saved, teacher.device
     size, grid = (saved.size,) * 2, (saved.grid,) * 2
-    fine = data.images(start, start + protocol.batch, saved.size * max(protocol.fine, saved.factor)).to(device)
+    fine = encode.images(start, start + protocol.batch, saved.size * max(protocol.fine, saved.factor)).to(device)
     seeds_B = torch.arange(start, start + len(fine), device=device) + FIRST_SEED
     matrices = draw_matrices(seeds_B, protocol.jitter, grid)
     seen = warp_views(fine, matrices, size, protocol.jitter.outside).flatten(0, 1)

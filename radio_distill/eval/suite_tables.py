@@ -18,7 +18,7 @@ from .published_tables import of_tasks
 from .suites import PAPER
 from .tables import Table, pipes
 
-__all__ = ["Section", "sections", "to_markdown"]
+__all__ = ["Curve", "Section", "curve_table", "sections", "to_markdown"]
 
 OTHERS = ("teacher:", "timm:", "hf:", "random:", "paper:")
 """How the labels of models begin that are no students of ours."""
@@ -66,12 +66,16 @@ def to_markdown(sections: Iterable[Section]) -> str:
         if section.rows:
             blocks.append(pipes(section.head, section.rows))
         blocks += [f"### {table.title}\n\n{pipes(table.head, table.rows)}" for table in section.tables]
-        for curve in section.curves:
-            points = sorted({x for line in curve.lines.values() for x, _ in line})
-            cells = {name: dict(line) for name, line in curve.lines.items()}
-            rows = [(name, *(f"{of[x]:.4g}" if x in of else "-" for x in points)) for name, of in cells.items()]
-            blocks.append(f"{curve.title}\n\n" + pipes((curve.axis, *(f"{x:g}" for x in points)), rows))
+        blocks += [f"{curve.title}\n\n{curve_table(curve)}" for curve in section.curves]
     return "\n\n".join(blocks) + "\n"
+
+
+def curve_table(curve: Curve) -> str:
+    """A curve's points as a table of markdown."""
+    points = sorted({x for line in curve.lines.values() for x, _ in line})
+    cells = {name: dict(line) for name, line in curve.lines.items()}
+    rows = [(name, *(f"{of[x]:.4g}" if x in of else "-" for x in points)) for name, of in cells.items()]
+    return pipes((curve.axis, *(f"{x:g}" for x in points)), rows)
 
 
 def _section(suite: str, results: Sequence[Result]) -> Section:

@@ -71,7 +71,7 @@ AnyTask = Annotated[
 PAPER, CUSTOM = "paper", "custom"
 """The preset whose numbers may be compared with published ones; the name of anything that a user has changed."""
 
-NOT_SUITES = ("published",)
+NOT_SUITES = ("paper", "published")
 """Other files in the folder of the suites."""
 
 

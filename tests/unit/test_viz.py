@@ -36,7 +36,8 @@ def test_one_set_of_colours_for_all_maps_of_a_teacher():
     rows = draw_upsamplers([*upsamplers, made("toy_dino", kind="bilinear")], HeldOut("toy", 2))
     assert list(rows) == [
         "image", "toy_clip own", "toy_clip bilinear", "toy_clip 3x Bilinear alone, no de-bias", "toy_clip 2x Tiles alone",
-        "toy_clip 2x Tiles alone #2", "toy_dino own", "toy_dino bilinear", "toy_dino 2x Bilinear alone",
+        "toy_clip 2x Tiles alone #2", "toy_dino own", "toy_dino bilinear", "toy_dino Real 2x",
+        "toy_dino 2x Bilinear alone",
     ]  # fmt: skip
     assert {tuple(picture.shape) for name, picture in rows.items() if "clip" in name} == {(2, 3, 36, 36)}
     assert torch.allclose(rows["toy_clip bilinear"], rows["toy_clip 3x Bilinear alone, no de-bias"], atol=1e-3)

@@ -1,0 +1,164 @@
+"""`radio-distill paper`: a tenth-size version of every table and figure, on upsamplers and students that are there already."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from made_run import make_run
+from made_upsampler import made
+from PIL import Image
+
+from radio_distill.cli import main
+from radio_distill.errors import CardError, RadioDistillError
+from radio_distill.paper.card import OWN, Row, load_entry, load_paper, parse_row
+from radio_distill.paper.command import make
+from radio_distill.paper.desk import STUDENTS, Desk
+from radio_distill.results import read
+from radio_distill.upsamplers.folder import save_upsampler
+
+ENTRIES = load_paper().entries
+LONG = ("table2", "table6")
+"""Tested apart: all suites of five students; VLMs."""
+
+
+@pytest.fixture(scope="session")
+def desk(tmp_path_factory: pytest.TempPathFactory) -> Desk:
+    """Every toy upsampler that an entry names, untrained, and one tiny student under five names."""
+    run = tmp_path_factory.mktemp("paper")
+    one = Desk(run, quick=True)
+    for entry in ENTRIES.values():
+        for teacher in entry.toys:
+            for row in one.rows(entry):
+                folder = run / "upsamplers" / f"{teacher}-{row.label}"
+                if row.name != OWN and not folder.exists():
+                    save_upsampler(made(teacher, **one.network(teacher, row).model_dump()), folder)
+    make_run(run / "students" / "baseline")
+    for name in STUDENTS:
+        if name != "baseline":
+            os.symlink(run / "students" / "baseline", run / "students" / name)
+    return one
+
+
+@pytest.fixture(autouse=True)
+def _alone(monkeypatch: pytest.MonkeyPatch, desk: Desk) -> None:
+    from radio_distill.eval import runner
+
+    monkeypatch.setenv("RADIO_DISTILL_CACHE", str(desk.run / "cache"))
+    monkeypatch.setattr(runner, "_measure_cost", lambda *_: None)  # its timing takes most of the time of such short tasks
+
+
+@pytest.mark.parametrize("name", [name for name in ENTRIES if name not in LONG])
+def test_every_table_and_figure_is_made(name: str, desk: Desk) -> None:
+    """Each has its text, with a table, a picture or a curve in it, and nothing is trained."""
+    text, *pictures = make(name, desk)
+    words = text.read_text()
+    assert words.startswith(f"# {name}: {ENTRIES[name].title}")
+    assert "| --- |" in words or pictures
+    assert "nan" not in words
+    for picture in pictures:
+        assert picture.name in words
+        assert 0 < picture.stat().st_size < 2_000_000
+        if picture.suffix == ".png":
+            assert torch.tensor(Image.open(picture).getextrema()).diff(dim=1).min() > 50  # not one colour
+    assert not desk.scenes_folder.exists()  # nothing was trained
+
+
+def test_what_is_measured_is_kept_and_shared(desk: Desk) -> None:
+    """Figures 6 and 13 and Table 8 share an upsampler at 2x: its numbers are measured once."""
+    make("figure13", desk)
+    before = len(read(desk.results))
+    make("figure13", desk)
+    assert len(read(desk.results)) == before
+
+
+def test_gains_are_of_the_students_over_the_baseline(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Table 2, from Table 5 alone: a copy of the baseline gains nothing."""
+    from radio_distill.paper import measured
+
+    part = load_entry("table2").model_copy(update={"of": ("table5",)})
+    words = "\n".join(measured.gains(part, desk).notes)
+    assert "gain in percent over baseline" in words
+    assert "mean of groups" in words
+    numbers = [
+        float(x) for line in words.splitlines() if line.startswith("mean of groups") for x in line.replace("*", "").split()[3:]
+    ]
+    assert numbers == [0.0]
+
+
+def test_a_toy_upsampler_is_trained_when_it_is_missing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["paper", "figure11", f"run={tmp_path}", "quick=true"]) == 0
+    assert capfd.readouterr().out.split()[-2:] == [f"{tmp_path}/figure11.md", f"{tmp_path}/figure11.png"]
+    assert (tmp_path / "upsamplers" / "toy_dino-featsharp-2x" / "checkpoints" / "latest").exists()
+
+
+def test_upsamplers_of_real_teachers_are_listed_with_their_commands(tmp_path: Path) -> None:
+    with pytest.raises(RadioDistillError) as told:
+        make("table13", Desk(tmp_path, teachers=("dfn_clip",)))
+    lines = str(told.value).splitlines()
+    assert lines[0].startswith("5 upsamplers of dfn_clip are not in")
+    assert "teacher=dfn_clip size=378 preset=paper network.factor=2 network.kind=featup" in lines[1]
+    assert f"run={tmp_path / 'upsamplers' / 'dfn_clip-featup-2x'} --ranks 8" in lines[1]
+    with pytest.raises(RadioDistillError, match=r"expected the run of stage3 \(or a link to it\) there"):
+        make("figure9", Desk(tmp_path, students=str(tmp_path)))
+
+
+def test_the_command_that_is_listed_loads() -> None:
+    from radio_distill.config.load import load_upsampler_recipe
+
+    settings = [
+        "name=x",
+        "teacher=siglip",
+        "size=378",
+        "preset=paper",
+        "network.factor=4",
+        *load_paper().upsamplers["featsharp"],
+    ]
+    recipe = load_upsampler_recipe("upsampler/dfn_clip_2x", [*settings, "data.sources.sa1b.path=x/{0000..0001}.tar"])
+    assert (recipe.teacher, recipe.network.factor, recipe.network.inputs, recipe.optim.steps) == (
+        "siglip",
+        4,
+        ("jbu", "tiles"),
+        9000,
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["tabel1"], "the paper has no 'tabel1', did you mean 'table1'"),
+        (["table1", "teacher=toy_dino"], "unknown setting 'teacher', did you mean 'teachers'"),
+        (["table1", "steps=0"], "steps=0, expected a whole number of at least 1"),
+        (["table1", "quick=yes"], "quick=yes, expected true or false"),
+        (["table3", "students=/nowhere"], "students=/nowhere is no folder"),
+        (["figure15", "teachers=toy_clip"], "teacher toy_clip takes 84 px only"),
+    ],
+)
+def test_wrong_use_is_told(arguments: list[str], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["paper", *arguments, f"run={tmp_path}"]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_rows_of_the_card() -> None:
+    assert parse_row("own") == Row("own", 1, 1)
+    assert parse_row("jbu-tiles@4x3") == Row("jbu-tiles", 4, 3)
+    assert parse_row("jbu-tiles@4x3").label == "jbu-tiles-4x-long"
+    with pytest.raises(ValueError, match="is no row"):
+        parse_row("featsharp@99")
+    with pytest.raises(CardError):
+        load_entry("figure2")
+
+
+def test_every_table_and_figure_has_an_entry_and_a_line_in_the_docs(repo: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    wanted = {f"table{n}" for n in range(1, 15)} | {f"figure{n}" for n in (1, *range(4, 17))}
+    assert set(ENTRIES) == wanted
+    lines = (repo / "docs" / "paper.md").read_text().splitlines()
+    for name, entry in ENTRIES.items():
+        (line,) = [line for line in lines if line.startswith(f"| `{name}` |")]
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        assert cells[1:3] == [entry.title, str(entry.toy_minutes)]
+        assert cells[3].startswith(entry.needs)
+        assert cells[4] == (entry.ours or "-")
+    assert main(["paper"]) == 0
+    listed = capsys.readouterr().out
+    assert all(f"{name} " in listed and entry.title in listed for name, entry in ENTRIES.items())
