@@ -105,9 +105,9 @@ def biases(entry: Figure, desk: Desk) -> Product:
             }
             bias = sharpener.bias_buffer.buffer.expand(len(large), -1, -1, -1)
             picture |= {f"{name} image": large.cpu(), f"{name} bias": viz.pca_rgb(bias)}
-            colours = _one_palette(list(rows.values())).chunk(len(rows))
-            picture |= {f"{name} {label}": c for label, c in zip(rows, colours)}
-    return Product(picture=picture)
+            of_images = [_one_palette([m[i : i + 1] for m in rows.values()]) for i in range(len(large))]
+            picture |= {f"{name} {label}": torch.stack([c[i] for c in of_images]) for i, label in enumerate(rows)}
+    return Product(picture=picture, notes=["The four maps of an image share one set of principal components."])
 
 
 @torch.no_grad()
