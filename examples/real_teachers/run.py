@@ -7,6 +7,7 @@ Without images, generated scenes stand in, and the two photos that scikit-learn 
 goes on where it stopped.
 """
 
+import json
 import logging
 import multiprocessing
 import os
@@ -81,7 +82,7 @@ def pack(source, out):
     if not out.exists():
         make_shards(str(source), str(out), count=HELD_OUT, seed=0)
     shards = sorted(out.glob("*.tar"))
-    if len(shards) * HELD_OUT < LEAST:
+    if sum(json.loads((out / "index.json").read_text())["shards"].values()) < LEAST:
         raise DataError(
             f"{source} has fewer than {LEAST} images, of which {HELD_OUT} are held out; give more, or leave out images="
         )

@@ -1,5 +1,6 @@
 """The example's two networks at their true size, from files written here in the formats of the packages; nothing of these is imported."""
 
+import tarfile
 from pathlib import Path
 
 import h5py
@@ -117,3 +118,41 @@ def test_a_file_of_another_network_is_refused(packages: Path) -> None:
     torch.save(state, file_of(packages, "efficientnet_lite0.yaml"))
     with pytest.raises(TeacherError, match="its tensors come in another order"):
         load_teacher(load_card("efficientnet_lite0.yaml"))
+
+
+def test_both_recipes_are_planned_without_the_packages(packages: Path) -> None:
+    from radio_distill.config.load import load_recipe, load_upsampler_recipe
+    from radio_distill.plan.stage import plan
+    from radio_distill.plan.upsampler import plan_upsampler
+
+    found = plan(load_recipe("student.yaml"), world_size=2)
+    assert [t.name for t in found.teachers] == ["efficientnet_lite0", "hed"]
+    assert not any("licence" in note for note in found.notes)
+    upsampler = plan_upsampler(load_upsampler_recipe("upsampler.yaml"), world_size=1)
+    assert (upsampler.grid, upsampler.fine_grid) == (8, 16)
+
+
+def test_images_are_held_out_once_and_for_all(packages: Path, tmp_path: Path) -> None:
+    import run
+    from PIL import Image
+
+    from radio_distill.errors import DataError, RecipeError
+
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for i in range(100):
+        Image.new("RGB", (8, 8), (i, 0, 0)).save(photos / f"{i:03d}.png")
+    shards = run.pack(photos, tmp_path / "images")
+    assert shards == run.pack(photos, tmp_path / "images")
+    names = []
+    for shard in shards:
+        with tarfile.open(shard) as tar:
+            names += tar.getnames()
+    assert sorted(name.partition("-")[2] for name in names) == [f"{i:03d}.png" for i in range(100)]
+    assert str(shards[0]) not in run.sources(tmp_path, shards[1:])[0]
+    for path in list(photos.glob("*.png"))[:10]:
+        path.unlink()
+    with pytest.raises(DataError, match="fewer than 96 images, of which 32 are held out"):
+        run.pack(photos, tmp_path / "fewer")
+    with pytest.raises(RecipeError, match="no setting 'image'; expected images=FOLDER or run=FOLDER"):
+        run.settings(["image=x"])
