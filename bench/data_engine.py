@@ -53,7 +53,7 @@ def main() -> None:
     given = parser.parse_args()
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
     with tempfile.TemporaryDirectory() as folder:
-        write_toyworld(f"{folder}/scenes", count=64, size=192, seed=0, shards=4)
+        write_toyworld(f"{folder}/scenes", count=32, size=192, seed=0, shards=4)
         found = {**steps(given.steps, Path(folder)), **assignment(given.rows), **embedding(Path(folder))}
     print(json.dumps(found) if given.json else "\n".join(f"{name:>40} {value:10.3f}" for name, value in found.items()))
 

@@ -45,7 +45,7 @@ from ..train.ranks import run_ranks
 from ..train.watchdog import watch
 from ..types import Batch
 from .build import TeacherSide, build_teacher_side, gather_balancers, given_balancers, view_specs_of
-from .cache_files import HEADER, CacheFolder, Header, describe, differences, pack_row, tar_name
+from .cache_files import HEADER, CacheFolder, Header, describe, differences, extras, pack_row, tar_name
 from .targets import name_non_finite
 
 __all__ = ["main"]
@@ -121,11 +121,14 @@ def _begin(folder: CacheFolder, header: Header, out: Path, held: ExitStack) -> N
             for key in ("store", "view_seed", "contents", "keep")
             if getattr(was, key) != getattr(header, key)
         ]
-        if was.made["partitions"].keys() != header.made["partitions"].keys():
-            changed.append(f"partitions: {', '.join(was.made['partitions'])} in the cache, not in the recipe")
+        changed += extras(was, header)
         if changed:
             raise DataError(_refusal(str(out), changed, "set cache.write to another folder"))
-        header = replace(header, views=max(was.views, header.views))
+        header = replace(was, views=max(was.views, header.views), complete=False)
+    elif any(out.glob("*/*/*/*.tar")):
+        raise DataError(
+            f"{out} holds shards and no {HEADER}, so it is not known of what; remove them, or set cache.write to another folder"
+        )
     for left_over in out.rglob(f"{UNFINISHED}*"):  # of a process that was killed
         left_over.unlink(missing_ok=True)
     folder.write_header(header)

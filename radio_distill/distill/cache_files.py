@@ -51,6 +51,7 @@ __all__ = [
     "StoredRow",
     "describe",
     "differences",
+    "extras",
     "load_row",
     "pack_row",
     "stack_rows",
@@ -123,6 +124,15 @@ def differences(was: Header, now: Header) -> list[str]:
             changed = Fingerprint.from_dict(was.teachers[name]).differences(Fingerprint.from_dict(values))
             found += [f"teachers.{name}.{change.what}: {change.was} in the cache, {change.now} now" for change in changed]
     return found
+
+
+def extras(was: Header, now: Header) -> list[str]:
+    """What a cache holds that a recipe does not ask for."""
+    more = [
+        *(key for key in _flat(was.made) if key not in _flat(now.made)),
+        *(f"teachers.{t}" for t in was.teachers if t not in now.teachers),
+    ]
+    return [f"{key}: in the cache, not in the recipe" for key in more]
 
 
 def _seen(recipe: Recipe, partition: str, name: str, card: TeacherCard) -> dict[str, Any]:

@@ -242,13 +242,22 @@ def test_what_does_not_change_targets_may_be_edited(recipe, source, exact):
     assert open_it(recipe, source, f"cache.read={exact}", *free)[0].data.view_seed == 0
 
 
-def test_another_cache_is_not_written_over(recipe, source, exact, capfd):
+def test_another_cache_is_not_written_over(recipe, source, exact, tmp_path, capfd):
     before = files(exact)
     assert cache(recipe, [source], exact) == 2
     assert "store: exact in the cache, int8 in the recipe\nset cache.write to another folder" in capfd.readouterr().err
     assert cache(recipe, [source, "cache.store=exact", "partitions.low.teachers.toy_dino.size=56"], exact) == 2
     assert "partitions.low.toy_dino.size" in capfd.readouterr().err
+    fewer = tmp_path / "fewer.yaml"
+    fewer.write_text(RECIPE.replace(", toy_dino: {}", "").replace(", toy_dino: {size: 84}", ""))
+    assert cache(str(fewer), [source, "cache.store=exact"], exact) == 2
+    assert "teachers.toy_dino: in the cache, not in the recipe" in capfd.readouterr().err
     assert files(exact) == before
+    assert open_it(str(fewer), source, f"cache.read={exact}")  # to read less than it holds is no trouble
+    (tmp_path / "low/0/toy").mkdir(parents=True)
+    (tmp_path / "low/0/toy/000000.tar").touch()
+    assert cache(recipe, [source], tmp_path) == 2
+    assert "holds shards and no cache.json, so it is not known of what" in capfd.readouterr().err
 
 
 def test_wishes_that_cannot_be_met_are_told(recipe, source, exact, photos, tmp_path, capfd):
