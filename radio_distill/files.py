@@ -7,6 +7,8 @@ import json
 import os
 import shutil
 import socket
+import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -21,8 +23,14 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DAMAGE",
+    "CHECKPOINT_SUMS",
+    "SHA256SUMS",
     "UNFINISHED",
     "appearing",
+    "changed",
+    "check_written",
+    "check_zip",
+    "crc_of_file",
     "digest_of",
     "digest_of_file",
     "replace_text",
@@ -37,6 +45,12 @@ Value = TypeVar("Value")
 DAMAGE = (OSError, EOFError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, AssertionError, RuntimeError)
 """What reading raises where a file is cut, or a value in it is missing or of another type."""
 
+
+SHA256SUMS, CHECKPOINT_SUMS = "SHA256SUMS", "files.json"
+"""Checksums of an export's files (`sha256sum -c` reads them); size and CRC-32 of a checkpoint's."""
+VERIFY = "RADIO_DISTILL_VERIFY"
+"""Environment variable; 0: checksums of what is loaded are not looked at, which saves a reading of huge files."""
+CHUNK = 8 << 20
 
 UNFINISHED = ".tmp-"
 """What the name of every file and folder begins with that is being written; left over, it is of a process that was killed."""
@@ -114,6 +128,53 @@ def digest_of_file(path: Path) -> str:
     """SHA-256 of a file's content, 64 hex digits, as `sha256sum` prints."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def crc_of_file(path: Path) -> int:
+    """CRC-32 of a file's content."""
+    crc = 0
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK):
+            crc = zlib.crc32(chunk, crc)
+    return crc
+
+
+def check_written(path: Path) -> None:
+    """Raise CheckpointError when a file is not what was written, by the checksums beside it or a folder above: SHA256SUMS of an export,
+    files.json of a checkpoint. Where there are none nothing is known."""
+    if (told := changed(path)) is not None:
+        raise CheckpointError(
+            f"{path} is not what was written ({told.name} says so): it was cut or altered; copy it again, or, if you saved something "
+            f"else under its name, delete {told}"
+        )
+
+
+def check_zip(path: Path) -> None:
+    """Raise ValueError when a member of a torch file, which is a zip, is not what its checksum says: `torch.load` does not look."""
+    if os.environ.get(VERIFY) == "0" or not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as file:
+        if (bad := file.testzip()) is not None:
+            raise ValueError(
+                f"the checksum of {bad} in it does not hold; {VERIFY}=0 reads it, if it was written without (set_crc32_options)"
+            )
+
+
+def changed(path: Path) -> Path | None:
+    """The file of checksums that says that `path` is not what was written; None when it is, and where nothing tells."""
+    if os.environ.get(VERIFY) == "0" or not path.is_file():
+        return None
+    for folder in (path.parent, path.parent.parent):
+        name = path.relative_to(folder).as_posix()
+        with suppress(OSError, ValueError, AttributeError, TypeError):  # what cannot be read tells nothing
+            if (sums := folder / SHA256SUMS).is_file():
+                told = dict(line.split("  ", 1)[::-1] for line in sums.read_text().splitlines())
+                return sums if name in told and digest_of_file(path) != told[name] else None
+            if (sums := folder / CHECKPOINT_SUMS).is_file():
+                size, crc = parse_json(sums.read_text()).get(name, (None, None))
+                is_same = size is None or (path.stat().st_size == size and crc_of_file(path) == crc)
+                return None if is_same else sums
+    return None
 
 
 @contextmanager

@@ -30,9 +30,9 @@ def read(path: Path) -> list[Result]:
     if not path.exists():
         return []
     results = []
-    for number, line in enumerate(path.read_text(errors="replace").splitlines(), 1):
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
         try:
-            results.append(typed(Result, parse_json(line)))
+            results.append(typed(Result, parse_json(line.decode())))
         except (ValueError, TypeError) as error:
             raise DataError(
                 f"{path}:{number} is not a result ({error}); remove the line (an interrupted write leaves half of one)"

@@ -5,15 +5,15 @@ Writing them is the business of `train/`; this file needs no DeepSpeed and no Py
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .errors import CheckpointError
+from .files import parse_json
 from .paths import expand
 
 if TYPE_CHECKING:
@@ -85,7 +85,11 @@ def latest_of_all(runs: Sequence[Path]) -> list[Path | None]:
 def read_meta(checkpoint: Path) -> Meta:
     """The checkpoint's meta.json; CheckpointError when it is not one of ours."""
     try:
-        return Meta(**json.loads((checkpoint / "meta.json").read_text()))
+        meta = Meta(**parse_json((checkpoint / "meta.json").read_text()))
+        for field in fields(meta):  # without pydantic, which is not needed to load a student
+            if type(value := getattr(meta, field.name)).__name__ != field.type:
+                raise TypeError(f"{field.name} is {value!r}, expected {field.type}")
+        return meta
     except (OSError, ValueError, TypeError) as error:
         raise CheckpointError(
             f"{checkpoint} is not a complete checkpoint ({error}); name a run folder or another checkpoint"

@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import re
 import warnings
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -32,6 +33,8 @@ Pixels = NDArray[np.uint8]
 MAX_PIXELS = 100_000_000
 """Larger images are not decoded where no recipe sets `data.max_pixels`."""
 
+PNG = b"\x89PNG\r\n\x1a\n"
+PNG_PIXELS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT")
 ORIENTATION = 0x0112
 TRANSPOSED = 5  # EXIF orientations from 5 on swap rows and columns
 XMP_ORIENTATION = re.compile(rb'tiff:Orientation(?:="|>)([1-8])')
@@ -101,6 +104,7 @@ def read_stored(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Stored:
     """The values of a label map or depth map as they are written: palette indices stay indices, 16 bits stay 16. Raises BadImage."""
     image = _open(data)
     _check_size(image.height, image.width, max_pixels)
+    _check_png(data)
     _load(image)
     return Stored(np.array(image), image.mode, image.format or "")
 
@@ -264,6 +268,7 @@ def _open(data: bytes) -> Image.Image:
 def _decode_pillow(data: bytes) -> Pixels:
     """RGB as it is stored (a TIFF as it is seen)."""
     image = _open(data)
+    _check_png(data)
     if isinstance(image, PngImageFile) and image.mode == "L" and "transparency" in image.info:
         # values of 2 and 4 bits are spread over 0 to 255 when they are read; the transparent one is left as it was
         image.info["transparency"] *= {"L;2": 85, "L;4": 17}.get(str(image.tile[0].args), 1)
@@ -282,6 +287,19 @@ def _quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
+
+
+def _check_png(data: bytes) -> None:
+    """Raise BadImage where the checksum of a chunk that pixels depend on does not hold: Pillow looks at that of headers alone."""
+    if not data.startswith(PNG):
+        return
+    at, view = len(PNG), memoryview(data)
+    while at + 12 <= len(data):
+        kind, end = data[at + 4 : at + 8], at + 8 + int.from_bytes(data[at : at + 4], "big")
+        told = int.from_bytes(data[end : end + 4], "big")
+        if kind in PNG_PIXELS and end + 4 <= len(data) and zlib.crc32(view[at + 4 : end]) != told:
+            raise BadImage("corrupt", f"the checksum of {kind.decode()} at byte {at} does not hold")
+        at = end + 4
 
 
 def _load(image: Image.Image) -> None:

@@ -182,5 +182,7 @@ def _indexed(listing: Listing) -> int | None:
             count = values.get("shards", {}).get(os.path.basename(shard.url))
             if count is None:
                 return None
-            total += int(count)
+            if type(count) is not int:
+                raise TypeError(f"{os.path.basename(shard.url)} has {count!r} samples, expected a whole number")
+            total += count
     return total

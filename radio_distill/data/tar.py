@@ -78,6 +78,8 @@ class _Tar(ABC):
         block = self._at(position, BLOCK)
         if block == ZERO_BLOCK:
             self._check_end(position)
+            if position == 0 and self._size is not None and self._size > RECORD:
+                raise ValueError(f"{self._size} bytes, all zeros: what was in it is lost, write it again")
             return None
         if len(block) < BLOCK:
             raise ValueError(self._stopped(position + len(block)))

@@ -146,7 +146,8 @@ def encode_batches(
     fit = resize.fit(opened.model)
     window = context.batch * (1 if fit.fixed or fit.rule != "short_side" else WINDOW)
     reader = Reader(dataset, fit, [list(indices[i : i + window]) for i in range(0, len(indices), window)])
-    read, stop = read_in_processes(reader, min(context.workers, len(reader.windows)))
+    several = len(reader.windows) > 1  # of one, nothing could be read beside computing, and processes take seconds to start
+    read, stop = read_in_processes(reader, min(context.workers, len(reader.windows)) * several)
     try:
         yield from _one_ahead(_encode(opened.model, _noted(groups, unread), context, maps) for groups in read)
     finally:

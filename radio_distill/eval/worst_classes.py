@@ -69,5 +69,7 @@ def read_worst(folder: Path) -> Iterator[tuple[str, list[WorstClass]]]:
     """The tables of a folder with their titles."""
     for path in sorted(folder.glob("*.json")):
         with json_file(path, "a table of classes", advice="remove it, or run the evaluation again", error=DataError) as table:
-            worst = str(table["title"]), [WorstClass(**row) for row in table["classes"]]
+            if not isinstance(table["title"], str):
+                raise TypeError(f"its title is {table['title']!r}, expected text")
+            worst = table["title"], [WorstClass(**row) for row in table["classes"]]
         yield worst

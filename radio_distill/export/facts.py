@@ -11,7 +11,7 @@ from ..config.load import dump, load_card, load_job
 from ..config.recipe import Recipe
 from ..config.sizes import sides_text
 from ..errors import CardError
-from ..files import digest_of, json_file
+from ..files import digest_of, json_file, typed
 from ..types import Result
 from .folder import weights_changed
 
@@ -116,15 +116,9 @@ def facts_of_export(path: Path) -> Facts:
 
 
 def _facts(values: Mapping[str, Any]) -> Facts:
-    return Facts(
-        name=values["name"],
-        step=values["step"],
-        stages=tuple(Stage(**{**s, "sources": tuple(s["sources"]), "windows": tuple(s["windows"])}) for s in values["stages"]),
-        teachers={name: None if o is None else Origin(**o) for name, o in values["teachers"].items()},
-        start=values["start"],
-        results=tuple(Result(**_known(r)) for r in values["results"]),
-        saved_again=values.get("saved_again", False),
-    )
+    known = {name: values[name] for name in ("name", "step", "stages", "teachers", "start")}
+    results = [_known(r) for r in values["results"]]
+    return typed(Facts, {**known, "results": results, "saved_again": values.get("saved_again", False)})
 
 
 def _saved_again(facts: Facts) -> Facts:

@@ -7,11 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ..errors import CheckpointError
+from ..files import SHA256SUMS as SUMS
 from ..files import appearing, digest_of_file
 
 __all__ = ["SUMS", "faults", "weights_changed", "write_folder"]
-
-SUMS = "SHA256SUMS"
 
 
 def write_folder(out: Path, fill: Callable[[Path], None]) -> Path:

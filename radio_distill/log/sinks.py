@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import uuid
 from pathlib import Path
@@ -84,7 +85,7 @@ def hours_left(metrics: dict[str, float]) -> str:
 def read_metrics(folder: Path) -> list[dict[str, float]]:
     """The lines of a run's metrics.jsonl; an unfinished last line (a killed process) is left out."""
     path = folder / "metrics.jsonl"
-    lines = path.read_text(errors="replace").splitlines() if path.exists() else []
+    lines = path.read_bytes().splitlines() if path.exists() else []
     return [row for row in map(_parse, lines) if row is not None]
 
 
@@ -97,13 +98,13 @@ def drop_metrics_after(folder: Path, step: int) -> None:
     replace_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
-def _parse(line: str) -> dict[str, float] | None:
+def _parse(line: bytes) -> dict[str, float] | None:
     try:
-        row = parse_json(line)
+        row = parse_json(line.decode())
     except ValueError:
         return None
     is_row = isinstance(row, dict) and "step" in row and all(isinstance(x, int | float) for x in row.values())
-    return row if is_row else None
+    return row if is_row and math.isfinite(row["step"]) else None
 
 
 def _tensorboard(folder: Path) -> Any:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, TypeVar
 
 __all__ = ["CLIP_MEAN", "CLIP_STD", "AdaptorSlot", "HeadArch", "AdaptorArch", "TrunkArch", "StudentArch", "num_registers"]
 
@@ -132,25 +132,53 @@ class StudentArch:
 
     @staticmethod
     def from_dict(values: Mapping[str, Any]) -> StudentArch:
-        """The inverse of `to_dict`, also after a trip through JSON."""
+        """The inverse of `to_dict`, also after a trip through JSON. Raises TypeError or LookupError for values that are none."""
         adaptors = tuple(
             AdaptorArch(
                 name=a["name"],
                 token=a["token"],
-                features=HeadArch(**a["features"]),
-                summary=HeadArch(**a["summary"]) if a["summary"] else None,
+                features=_checked(HeadArch(**a["features"])),
+                summary=_checked(HeadArch(**a["summary"])) if a["summary"] else None,
             )
             for a in values["adaptors"]
         )
         changed = {
-            "trunk": TrunkArch(**values["trunk"]),
-            "adaptors": adaptors,
+            "trunk": _checked(TrunkArch(**values["trunk"])),
+            "adaptors": tuple(map(_checked, adaptors)),
             "summary_idxs": tuple(values["summary_idxs"]),
             "mean": tuple(values["mean"]),
             "std": tuple(values["std"]),
             "level_rms": tuple(values["level_rms"]) if values.get("level_rms") else None,
         }
-        return StudentArch(**{**values, **changed})
+        return _checked(StudentArch(**{**values, **changed}))
+
+
+def _is_number(x: object) -> bool:
+    return isinstance(x, int | float) and not isinstance(x, bool)
+
+
+CHECKS: dict[str, Callable[[Any], bool]] = {
+    "int": lambda x: isinstance(x, int) and not isinstance(x, bool),
+    "bool": lambda x: isinstance(x, bool),
+    "str": lambda x: isinstance(x, str),
+    "float": _is_number,
+    "float | None": lambda x: x is None or _is_number(x),
+    "tuple[int, ...]": lambda x: all(map(CHECKS["int"], x)),
+    "tuple[float, ...]": lambda x: all(map(_is_number, x)),
+    "tuple[float, ...] | None": lambda x: x is None or all(map(_is_number, x)),
+}
+"""By the annotation of a field, what its value must be."""
+
+A = TypeVar("A")
+
+
+def _checked(arch: A) -> A:
+    """The same. Raises TypeError for a value of another type than its field's."""
+    for field in fields(arch):  # type: ignore[arg-type]
+        value = getattr(arch, field.name)
+        if not CHECKS.get(str(field.type), lambda _: True)(value):
+            raise TypeError(f"{field.name} is {value!r}, expected {field.type}")
+    return arch
 
 
 def num_registers(num_cls: int, multiple: int, explicit: int | None = None) -> int:

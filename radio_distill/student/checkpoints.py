@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ..errors import CheckpointError
-from ..files import DAMAGE, appearing, json_file, replace_text, written_as
+from ..files import DAMAGE, appearing, changed, check_written, check_zip, json_file, replace_text, written_as
 from ..network.arch import StudentArch
 from ..network.student import Student
 from ..tensors import save_tensors
@@ -64,6 +64,8 @@ def load_saved(folder: Path) -> Student:
             raise CheckpointError(
                 f"{folder / name} does not exist; expected a folder written by a run ({ARCHITECTURE}, {WEIGHTS})"
             )
+    check_written(folder / ARCHITECTURE)
+    check_written(folder / WEIGHTS)
     state = _load_file(folder / WEIGHTS)
     with json_file(folder / ARCHITECTURE, "a student's architecture", advice="write the run's student again") as values:
         return student_from_arch(StudentArch.from_dict(values), state)
@@ -74,6 +76,7 @@ def load_reference(path: Path, adaptor_names: Sequence[str] | None = None, *, em
 
     `ema`: prefer the EMA weights where there are any. Raises CheckpointError.
     """
+    check_written(path)
     checkpoint = _unpickle(path)
     states = [checkpoint.get(key) for key in ("state_dict_ema", "state_dict")]
     state = next((s for s in (states if ema else states[::-1]) if s), None)
@@ -93,6 +96,11 @@ def student_from_hf(folder: Path, adaptor_names: Sequence[str] | None = None) ->
         raise CheckpointError(
             f"{folder} has no {missing}; expected a Hugging Face folder of a RADIO model, with {' and '.join(there)}"
         )
+    if (
+        changed(folder / "config.json") is None
+    ):  # else a program saved the model again into the same folder, configuration and weights
+        for file in files:
+            check_written(file)
     state = {key: value for file in files for key, value in _load_file(file).items()}
     with json_file(folder / "config.json", "the config of a RADIO model", advice="copy the whole folder again") as config:
         return student_from_hf_state(config, state, adaptor_names)
@@ -134,6 +142,7 @@ def _load_file(path: Path) -> dict[str, Tensor]:
 
 def _unpickle(path: Path) -> dict[str, Any]:
     try:
+        check_zip(path)
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..config.cards import TeacherCard
 from ..errors import RadioDistillError, TeacherError
-from ..files import DAMAGE, json_file
+from ..files import DAMAGE, check_zip, json_file
 from ..hub import Repository
 from ..paths import expand
 from ..weight_files import hub_id
@@ -132,6 +132,7 @@ def _tensors(card: TeacherCard, path: Path, prefix: Prefix) -> dict[str, Tensor]
             with safe_open(path, "pt") as file:
                 names = [key for key in file.keys() if key.startswith(prefix)] or list(file.keys())  # noqa: SIM118
                 return {key: file.get_tensor(key) for key in names}
+        check_zip(path)
         # RADIO's own files hold their arguments beside the weights, as a plain Namespace.
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)

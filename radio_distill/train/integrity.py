@@ -10,20 +10,19 @@ import json
 import logging
 import os
 import re
-import zlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
+from ..files import CHECKPOINT_SUMS as FILE
+from ..files import crc_of_file, parse_json
 from ..runs import STEP, latest, read_meta
 
 __all__ = ["alone", "damage", "facts_of", "record", "refuse_to_start_over", "set_damaged_aside"]
 
 log = logging.getLogger(__name__)
 
-FILE = "files.json"
-CHUNK = 8 << 20
 
 Facts = dict[str, list[int]]
 """Size and CRC-32 of files, by their path in the checkpoint."""
@@ -42,7 +41,7 @@ def facts_of(checkpoint: Path, rank: int) -> Facts:
     paths = sorted(path for path in checkpoint.rglob("*") if path.is_file() and _writer(path) == rank)
     for path in paths:
         _sync(path)
-    return {path.relative_to(checkpoint).as_posix(): [path.stat().st_size, _crc(path)] for path in paths}
+    return {path.relative_to(checkpoint).as_posix(): [path.stat().st_size, crc_of_file(path)] for path in paths}
 
 
 def record(checkpoint: Path, facts: Iterable[Facts]) -> None:
@@ -58,7 +57,7 @@ def damage(checkpoint: Path, *, rank: int = 0, ranks: int = 1) -> str | None:
     """
     try:
         read_meta(checkpoint)
-        facts = json.loads((checkpoint / FILE).read_bytes())
+        facts = parse_json((checkpoint / FILE).read_text())
         expected = {str(name): (int(size), int(crc)) for name, (size, crc) in facts.items()}
     except CheckpointError:
         return "meta.json is missing or cannot be read"
@@ -72,7 +71,7 @@ def damage(checkpoint: Path, *, rank: int = 0, ranks: int = 1) -> str | None:
             return f"{name} is missing"
         if path.stat().st_size != size:
             return f"{name} has {path.stat().st_size} bytes and was written with {size}"
-        if _crc(path) != crc:
+        if crc_of_file(path) != crc:
             return f"{name} is not what was written (CRC-32)"
     return None
 
@@ -126,11 +125,3 @@ def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)
-
-
-def _crc(path: Path) -> int:
-    crc = 0
-    with path.open("rb") as file:
-        while chunk := file.read(CHUNK):
-            crc = zlib.crc32(chunk, crc)
-    return crc

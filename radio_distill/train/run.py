@@ -21,7 +21,7 @@ from .lock import RunLock
 from .preempt import Stopped
 from .status import start_status, write_status
 
-__all__ = ["RunFolder", "check_resume", "open_run"]
+__all__ = ["RunFolder", "check_resume", "check_teachers", "open_run"]
 
 log = logging.getLogger(__name__)
 
@@ -110,11 +110,12 @@ def check_resume(run: Path, recipe: Job) -> dict[str, Fingerprint]:
             "set run= to another folder for a run of its own (start.kind=run continues from these weights)"
         )
     teachers = fingerprints(recipe)
-    _check_teachers(run, teachers, is_resumed=path.exists())
+    check_teachers(run, teachers, is_resumed=path.exists())
     return teachers
 
 
-def _check_teachers(run: Path, teachers: Mapping[str, Fingerprint], *, is_resumed: bool) -> None:
+def check_teachers(run: Path, teachers: Mapping[str, Fingerprint], *, is_resumed: bool) -> None:
+    """Raise CheckpointError when the run in a folder was started with other teachers or code than these."""
     path = run / TEACHERS
     if not path.exists():
         if is_resumed and teachers:

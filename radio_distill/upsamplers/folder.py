@@ -26,7 +26,7 @@ from ..config.load import list_cards, load_card
 from ..config.upsampler import Network
 from ..config.upsampler_recipe import Downsampler
 from ..errors import CheckpointError, TeacherError
-from ..files import appearing, json_file, written_as
+from ..files import appearing, check_written, json_file, written_as
 from ..fingerprint import Difference, Fingerprint, fingerprint, known_fingerprint
 from ..paths import expand
 from ..student.spectral import fold_state
@@ -116,6 +116,8 @@ def load_upsampler(path: str | Path) -> SavedUpsampler:
 
     folder = artifact_folder(Path(expand(str(path))), "upsampler")
     facts = _facts(folder)
+    check_written(folder / FACTS)
+    check_written(folder / WEIGHTS)
     try:
         tensors = load_file(folder / WEIGHTS)
     except (OSError, SafetensorError) as error:

@@ -5,7 +5,6 @@ Before the first step all records are checked: those that LLaVA can train on are
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections import Counter
@@ -20,6 +19,7 @@ from ..data.reading import ShardError, whole_samples
 from ..data.sources import is_url, list_source
 from ..data.tar import raise_file_limit
 from ..errors import DataError
+from ..files import parse_json
 from ..paths import expand
 from .prompt import IMAGE, LITERAL_IMAGE, Turn
 
@@ -128,7 +128,7 @@ def _records(name: str, path: Path) -> list[Any]:
         raise DataError(f"data.sources.{name}.path={path} cannot be read: {error}") from error
     if path.suffix != ".jsonl":
         try:
-            content = json.loads(text)
+            content = parse_json(text)
         except ValueError as error:
             if not _begins_with_a_record(text):
                 raise DataError(f"data.sources.{name}.path={path} cannot be read: {error}") from error
@@ -148,7 +148,7 @@ def _begins_with_a_record(text: str) -> bool:
 
 def _line(text: str) -> Any:
     try:
-        return json.loads(text)
+        return parse_json(text)
     except ValueError as error:
         return _Odd("no JSON", f"{error}: {text[:40]!r}")
 
@@ -182,7 +182,7 @@ def _image_name(record: Any) -> str | None:
         raise _Odd("no record", f"{str(record)[:40]!r}; expected a dictionary with `conversations`")
     if record.get("video"):
         raise _Odd("video", "its `video` is not read")
-    found = record.get("image") or record.get("images") or []
+    found = next((x for x in (record.get("image"), record.get("images")) if x not in (None, "", [])), [])
     names = found if isinstance(found, list) else [found]
     if len(names) > 1:
         raise _Odd("several images", f"{len(names)}; expected one, or none")

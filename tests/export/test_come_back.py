@@ -1,6 +1,7 @@
 """An export that others load, train and save again comes back here: whole, or refused."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -159,6 +160,19 @@ def test_saved_over_the_export_the_runs_results_are_left_out(run: Path, tmp_path
     facts = facts_of_export(place)
     assert facts.saved_again
     assert facts.teachers["toy_clip"] is not None
+    changed = model.encoder.layer[0].mlp.fc1.weight
+    assert any(x.shape == changed.shape and torch.equal(x, changed) for x in load_student(place).state_dict().values())
+
+
+def test_flipped_bits_of_an_export_are_refused(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    weights = bytearray((copy / "model.safetensors").read_bytes())
+    weights[-9] ^= 1
+    (copy / "model.safetensors").write_bytes(weights)
+    with pytest.raises(CheckpointError, match=r"model.safetensors is not what was written \(SHA256SUMS says so\)"):
+        load_student(copy)
+    monkeypatch.setenv("RADIO_DISTILL_VERIFY", "0")
+    load_student(copy)
 
 
 def test_an_adapter_of_peft_is_refused(tmp_path: Path) -> None:

@@ -7,7 +7,6 @@ dataset_coco.json, dataset_flickr30k.json    Karpathy's own files, with the spli
 
 from __future__ import annotations
 
-import json
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
@@ -17,6 +16,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from ...errors import DataError
+from ...files import parse_json
 from ...toyworld import ToySample, sample_scene
 from .base import Dataset, Subset, missing, not_read, notes_of
 from .pixels import decode_rgb
@@ -141,7 +141,7 @@ def _read_pairs(path: Path, split: str) -> Captions:
 
 def _json(path: Path, *keys: str) -> dict[str, list[dict]]:
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = parse_json(path.read_text(encoding="utf-8"))
         return {key: data[key] for key in keys}
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path} is no file of captions ({error!r}); expected JSON with {' and '.join(keys)}") from error

@@ -5,7 +5,6 @@ Shapes: N objects, H W pixels.
 
 from __future__ import annotations
 
-import json
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from math import isfinite
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ...errors import DataError, RadioDistillError
+from ...files import parse_json
 from ...toyworld import CLASSES, ToySample
 from .base import Dataset, missing, not_read, notes_of
 from .pixels import read_rgb
@@ -122,6 +122,8 @@ class CocoInstances(Dataset[InstanceSample]):
 
     def _has(self, kind: str, rows: Any, fields: dict[str, type]) -> None:
         """Raise DataError for a row that lacks a field, or has another kind of value."""
+        if not isinstance(rows, list):
+            raise DataError(f"{self.file}: of the {kind} rows it has a {type(rows).__name__}, expected a list")
         for number, row in enumerate(rows):
             for field, of in fields.items():
                 if not isinstance(row, dict) or not isinstance(row.get(field), of):
@@ -267,7 +269,7 @@ def _box(mask_HW: np.ndarray) -> Tensor:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text())
+        content = parse_json(path.read_text(encoding="utf-8"))
         if {"images", "annotations", "categories"} <= content.keys():
             return content
     except (ValueError, AttributeError) as error:

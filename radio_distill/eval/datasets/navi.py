@@ -8,7 +8,6 @@ fourth view is kept. Folders are sorted, so that the lists do not depend on the 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +17,7 @@ import torch
 
 from ...data.files import LeftOut, is_hidden, stems
 from ...errors import DataError
+from ...files import parse_json
 from .base import S, missing, not_read, notes_of
 from .navi_files import COPY, Camera, of_view, read_camera, read_photograph
 from .object_views import ObjectView, Sized, ViewPair, crop_to_object, relative_pose
@@ -173,7 +173,7 @@ def _annotations(folder: Path) -> dict[str, dict[str, Any]]:
     """Annotations of a collection by view."""
     path = folder / "annotations.json"
     try:
-        return {Path(a["filename"]).stem: a for a in json.loads(path.read_text())}
+        return {Path(a["filename"]).stem: a for a in parse_json(path.read_text(encoding="utf-8"))}
     except FileNotFoundError as error:
         raise missing(path, dataset="navi", layout=LAYOUT, source=SOURCE) from error
     except (ValueError, KeyError, TypeError) as error:

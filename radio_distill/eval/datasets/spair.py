@@ -8,7 +8,6 @@ that its choice depends on the file system).
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from torchvision.transforms.v2.functional import InterpolationMode, resize
 
 from ...data.files import stems
 from ...errors import DataError
+from ...files import parse_json
 from .base import Dataset, missing, not_read, notes_of
 from .keypoint_pairs import KeypointPair, KeypointPairs, SquareImage
 from .object_views import Sized
@@ -176,6 +176,6 @@ def _draw(pairs: list[_Pair]) -> list[_Pair]:
 
 def _json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text())
+        return parse_json(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise DataError(f"{path} is damaged ({error}); unpack the set again") from error
