@@ -277,10 +277,10 @@ def test_a_report_is_one_file_with_curves_tables_and_pictures(tmp_path):
     page = write_report(tmp_path).read_text()
     assert page.count('role="img"') == 2
     assert page.count("data:image/png;base64") == 2
-    assert "<td>51.3</td>" in page
+    assert "<td>51.26</td>" in page
     assert "<td>4.25</td>" in page  # fidelity at the end of stage 2
     assert "http" not in page.replace("http-equiv", "")
-    assert "| stage2 | 96 | 51.3 |" in (tmp_path / "report.md").read_text()
+    assert "| stage2 | 96 | 51.26 |" in (tmp_path / "report.md").read_text()
 
 
 def test_a_folder_without_runs_has_no_report(tmp_path):
