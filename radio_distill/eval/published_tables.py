@@ -42,25 +42,29 @@ def with_published(number: str, results: Sequence[Result], *, published: bool) -
     for r in results:
         by_model.setdefault((r.model, r.resolution), []).append(r)
     for (model, side), of_model in by_model.items():
-        facts = (model, str(side), str(of_model[-1].grid or "-"))
+        facts = (model, _method(of_model[-1]) or "-", str(side), str(of_model[-1].grid or "-"))
         rows.append((*facts, *(_cell(table, of_model, column) for column in table.columns)))
         name = counterpart(table, of_model[-1])
         if name in left:
             rows.append(_published(name, left.pop(name)))
     rows += [_published(name, figures) for name, figures in left.items()]
-    return Table(f"Table {number}: {table.title}", ("model", "px", "map", *table.columns), tuple(rows))
+    return Table(f"Table {number}: {table.title}", ("model", "method", "px", "map", *table.columns), tuple(rows))
 
 
 def counterpart(table: PublishedTable, result: Result) -> str | None:
     """The paper's row of the same encoder, input size and upsampler; None where it has none."""
-    encoder, network = table.encoders.get(str(result.details.get("teacher"))), result.details.get("network")
-    sides = (f" {result.resolution} px", "")
-    words = ""
-    if network is not None:
-        words = f" + {WORDS.get(network['kind'], network['kind']).format(network['factor'])}"
-        words += " random weights" if result.details.get("random") else ""
-    wanted = {f"{encoder}{side}{words}".lower() for side in sides}
+    encoder, words = table.encoders.get(str(result.details.get("teacher"))), _method(result)
+    wanted = {f"{encoder}{side}{words and f' + {words}'}".lower() for side in (f" {result.resolution} px", "")}
     return next((name for name in table.rows if name.lower() in wanted), None)
+
+
+def _method(result: Result) -> str:
+    """The upsampler in the paper's words; empty without one."""
+    network = result.details.get("network")
+    if network is None:
+        return ""
+    words = WORDS.get(network["kind"], f"{network['kind']} {{0}}x").format(network["factor"])
+    return f"{words} random weights" if result.details.get("random") else words
 
 
 def _cell(table: PublishedTable, of_model: Sequence[Result], column: str) -> str:
@@ -69,4 +73,4 @@ def _cell(table: PublishedTable, of_model: Sequence[Result], column: str) -> str
 
 
 def _published(name: str, figures: Sequence[float | None]) -> tuple[str, ...]:
-    return (f"{PAPERS}{name}", "", "", *("-" if x is None else f"{x:g}" for x in figures))
+    return (f"{PAPERS}{name}", "", "", "", *("-" if x is None else f"{x:g}" for x in figures))

@@ -137,8 +137,7 @@ def _measure(suite: Suite, name: str, task: Task, opened: NamedModel, context: C
         log.info("%s of %s is in %s", name, opened.label, out)
         return before
     side = task.size(context)
-    own = seen(opened.model, side, side).network[0] if side else side
-    log.info("%s of %s%s", name, opened.label, f", which takes {own} px and not {side}" if own != side else "")
+    log.info("%s of %s%s", name, opened.label, _what_it_sees(opened, side) if side else "")
     left_out: dict[str, int] = {}
     scores = list(task.run(opened, replace(context, files=files, left_out=left_out)))
     items = len(scored) - left_out.get(f"{scored.name}/{scored.split}", 0)
@@ -201,6 +200,15 @@ def _measure_cost(task: Task, opened: NamedModel, context: Context, out: Path) -
     facts = ", ".join(f"{r.value:.4g} {r.unit}" for r in costs)
     log.info("cost of an image of %d px: %s on %s", known["resolution"], facts, known["dataset"])
     append(out, costs)
+
+
+def _what_it_sees(opened: NamedModel, side: int) -> str:
+    """Words for the log where a model sees something else than the task asks for, or enlarges its map."""
+    at = seen(opened.model, side, side)
+    own, cells = at.network[0], at.grid[0]
+    words = f", which takes {own} px and not {side}" if own != side else ""
+    finer = at.image[0] // own
+    return words + (f"; {finer}x from images of {at.image[0]} px, map {cells} x {cells}" if finer > 1 else "")
 
 
 def _result(known: Mapping[str, Any], score: Score, opened: NamedModel, *, items: int, left_out: int, side: int) -> Result:

@@ -94,9 +94,10 @@ def test_rows_of_encoders_with_upsamplers_stand_beside_the_papers() -> None:
         "teacher:dfn_clip+random:u", "paper: DFN CLIP 378 px + FeatUp 4x random weights",
         "teacher:mine",
     ]  # fmt: skip
-    assert beside.rows[1][3:] == ("49.26", "26.02", "44.47", "77.3")
+    assert [row[1] for row in beside.rows][:5:2] == ["-", "FeatUp 4x", "FeatUp 4x random weights"]
+    assert beside.rows[1][4:] == ("49.26", "26.02", "44.47", "77.3")
     assert len(beside.rows) == 4 + 15  # ours, and every row of Table 13
-    assert "| teacher:dfn_clip | 378 | - | 50.00 | 30.00 | 45.00 | 75.00 |" in to_markdown([section])
+    assert "| teacher:dfn_clip | - | 378 | - | 50.00 | 30.00 | 45.00 | 75.00 |" in to_markdown([section])
     assert not any("paper" in row[0] for row in sections([replace(r, preset="smoke") for r in results])[0].tables[0].rows)
 
 
