@@ -38,12 +38,30 @@ class Confusion:
     def update(self, prediction: Tensor, label: Tensor) -> None:
         """Count class ids; positions labelled 255 do not count. Raises DataError on other sizes or unknown ids."""
         same_size(prediction, label, "segmentation")
-        keep = label != IGNORE
-        label, prediction = label[keep].long(), prediction[keep].long()
-        known_labels(label, self.classes, "labels", ignore=IGNORE)
-        known_labels(prediction, self.classes, "predicted labels")
-        pairs = torch.bincount(label * self.classes + prediction, minlength=self.classes**2)
-        self.counts_KK += pairs.reshape(self.classes, self.classes).to(self.counts_KK.device)
+        self.counts_KK += self._count(prediction.flatten(), label.flatten()).to(self.counts_KK.device)
+
+    def _count(self, prediction_N: Tensor, label_N: Tensor) -> Tensor:
+        """Pairs of all positions (K, K), in one pass: ignored ones land in a row of their own, which is cut off."""
+        rows = max(self.classes, IGNORE + 1)
+        if len(label_N) == 0:
+            return torch.zeros_like(self.counts_KK)
+        bounds = torch.stack([x.long() for x in (*prediction_N.aminmax(), *label_N.aminmax())]).tolist()
+        if min(bounds) < 0 or bounds[1] >= self.classes or bounds[3] >= rows:
+            return self._count(*self._checked(prediction_N, label_N))
+        pairs = torch.bincount(torch.add(prediction_N.long(), label_N, alpha=self.classes), minlength=rows * self.classes)
+        counts_RK = pairs.view(rows, self.classes)
+        counts_RK[IGNORE] = 0
+        if counts_RK[self.classes :].any():
+            self._checked(prediction_N, label_N)
+        return counts_RK[: self.classes]
+
+    def _checked(self, prediction_N: Tensor, label_N: Tensor) -> tuple[Tensor, Tensor]:
+        """What counts. Raises DataError where that holds an unknown id; at ignored positions anything may be predicted."""
+        keep_N = label_N != IGNORE
+        label_N, prediction_N = label_N[keep_N].long(), prediction_N[keep_N].long()
+        known_labels(label_N, self.classes, "labels", ignore=IGNORE)
+        known_labels(prediction_N, self.classes, "predicted labels")
+        return prediction_N, label_N
 
     def reduce(self, group: dist.ProcessGroup | None = None) -> None:
         """Add up all ranks; all must call it."""
