@@ -267,7 +267,7 @@ def examine_code(recipe: Job) -> Iterator[Finding]:
 def _disk(recipe: AnyRecipe) -> Finding:
     from .plan.memory import checkpoint_bytes
     from .plan.upsampler import plan_upsampler
-    from .student.build import student_of
+    from .student.names import student_of
 
     folder = run_path(recipe)
     free = _free_gib(folder)

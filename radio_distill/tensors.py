@@ -110,6 +110,6 @@ def _in_place(x: Tensor, communicate: Callable[[Tensor], object]) -> None:
         return
     packed = row_major(x)
     communicate(packed)
-    if packed.data_ptr() != x.data_ptr():
+    if not x.is_contiguous():
         with torch.no_grad():
             x.copy_(packed)

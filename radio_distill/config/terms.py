@@ -13,7 +13,7 @@ from typing import Any, Literal
 from .cards import TeacherCard
 from .recipe import LossTerm, Recipe
 
-__all__ = ["Term", "terms_of", "weights_of"]
+__all__ = ["TERMS", "Term", "terms_of", "weights_of"]
 
 
 @dataclass(frozen=True)

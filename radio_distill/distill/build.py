@@ -25,8 +25,8 @@ from ..network.student import Student
 from ..paths import expand
 from ..plan.cost import partition_cost
 from ..runs import artifact_folder
-from ..student.build import build_student, slots_of
-from ..student.names import student_arch
+from ..student.build import build_student
+from ..student.names import slots_of, student_arch
 from ..student.plain import fold_affine
 from ..student.start import parametrise, start_weights
 from ..teachers.base import Teacher, Weights, load_teacher

@@ -71,6 +71,7 @@ def prepare(t: StageTraining, step: int, batches: list[Batch]) -> None:
         member.task.set_step(step)
         power_iterate(member.task.student)
     if t.window.refit_due(step):
+        t.settle()
         raws = [t.service.encode(batch) for batch in batches]
         if agree.any_rank(torch.stack([check_finite(raw) for raw in raws]).any(), t.world.device):
             raise stop_all(t, step, batches)
@@ -84,7 +85,7 @@ def train_step(t: StageTraining, step: int, batches: list[Batch]) -> None:
     counts = t.counts(batches)
     bad = torch.zeros((), dtype=torch.bool, device=t.world.device)
     for batch in batches:
-        with t.clock("teachers"):
+        with t.timers("teachers"):
             raw = t.service.encode(batch)
             if t.window.is_open(step) and not t.window.refit_due(step):
                 t.window.observe(raw)
@@ -98,8 +99,7 @@ def train_step(t: StageTraining, step: int, batches: list[Batch]) -> None:
     for member in t.members:
         for _ in range(t.micro_steps - len(batches)):
             member.engine.backward(member.task.idle_loss())
-    if not t.update(bad):
-        raise stop_all(t, step, batches)
+    t.update(bad, lambda: stop_all(t, step, batches))
     for member in t.members:
         member.task.update_adaloss()
 
@@ -122,5 +122,5 @@ def stop_all(t: StageTraining, step: int, batches: list[Batch]) -> RadioDistillE
     )
     keys = ", ".join(key for batch in batches for key in batch.keys[:4])
     return TrainingError(
-        f"non-finite value at step {step}; nothing was updated, the last checkpoint is intact.\n  {detail}\n  samples of rank {t.world.rank}: {keys}"
+        f"non-finite value at step {step}; nothing was saved since, the last checkpoint is intact.\n  {detail}\n  samples of rank {t.world.rank}: {keys}"
     )

@@ -19,8 +19,9 @@ from ..train import preempt
 from ..train.bridge import Bridge, Sent
 from ..train.placement import share_teachers
 from ..train.ranks import GOODBYE
+from ..train.timers import Timers
 from ..train.watchdog import rest, watch
-from .bank import TeacherBank, Timers
+from .bank import TeacherBank
 from .build import build_teachers
 from .remote import pack_reply, unpack_request
 

@@ -55,7 +55,7 @@ class DistillTask(nn.Module):
         self.gather: dict[str, Callable[[Tensor], Rows]] = {}
         """How a term gets the rows of the other ranks that run a partition, by its name; of one alone its own."""
         self.adaloss = AdaLoss(recipe.loss.adaloss) if recipe.loss.adaloss is not None else None
-        self.step_terms: dict[str, Tensor | float] = {}
+        self.step_terms: dict[str, Tensor] = {}
         self.mesa_on = False
         self._ema: list[Ema] = []
 
@@ -174,7 +174,8 @@ class DistillTask(nn.Module):
         """A term over its running mean where AdaLoss is on."""
         if self.adaloss is None:
             return term
-        self.step_terms[name] = self.step_terms.get(name, 0) + term.detach()
+        before = self.step_terms.get(name)
+        self.step_terms[name] = term.detach() if before is None else before + term.detach()
         return self.adaloss.scale(name, term)
 
     def update_adaloss(self) -> None:
@@ -187,8 +188,8 @@ class DistillTask(nn.Module):
             for term in self.terms
             if getattr(adaptor, term.head)
         }
-        values = [torch.as_tensor(self.step_terms.get(name, 0.0), dtype=torch.float32) for name in weights]
-        summed = torch.stack(values).to(self._device)
+        zero = torch.zeros((), device=self._device)  # of a rank that did not compute the term
+        summed = torch.stack([self.step_terms.get(name, zero).float() for name in weights])
         agree.sum_ranks(summed)
         self.adaloss.update({name: x for (name, weight), x in zip(weights.items(), summed) if weight > 0})
         self.step_terms = {}

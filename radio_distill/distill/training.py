@@ -64,7 +64,7 @@ class StageTraining(Training):
         batches, encoder = super().next_batches(), self.service.encoder
         if encoder.reads_ahead:
             last = self.step + 1 == self.recipe.optim.steps
-            with self.clock("data"):
+            with self.waiting():
                 encoder.announce([*batches, *([] if last else self._reader.peek(self.world.device))])
         return batches
 

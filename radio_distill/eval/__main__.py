@@ -157,9 +157,11 @@ def _context(arguments: argparse.Namespace, several: bool) -> Context:
     import torch.distributed as dist
 
     from ..paths import cache_dir
+    from ..train.distributed import exact_float32
     from .features import ALONE, FeatureCache, Ranks
     from .task import Context
 
+    exact_float32()
     device, ranks = torch.device("cuda" if torch.cuda.is_available() else "cpu"), ALONE
     if several:
         from ..train.distributed import init

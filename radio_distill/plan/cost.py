@@ -22,13 +22,13 @@ from ..config.load import cards_of
 from ..config.mosaic import mosaic_of
 from ..config.recipe import Debias, Recipe, TeacherView, Trained
 from ..config.sizes import choices
-from ..config.terms import Term, weights_of
+from ..config.terms import TERMS, Term, weights_of
 from ..config.upsampler import Network
 from ..errors import CheckpointError
 from ..losses import LossFunction, Pair, evaluate, load_terms
 from ..network.arch import HeadArch, StudentArch, TrunkArch
 from ..paths import expand
-from ..student.build import student_of
+from ..student.names import student_of
 from ..teachers.arch import Arch
 from ..teachers.base import load_teacher
 from ..upsamplers.cost import network_flops
@@ -155,7 +155,7 @@ def _add_teacher(
         head_flops(adaptor.features, loss_tokens) + (head_flops(adaptor.summary, 1) if adaptor.summary else 0)
     )
     for term, weight in weights_of(recipe, name, card).items():
-        if weight > 0:
+        if weight > 0 and term not in TERMS:  # those have no matrix products
             sums.losses += share * term_flops(term, terms[term], term.options(recipe), card, round(loss_tokens**0.5))
 
 

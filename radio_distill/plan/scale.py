@@ -11,7 +11,7 @@ from typing import Protocol
 
 from ..config.cards import TeacherCard
 from ..config.recipe import Dedicated, Recipe
-from ..student.build import student_of
+from ..student.names import student_of
 from ..train.placement import student_ranks
 from .budget import Machine
 from .memory import head_parameters, trunk_parameters

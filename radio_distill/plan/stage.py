@@ -12,7 +12,7 @@ from ..config.recipe import Dedicated, Recipe
 from ..config.secrets import without_secrets
 from ..config.sizes import sides_text
 from ..errors import RecipeError
-from ..student.build import student_of
+from ..student.names import student_of
 from ..train.partition import Assignment, assign
 from ..train.placement import share_teachers, student_ranks
 from .budget import GIB, RESERVE_GIB, Budget, Machine, TeacherPlan, budget, fit_micro_batch, machine

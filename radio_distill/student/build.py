@@ -9,16 +9,14 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ..config.load import cards_of
-from ..config.recipe import Recipe
 from ..config.recipe import Student as Spec
-from ..network.arch import AdaptorSlot, StudentArch
+from ..network.arch import AdaptorSlot
 from ..network.draws import Draws
 from ..network.student import Student
 from ..seeded import uniform
 from .names import student_arch
 
-__all__ = ["build_student", "seeded_draws", "slots_of", "student_of"]
+__all__ = ["build_student", "seeded_draws"]
 
 
 def build_student(spec: Spec, slots: Sequence[AdaptorSlot]) -> Student:
@@ -42,14 +40,3 @@ def seeded_draws(student: Student, seeds_B: Tensor) -> Draws | None:
     generator = student.model.patch_generator
     generator.check_video(len(seeds_B))
     return Draws.of(uniform(seeds_B[:: generator.frames_per_video], "cpe", n=5))
-
-
-def student_of(recipe: Recipe) -> StudentArch:
-    """The architecture of the student that the recipe trains."""
-    return student_arch(recipe.student, slots_of(recipe))
-
-
-def slots_of(recipe: Recipe) -> list[AdaptorSlot]:
-    """One adaptor per teacher, in the recipe's order."""
-    outputs = {name: card.output for name, card in cards_of(recipe).items()}
-    return [AdaptorSlot(name, out.summary, out.features, use_summary=out.summary is not None) for name, out in outputs.items()]

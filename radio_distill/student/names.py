@@ -10,16 +10,15 @@ from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
-from torch import nn
-
+from ..config.load import cards_of
 from ..errors import RecipeError
 from ..network.arch import AdaptorArch, AdaptorSlot, HeadArch, StudentArch, TrunkArch, num_registers
 
 if TYPE_CHECKING:
-    from ..config.recipe import Overrides
+    from ..config.recipe import Overrides, Recipe
     from ..config.recipe import Student as Spec
 
-__all__ = ["SIZES", "Size", "resolve", "student_arch"]
+__all__ = ["SIZES", "Size", "resolve", "slots_of", "student_arch", "student_of"]
 
 
 @dataclass(frozen=True)
@@ -143,7 +142,20 @@ def _adaptor(spec: Spec, slot: AdaptorSlot, token: int, dim: int) -> AdaptorArch
     return AdaptorArch(slot.name, token, features, summary)
 
 
+def student_of(recipe: Recipe) -> StudentArch:
+    """The architecture of the student that the recipe trains."""
+    return student_arch(recipe.student, slots_of(recipe))
+
+
+def slots_of(recipe: Recipe) -> list[AdaptorSlot]:
+    """One adaptor per teacher, in the recipe's order."""
+    outputs = {name: card.output for name, card in cards_of(recipe).items()}
+    return [AdaptorSlot(name, out.summary, out.features, use_summary=out.summary is not None) for name, out in outputs.items()]
+
+
 def _checked(slots: Sequence[AdaptorSlot]) -> Sequence[AdaptorSlot]:
+    from torch import nn
+
     names = [slot.name for slot in slots]
     for name in names:
         if names.count(name) > 1:

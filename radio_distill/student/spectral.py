@@ -11,8 +11,8 @@ Shapes: R rows, C columns of a weight.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
-from typing import Literal
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -44,7 +44,7 @@ class SpectralNorm(nn.Module):
         self.register_buffer("_v", torch.zeros(cols, device=weight_RC.device))
         self.register_buffer("_sn_version", torch.tensor(VERSION))
         for _ in range(INIT_ITERATIONS):
-            self.iterate(weight_RC)
+            _iterate([(self, weight_RC)])
         gain = torch.ones((), device=weight_RC.device) if init == "one" else self.sigma(weight_RC)
         scale = torch.log(torch.expm1((gain - ALPHA).clamp(min=1e-5)))
         self.scale = nn.Parameter(scale.detach().float().reshape(1, 1))  # 2-D, so that weight decay applies
@@ -57,13 +57,6 @@ class SpectralNorm(nn.Module):
         """The estimate of the largest singular value; differentiable in the weight."""
         return (self._u * torch.mv(weight_RC.float(), self._v)).sum() + self.eps
 
-    @torch.no_grad()
-    def iterate(self, weight_RC: Tensor) -> None:
-        """One power iteration, in place."""
-        weight = weight_RC.float()
-        self._v.copy_(F.normalize(torch.mv(weight.T, self._u), dim=0))
-        self._u.copy_(F.normalize(torch.mv(weight, self._v), dim=0))
-
 
 class SpectralParts(nn.Module):
     """Independent parametrisations of equal chunks of rows."""
@@ -75,12 +68,6 @@ class SpectralParts(nn.Module):
     def forward(self, weight_RC: Tensor) -> Tensor:
         # Each part is called as a module, so that ZeRO-3's hooks gather its scale.
         return torch.cat([norm(part) for norm, part in zip(self.parts, weight_RC.chunk(len(self.parts)))])
-
-    def iterate(self, weight_RC: Tensor) -> None:
-        """One power iteration of every chunk, in place."""
-        for norm, part in zip(self.parts, weight_RC.chunk(len(self.parts))):
-            assert isinstance(norm, SpectralNorm)
-            norm.iterate(part)
 
 
 def apply_spectral(module: nn.Module, *, eps: float = 1e-6, init: Init = "current") -> None:
@@ -103,11 +90,36 @@ def power_iterate(module: nn.Module) -> None:
 
     A function of the weights alone, so ranks with equal weights stay equal. Under ZeRO-3 call it with parameters gathered.
     """
+    by_shape: dict[torch.Size, list[tuple[SpectralNorm, Tensor]]] = {}
+    for norm, weight_RC in _chunks(module):
+        by_shape.setdefault(weight_RC.shape, []).append((norm, weight_RC))
+    for pairs in by_shape.values():
+        _iterate(pairs)
+
+
+def _chunks(module: nn.Module) -> Iterator[tuple[SpectralNorm, Tensor]]:
+    """Every norm of a module with the (chunk of a) weight that it is of."""
     for weight in module.modules():
         if isinstance(weight, parametrize.ParametrizationList):
+            original = weight.original.detach()
             for part in weight:
-                if isinstance(part, SpectralNorm | SpectralParts):
-                    part.iterate(weight.original.detach())
+                if isinstance(part, SpectralNorm):
+                    yield part, original
+                elif isinstance(part, SpectralParts):
+                    yield from zip(cast(Iterable[SpectralNorm], part.parts), original.chunk(len(part.parts)))
+
+
+@torch.no_grad()
+def _iterate(pairs: Sequence[tuple[SpectralNorm, Tensor]]) -> None:
+    """One power iteration, in place, of norms of weights of one shape: all but the products in a few operations for all of them."""
+    weights = [weight_RC.float() for _, weight_RC in pairs]
+    us, vs = [norm._u for norm, _ in pairs], [norm._v for norm, _ in pairs]
+    torch._foreach_copy_(vs, _normalized([torch.mv(weight.T, u) for weight, u in zip(weights, us)]))
+    torch._foreach_copy_(us, _normalized([torch.mv(weight, v) for weight, v in zip(weights, vs)]))
+
+
+def _normalized(vectors: list[Tensor]) -> list[Tensor]:
+    return list(F.normalize(torch.stack(vectors), dim=1).unbind())
 
 
 def fold(module: nn.Module) -> None:

@@ -5,6 +5,7 @@ Shapes: B batch, C channels, H W.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Literal, Protocol
 
@@ -49,15 +50,21 @@ class Teacher:
         self.dtype = dtype
         self.patch_size = card.input.patch
         self.device = next((p.device for p in net.parameters()), torch.device("cpu"))
-        self._mean_131 = torch.tensor(card.input.mean).view(3, 1, 1)
-        self._std_131 = torch.tensor(card.input.std).view(3, 1, 1)
+        self._place_constants()
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Teacher:
         """Move the network to `device`, its floating-point weights to `dtype`; returns self."""
         self.dtype = dtype or self.dtype
         self.device = torch.device(device)
         self.net.to(device=self.device, dtype=self.dtype)
+        self._place_constants()
         return self
+
+    def _place_constants(self) -> None:
+        """Mean and std lie on the device: to copy them there for every batch would make the host wait for it."""
+        self._mean_131, self._std_131 = (
+            torch.tensor(values, device=self.device).view(3, 1, 1) for values in (self.card.input.mean, self.card.input.std)
+        )
 
     def nearest_size(self, height: int, width: int) -> tuple[int, int]:
         """The nearest (height, width) in pixels that the teacher takes: its one size, or multiples of its patch."""
@@ -84,7 +91,7 @@ class Teacher:
         x = images_B3HW.to(self.device)
         if x.dtype == torch.uint8:
             x = x.float() / 255
-        return (x.float() - self._mean_131.to(x.device)) / self._std_131.to(x.device)
+        return (x.float() - self._mean_131) / self._std_131
 
     @torch.no_grad()
     def forward(self, pixels_B3HW: Tensor) -> VisionOutput:
@@ -95,14 +102,23 @@ class Teacher:
 
 
 def chunked(teacher: Teacher, chunk: int | None) -> Callable[[Tensor], VisionOutput]:
-    """The teacher's forward, at most `chunk` images at a time; None: all at once."""
+    """The teacher's forward, at most `chunk` images at a time; None: all at once.
+
+    All forwards of a call have one size, so that a compiled teacher is compiled once: images are shared out evenly, and what is
+    missing in the last part is filled with black.
+    """
 
     def encode(pixels_B3HW: Tensor) -> VisionOutput:
-        if chunk is None or len(pixels_B3HW) <= chunk:
+        count = len(pixels_B3HW)
+        if chunk is None or count <= chunk:
             return teacher.forward(pixels_B3HW)
-        parts = [teacher.forward(part) for part in pixels_B3HW.split(chunk)]
+        size = math.ceil(count / math.ceil(count / chunk))
+        filled = F.pad(pixels_B3HW, (0, 0) * 3 + (0, -count % size))
+        parts = [teacher.forward(part) for part in filled.split(size)]
         summaries = [p.summary_BC for p in parts if p.summary_BC is not None]
-        return VisionOutput(torch.cat(summaries) if summaries else None, torch.cat([p.features_BCHW for p in parts]))
+        return VisionOutput(
+            torch.cat(summaries)[:count] if summaries else None, torch.cat([p.features_BCHW for p in parts])[:count]
+        )
 
     return encode
 

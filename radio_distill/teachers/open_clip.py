@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from pydantic import Field
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -56,7 +57,11 @@ def build(card: TeacherCard, weights: Weights) -> nn.Module:
         )
     config |= {"vision_cfg": vision | params.overrides, "embed_dim": width}
     visual = _build_tower(config, weights)
-    return _loaded(card, weights, ClipNet(card, visual), visual, "visual.")
+    net = _loaded(card, weights, ClipNet(card, visual), visual, "visual.")
+    for block in visual.transformer.resblocks:
+        if isinstance(block.attn, nn.MultiheadAttention):
+            block.attn = PackedAttention(block.attn)
+    return net
 
 
 def _build_tower(config: dict[str, Any], weights: Weights) -> Any:
@@ -136,6 +141,27 @@ class ClipNet(nn.Module):
         patches = to_map(table[None, 1:].float(), self.visual.grid_size)
         patches = F.interpolate(patches, size=grid, mode="bilinear", align_corners=False)
         return torch.cat([table[:1], patches[0].flatten(1).T.to(table.dtype)])
+
+
+class PackedAttention(nn.Module):
+    """nn.MultiheadAttention of a sequence with itself, under its names, by one projection and torch's fused kernel.
+
+    Out of training that module takes a path of its own, which writes all scores to memory.
+    """
+
+    def __init__(self, attention: nn.MultiheadAttention) -> None:
+        super().__init__()
+        self.num_heads = attention.num_heads
+        self.in_proj_weight, self.in_proj_bias = attention.in_proj_weight, attention.in_proj_bias
+        self.out_proj = attention.out_proj
+
+    def forward(self, x_BNC: Tensor, *_: Tensor, **options: Any) -> tuple[Tensor, None]:
+        """The output (B, N, C), and no weights; keys and values, which follow x, are x itself."""
+        assert options.get("attn_mask") is None
+        qkv = F.linear(x_BNC, self.in_proj_weight, self.in_proj_bias)
+        q, k, v = rearrange(qkv, "b n (t h d) -> t b h n d", t=3, h=self.num_heads)
+        out = F.scaled_dot_product_attention(q, k, v)
+        return self.out_proj(rearrange(out, "b h n d -> b n (h d)")), None
 
 
 class _Encoder(nn.Module):

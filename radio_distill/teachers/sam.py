@@ -76,10 +76,12 @@ class RelPosAttention(nn.Module):
         rows, columns = self._terms(q.unflatten(2, (h, w)))
         extra = torch.cat([rows, columns], dim=-1)
         marks = _one_hot(h, w, like=k).expand(b, self.num_heads, -1, -1)
-        pad = -(q.shape[-1] + extra.shape[-1]) % ALIGN
-        q = F.pad(torch.cat([q * scale, extra], dim=-1), (0, pad))
-        k = F.pad(torch.cat([k, marks], dim=-1), (0, pad))
-        out = F.scaled_dot_product_attention(q, k, v, scale=1.0)
+        width = v.shape[-1]
+        added = extra.shape[-1] + -(width + extra.shape[-1]) % ALIGN
+        q = F.pad(torch.cat([q * scale, extra], dim=-1), (0, added - extra.shape[-1]))
+        k = F.pad(torch.cat([k, marks], dim=-1), (0, added - extra.shape[-1]))
+        v = F.pad(v, (0, added))  # flash attention, on a CPU too, refuses values that are narrower than the keys
+        out = F.scaled_dot_product_attention(q, k, v, scale=1.0)[..., :width]
         return self.proj(rearrange(out, "b n (h w) d -> b h w (n d)", h=h))
 
     def _terms(self, q_BnHWd: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,8 +7,11 @@ DINOv2 with registers is pinned to this loader: timm resizes its position table 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
+import torch
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -50,9 +53,26 @@ def build_trunk(card: TeacherCard, name: str, weights: Weights, values: dict[str
         values = {"dynamic_img_size": True, **values}
     try:
         with construct(weights):
-            return timm.create_model(name, pretrained=False, **values)
+            trunk = timm.create_model(name, pretrained=False, **values)
     except (RuntimeError, TypeError) as error:
         raise CardError(f"card {card.name!r}: timm cannot build {name!r} with {values}: {error}") from error
+    if hasattr(getattr(trunk, "rope", None), "periods"):
+        _keep_tables(trunk.rope)
+    return trunk
+
+
+def _keep_tables(rope: Any) -> None:
+    """Keep DINOv3's rotary tables of the last sizes: timm makes one on the CPU for every batch, and a GPU waits for its copy."""
+    make = rope.get_embed
+
+    @lru_cache(maxsize=16)
+    def made(shape: tuple[int, ...], device: torch.device) -> Tensor:
+        return make(shape=shape)
+
+    def get_embed(shape: Sequence[int] | None = None) -> Tensor:
+        return make() if shape is None else made(tuple(shape), rope.periods.device)
+
+    rope.get_embed = get_embed
 
 
 def load_trunk(card: TeacherCard, trunk: nn.Module, state: dict[str, Tensor]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TypeVar
 
 import torch
@@ -13,7 +13,7 @@ from ..errors import RadioDistillError
 from ..tensors import all_reduce
 from . import preempt
 
-__all__ = ["any_rank", "any_ranks", "sum_ranks", "gather", "on_main", "barrier", "stop_if_asked"]
+__all__ = ["Vote", "any_rank", "sum_ranks", "gather", "on_main", "barrier", "stop_if_asked"]
 
 T = TypeVar("T")
 
@@ -25,11 +25,23 @@ def any_rank(flag: Tensor | bool, device: torch.device) -> bool:
     return bool(value)
 
 
-def any_ranks(flags: Sequence[bool], device: torch.device) -> list[bool]:
-    """For each of this rank's flags, whether it is true on any rank; one small all-reduce for all of them."""
-    values = torch.tensor(list(flags), dtype=torch.int32, device=device)
-    all_reduce(values, dist.ReduceOp.MAX)
-    return [bool(value) for value in values.tolist()]
+class Vote:
+    """For each flag, whether it is true on any rank: one small all-reduce, which the host does not wait for until it reads."""
+
+    def __init__(self, flags: Tensor) -> None:
+        """flags: bool or whole numbers, on the device."""
+        values = flags.to(torch.int32)
+        all_reduce(values, dist.ReduceOp.MAX)
+        self._values = values.to("cpu", non_blocking=True)
+        self._arrived = torch.cuda.Event() if values.is_cuda else None
+        if self._arrived is not None:
+            self._arrived.record()
+
+    def read(self) -> list[bool]:
+        """The same answers on every rank; waits until they have arrived."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return [bool(value) for value in self._values.tolist()]
 
 
 def stop_if_asked(device: torch.device) -> None:

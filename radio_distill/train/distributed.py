@@ -56,6 +56,7 @@ def init(backend: str | None = None, *, placement: Dedicated | None = None) -> W
     device = torch.device("cpu") if backend == "gloo" else torch.device("cuda", local_rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    exact_float32()
     bridge: Bridge | None = None
     store: dist.Store | None = None
     if place is not None:
@@ -73,6 +74,15 @@ def init(backend: str | None = None, *, placement: Dedicated | None = None) -> W
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT, device_id=device_id)
     _join_deepspeed(device)
     return World(rank, size, local_rank, device, bridge)
+
+
+def exact_float32() -> None:
+    """Let float32 be float32 on a GPU: by default cuDNN rounds the inputs of its convolutions to 10 bits (TF32).
+
+    Where less is enough, autocast or bfloat16 weights say so; matrix products are exact by torch's own default.
+    """
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = False
 
 
 def shutdown() -> None:

@@ -8,6 +8,7 @@ The caller defines what a step does (`distill/loop.py`, `mean_step`); the loop d
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -56,18 +57,25 @@ def fit(t: Training, one_step: Callable[[Any, int, list[Batch]], None]) -> int:
                 member.run.path, member.step
             )  # of steps that are done again: since the checkpoint, or before the first
     note(t, "running")
+    asked: deque[agree.Vote] = deque()
     for step in range(t.step, steps):
         watch(t.job.engine.watchdog_minutes)
         batches = t.next_batches()
         one_step(t, step, batches)
+        logs = (step + 1) % t.job.log.every == 0 or step + 1 == steps
+        if logs:
+            t.settle()
         for member in t.members:
             member.step = step + 1
-            if member.step % t.job.log.every == 0 or member.step == steps:
+            if logs:
                 log_step(member)
             if member.pictures_due():
                 member.draw(batches[-1])
-        stop, late = agree.any_ranks([preempt.requested() is not None, save_late(t)], t.world.device)
+        flags = torch.tensor([preempt.requested() is not None, save_late(t)]).to(t.world.device, non_blocking=True)
+        asked.append(agree.Vote(flags))
+        stop, late = asked.popleft().read() if len(asked) > t.lag else (False, False)
         if stop or late or t.step == steps or t.step % t.job.checkpoint.every == 0:
+            t.settle()
             refuse_non_finite(t)
             for member in reversed(t.members):  # the recipe's own student last: a resume goes by its checkpoints
                 save(member)
@@ -100,12 +108,15 @@ def mean_step(t: Training, step: int, batches: list[Any], count: Tensor) -> None
         bad |= ~torch.isfinite(losses.total.detach())
         t.engine.backward(losses.total)
         t.meter.add(losses.parts)
-    if not t.update(bad):
+
+    def explain() -> TrainingError:
         keys = agree.gather([key for batch in batches for key in batch.keys[:4]])
-        raise TrainingError(
-            f"non-finite loss or gradient of {t.job.name} at step {step}; nothing was updated, the last checkpoint is intact. "
+        return TrainingError(
+            f"non-finite loss or gradient of {t.job.name} at step {step}; nothing was saved since, the last checkpoint is intact. "
             f"Look at these samples, lower optim.lr, or set engine.precision=fp32: {keys}"
         )
+
+    t.update(bad, explain)
 
 
 def log_step(t: Training) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config.recipe import Job
+from ..errors import RadioDistillError
 from ..log import Meter, Sinks
 from ..types import Batch
 from . import agree
@@ -20,6 +22,7 @@ from .distributed import World
 from .ema import Ema
 from .engine import Engine
 from .run import RunFolder
+from .timers import Timers
 
 __all__ = ["MicroBatches", "Training"]
 
@@ -71,7 +74,11 @@ class Training(ABC):
         self.last_grad_norm, self.last_lr = torch.zeros(()), 0.0
         """Of the last optimizer step."""
         self.saved_step, self.saved_at = -1, time.monotonic()
-        self.seconds: dict[str, float] = {}
+        self.timers = Timers(world.device)
+        """Of parts of a step, on the device."""
+        self._votes: deque[tuple[agree.Vote, Callable[[], RadioDistillError]]] = deque()
+        self._waited = 0.0
+        """Seconds of this interval in which the host waited for data."""
         self._since = time.monotonic()
 
     @abstractmethod
@@ -102,15 +109,30 @@ class Training(ABC):
         """This training, and those of the other students in its recipe, if any; each writes a run folder of its own."""
         return [self]
 
-    def update(self, bad: Tensor) -> bool:
-        """Make the optimizer steps of all members, unless `bad` or a gradient is not finite on any rank; says whether. A collective."""
+    @property
+    def lag(self) -> int:
+        """How many steps after a question the ranks' answer is read: to wait for it within a step would leave a GPU idle."""
+        return 1 if self.world.device.type == "cuda" else 0
+
+    def update(self, bad: Tensor, explain: Callable[[], RadioDistillError]) -> None:
+        """Make the optimizer steps of all members. A collective.
+
+        Raises the error of `explain` on every rank when `bad`, or a gradient is not finite, on any of them: on a CPU before the
+        step, on a GPU after the next one at the latest, and always before anything is logged or saved (`settle`).
+        """
         for member in self.members:
             bad = bad | ~member.engine.grads_finite()
-        if agree.any_rank(bad, self.world.device):
-            return False
+        self._votes.append((agree.Vote(bad[None]), explain))
+        self.settle(self.lag)
         for member in self.members:
             member._make_step()
-        return True
+
+    def settle(self, keep: int = 0) -> None:
+        """Read what ranks said of the last steps, but of the last `keep`; raises the error of the first that was bad."""
+        while len(self._votes) > keep:
+            vote, explain = self._votes.popleft()
+            if any(vote.read()):
+                raise explain()
 
     def _make_step(self) -> None:
         self.last_grad_norm, self.last_lr = self.engine.grad_norm(), self.engine.lr
@@ -126,26 +148,26 @@ class Training(ABC):
 
     def next_batches(self) -> list[Batch]:
         """The micro-batches of the next step, on the device."""
-        with self.clock("data"):
+        with self.waiting():
             return self.streams.next(self.world.device)
 
     @contextmanager
-    def clock(self, name: str) -> Iterator[None]:
-        """Add the wall time of a block to the interval's account."""
+    def waiting(self) -> Iterator[None]:
+        """Count the wall time of a block as waiting for data."""
         begin = time.perf_counter()
         yield
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begin
+        self._waited += time.perf_counter() - begin
 
     def collect(self) -> dict[str, float]:
         """The interval's metrics, reduced over ranks. A collective."""
         steps, elapsed = self.meter.steps, time.monotonic() - self._since
         metrics = self.meter.collect()
-        metrics |= {f"time/{name}": self.seconds.get(name, 0.0) / elapsed for name in ("data", "teachers")}
+        metrics |= {"time/data": self._waited / elapsed, "time/teachers": self.timers.collect().get("teachers", 0.0) / elapsed}
         metrics |= {name: seconds / elapsed for name, seconds in self.extra_seconds().items()}
         metrics["images_per_s"] = steps * self.images_per_step / elapsed
         metrics["time/left_h"] = (self.job.optim.steps - self.step) * elapsed / max(1, steps) / 3600
         metrics |= {"grad_norm": self.last_grad_norm.item(), "lr": self.last_lr}
-        self.seconds, self._since = {}, time.monotonic()
+        self._waited, self._since = 0.0, time.monotonic()
         return metrics
 
     def extra_seconds(self) -> dict[str, float]:

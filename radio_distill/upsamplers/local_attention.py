@@ -3,7 +3,9 @@
 Two exact forms of one function. On a CPU (and where nothing can be compiled) the map is cut in tiles: a tile of queries and
 its keys, the tile and a margin around it, stay in the cache, so that a few small matrix products do all the work; the
 backward pass is the same loop and adds each tile's share to the gradients of its keys. On a GPU it is flex_attention with a
-block mask that is the same for every batch and head.
+block mask that is the same for every batch and head, compiled for each shape: a few kernels for the sizes of a training. Past
+its limit of recompilations torch would run flex_attention unfused, without a word, and hold the scores of all pairs of positions:
+3.4 GB an image at 81 x 81. Further shapes take the tiles instead.
 
 Windows are clipped at the borders of the map, not shifted inward. The distance penalty ("2-D alibi", FeatSharp) takes
 slope * |rows apart| from the scores of even heads and slope * |columns apart| from those of odd heads.
@@ -15,11 +17,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import cache, lru_cache
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 __all__ = ["local_attention"]
 
@@ -41,7 +45,9 @@ def local_attention(
     Products are accumulated and the softmax is taken in float32 also for bfloat16. Differentiable once in q, k and v.
     """
     if q_BhHWD.is_cuda and min(q_BhHWD.shape[-1], v_BhHWE.shape[-1]) >= 16 and _can_compile():
-        return _flex(q_BhHWD, k_BhHWD, v_BhHWE, window // 2, slopes, scale, _compiled())
+        shape = (q_BhHWD.shape, v_BhHWE.shape, v_BhHWE.dtype, q_BhHWD.stride(), window, slopes, scale)
+        if _has_kernel((*shape, torch.is_grad_enabled() and q_BhHWD.requires_grad)):
+            return _flex(q_BhHWD, k_BhHWD, v_BhHWE, window // 2, slopes, scale, _compiled())
     out: Tensor = _Tiled.apply(q_BhHWD, k_BhHWD, v_BhHWE, window // 2, slopes, scale)
     return out
 
@@ -188,8 +194,23 @@ def _can_compile() -> bool:
     return bool(has_triton())
 
 
+_kernels: set[tuple[Any, ...]] = set()
+"""What flex_attention has been compiled for in this process."""
+
+
+def _has_kernel(shape: tuple[Any, ...]) -> bool:
+    """Whether flex_attention is compiled for a shape, or still may be."""
+    from torch._dynamo import config
+
+    if shape not in _kernels and len(_kernels) < config.recompile_limit:
+        _kernels.add(shape)
+    return shape in _kernels
+
+
 @cache
 def _compiled() -> Callable[..., Any]:
+    from torch.nn.attention.flex_attention import flex_attention  # takes seconds, and a CPU needs none of it
+
     return torch.compile(flex_attention, dynamic=False)
 
 
@@ -208,6 +229,7 @@ def _penalty(slopes: Slopes, width: int, device: torch.device) -> Callable[..., 
 @lru_cache(maxsize=64)
 def _block_mask(height: int, width: int, radius: int, device: torch.device) -> BlockMask:
     """Which blocks of keys a block of queries looks at, from the ends of each window's rows: no N x N mask is ever made."""
+    from torch.nn.attention.flex_attention import BlockMask
 
     def inside(b: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         dy, dx = (query // width - key // width).abs(), (query % width - key % width).abs()

@@ -86,7 +86,9 @@ class Sharpener(nn.Module):
     def generate(self, encode: Encode, pixels_N3HW: Tensor) -> VisionOutput:
         """The teacher's output for images of its own size, balanced, plus the bias map: what the sharp map must agree with."""
         with torch.no_grad():
-            out = encode(pixels_N3HW)
+            # the autocast around a network is not the teacher's: it computes in the precision of its own weights
+            with torch.autocast(pixels_N3HW.device.type, enabled=False):
+                out = encode(pixels_N3HW)
             found = out.features_BCHW.shape[1]
             if found != self.channels:
                 raise TeacherError(

@@ -210,6 +210,15 @@ def build(recipe: UpsamplerRecipe, world: distributed.World, run: RunFolder) -> 
     inputs = Inputs(recipe, world)
     found = latest(run.path)
     balancer = load_balancers(found / "balancers")["teacher"] if found else statistics(recipe, world, inputs)
+    training = assemble(recipe, world, run, inputs, balancer)
+    training.streams.open(resume(training, found) if found else {}, step=training.step)
+    return training
+
+
+def assemble(
+    recipe: UpsamplerRecipe, world: distributed.World, run: RunFolder, inputs: Inputs, balancer: Balancer
+) -> UpsamplerTraining:
+    """The training with first weights and closed streams."""
     torch.manual_seed(recipe.seed)
     channels, side = inputs.teacher.card.output.features, recipe.size // inputs.teacher.patch_size
     sharpener = Sharpener(recipe.network, channels, (side, side), balancer)
@@ -219,9 +228,7 @@ def build(recipe: UpsamplerRecipe, world: distributed.World, run: RunFolder) -> 
     ).to(world.device)
     if recipe.spectral:
         apply_spectral(task, init="one")
-    training = UpsamplerTraining(recipe, world, run, inputs, task)
-    training.streams.open(resume(training, found) if found else {}, step=training.step)
-    return training
+    return UpsamplerTraining(recipe, world, run, inputs, task)
 
 
 def statistics(recipe: UpsamplerRecipe, world: distributed.World, inputs: Inputs) -> Balancer:

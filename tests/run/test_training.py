@@ -211,7 +211,7 @@ def test_a_teacher_that_is_not_finite_on_one_rank_stops_all_before_anything_is_s
     done = subprocess.run(arguments, capture_output=True, text=True, timeout=240, env=environment)
     assert done.returncode == 2
     assert "teacher 'toy_clip' gave non-finite features at step 0 on rank 1 (partition 'low')" in done.stderr
-    assert "nothing was updated, the last checkpoint is intact" in done.stderr
+    assert "nothing was saved since, the last checkpoint is intact" in done.stderr
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 

@@ -26,6 +26,19 @@ def test_help_imports_neither_torch_nor_pydantic():
     assert not loaded & {"torch", "pydantic", "yaml", "numpy", "rich", "deepspeed"}
 
 
+def test_a_list_needs_no_torch_and_a_plan_none_of_the_libraries_of_networks():
+    code = (
+        "import sys; from radio_distill.cli import main\n"
+        "main(['list', 'recipes']); main(['list', 'students']); assert 'torch' not in sys.modules\n"
+        "import radio_distill.plan.stage, radio_distill.plan.upsampler, radio_distill.doctor\n"
+        "print(sorted(sys.modules))"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    loaded = set(out.splitlines()[-1].strip("[]").replace("'", "").split(", "))
+    assert "torch" in loaded
+    assert not loaded & {"timm", "torchvision", "transformers", "open_clip", "deepspeed", "torch._dynamo", "webdataset"}
+
+
 def test_python_dash_m_is_the_same_command():
     out = subprocess.run(
         [sys.executable, "-m", "radio_distill", "--version"], capture_output=True, text=True, check=True

@@ -12,7 +12,7 @@ from radio_distill.network.arch import HeadArch
 from radio_distill.network.student import Student
 from radio_distill.plan.cost import count_flops, head_flops, partition_cost, teacher_flops, trunk_flops, vit_flops
 from radio_distill.plan.memory import head_parameters, state_bytes, trunk_parameters
-from radio_distill.student.build import student_of
+from radio_distill.student.names import student_of
 from radio_distill.upsamplers.cost import downsampler_flops, network_flops, network_parameters, uncertainty_flops
 from radio_distill.upsamplers.featsharp import FeatSharp
 from radio_distill.upsamplers.form import PUBLISHED

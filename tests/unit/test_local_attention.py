@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from torch._dynamo import config as dynamo
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from radio_distill.upsamplers.local_attention import _block_mask, _flex, local_attention
@@ -73,6 +75,25 @@ def test_tensors_made_in_inference_mode_do_not_stay_in_the_cache():
     q = q.clone().requires_grad_()
     local_attention(q, k, v, window=9, slopes=(0.3,), scale=1.0).sum().backward()
     assert q.grad is not None
+
+
+def test_further_shapes_take_the_tiles_when_flex_attention_may_not_be_compiled_again(monkeypatch):
+    compiled = []
+
+    def attend(q, k, v, **options):
+        compiled.append(q.shape)
+        return v
+
+    for name, value in {"_can_compile": lambda: True, "_compiled": lambda: attend, "_kernels": set()}.items():
+        monkeypatch.setattr(f"radio_distill.upsamplers.local_attention.{name}", value)
+    with FakeTensorMode():
+        for _ in range(2):
+            for side in range(20, 40):
+                q, k, v = (torch.empty(2, 4, side, side, 16, device="cuda") for _ in range(3))
+                assert local_attention(q, k, v, window=3, slopes=None, scale=0.25).shape == v.shape
+    limit = dynamo.recompile_limit
+    assert len(set(compiled)) == limit < 20
+    assert len(compiled) == 2 * limit, "a shape that has a kernel keeps it"
 
 
 @pytest.mark.parametrize(("size", "slopes"), [((12, 13), None), ((20, 19), (0.5, 0.25, 0.125))])

@@ -5,13 +5,14 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 
 from radio_distill.config.recipe import Student as Spec
 from radio_distill.network.arch import AdaptorSlot
 from radio_distill.network.student import Student
 from radio_distill.student.build import build_student
 from radio_distill.student.damp import apply_damp, set_damp_step
-from radio_distill.student.spectral import SpectralNorm, apply_spectral, fold, fold_state, power_iterate
+from radio_distill.student.spectral import SpectralNorm, _iterate, apply_spectral, fold, fold_state, power_iterate
 from radio_distill.train.optim import parameter_groups
 
 
@@ -60,7 +61,7 @@ def test_one_iteration_a_step_follows_a_moving_weight() -> None:
     norm = SpectralNorm(weight)
     for _ in range(100):
         weight += 0.01 * torch.randn(12, 8)
-        norm.iterate(weight)
+        _iterate([(norm, weight)])
     assert norm.sigma(weight) == pytest.approx(float(torch.linalg.matrix_norm(weight, 2)), rel=0.02)
 
 
@@ -168,3 +169,15 @@ def test_layers_get_different_noise() -> None:
     apply_damp(module, 0.1)
     set_damp_step(module, 0, 0)
     assert not torch.equal(module[0].weight, module[1].weight)
+
+
+def test_the_norms_of_weights_of_one_shape_are_iterated_together() -> None:
+    def operations(count: int) -> int:
+        net = nn.Sequential(*[nn.Linear(8, 8) for _ in range(count)])
+        apply_spectral(net)
+        with profile(activities=[ProfilerActivity.CPU]) as seen:
+            power_iterate(net)
+        names = [event.name for event in seen.events()]
+        return sum(name in ("aten::linalg_vector_norm", "aten::clamp_min_", "aten::clamp_min", "aten::div") for name in names)
+
+    assert operations(12) == operations(1) > 0

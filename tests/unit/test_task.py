@@ -10,9 +10,10 @@ from radio_distill.distill.bank import TeacherBank
 from radio_distill.distill.targets import TeacherService, name_non_finite, views_at
 from radio_distill.distill.task import DistillTask
 from radio_distill.errors import RecipeError
-from radio_distill.student.build import build_student, slots_of
+from radio_distill.student.build import build_student
+from radio_distill.student.names import slots_of
 from radio_distill.student.start import parametrise
-from radio_distill.teachers.base import load_teacher
+from radio_distill.teachers.base import chunked, load_teacher
 from radio_distill.train.ema import Ema
 from radio_distill.types import Batch, View, VisionOutput
 
@@ -170,6 +171,17 @@ def test_teacher_chunks_change_nothing():
     whole = service.encode(batch)["toy_clip"]
     assert torch.allclose(chunked.features_BCHW, whole.features_BCHW, atol=1e-6)
     assert torch.allclose(chunked.summary_BC, whole.summary_BC, atol=1e-6)
+
+
+def test_all_chunks_of_a_batch_have_one_size_so_that_a_compiled_teacher_is_compiled_once():
+    teacher, shapes = load_teacher(load_card("toy_clip"), weights="random"), []
+    teacher.net.register_forward_pre_hook(lambda _, pixels: shapes.append(tuple(pixels[0].shape)))
+    for count, chunk, size in [(10, 8, 5), (7, 3, 3), (16, 5, 4), (9, 8, 5)]:
+        shapes.clear()
+        out = chunked(teacher, chunk)(torch.rand(count, 3, 84, 84))
+        assert shapes == [(size, 3, 84, 84)] * -(-count // chunk)
+        assert len(out.features_BCHW) == count
+        assert out.summary_BC is None or len(out.summary_BC) == count
 
 
 def test_attention_windows_and_adaloss_and_teacher_dropping_run():

@@ -7,11 +7,13 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.nn.attention import SDPBackend
 
 from radio_distill.config.cards import TeacherCard
 from radio_distill.config.load import load_card
 from radio_distill.errors import TeacherError
 from radio_distill.teachers.base import Teacher, load_teacher
+from radio_distill.teachers.open_clip import PackedAttention
 from radio_distill.teachers.sam import RelPosAttention
 from radio_distill.teachers.timm import build_trunk
 
@@ -304,6 +306,17 @@ def test_attention_with_relative_positions_equals_a_dense_bias(grid: tuple[int, 
     torch.testing.assert_close(RelPosAttention(theirs)(x), theirs(x), rtol=1e-5, atol=1e-6)
 
 
+def test_open_clips_towers_attend_by_the_fused_kernel_with_the_same_result() -> None:
+    theirs = torch.nn.MultiheadAttention(32, 4, batch_first=True).eval()
+    shake(theirs)
+    x = torch.randn(2, 9, 32)
+    torch.testing.assert_close(
+        PackedAttention(theirs)(x, x, x, need_weights=False)[0], theirs(x, x, x)[0], rtol=1e-5, atol=1e-6
+    )
+    blocks = random_teacher(tiny("dfn_clip")).net.visual.transformer.resblocks
+    assert all(isinstance(block.attn, PackedAttention) for block in blocks)
+
+
 def test_attention_with_relative_positions_takes_the_fused_kernel_without_a_mask() -> None:
     from timm.models.vision_transformer_sam import Attention
 
@@ -325,7 +338,8 @@ def test_attention_with_relative_positions_takes_the_fused_kernel_without_a_mask
     assert q.shape == k.shape == (1, 2, 64, 32)  # 16 + 8 + 8
     assert q.ndim == 4
     assert q.shape[-1] % 8 == 0
-    assert v.shape[-1] == 16
+    assert v.shape == q.shape, "flash attention wants values as wide as keys"
+    assert torch._fused_sdp_choice(q, k, v) == SDPBackend.FLASH_ATTENTION.value
 
 
 def test_sam3_features_are_those_before_its_neck() -> None:

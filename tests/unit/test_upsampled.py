@@ -67,6 +67,14 @@ def test_a_cap_on_the_teachers_batch_changes_nothing():
     assert torch.allclose(one.summary_BC, other.summary_BC, atol=1e-4)
 
 
+def test_the_teacher_computes_in_its_own_precision_whatever_the_network_around_it_does():
+    saved, seen = made(), []
+    teacher = load_teacher(saved.card).to("cpu", torch.bfloat16)
+    teacher.net.register_forward_pre_hook(lambda *_: seen.append(torch.is_autocast_enabled("cpu")))
+    Upsampled(teacher, saved).encode(images(168, 168))
+    assert seen == [False]
+
+
 def test_bytes_are_images_too():
     x = (images(168, 168) * 255).byte()
     assert torch.equal(model().encode(x).features_BCHW, model().encode(x.float() / 255).features_BCHW)
