@@ -9,7 +9,7 @@ import os
 import re
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -86,6 +86,12 @@ class LeftOut:
     def has_images(self) -> bool:
         """Whether images may be among it, by their names."""
         return any(reason in (NO_TARGET, NO_ENDING) or reason.endswith(NOT_READ) for reason in self.counts)
+
+    def without(self, counts: Mapping[str, int], example: str) -> LeftOut:
+        """The same with so many fewer by reason; `example` stands for what remains of those."""
+        left = {reason: count - counts.get(reason, 0) for reason, count in self.counts.items()}
+        examples = {reason: example if reason in counts else name for reason, name in self.examples.items()}
+        return LeftOut({reason: count for reason, count in left.items() if count > 0}, examples)
 
     def __add__(self, other: LeftOut) -> LeftOut:
         total = LeftOut(dict(self.counts), dict(self.examples))

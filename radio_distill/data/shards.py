@@ -11,6 +11,7 @@ import logging
 import os
 import random
 import tarfile
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from ..errors import DataError
 from ..files import appearing, json_file
 from .files import INDEX
 from .reading import Raw, ShardError, read_shard, whole_samples
-from .sources import Listing, is_url, list_source
+from .sources import Listing, is_url, list_source, tell
 from .tar import LocalTar, raise_file_limit
 
 __all__ = ["ShardSummary", "TarFile", "count_samples", "cut_tars", "make_shards", "scan"]
@@ -84,7 +85,15 @@ def make_shards(source: Path | str, out: Path | str, *, count: int = 1000, seed:
     if out.exists() and any(out.iterdir()):
         raise DataError(f"{out} is not empty; give a folder that does not exist yet")
     raise_file_limit()
-    samples = list(_samples(list_source("in", Source(path=str(source)))))
+    listing = list_source("in", Source(path=str(source)), told=False)
+    samples = list(_samples(listing))
+    packed = Counter(f".{suffix}" for sample in samples if listing.files for suffix in sample.parts if suffix in SIDECARS)
+    tell(f"{source}: {listing.summary}", listing.left_out.without(packed, "beside no image"))
+    if not samples:
+        raise DataError(
+            f"{source} holds no sample; expected members named NAME.jpg and the like: hidden ones and those without an ending belong "
+            "to none"
+        )
     lonely = [sample.key for sample in samples if sample.image is None]
     if lonely:
         log.warning("%d of %d samples hold no image, such as %s", len(lonely), len(samples), lonely[0])

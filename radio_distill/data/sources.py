@@ -23,12 +23,15 @@ from ..errors import DataError
 from .files import TWICE, LeftOut, Walk, is_tar
 from .seeding import stable_hash
 
-__all__ = ["MAX_STREAMS", "Listing", "Shard", "choose_streams", "is_url", "list_source"]
+__all__ = ["MAX_STREAMS", "Listing", "Shard", "choose_streams", "is_url", "list_source", "tell"]
 
 MAX_STREAMS = 256
 """Enough for 64 ranks of 4 loader processes; every stream keeps one shard of every source open."""
 
 FILES_PER_SHARD = 1000
+PACKED = {"zip", "7z", "rar", "zst", "lz4"}
+TABLES = {"parquet", "arrow", "tfrecord", "mdb", "rec", "h5", "hdf5", "npz", "beton"}
+"""Endings of files that may hold images and are not opened."""
 log = logging.getLogger(__name__)
 _URL = re.compile(r"^[a-zA-Z][a-zA-Z0-9+.-]+:")
 
@@ -88,12 +91,12 @@ class Listing:
         )
 
 
-def list_source(name: str, source: Source) -> Listing:
+def list_source(name: str, source: Source, *, told: bool = True) -> Listing:
     """List a source of the recipe. Raises DataError naming the source and the path when there is nothing to read.
 
     Paths may hold `~`, `$VAR` and braces (`a-{000..099}.tar`); `file:` URLs are local paths; other URLs and `pipe:` commands
     are taken as they are and opened by webdataset. A folder holds shards or images (files.py says what counts), not both.
-    What several paths lead to is read once. What is left out is logged, by reason.
+    What several paths lead to is read once. What is left out is logged, by reason (`told`).
     """
     paths = [source.path] if isinstance(source.path, str) else source.path
     entries = [entry for path in paths for entry in _expand(name, path)]
@@ -109,7 +112,7 @@ def list_source(name: str, source: Source) -> Listing:
     if not tars and not images:
         what = f" (left out: {left_out})" if left_out else ""
         raise DataError(
-            f"data.sources.{name}: no .tar and no image below {', '.join(entries)}; expected shards or image files{what}"
+            f"data.sources.{name}: no .tar and no image below {', '.join(entries)}; expected shards or image files{what}{_advice(left_out)}"
         )
     if tars:
         shards = tuple(map(Shard, map(without_secrets, _short_names(tars)), tars))
@@ -118,8 +121,22 @@ def list_source(name: str, source: Source) -> Listing:
         root = os.path.commonpath(images)
         files = tuple(file for folder, names in images.items() for file in _below(os.path.relpath(folder, root), names))
         listing = Listing(name, source.weight, root=root, files=files, left_out=left_out)
-    _tell(f"data.sources.{name}: {listing.summary}", left_out)
+    if told:
+        tell(f"data.sources.{name}: {listing.summary}", left_out)
     return listing
+
+
+def _advice(left_out: LeftOut) -> str:
+    """What to do with files that hold images and are neither images nor shards."""
+    endings = {reason.lower().lstrip(".") for reason in left_out.counts}
+    packed, tables = sorted(endings & PACKED), sorted(endings & TABLES)
+    unpack = [f"unpack .{', .'.join(packed)} first"] if packed else []
+    write = (
+        [f".{', .'.join(tables)} {'is' if len(tables) == 1 else 'are'} not read: write the images to a folder"]
+        if tables
+        else []
+    )
+    return "".join(f"; {text}" for text in (*unpack, *write))
 
 
 def _gather(entries: list[str]) -> tuple[list[str], dict[str, tuple[str, ...]], LeftOut]:
@@ -202,7 +219,7 @@ def _identity(tar: str) -> object:
     return found.st_dev, found.st_ino
 
 
-def _tell(found: str, left_out: LeftOut) -> None:
+def tell(found: str, left_out: LeftOut) -> None:
     """Say what was left out, once a process; as a warning where images may be among it."""
     if left_out:
         _tell_once(f"{found}; left out: {left_out}", logging.WARNING if left_out.has_images else logging.INFO)

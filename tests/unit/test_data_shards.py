@@ -111,6 +111,32 @@ def test_samples_without_an_image_are_told(tmp_path: Path, caplog: pytest.LogCap
     assert "1 of 2 samples hold no image, such as in.tar/b" in caplog.messages
 
 
+def test_what_is_packed_with_images_is_not_told_as_left_out(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (folder / "2" / "alone.json").write_text("{}")
+    with caplog.at_level("INFO"):
+        make_shards(folder, tmp_path / "out")
+    assert f"{folder}: 23 images; left out: 1 .json (beside no image), 1 .md (notes.md)" in caplog.messages
+
+
+def test_an_archive_whose_members_have_no_endings_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"in.tar holds no sample; expected members named NAME.jpg"):
+        make_shards(members(tmp_path / "in.tar", {"imgs/0a1b": b"1", "imgs/2c3d": b"2"}), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    [("images.zip", "; unpack .zip first"), ("data/train-0.parquet", "; .parquet is not read: write the images to a folder")],
+)
+def test_a_folder_of_files_that_hold_images_says_what_to_do(name: str, advice: str, tmp_path: Path) -> None:
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_bytes(b"x")
+    with pytest.raises(DataError, match=f"no .tar and no image below .*{advice}$"):
+        list_source("x", Source(path=str(tmp_path)))
+
+
 def test_a_cut_archive_is_not_copied(tmp_path: Path) -> None:
     path = members(tmp_path / "in.tar", {f"{i}.jpg": b"x" * 500 for i in range(6)})
     path.write_bytes(path.read_bytes()[: 3 * 1024])

@@ -56,7 +56,7 @@ def voc(tmp_path: Path) -> Path:
     lists = base / "ImageSets" / "Segmentation"
     lists.mkdir(parents=True)
     (lists / "train.txt").write_text("2007_000032\n")
-    (lists / "val.txt").write_text("2007_000039\n")
+    (lists / "val.txt").write_bytes(b"\xef\xbb\xbf2007_000039\r\n")  # as an editor of Windows saves it
     return tmp_path
 
 

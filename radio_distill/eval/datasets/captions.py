@@ -129,7 +129,7 @@ def _read_karpathy(path: Path, split: str) -> Captions:
 def _read_pairs(path: Path, split: str) -> Captions:
     """A header, then `IMAGE.jpg,caption`; captions may hold commas."""
     found: dict[str, list[str]] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines()[1:], 2):
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines()[1:], 2):
         if not line.strip():
             continue
         name, comma, caption = line.partition(".jpg,")

@@ -59,7 +59,7 @@ class MultitaskFolder(Multitask):
             if not path.exists():
                 raise missing(path, dataset=self.title, layout=self.layout, source=self._source(root))
         self.tables = (listed,)
-        self._keys = listed.read_text().split()
+        self._keys = listed.read_text(encoding="utf-8-sig").split()
         if not self._keys:
             raise DataError(f"{self.title}: {listed} lists no images; unpack the archive again")
         for folder, suffix in self.folders.items():

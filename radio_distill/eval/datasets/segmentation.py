@@ -105,7 +105,7 @@ class Voc2012(Dataset[SegmentationSample]):
                     layout=VOC_LAYOUT,
                     source="Get VOCtrainval_11-May-2012.tar from the PASCAL VOC pages.",
                 )
-        self._keys = sorted(listed.read_text().split())
+        self._keys = sorted(listed.read_text(encoding="utf-8-sig").split())
         self.tables = (listed,)
         images, labelled = set(stems(self.base / "JPEGImages", ".jpg")), set(stems(self.base / "SegmentationClass", ".png"))
         wanted = set(self._keys)
