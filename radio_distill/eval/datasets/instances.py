@@ -168,7 +168,9 @@ class CocoInstances(Dataset[InstanceSample]):
         names = [row["file_name"] for row in self._rows]
         lost = [name for name in names if name not in there and not (self.images / name).is_file()]
         if lost:
-            raise DataError(f"COCO 2017: {len(lost)} of {len(self._rows)} images are not in {self.images} ({lost[0]}, ...)")
+            raise DataError(
+                f"COCO 2017: {len(lost)} of {len(self._rows)} images are not in {self.images} ({lost[0]}, ...); `file_name` is a path below it"
+            )
         self.notes = notes_of(self, not_read(self.images, set(names), f"images that {self.file.name} does not list"))
         without = sorted({*range(len(names))} - {*self.annotated(crowds=False)})
         if without:
