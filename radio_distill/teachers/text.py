@@ -67,7 +67,8 @@ def tower_digest(card: TeacherCard) -> str:
 
     Raises CardError as `load_text_tower`, where the card does not say where the tower lies.
     """
-    assert card.text is not None
+    if card.text is None:
+        return "none"  # `load_text_tower` says so
     place = SOURCES.get(card.text.kind)
     holder = import_named(place, by=f"card {card.name!r}", error=CardError)(card) if place else card
     return digest_of([card.text.model_dump(mode="json"), weights_digest(holder) or [holder.source, holder.revision]])[:12]

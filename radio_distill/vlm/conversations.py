@@ -182,7 +182,7 @@ def _image_name(record: Any) -> str | None:
         raise _Odd("no record", f"{str(record)[:40]!r}; expected a dictionary with `conversations`")
     if record.get("video"):
         raise _Odd("video", "its `video` is not read")
-    found = next((x for x in (record.get("image"), record.get("images")) if x not in (None, "", [])), [])
+    found: Any = next((x for x in (record.get("image"), record.get("images")) if x not in (None, "", [])), [])
     names = found if isinstance(found, list) else [found]
     if len(names) > 1:
         raise _Odd("several images", f"{len(names)}; expected one, or none")
