@@ -21,9 +21,10 @@ from ..config.messages import did_you_mean
 from ..errors import RadioDistillError
 from ..results import append, read, table
 from ..types import Result
-from .suites import CUSTOM, PAPER, Suite, load_suite, presets_of, suite_names
+from .suite_names import CUSTOM, PAPER, suite_names
 
 if TYPE_CHECKING:
+    from .suites import Suite
     from .task import Context
 
 __all__ = ["main", "table", "append", "read"]
@@ -142,6 +143,8 @@ def _run_card(arguments: argparse.Namespace) -> int:
 
 def _asked(arguments: argparse.Namespace) -> Suite:
     """The suite with its preset and tasks. Raises RadioDistillError when `--data` is no folder."""
+    from .suites import load_suite, presets_of
+
     quick = arguments.data == "toy" and "smoke" in presets_of(arguments.suite)
     preset = arguments.preset or ("smoke" if quick else PAPER)
     suite = load_suite(arguments.suite, preset, arguments.overrides).only(arguments.task or [])

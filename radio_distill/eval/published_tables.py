@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from ..results import shown
 from ..types import Result
 from .published import PublishedTable, load_tables
-from .suites import PAPER
+from .suite_names import PAPER
 from .tables import Table
 
 __all__ = ["counterpart", "of_tasks", "with_published"]

@@ -23,7 +23,8 @@ from .encode import precision
 from .model_cost import COST, cost_of, device_name
 from .progress import ProbeFiles
 from .sizes import seen
-from .suites import CUSTOM, PAPER, Suite, digest
+from .suite_names import CUSTOM, PAPER
+from .suites import Suite, digest
 from .task import Context, Score, Task
 
 if TYPE_CHECKING:

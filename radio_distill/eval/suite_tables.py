@@ -15,7 +15,7 @@ from .gain_rows import task_name
 from .model_cost import COST, HEAD, NOTE, cost_rows
 from .published import students
 from .published_tables import of_tasks
-from .suites import PAPER
+from .suite_names import PAPER
 from .tables import Table, pipes
 
 __all__ = ["Curve", "Section", "curve_table", "sections", "to_markdown"]

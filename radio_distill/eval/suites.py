@@ -30,6 +30,7 @@ from ..files import digest_of
 from ..fingerprint import code_digest
 from ..loaders import import_named, is_named
 from ..paths import shipped
+from .suite_names import CUSTOM, PAPER, suite_names
 from .task import Task
 from .tasks.correspondence import Correspondence
 from .tasks.detection import Detection
@@ -45,7 +46,7 @@ from .tasks.sweeps import FeatureSweep, KnnSweep, SegmentationSweep
 from .tasks.throughput import Throughput
 from .tasks.zero_shot import ZeroShot
 
-__all__ = ["CUSTOM", "PAPER", "Suite", "digest", "load_suite", "presets_of", "suite_names"]
+__all__ = ["Suite", "digest", "load_suite", "presets_of"]
 
 AnyTask = Annotated[
     Correspondence
@@ -67,12 +68,6 @@ AnyTask = Annotated[
     Field(discriminator="kind"),
 ]
 """Every kind of task."""
-
-PAPER, CUSTOM = "paper", "custom"
-"""The preset whose numbers may be compared with published ones; the name of anything that a user has changed."""
-
-NOT_SUITES = ("paper", "published")
-"""Other files in the folder of the suites."""
 
 
 class SuiteCard(Fields):
@@ -99,11 +94,6 @@ class Suite:
             if name not in self.tasks:
                 raise CardError(f"suite {self.name} has no task {name!r}{did_you_mean(name, self.tasks)}")
         return replace(self, tasks={n: t for n, t in self.tasks.items() if not names or n in names})
-
-
-def suite_names() -> list[str]:
-    """The suites that come with the package as cards."""
-    return [name for name in shipped("eval") if name not in NOT_SUITES]
 
 
 def presets_of(name: str | Path) -> list[str]:

@@ -22,8 +22,9 @@ from ..eval.gain_rows import rows_of
 from ..eval.gain_text import render
 from ..eval.published import load_tables
 from ..eval.published_tables import with_published
+from ..eval.suite_names import PAPER
 from ..eval.suite_tables import Curve, sections
-from ..eval.suites import PAPER, Suite, load_suite
+from ..eval.suites import Suite, load_suite
 from ..eval.tables import Table
 from ..eval.task import Context
 from ..paths import cache_dir

@@ -28,7 +28,11 @@ class Ema:
         self._sources = _tensors(module)
         self._averages = {name: _copy(x) for name, x in self._sources.items()}
         self._averaged = [name for name, x in self._sources.items() if isinstance(x, nn.Parameter)]
-        self._copied = [name for name, x in self._sources.items() if not isinstance(x, nn.Parameter)]
+        self._copied: dict[torch.dtype, list[str]] = {}
+        """By dtype: all of one kind are copied by one operation."""
+        for name, x in self._sources.items():
+            if not isinstance(x, nn.Parameter):
+                self._copied.setdefault(x.dtype, []).append(name)
 
     @torch.no_grad()
     def update(self) -> None:
@@ -37,8 +41,8 @@ class Ema:
             torch._foreach_lerp_(
                 [self._averages[n] for n in self._averaged], [self._sources[n].float() for n in self._averaged], 1 - self.decay
             )
-        for name in self._copied:
-            self._averages[name].copy_(self._sources[name])
+        for names in self._copied.values():
+            torch._foreach_copy_([self._averages[n] for n in names], [self._sources[n] for n in names])
 
     def state_dict(self) -> dict[str, Tensor]:
         """The average by name: a flat map that safetensors can write and `load_state_dict` of the module can read."""

@@ -19,7 +19,8 @@ from conftest import REPO
 
 from radio_distill.eval.features import FeatureCache
 from radio_distill.eval.runner import run_suite
-from radio_distill.eval.suites import load_suite, suite_names
+from radio_distill.eval.suite_names import suite_names
+from radio_distill.eval.suites import load_suite
 from radio_distill.eval.task import Context
 from radio_distill.results import table
 from radio_distill.types import Result

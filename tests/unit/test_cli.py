@@ -39,6 +39,17 @@ def test_a_list_needs_no_torch_and_a_plan_none_of_the_libraries_of_networks():
     assert not loaded & {"timm", "torchvision", "transformers", "open_clip", "deepspeed", "torch._dynamo", "webdataset"}
 
 
+def test_a_slip_in_an_evaluations_options_is_told_before_torch_is_imported():
+    code = (
+        "import sys; from radio_distill.eval.__main__ import main\n"
+        "try: main(['--suite', 'imagenets', '--model', 'x'])\nexcept SystemExit as error: assert error.code == 2\n"
+        "print(sorted(sys.modules))"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "no suite 'imagenets'" in out.stderr
+    assert not set(out.stdout.splitlines()[-1].strip("[]").replace("'", "").split(", ")) & {"torch", "timm", "numpy"}
+
+
 def test_python_dash_m_is_the_same_command():
     out = subprocess.run(
         [sys.executable, "-m", "radio_distill", "--version"], capture_output=True, text=True, check=True

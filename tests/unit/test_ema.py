@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from radio_distill.errors import CheckpointError
 from radio_distill.train.ema import Ema
@@ -59,3 +60,20 @@ def test_states_that_do_not_fit_are_refused() -> None:
     wrong = {**ema.state_dict(), "linear.weight": torch.zeros(3, 2)}
     with pytest.raises(CheckpointError, match=r"linear.weight has shape \(3, 2\), the model has \(2, 2\)"):
         ema.load_state_dict(wrong)
+
+
+def test_an_update_takes_as_many_operations_for_many_buffers_as_for_few() -> None:
+    class Counted(TorchDispatchMode):
+        operations = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            self.operations += not func.is_view and "detach" not in str(func)
+            return func(*args, **(kwargs or {}))
+
+    def operations(count: int) -> int:
+        ema = Ema(nn.Sequential(*[Net() for _ in range(count)]), 0.9)
+        with Counted() as seen:
+            ema.update()
+        return seen.operations
+
+    assert operations(12) == operations(1)

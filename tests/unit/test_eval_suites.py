@@ -12,7 +12,8 @@ from radio_distill.eval.__main__ import main
 from radio_distill.eval.datasets.base import Dataset, missing, open_dataset
 from radio_distill.eval.features import FeatureCache
 from radio_distill.eval.runner import check, preset_of, run_suite
-from radio_distill.eval.suites import Suite, load_suite, suite_names
+from radio_distill.eval.suite_names import suite_names
+from radio_distill.eval.suites import Suite, load_suite
 from radio_distill.eval.task import Context, Score, Task
 from radio_distill.results import read
 
