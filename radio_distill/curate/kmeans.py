@@ -1,7 +1,7 @@
 """k-means on unit vectors, by blocks: memory is that of the centroids and of one block, whatever the number of points.
 
-Lloyd's algorithm with squared Euclidean distances and sums in float64. Assignment, where all the work is, is faiss's where that is installed
-(`pip install "radio-distill[curate]"`), else a matrix product in PyTorch, which also runs on a GPU.
+Lloyd's algorithm with squared Euclidean distances and sums in float64. Assignment, where all the work is, is a matrix product in PyTorch, on a GPU
+where there is one. On a CPU core it takes a third of the time of faiss's flat index (bench/data_engine.py).
 
 Shapes: N points, K centroids, D width.
 """
@@ -21,7 +21,7 @@ __all__ = ["Assigned", "Clusters", "assign", "kmeans", "resampled_kmeans"]
 Points = NDArray[Any]
 """(N, D), fp16 or fp32."""
 BLOCK = 8192
-"""Points that are compared with all centroids at a time: at 200,000 centroids 6.6 GB of products, hence `_rows`."""
+"""Points that are compared with all centroids at a time: fewer where there are many centroids (PRODUCTS)."""
 PRODUCTS = 64_000_000
 """Numbers of a block of products at most: 256 MB."""
 PLUS_PLUS = 10_000
@@ -47,10 +47,10 @@ class Clusters(NamedTuple):
         return np.bincount(self.assigned.label_N, minlength=len(self.centroids_KD))
 
 
-def assign(points: Points, centroids_KD: NDArray[np.float32], *, engine: str | None = None) -> Assigned:
-    """The nearest centroid of every point. engine: `faiss` or `torch`; None: faiss where it is installed and there is no GPU."""
+def assign(points: Points, centroids_KD: NDArray[np.float32]) -> Assigned:
+    """The nearest centroid of every point."""
     label_N, distance_N = np.empty(len(points), np.int32), np.empty(len(points), np.float32)
-    nearest = _faiss(centroids_KD) if (engine or _default_engine()) == "faiss" else _torch(centroids_KD)
+    nearest = _nearest_to(centroids_KD)
     rows = max(1, min(BLOCK, PRODUCTS // len(centroids_KD)))
     for start in range(0, len(points), rows):
         block = slice(start, start + rows)
@@ -58,31 +58,7 @@ def assign(points: Points, centroids_KD: NDArray[np.float32], *, engine: str | N
     return Assigned(label_N, distance_N)
 
 
-Nearest = Callable[[NDArray[np.float32]], tuple[Any, Any]]
-
-
-def _default_engine() -> str:
-    if torch.cuda.is_available():
-        return "torch"
-    from importlib.util import find_spec
-
-    return "faiss" if find_spec("faiss") is not None else "torch"
-
-
-def _faiss(centroids_KD: NDArray[np.float32]) -> Nearest:
-    import faiss
-
-    index = faiss.IndexFlatL2(centroids_KD.shape[1])
-    index.add(np.ascontiguousarray(centroids_KD))
-
-    def nearest(block_BD: NDArray[np.float32]) -> tuple[Any, Any]:
-        distances, labels = index.search(block_BD, 1)
-        return labels[:, 0], distances[:, 0]
-
-    return nearest
-
-
-def _torch(centroids_KD: NDArray[np.float32]) -> Nearest:
+def _nearest_to(centroids_KD: NDArray[np.float32]) -> Callable[[NDArray[np.float32]], tuple[Any, Any]]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     centroids = torch.from_numpy(centroids_KD).to(device)
     squares_K = centroids.square().sum(1)
@@ -95,19 +71,19 @@ def _torch(centroids_KD: NDArray[np.float32]) -> Nearest:
     return nearest
 
 
-def kmeans(points: Points, k: int, *, iterations: int, rng: np.random.Generator, engine: str | None = None) -> Clusters:
+def kmeans(points: Points, k: int, *, iterations: int, rng: np.random.Generator) -> Clusters:
     """Cluster points: k-means++ (or, for many centroids, distinct points), then Lloyd's iterations until nothing moves.
 
     A centroid without points moves to the point that is farthest from its own. k: at most the number of points.
     """
     centroids_KD = _first(points, k, rng)
-    assigned = assign(points, centroids_KD, engine=engine)
+    assigned = assign(points, centroids_KD)
     for _ in range(iterations):
         moved_KD = _means(points, assigned, centroids_KD)
         if np.array_equal(moved_KD, centroids_KD):
             break
         centroids_KD = moved_KD
-        assigned = assign(points, centroids_KD, engine=engine)
+        assigned = assign(points, centroids_KD)
     return Clusters(centroids_KD, assigned)
 
 
@@ -120,7 +96,6 @@ def resampled_kmeans(
     nearest: int,
     seed: Sequence[int],
     remember: Callable[[str, Callable[[], Clusters]], Clusters] = lambda _, make: make(),
-    engine: str | None = None,
 ) -> Clusters:
     """k-means whose centroids follow where points are, not how many (Vo et al. 2405.15613): `rounds` times, cluster again only the `nearest`
     points of every centroid, and assign all points anew.
@@ -129,15 +104,15 @@ def resampled_kmeans(
     """
 
     def first() -> Clusters:
-        return kmeans(points, k, iterations=iterations, rng=np.random.default_rng([*seed, 0]), engine=engine)
+        return kmeans(points, k, iterations=iterations, rng=np.random.default_rng([*seed, 0]))
 
     def again(before: Clusters, number: int) -> Clusters:
         chosen = np.sort(_nearest_of_each(before, nearest))
         if len(chosen) <= k:
             return before
         rng = np.random.default_rng([*seed, number])
-        centroids_KD = kmeans(points[chosen], k, iterations=iterations, rng=rng, engine=engine).centroids_KD
-        return Clusters(centroids_KD, assign(points, centroids_KD, engine=engine))
+        centroids_KD = kmeans(points[chosen], k, iterations=iterations, rng=rng).centroids_KD
+        return Clusters(centroids_KD, assign(points, centroids_KD))
 
     clusters = remember("round 0", first)
     for number in range(1, rounds + 1):

@@ -38,7 +38,7 @@ RECIPE = "recipe.json"
 POINT_BYTES = 48
 """Of every image besides its embedding: labels, distances, orders."""
 OVERHEAD = 600_000_000
-"""Python, PyTorch and faiss."""
+"""Python and PyTorch."""
 NEAREST = 10
 """Points of a cluster that are clustered again, where the recipe does not say (Vo et al.)."""
 SEEDS = 1024

@@ -2,7 +2,6 @@
 
 import json
 import logging
-from importlib.util import find_spec
 from unittest import mock
 
 import numpy as np
@@ -21,8 +20,6 @@ from radio_distill.curate.run import curate, memory_bytes
 from radio_distill.curate.sampling import share_out, take_balanced
 from radio_distill.errors import DataError, RecipeError
 from radio_distill.toyworld import write_toyworld
-
-ENGINES = ["torch", *(["faiss"] if find_spec("faiss") else [])]
 
 
 def blobs(sizes, *, width=8, spread=0.02, seed=0):
@@ -47,12 +44,11 @@ def slow_lloyd(x, centroids, iterations):
     return centroids, label, distance.min(1)
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-def test_kmeans_is_lloyds_algorithm_on_2000_points(engine):
+def test_kmeans_is_lloyds_algorithm_on_2000_points():
     x, _ = blobs([400] * 5, spread=0.3)
     first = x[:12].astype(np.float32)
     with mock.patch.object(kmeans_module, "_first", return_value=first), mock.patch.object(kmeans_module, "BLOCK", 300):
-        found = kmeans(x, 12, iterations=6, rng=np.random.default_rng(0), engine=engine)
+        found = kmeans(x, 12, iterations=6, rng=np.random.default_rng(0))
     centroids, label, distance = slow_lloyd(x, first, 6)
     assert np.allclose(found.centroids_KD, centroids, atol=1e-5)
     assert (found.assigned.label_N == label).all()
@@ -60,12 +56,11 @@ def test_kmeans_is_lloyds_algorithm_on_2000_points(engine):
     assert found.sizes_K.sum() == 2000
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-def test_plus_plus_finds_separate_clusters_and_copies_are_no_trouble(engine):
+def test_plus_plus_finds_separate_clusters_and_copies_are_no_trouble():
     x, _ = blobs([300, 100, 20, 5])
-    found = kmeans(x, 4, iterations=20, rng=np.random.default_rng(0), engine=engine)
+    found = kmeans(x, 4, iterations=20, rng=np.random.default_rng(0))
     assert sorted(found.sizes_K) == [5, 20, 100, 300]
-    same = kmeans(np.repeat(x[:3], 10, 0), 8, iterations=3, rng=np.random.default_rng(0), engine=engine)
+    same = kmeans(np.repeat(x[:3], 10, 0), 8, iterations=3, rng=np.random.default_rng(0))
     assert same.assigned.distance_N.max() < 1e-5
 
 
