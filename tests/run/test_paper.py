@@ -24,20 +24,22 @@ LONG = ("table2", "table6")
 
 @pytest.fixture(scope="session")
 def desk(tmp_path_factory: pytest.TempPathFactory) -> Desk:
-    """Every toy upsampler that an entry names, untrained, and one tiny student under five names."""
+    """One tiny student under five names; upsamplers are put beside it by `provide`."""
     run = tmp_path_factory.mktemp("paper")
-    one = Desk(run, quick=True)
-    for entry in ENTRIES.values():
-        for teacher in entry.toys:
-            for row in one.rows(entry):
-                folder = run / "upsamplers" / f"{teacher}-{row.label}"
-                if row.name != OWN and not folder.exists():
-                    save_upsampler(made(teacher, **one.network(teacher, row).model_dump()), folder)
     make_run(run / "students" / "baseline")
     for name in STUDENTS:
         if name != "baseline":
             os.symlink(run / "students" / "baseline", run / "students" / name)
-    return one
+    return Desk(run, quick=True)
+
+
+def provide(name: str, desk: Desk) -> None:
+    """The toy upsamplers that an entry names, untrained."""
+    for teacher in ENTRIES[name].toys:
+        for row in desk.rows(ENTRIES[name]):
+            folder = desk.run / "upsamplers" / f"{teacher}-{row.label}"
+            if row.name != OWN and not folder.exists():
+                save_upsampler(made(teacher, **desk.network(teacher, row).model_dump()), folder)
 
 
 @pytest.fixture(autouse=True)
@@ -51,6 +53,7 @@ def _alone(monkeypatch: pytest.MonkeyPatch, desk: Desk) -> None:
 @pytest.mark.parametrize("name", [name for name in ENTRIES if name not in LONG])
 def test_every_table_and_figure_is_made(name: str, desk: Desk) -> None:
     """Each has its text, with a table, a picture or a curve in it, and nothing is trained."""
+    provide(name, desk)
     text, *pictures = make(name, desk)
     words = text.read_text()
     assert words.startswith(f"# {name}: {ENTRIES[name].title}")
@@ -65,7 +68,7 @@ def test_every_table_and_figure_is_made(name: str, desk: Desk) -> None:
 
 
 def test_what_is_measured_is_kept_and_shared(desk: Desk) -> None:
-    """Figures 6 and 13 and Table 8 share an upsampler at 2x: its numbers are measured once."""
+    provide("figure13", desk)
     make("figure13", desk)
     before = len(read(desk.results))
     make("figure13", desk)
