@@ -96,9 +96,13 @@ def drawn(folder, held_out):
 
 def sources(folder, shards):
     """The settings that name the images to train on; a quarter of them from scikit-learn's photos, where they stand in."""
-    of_shards = f"data.sources.images.path=[{', '.join(map(str, shards))}]"
+    of_shards = f"data.sources.images.path={json.dumps([str(shard) for shard in shards])}"
     photos = folder / "photos"
-    return [of_shards, f"data.sources.photos={{path: {photos}, weight: 0.33}}"] if photos.exists() else [of_shards]
+    return (
+        [of_shards, f"data.sources.photos={{path: {json.dumps(str(photos))}, weight: 0.33}}"]
+        if photos.exists()
+        else [of_shards]
+    )
 
 
 def statistics(folder, data):
