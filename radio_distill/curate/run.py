@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -156,7 +157,7 @@ def _nearest(seeds_SD: NDArray[np.float16], x_ND: NDArray[np.float16], free: Int
 
 def _begin(out: Path, recipe: CurateRecipe, header: Header) -> None:
     """Record the recipe, or refuse another one than the folder was begun with."""
-    facts = {"recipe": recipe.model_dump(mode="json", exclude={"out", "embeddings", "pictures"}), "model": header.model}
+    facts: dict[str, Any] = {"recipe": recipe.model_dump(mode="json", exclude={"out", "embeddings", "pictures"}), "model": header.model}
     facts |= {"size": header.size, "contents": header.contents}
     path = out / RECIPE
     if path.is_file() and json.loads(path.read_text()) != facts:
