@@ -157,7 +157,10 @@ def _nearest(seeds_SD: NDArray[np.float16], x_ND: NDArray[np.float16], free: Int
 
 def _begin(out: Path, recipe: CurateRecipe, header: Header) -> None:
     """Record the recipe, or refuse another one than the folder was begun with."""
-    facts: dict[str, Any] = {"recipe": recipe.model_dump(mode="json", exclude={"out", "embeddings", "pictures"}), "model": header.model}
+    facts: dict[str, Any] = {
+        "recipe": recipe.model_dump(mode="json", exclude={"out", "embeddings", "pictures"}),
+        "model": header.model,
+    }
     facts |= {"size": header.size, "contents": header.contents}
     path = out / RECIPE
     if path.is_file() and json.loads(path.read_text()) != facts:
