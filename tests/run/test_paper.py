@@ -35,7 +35,7 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Desk:
 
 def provide(name: str, desk: Desk) -> None:
     """The toy upsamplers that an entry names, untrained."""
-    for teacher in ENTRIES[name].toys:
+    for teacher in desk.of(ENTRIES[name]):
         for row in desk.rows(ENTRIES[name]):
             folder = desk.run / "upsamplers" / f"{teacher}-{row.label}"
             if row.name != OWN and not folder.exists():
