@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -37,10 +38,13 @@ def main(argv: list[str] | None = None) -> int:
     parser = _parser()
     # argparse takes a key=value that follows a flag for nothing
     arguments, rest = parser.parse_known_intermixed_args(argv)
-    for item in rest:
-        if "=" not in item or item.startswith("-"):
-            parser.error(f"unknown option {item!r}; settings are given as TASK.FIELD=value")
     arguments.overrides = [*arguments.overrides, *rest]
+    for item in arguments.overrides:
+        if item.startswith("-"):
+            parser.error(f"unknown option {item!r}; settings are given as TASK.FIELD=value")
+        if not re.match(r"[\w.-]+=", item):
+            named = " ".join(f"--model {name}" for name in [*arguments.model, item])
+            parser.error(f"{item!r} is no setting TASK.FIELD=value; if it is another model, write {named}")
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     if arguments.suite in FUNCTIONS:
         return _run_function(arguments, parser)

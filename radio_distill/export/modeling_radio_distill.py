@@ -115,7 +115,10 @@ class RadioDistillModel(PreTrainedModel):
     _no_split_modules = ["Block"]
     _keep_in_fp32_modules_strict = ["input_conditioner", "adaptors"]
     _keys_to_ignore_on_load_unexpected = [r"radio_model\.adaptors\."]
-    _keys_to_ignore_on_load_missing = [r"radio_model\.input_conditioner\."]  # taken out and saved: the config has it, too
+    _keys_to_ignore_on_load_missing = [  # the config has them, too
+        r"radio_model\.input_conditioner\.",
+        r"radio_model\.summary_idxs",
+    ]
 
     def __init__(self, config: RadioDistillConfig) -> None:
         super().__init__(config)
@@ -139,15 +142,20 @@ class RadioDistillModel(PreTrainedModel):
         loaded: Any = super().from_pretrained(place, *args, output_loading_info=True, **options)
         model, told = loaded
         if missing := sorted(told["missing_keys"]):
+            others = sorted(told["unexpected_keys"])
             raise ValueError(
-                f"{place} lacks {len(missing)} weights of this model, first {missing[0]!r}; an adaptor that was not loaded when "
-                "the model was saved is not there: take adaptor_names from the export itself"
+                f"{place} lacks {len(missing)} weights of this model, first {missing[0]!r}"
+                + (f", and has {len(others)} under other names, first {others[0]!r}" if others else "")
+                + "; an adaptor that was not loaded when the model was saved is not there: take adaptor_names from the export "
+                f"itself. Names with a prefix are mended by `radio-distill export {place} --out NEW`"
             )
         if left := sorted(told["unexpected_keys"]):
             raise ValueError(
                 f"{place} has {len(left)} weights that this model has no place for, first {left[0]!r}; what transformers' own class "
                 f"saved comes back with `radio-distill export {place} --out NEW`"
             )
+        if bad := next((name for name, x in model.state_dict().items() if not _finite(x)), None):
+            raise ValueError(f"{place}: {bad} holds numbers that are not finite; the weights were saved so, or are damaged")
         return (model, told) if output_loading_info else model
 
     def save_pretrained(self, *args: Any, **options: Any) -> Any:
@@ -160,11 +168,14 @@ class RadioDistillModel(PreTrainedModel):
         return super().save_pretrained(*args, **options)
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Weights come from the folder; the constants of the pixels, where they were taken out, from the configuration."""
+        """Weights come from the folder; constants, where they were taken out, from the configuration."""
+        if isinstance(module, Student):
+            module.summary_idxs.data = torch.tensor(module.arch.summary_idxs, device=module.summary_idxs.device)
         if isinstance(module, InputConditioner):
             for name in ("mean", "std"):
                 values = getattr(self.radio_model.arch, name)
-                getattr(module, f"norm_{name}").data = torch.tensor(values, dtype=torch.float32).view(3, 1, 1)
+                buffer = getattr(module, f"norm_{name}")
+                buffer.data = torch.tensor(values, dtype=torch.float32, device=buffer.device).view(3, 1, 1)
 
     def _set_gradient_checkpointing(self, enable: bool = True, *args: Any, **options: Any) -> None:
         """What transformers' switches call: every block of the trunk is computed again in the backward pass."""
@@ -380,6 +391,10 @@ class RadioDistillBackbone(BackboneMixin, RadioDistillModel):
                 "export with rms_images=FOLDER, and choose out_features of config.levels"
             )
         return known[stage]
+
+
+def _finite(x: Tensor) -> bool:
+    return x.is_meta or not x.is_floating_point() or bool(x.isfinite().all())
 
 
 def _with_adaptors(arch: Any, names: str | list[str]) -> Any:

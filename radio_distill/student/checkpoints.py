@@ -81,7 +81,11 @@ def load_reference(path: Path, adaptor_names: Sequence[str] | None = None, *, em
     states = [checkpoint.get(key) for key in ("state_dict_ema", "state_dict")]
     state = next((s for s in (states if ema else states[::-1]) if s), None)
     if state is None or "args" not in checkpoint:
-        raise CheckpointError(f"{path} holds {', '.join(checkpoint)}; expected 'args' and 'state_dict' or 'state_dict_ema'")
+        first = ", ".join(list(checkpoint)[:3]) + (", ..." if len(checkpoint) > 3 else "")
+        raise CheckpointError(
+            f"{path} holds {first}; expected 'args' and 'state_dict' or 'state_dict_ema'. Weights alone do not tell the "
+            "architecture: put them as model.safetensors (or pytorch_model.bin) beside the config.json of their export"
+        )
     with written_as(path, "a training checkpoint of the reference", advice="get it again"):
         args = checkpoint["args"]
         return student_from_reference(args if isinstance(args, Mapping) else vars(args), state, adaptor_names)
@@ -89,7 +93,7 @@ def load_reference(path: Path, adaptor_names: Sequence[str] | None = None, *, em
 
 def student_from_hf(folder: Path, adaptor_names: Sequence[str] | None = None) -> Student:
     """Load a Hugging Face folder (config.json, model*.safetensors): an export, the reference's class or transformers' `radio`."""
-    files = sorted(folder.glob("model*.safetensors"))
+    files = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
     there = {"config.json": (folder / "config.json").is_file(), "model.safetensors": bool(files)}
     if not all(there.values()):
         missing = " and ".join(name for name, found in there.items() if not found)
@@ -101,7 +105,7 @@ def student_from_hf(folder: Path, adaptor_names: Sequence[str] | None = None) ->
     ):  # else a program saved the model again into the same folder, configuration and weights
         for file in files:
             check_written(file)
-    state = {key: value for file in files for key, value in _load_file(file).items()}
+    state = {key: value for file in files for key, value in read_tensors(file).items()}
     with json_file(folder / "config.json", "the config of a RADIO model", advice="copy the whole folder again") as config:
         return student_from_hf_state(config, state, adaptor_names)
 

@@ -11,7 +11,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-__all__ = ["from_reference", "to_reference", "canonical", "fold_layer_scale"]
+from ..errors import CheckpointError
+
+__all__ = ["from_reference", "to_reference", "canonical", "fold_layer_scale", "unwrapped"]
 
 HEADS = {"_heads": "head_mlp", "_feature_projections": "feat_mlp"}
 PREFIXES = {
@@ -19,7 +21,23 @@ PREFIXES = {
     "_feature_normalizer.": "feature_normalizer.",
     "_intermediate_feature_normalizer.": "inter_feature_normalizer.",
 }
+WRAPPERS = re.compile(r"(?<![^.])(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 UNUSED = re.compile(r"model\.(reg_token|mask_token)$")  # tensors that the reference stores and never reads
+
+
+def unwrapped(state: Mapping[str, Tensor], root: str) -> dict[str, Tensor]:
+    """Take off what wrappers put around names (DataParallel, compile, FSDP, an EMA, a model with this one as its tower).
+
+    root: what the model's own names start with (`radio_model.`, `base_model.`). Raises CheckpointError for the weights of two models.
+    """
+    plain = {WRAPPERS.sub("", key): value for key, value in state.items()}
+    owners = sorted({key[: key.index(root)] for key in plain if root in key})
+    if len(owners) > 1 or len(plain) < len(state):
+        named = ", ".join(repr(f"{owner}{root}") for owner in owners)
+        raise CheckpointError(f"the weights are those of several models, under {named}; expected one: leave the others out")
+    if owners in ([], [""]):
+        return plain
+    return {key.removeprefix(owners[0]): value for key, value in plain.items() if key.startswith(owners[0])}
 
 
 def from_reference(key: str) -> str:

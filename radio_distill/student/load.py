@@ -60,6 +60,13 @@ def _refuse_other_formats(folder: Path) -> None:
             f"{folder} holds an adapter of PEFT and not the model that it changes; merge it (`model.merge_and_unload()`), "
             "save that, and name its folder"
         )
+    if (folder / "config.json").is_file():
+        with json_file(folder / "config.json", "the config of a model", advice="copy the whole folder again") as config:
+            of_timm = "pretrained_cfg" in config
+        if of_timm:
+            raise CheckpointError(
+                f"{folder} is a folder of timm; load it with {OTHER_LOADERS['timm']}, or name the run it comes from"
+            )
     if (folder / "provenance.json").is_file():
         with json_file(folder / "provenance.json", "what an export writes", advice="export again from the run") as values:
             made = str(values["format"])

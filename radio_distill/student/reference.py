@@ -17,7 +17,8 @@ from torch import Tensor
 from ..errors import CheckpointError
 from ..network.arch import AdaptorArch, HeadArch, StudentArch, TrunkArch, num_registers
 from ..network.student import Student
-from .keys import canonical, fold_layer_scale, from_reference
+from ..tensors import non_finite
+from .keys import canonical, fold_layer_scale, from_reference, unwrapped
 from .names import SIZES
 from .spectral import fold_state
 
@@ -44,8 +45,8 @@ def student_from_reference(
     `adaptor_names` chooses adaptors; None: all that are there. Spectral reparametrisation and DAMP are folded, half
     precision becomes fp32. Raises CheckpointError for what is missing or cannot be represented; logs tensors not used.
     """
-    plain = fold_state(state, eps=_spectral_eps(args))
-    ours = canonical({from_reference(key.removeprefix("module.")): value for key, value in plain.items()})
+    plain = fold_state(unwrapped(state, "base_model."), eps=_spectral_eps(args))
+    ours = canonical({from_reference(key): value for key, value in plain.items()})
     trunk = _trunk_from_args(args, ours)
     entries = _entries(args)
     ours = _name_heads(ours, entries)
@@ -56,7 +57,7 @@ def student_from_hf_state(
     config: Mapping[str, Any], state: Mapping[str, Tensor], adaptor_names: Sequence[str] | None = None
 ) -> Student:
     """Build the student of a Hugging Face folder (ours, the reference's class or transformers'): its config.json and tensors."""
-    ours = canonical(fold_state(state))
+    ours = canonical(fold_state(unwrapped(state, "radio_model.")))
     if "student" in config:
         return _from_our_config(config["student"], ours, adaptor_names)
     if "args" not in config:
@@ -77,6 +78,7 @@ def student_from_arch(arch: StudentArch, state: Mapping[str, Tensor]) -> Student
     with torch.device("meta"):
         student = Student(arch)
     state = {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
+    state.setdefault("summary_idxs", torch.tensor(arch.summary_idxs, dtype=torch.int64))  # some servers want it away
     expected = student.state_dict()
     if missing := sorted(set(expected) - set(state)):
         raise CheckpointError(
@@ -92,7 +94,12 @@ def student_from_arch(arch: StudentArch, state: Mapping[str, Tensor]) -> Student
     for key, value in expected.items():
         if value.shape != state[key].shape:
             raise CheckpointError(f"{key} has shape {tuple(state[key].shape)}, expected {tuple(value.shape)} from the config")
-    student.load_state_dict({key: state[key] for key in expected}, assign=True)
+    used = {key: state[key] for key in expected}
+    if (bad := non_finite(used)) is not None:
+        raise CheckpointError(
+            f"{bad} holds numbers that are not finite; the weights were saved so, or are damaged: get them again"
+        )
+    student.load_state_dict(used, assign=True)
     return student
 
 

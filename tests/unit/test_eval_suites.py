@@ -192,6 +192,8 @@ def test_ranks_are_started_once_wherever_the_flag_stands(
     [
         (["fidelity.levels=[2]"], "'fidelity.levels=[2]' has no effect: suite fidelity has no card whose fields could be set"),
         (["--dry-run"], "--dry-run has no effect in suite fidelity; leave it out"),
+        (["runs/b"], "'runs/b' is no setting TASK.FIELD=value; if it is another model, write --model runs/a --model runs/b"),
+        (["timm:x?weights=random"], "'timm:x?weights=random' is no setting TASK.FIELD=value; if it is another model, write"),
     ],
 )
 def test_settings_that_a_suite_without_card_does_not_have_are_named_as_they_were_given(
