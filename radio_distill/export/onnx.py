@@ -114,7 +114,7 @@ def _write_exact(network: Flat, path: Path, input_name: str) -> None:
 
 def _separate_outputs(model: Any) -> None:
     """Give every output that the graph reads on a node of its own: tools that convert outputs would convert what is read, too."""
-    import onnx_ir
+    import onnx_ir  # type: ignore[import-not-found]
 
     for place, value in enumerate(model.graph.outputs):
         if value.uses():
@@ -153,7 +153,7 @@ def _session(path: Path) -> Any:
 
 
 def _write_reduced(exact: Path, path: Path, dtype: str) -> None:
-    import onnx
+    import onnx  # type: ignore[import-not-found]
     from onnxruntime.quantization import quantize_dynamic
     from onnxruntime.transformers.float16 import convert_float_to_float16
 
