@@ -87,11 +87,11 @@ def cards_for(student: Student, label: str, given: Sequence[str]) -> dict[str, T
     """
     shipped, named = list_cards(), {card.name: card for card in map(load_card, given)}
     widths = {a.name: (a.summary.out_dim if a.summary else None, a.features.out_dim) for a in student.arch.adaptors}
-    for head, card in named.items():
-        if head in widths and not _fits(widths[head], card):
+    for head, one in named.items():
+        if head in widths and not _fits(widths[head], one):
             raise RadioDistillError(
                 f"{label}: its head {head!r} predicts a map of {widths[head][1]} channels and a summary of {widths[head][0]}, and the "
-                f"card of that name says {card.output.features} and {card.output.summary}; name the card that it was trained with"
+                f"card of that name says {one.output.features} and {one.output.summary}; name the card that it was trained with"
             )
     cards = {head: card for head in widths if (card := named.get(head) or shipped.get(head)) and _fits(widths[head], card)}
     left = [head for head in widths if head not in cards]
@@ -122,14 +122,17 @@ def measure_heads(
             fidelities[head].update(pred, resize_map(target.features_BCHW, (pred.shape[2], pred.shape[3])))
             if target.summary_BC is not None and (summary := said[head].summary_BC) is not None:
                 summaries.setdefault(head, []).append((summary.float(), target.summary_BC))
-    known = {"dataset": data.id, "count": data.count, "resolution": side, "config_hash": _digest(protocol, sizes, cards)}
+    digest = _digest(protocol, sizes, cards)
     for head in teachers:
         values = {"fidelity": ("ratio", fidelities[head].value)}
         if head in summaries:
             pred, target_NC = (torch.cat(parts) for parts in zip(*summaries[head]))
             values["retrieval_r1"] = ("percent", found_own(pred, target_NC))
         for metric, (unit, value) in values.items():
-            yield Result(SUITE, head, metric, value, unit, True, opened.label, **known, model_id=opened.id)
+            yield Result(
+                SUITE, head, metric, value, unit, True, opened.label,
+                dataset=data.id, count=data.count, resolution=side, config_hash=digest, model_id=opened.id,
+            )  # fmt: skip
 
 
 def left_to_measure(
