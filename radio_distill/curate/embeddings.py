@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import DataError
 from ..files import appearing, json_file, replace_text, typed, written_as
+from ..tensors import save_tensors
 
 __all__ = ["EmbeddingFolder", "Embeddings", "Header"]
 
@@ -92,7 +92,7 @@ class EmbeddingFolder:
         )
         x_ND = torch.stack(embeddings) if embeddings else torch.zeros(0, width, dtype=torch.float16)
         with appearing(self.file(shard)) as temporary:
-            save_file({"embeddings": x_ND, "keys": names}, temporary)
+            save_tensors(temporary, {"embeddings": x_ND, "keys": names})
 
     def count(self, header: Header) -> int:
         """How many there are. Raises DataError when a shard has none yet, or its file is damaged."""

@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
-from ..config.load import cards_of
 from ..errors import RecipeError
 from ..network.arch import AdaptorArch, AdaptorSlot, HeadArch, StudentArch, TrunkArch, num_registers
 
@@ -149,6 +148,8 @@ def student_of(recipe: Recipe) -> StudentArch:
 
 def slots_of(recipe: Recipe) -> list[AdaptorSlot]:
     """One adaptor per teacher, in the recipe's order."""
+    from ..config.load import cards_of  # here: reading a student needs no recipe
+
     outputs = {name: card.output for name, card in cards_of(recipe).items()}
     return [AdaptorSlot(name, out.summary, out.features, use_summary=out.summary is not None) for name, out in outputs.items()]
 

@@ -267,7 +267,7 @@ def test_sources_that_hold_no_student(tmp_path: Path, run: Path) -> None:
     refused("holds no student: it is a run whose checkpoints hold the upsampler", tmp_path / "up", out)
     make(tmp_path / "saved_upsampler", kind="featsharp", factor=2)
     refused("saved_upsampler holds no checkpoint", tmp_path / "saved_upsampler", out)
-    refused("is an export for timm; load it with timm.create_model", export(run, tmp_path / "timm", "timm"), out)
+    refused("is a folder of timm; load it with timm.create_model", export(run, tmp_path / "timm", "timm"), out)
     assert not out.exists()
 
 

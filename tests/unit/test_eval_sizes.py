@@ -98,7 +98,7 @@ def test_pixels_of_an_image_can_be_asked_for_apart(tmp_path, monkeypatch):
 
 
 def test_random_weights_are_another_model_with_the_same_statistics(tmp_path):
-    folder = make(tmp_path / "up", factor=2, kind="featup")
+    folder = make(tmp_path / "up", factor=2, kind="featup", seed=1)
     trained, random = (open_model(f"teacher:toy_clip+{how}:{folder}") for how in ("featsharp", "random"))
     assert trained.id != random.id
     assert random.details["random"] is True

@@ -86,14 +86,13 @@ def test_further_shapes_take_the_tiles_when_flex_attention_may_not_be_compiled_a
 
     for name, value in {"_can_compile": lambda: True, "_compiled": lambda: attend, "_kernels": set()}.items():
         monkeypatch.setattr(f"radio_distill.upsamplers.local_attention.{name}", value)
-    with FakeTensorMode():
+    with FakeTensorMode(), dynamo.patch(recompile_limit=8):  # torch's own; other libraries raise it when they are imported
         for _ in range(2):
             for side in range(20, 40):
                 q, k, v = (torch.empty(2, 4, side, side, 16, device="cuda") for _ in range(3))
                 assert local_attention(q, k, v, window=3, slopes=None, scale=0.25).shape == v.shape
-    limit = dynamo.recompile_limit
-    assert len(set(compiled)) == limit < 20
-    assert len(compiled) == 2 * limit, "a shape that has a kernel keeps it"
+    assert len(set(compiled)) == 8
+    assert len(compiled) == 2 * 8, "a shape that has a kernel keeps it"
 
 
 @pytest.mark.parametrize(("size", "slopes"), [((12, 13), None), ((20, 19), (0.5, 0.25, 0.125))])

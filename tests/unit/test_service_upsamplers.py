@@ -111,7 +111,7 @@ def test_a_cap_on_the_teachers_batch_gives_the_same_targets(weights):
     calls = count_calls(capped.encoder.teachers["toy_clip"])
     batch = batch_of(recipe, service, "high", 2)
     one, other = service.encode(batch)["toy_clip"], capped.encode(batch)["toy_clip"]
-    assert calls == [7, 7, 6]
+    assert calls == [7, 7, 7]  # the last is filled up: all have one shape
     assert torch.allclose(one.features_BCHW, other.features_BCHW, atol=1e-3)
 
 

@@ -90,7 +90,7 @@ def test_cost_formula_follows_the_image_size() -> None:
 
 
 def rel_pos_overhead(teacher: Teacher) -> float:
-    """What SAM's memory-saving attention spends on its wider queries and keys; the formula counts the original."""
+    """What SAM's memory-saving attention spends on wider queries, keys and values; the formula counts the original."""
     overhead = 0.0
     for block in teacher.net.trunk.blocks if hasattr(teacher.net, "trunk") else []:
         if isinstance(block.attn, RelPosAttention):
@@ -98,7 +98,7 @@ def rel_pos_overhead(teacher: Teacher) -> float:
             windows = (-(-64 // side)) ** 2
             head = block.attn.rel_pos_h.shape[1]
             wider = -(-(head + 2 * side) // 8) * 8 - head
-            overhead += 2 * windows * block.attn.num_heads * side**4 * wider
+            overhead += 2 * 2 * windows * block.attn.num_heads * side**4 * wider
     return overhead
 
 
