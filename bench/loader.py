@@ -25,6 +25,7 @@ import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ from radio_distill.data.loader import build_loader
 from radio_distill.data.reading import read_shard
 from radio_distill.data.shards import make_shards
 from radio_distill.data.sources import list_source
-from radio_distill.data.views import ViewSpec
+from radio_distill.data.views import ViewSpec, always
 
 BARS = {256: 0.70, 432: 0.60, 1024: 0.30}
 BATCH = 16
@@ -117,7 +118,7 @@ def ours(source: Source, size: int) -> Iterator[Any]:
         data=Data(sources={"bench": source}, streams=1),
         engine=Engine(workers=0),
     )
-    return iter(build_loader(recipe, "low", [ViewSpec("student", size, 16)]))
+    return iter(build_loader(recipe, "low", partial(always, [ViewSpec("student", size, 16)])))
 
 
 def pillow(encoded: list[bytes], size: int) -> torch.Tensor:
