@@ -26,7 +26,7 @@ from ..paths import expand
 from ..plan.cost import partition_cost
 from ..runs import artifact_folder
 from ..student.build import build_student
-from ..student.names import slots_of, student_arch
+from ..student.names import slots_of, student_of
 from ..student.plain import fold_affine
 from ..student.start import parametrise, start_weights
 from ..teachers.base import Teacher, Weights, load_teacher
@@ -58,7 +58,7 @@ class TeacherSide:
 def build_teacher_side(recipe: Recipe, world: World, *, weights: Weights = "pretrained") -> TeacherSide:
     """Load the teachers and find out who runs what; the streams are not open yet. weights: `random` for benchmarks."""
     encoder: Encoder
-    patch = _patch(recipe)
+    patch = student_of(recipe).trunk.patch_size
 
     def bank() -> TeacherBank:
         return TeacherBank(recipe, build_teachers(recipe, world.device, weights=weights))
@@ -81,12 +81,11 @@ def build_teacher_side(recipe: Recipe, world: World, *, weights: Weights = "pret
 
 def view_specs_of(recipe: Recipe) -> dict[str, list[ViewSpec]]:
     """What the loader has to deliver, by partition, where steps draw no sizes."""
-    sizes, patch = {name: (card.input.size, card.input.patch) for name, card in cards_of(recipe).items()}, _patch(recipe)
+    sizes, patch = (
+        {name: (card.input.size, card.input.patch) for name, card in cards_of(recipe).items()},
+        student_of(recipe).trunk.patch_size,
+    )
     return {name: view_specs(recipe, partition, sizes, patch) for name, partition in recipe.partitions.items()}
-
-
-def _patch(recipe: Recipe) -> int:
-    return student_arch(recipe.student, slots_of(recipe)).trunk.patch_size
 
 
 def build_start(recipe: Recipe, world: World, side: TeacherSide, found: Path | None) -> Student:

@@ -121,7 +121,10 @@ def is_vlm(folder: Path) -> bool:
 
 def student_from_vlm(folder: Path) -> Student:
     """The student in such a folder, without adaptors. Raises CheckpointError when its weights are damaged or incomplete."""
-    state = {key: x for file in sorted(folder.glob("model*.safetensors")) for key, x in _load_file(file).items()}
+    files = sorted(folder.glob("model*.safetensors"))
+    for file in files:
+        check_written(file)
+    state = {key: x for file in files for key, x in _load_file(file).items()}
     mine = {key.partition(IN_VLM)[2]: x for key, x in state.items() if IN_VLM in key}
     with json_file(
         folder / "config.json", "the config of a VLM with a student", advice="copy the whole folder again"

@@ -25,6 +25,7 @@ from transformers.models.llava.processing_llava import LlavaProcessor
 
 from ..config.vlm_recipe import FromParts
 from ..errors import CheckpointError, RecipeError
+from ..files import check_written
 from ..network.arch import StudentArch
 from ..paths import expand
 from ..student.load import load_student
@@ -156,6 +157,8 @@ def load_vlm(path: str | Path, *, dtype: torch.dtype = torch.float32) -> Vlm:
     CheckpointError.
     """
     folder = vlm_folder(path)
+    for file in sorted(folder.glob("model*.safetensors")):
+        check_written(file)
     model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype)
     tower = model.model.vision_tower
     if not isinstance(tower, StudentTower):

@@ -14,6 +14,7 @@ from radio_distill import load_student
 from radio_distill.cli import main
 from radio_distill.config.load import load_recipe, load_vlm_recipe
 from radio_distill.config.vlm_recipe import FromParts
+from radio_distill.errors import CheckpointError
 from radio_distill.eval.models import load_model
 from radio_distill.eval.vlm_toy import score_toy
 from radio_distill.export.source import open_source
@@ -207,6 +208,17 @@ def test_the_trained_student_is_exported_and_evaluated_and_keeps_its_teachers(
     for name in (third, vlm_folder(third)):
         model = load_model(str(name))
         torch.testing.assert_close(model.encode(images).features_BCHW, trained.encode(images).features_BCHW)
+
+
+def test_a_vlm_with_a_flipped_bit_is_refused_whichever_way_it_is_read(third: Path, tmp_path: Path) -> None:
+    shutil.copytree(third, tmp_path / "bad")
+    (weights_file,) = vlm_folder(tmp_path / "bad").glob("model*.safetensors")
+    content = bytearray(weights_file.read_bytes())
+    content[-100] ^= 1
+    weights_file.write_bytes(content)
+    for read in (load_vlm, load_student):
+        with pytest.raises(CheckpointError, match=r"is not what was written \(files\.json says so\)"):
+            read(tmp_path / "bad")
 
 
 def test_a_third_stage_goes_on_from_its_middle_with_the_anchor_of_its_beginning(third: Path, runs: Path, toy: Path) -> None:
