@@ -46,6 +46,8 @@ log = logging.getLogger(__name__)
 FACTS = ("family", "loader", "input", "output", "params")
 COSTS_ONLY = "arch"
 """Of `params`: sizes for the cost model, which no network reads."""
+READ_FROM_WEIGHTS = "pool"
+"""Of `output`: sizes of a part of the network that change nothing of what it gives."""
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".tar")
 LARGE = 2**31
 """Bytes of a file from which on reading it is worth a line in the log."""
@@ -129,6 +131,7 @@ def known_fingerprint(card: TeacherCard, *, weights: str | None = None, code: st
     """What a card alone says, as of a record from before fingerprints."""
     facts = card.model_dump(mode="json", include=set(FACTS))
     facts["params"].pop(COSTS_ONLY, None)
+    facts["output"].pop(READ_FROM_WEIGHTS, None)
     return Fingerprint(_flat(facts), card.source, card.revision, weights, code)
 
 

@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict
 from pydantic_core import PydanticCustomError
 
 from ..loaders import is_named
 from .names import FolderName
-from .numbers import Free, Mean, Positive, Side, Std
+from .numbers import Free, Mean, Positive, Scale, Side, Std
 
-__all__ = ["CUSTOM", "Loader", "licence_note", "licence_notes", "TeacherCard", "TeacherInput", "TeacherOutput", "TextTower"]
+__all__ = [
+    "CUSTOM",
+    "Loader",
+    "Pool",
+    "licence_note",
+    "licence_notes",
+    "TeacherCard",
+    "TeacherInput",
+    "TeacherOutput",
+    "TextTower",
+]
 
 
 def _named(value: str) -> str:
@@ -44,11 +54,26 @@ class TeacherInput(Fields):
     """True when any multiple of `patch` is a good input; False when only `size` is."""
 
 
+class Pool(Fields):
+    """An attention-pooling head as SigLIP's (MAP): a learned query attends to all tokens, then an MLP. It has the tokens' width."""
+
+    heads: Positive
+    """Attention heads; they divide the width."""
+    mlp: Positive
+    """Hidden width of its MLP."""
+    gelu: Literal["tanh", "erf"] = "tanh"
+    """How its GELU is computed (SigLIP: by tanh)."""
+    eps: Scale = 1e-6
+    """Of its LayerNorm."""
+
+
 class TeacherOutput(Fields):
     summary: Positive | None
     """Width of the summary vector; null when the teacher has none."""
     features: Positive
     """Channels of the feature map."""
+    pool: Pool | None = None
+    """The head that makes the summary out of the map's tokens, where there is one (`summary: through_head` in a recipe)."""
 
 
 class TextTower(Fields):

@@ -126,6 +126,19 @@ def _teachers(recipe: Recipe, cards: dict[str, TeacherCard]) -> Found:
             yield Problem(f"teacher {name!r} is in no partition; add it to one, or remove it with teachers.{name}=null", path)
         if name in cards and not any(weights_of(recipe, name, cards[name]).values()):
             yield Problem(f"teacher {name!r} has no loss: its weights are 0 or it has no summary; raise one or remove it", path)
+        if name in cards and recipe.teachers[name].summary == "through_head":
+            yield from _through_head(name, cards[name], path)
+
+
+def _through_head(name: str, card: TeacherCard, path: KeyPath) -> Found:
+    """A summary through the teacher's own head needs one whose sizes the card states."""
+    out, here = card.output, (*path, "summary")
+    if out.pool is None:
+        text = f"teacher {name!r}: its card names no pooling head, which 'summary: through_head' needs"
+        yield Problem(f"{text}; state `output.pool` in the card (docs/teachers.md), or use summary: adaptor", here)
+    elif out.summary != out.features or out.features % out.pool.heads:
+        text = f"teacher {name!r}: a pooling head keeps the width of the tokens, a multiple of its {out.pool.heads} heads"
+        yield Problem(f"{text}; the card has features {out.features} and summary {out.summary}: use summary: adaptor", here)
 
 
 def _partition(recipe: Recipe, name: str, partition: Partition, cards: dict[str, TeacherCard]) -> Found:

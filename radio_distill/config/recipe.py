@@ -252,6 +252,9 @@ class Teacher(Fields):
     """Weight of the summary loss; 0 for a teacher without a summary."""
     feature_weight: Weight = 1.0
     """Weight of the feature loss."""
+    summary: Literal["adaptor", "through_head"] = "adaptor"
+    """How the student predicts its summary. `adaptor`: by a head on a class token. `through_head`: the map that it predicts goes through the
+    teacher's own frozen pooling head (SigLino), which the card's `output.pool` states."""
     compile: bool = False
     """torch.compile the teacher (static shapes, one graph per partition)."""
     chunk: Positive | None = None

@@ -21,6 +21,7 @@ from ..config.mosaic import images_per_mosaic
 from ..config.recipe import Recipe, Start
 from ..data.views import ViewSpec
 from ..errors import RecipeError
+from ..network.pool import MapPool
 from ..network.student import Student
 from ..paths import expand
 from ..plan.cost import partition_cost
@@ -30,6 +31,7 @@ from ..student.names import slots_of, student_of
 from ..student.plain import fold_affine
 from ..student.start import parametrise, start_weights
 from ..teachers.base import Teacher, Weights, load_teacher
+from ..teachers.pooling import pooling_head
 from ..train import agree
 from ..train.distributed import World
 from ..train.partition import Assignment, assign
@@ -53,6 +55,8 @@ class TeacherSide:
     window: StatisticsWindow
     assignment: Assignment
     streams: Streams
+    pools: dict[str, MapPool]
+    """The teachers' pooling heads, on the CPU, where summaries go through them; by teacher."""
 
 
 def build_teacher_side(recipe: Recipe, world: World, *, weights: Weights = "pretrained") -> TeacherSide:
@@ -76,7 +80,9 @@ def build_teacher_side(recipe: Recipe, world: World, *, weights: Weights = "pret
     service = TeacherService(recipe, encoder, student_patch=patch)
     methods = {name: recipe.method_of(name) for name in encoder.cards}
     window = StatisticsWindow(recipe.balance, encoder.cards, world.device, methods)
-    return TeacherSide(service, window, assignment, Streams(recipe, assignment, world.rank, views))
+    through_head = [name for name, teacher in recipe.teachers.items() if teacher.summary == "through_head"]
+    pools = {name: pooling_head(service.cards[name], weights) for name in through_head}
+    return TeacherSide(service, window, assignment, Streams(recipe, assignment, world.rank, views), pools)
 
 
 def view_specs_of(recipe: Recipe) -> dict[str, list[ViewSpec]]:
@@ -105,6 +111,10 @@ def build_start(recipe: Recipe, world: World, side: TeacherSide, found: Path | N
             balancer = balancers[name]
             matrix = balancer.weight if balancer.weight.ndim == 2 else balancer.weight.diag()
             fold_affine(student.adaptor(name), matrix.cpu(), balancer.bias_C.cpu())
+    for name, pool in side.pools.items():
+        own = student.adaptor(name).pool
+        assert own is not None
+        own.load_state_dict(pool.state_dict())
     parametrise(student, recipe.student)
     return student
 

@@ -137,7 +137,7 @@ class DistillTask(nn.Module):
             if not term.is_computed(self.recipe, name):
                 continue
             if term.head == "summary" and target.summary_BC is not None and "summary" not in pairs:
-                summary = self._predict_summary(batch, name, tokens)
+                summary = self._predict_summary(batch, name, tokens, features)
                 pairs["summary"] = Pair(summary, target.summary_BC, None, balancer, gather)
             if term.head in pairs:
                 sums_B = evaluate(term, function, pairs[term.head], term.options(self.recipe))
@@ -147,10 +147,12 @@ class DistillTask(nn.Module):
         parts[f"error/{batch.partition}/{name}"], parts[f"variance/{batch.partition}/{name}"] = error, variance
         return terms
 
-    def _predict_summary(self, batch: Batch, name: str, tokens: StudentTokens) -> Tensor:
-        """The adaptor's summary, (B, C)."""
+    def _predict_summary(self, batch: Batch, name: str, tokens: StudentTokens, features_BCHW: Tensor) -> Tensor:
+        """The adaptor's summary, (B, C). features_BCHW: what it predicts of the balanced map."""
         adaptor = self.student.adaptor(name)
         with self._autocast(batch):
+            if adaptor.pool is not None:
+                return adaptor.pooled(self.balancers[name].inverse(features_BCHW))
             return adaptor.summary(tokens.class_tokens_BNC[:, adaptor.token])
 
     def _predict(self, batch: Batch, name: str, target: Target, tokens: StudentTokens) -> tuple[Tensor, Tensor | None]:
@@ -186,7 +188,7 @@ class DistillTask(nn.Module):
             f"{adaptor.name}/{term.name}": term.weight(self.recipe, adaptor.name)
             for adaptor in self.student.arch.adaptors
             for term in self.terms
-            if getattr(adaptor, term.head)
+            if term.head == "features" or adaptor.summary_dim
         }
         zero = torch.zeros((), device=self._device)  # of a rank that did not compute the term
         summed = torch.stack([self.step_terms.get(name, zero).float() for name in weights])

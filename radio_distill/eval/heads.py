@@ -86,7 +86,7 @@ def cards_for(student: Student, label: str, given: Sequence[str]) -> dict[str, T
     A card that a run folder names is not opened: it may name code.
     """
     shipped, named = list_cards(), {card.name: card for card in map(load_card, given)}
-    widths = {a.name: (a.summary.out_dim if a.summary else None, a.features.out_dim) for a in student.arch.adaptors}
+    widths = {a.name: (a.summary_dim, a.features.out_dim) for a in student.arch.adaptors}
     for head, one in named.items():
         if head in widths and not _fits(widths[head], one):
             raise RadioDistillError(

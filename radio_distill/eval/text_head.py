@@ -45,7 +45,7 @@ def speaking(opened: NamedModel, adaptors: Mapping[str, str]) -> tuple[NamedMode
     model = opened.model
     if isinstance(model, Student):
         for name, card in adaptors.items():
-            if name in model.adaptors and model.adaptor(name).head_mlp is not None:
+            if name in model.adaptors and model.adaptor(name).has_summary:
                 return replace(opened, model=Head(model, name), facts={**opened.facts, "head": name}), load_card(card)
         own = ", ".join(model.adaptors) or "none"
         raise DataError(

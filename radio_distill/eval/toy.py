@@ -99,7 +99,7 @@ def heads_knn(
 
     def summaries(images_N3SS: Tensor) -> dict[str, Tensor]:
         parts = [student.encode_adaptors(_resized(part, size)) for part in images_N3SS.split(batch)]
-        heads = [a.name for a in student.arch.adaptors if a.summary is not None]
+        heads = [a.name for a in student.arch.adaptors if a.summary_dim]
         return {h: torch.cat([s for p in parts if (s := p[h].summary_BC) is not None]).float() for h in heads}
 
     known, asked = summaries(train.images_N3SS), summaries(test.images_N3SS)

@@ -160,8 +160,7 @@ def _what(arch: StudentArch, facts: Facts) -> str:
     )
     if arch.adaptors:
         rows = "\n".join(
-            f"| {a.name} | {a.summary.out_dim if a.summary else '-'} | {a.features.out_dim} | {a.features.upsample} |"
-            for a in arch.adaptors
+            f"| {a.name} | {a.summary_dim or '-'} | {a.features.out_dim} | {a.features.upsample} |" for a in arch.adaptors
         )
         text += (
             "\n\nAdaptors predict each teacher's own summary and features:\n\n"

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from .arch import AdaptorArch, HeadArch
 from .output import VisionOutput
+from .pool import MapPool
 from .vit import ATTENTION, AttentionKind
 
 __all__ = ["Adaptor", "build_head"]
@@ -114,17 +115,32 @@ class Adaptor(nn.Module):
         self.upsample = arch.features.upsample
         self.head_mlp = None if arch.summary is None else build_head(arch.summary, attention)
         self.feat_mlp = build_head(arch.features, attention)
+        self.pool = None if arch.pool is None else MapPool(arch.pool)
+
+    @property
+    def has_summary(self) -> bool:
+        """Whether it predicts the teacher's summary."""
+        return self.head_mlp is not None or self.pool is not None
 
     def forward(self, class_tokens_BNC: Tensor, features_BCHW: Tensor) -> VisionOutput:
         """Predict summary (None for a teacher without one) and map from the student's class tokens and features."""
+        features = self.features(features_BCHW)
+        if self.pool is not None:
+            return VisionOutput(self.pooled(features), features)
         summary = None if self.head_mlp is None else self.summary(class_tokens_BNC[:, self.token])
-        return VisionOutput(summary, self.features(features_BCHW))
+        return VisionOutput(summary, features)
 
     def summary(self, class_token_BC: Tensor) -> Tensor:
         """Predict the teacher's summary from this adaptor's class token."""
         if self.head_mlp is None:
-            raise ValueError("this adaptor has no summary head: its teacher has no summary; use `features` alone")
+            raise ValueError("this adaptor has no summary head: its teacher has no summary, or pools its map; use `features`")
         return self.head_mlp(class_token_BC.to(self._dtype)).float()
+
+    def pooled(self, features_BCHW: Tensor) -> Tensor:
+        """The summary (B, C) that the teacher's own head makes of a map (B, C, H, W) in the teacher's units, predicted or its own."""
+        if self.pool is None:
+            raise ValueError("this adaptor has no pooling head of its teacher (`summary: through_head` in the recipe)")
+        return self.pool(features_BCHW.flatten(2).transpose(1, 2))
 
     def features(self, features_BCHW: Tensor) -> Tensor:
         """Predict the teacher's (balanced) map: (B, feature_dim, H*u, W*u)."""

@@ -7,13 +7,37 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, TypeVar
 
-__all__ = ["CLIP_MEAN", "CLIP_STD", "AdaptorSlot", "HeadArch", "AdaptorArch", "TrunkArch", "StudentArch", "num_registers"]
+__all__ = [
+    "CLIP_MEAN",
+    "CLIP_STD",
+    "AdaptorArch",
+    "AdaptorSlot",
+    "HeadArch",
+    "PoolArch",
+    "StudentArch",
+    "TrunkArch",
+    "num_registers",
+]
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 """Per-channel mean and standard deviation of RGB in [0, 1] that CLIP normalises with, and RADIO after it."""
 
 HeadKind = Literal["v1", "v2", "attention"]
+
+
+@dataclass(frozen=True)
+class PoolArch:
+    """A teacher's attention-pooling head (`pool.py`)."""
+
+    dim: int
+    """Width of its tokens and of its summary."""
+    heads: int
+    mlp_hidden: int
+    tanh: bool = True
+    """GELU by its tanh approximation (SigLIP); False: by the error function."""
+    eps: float = 1e-6
+    """Of its LayerNorm."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +53,8 @@ class AdaptorSlot:
     """Whether its class token is part of the backbone summary."""
     upsample: int = 1
     """The adaptor's map is this many times finer than the student's grid."""
+    pool: PoolArch | None = None
+    """The teacher's pooling head, through which the adaptor's map becomes the summary; None: a head of its own predicts that."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +79,14 @@ class AdaptorArch:
     """Index of the class token it reads."""
     features: HeadArch
     summary: HeadArch | None = None
+    """The head that predicts the teacher's summary from the class token."""
+    pool: PoolArch | None = None
+    """The teacher's own head, which makes the summary of the predicted map instead."""
+
+    @property
+    def summary_dim(self) -> int | None:
+        """Width of the summary; None: it gives none."""
+        return self.pool.dim if self.pool else self.summary.out_dim if self.summary else None
 
 
 @dataclass(frozen=True)
@@ -128,6 +162,9 @@ class StudentArch:
         values = asdict(self)
         if self.level_rms is None:  # so that students without keep the identity that results are stored by
             del values["level_rms"]
+        for adaptor in values["adaptors"]:
+            if adaptor["pool"] is None:
+                del adaptor["pool"]
         return values
 
     @staticmethod
@@ -139,6 +176,7 @@ class StudentArch:
                 token=a["token"],
                 features=_checked(HeadArch(**a["features"])),
                 summary=_checked(HeadArch(**a["summary"])) if a["summary"] else None,
+                pool=_checked(PoolArch(**a["pool"])) if a.get("pool") else None,
             )
             for a in values["adaptors"]
         )

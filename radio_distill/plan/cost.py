@@ -26,7 +26,7 @@ from ..config.terms import TERMS, Term, weights_of
 from ..config.upsampler import Network
 from ..errors import CheckpointError
 from ..losses import LossFunction, Pair, evaluate, load_terms
-from ..network.arch import HeadArch, StudentArch, TrunkArch
+from ..network.arch import HeadArch, PoolArch, StudentArch, TrunkArch
 from ..paths import expand
 from ..student.names import student_of
 from ..teachers.arch import Arch
@@ -40,6 +40,7 @@ __all__ = [
     "count_flops",
     "head_flops",
     "partition_cost",
+    "pool_flops",
     "teacher_flops",
     "teacher_images",
     "trained_network",
@@ -152,7 +153,9 @@ def _add_teacher(
     adaptor = next(adaptor for adaptor in arch.adaptors if adaptor.name == name)
     loss_tokens = grid**2 if view.grid == "student" else tokens
     sums.heads += share * (
-        head_flops(adaptor.features, loss_tokens) + (head_flops(adaptor.summary, 1) if adaptor.summary else 0)
+        head_flops(adaptor.features, loss_tokens)
+        + (head_flops(adaptor.summary, 1) if adaptor.summary else 0)
+        + (pool_flops(adaptor.pool, loss_tokens) if adaptor.pool else 0)
     )
     for term, weight in weights_of(recipe, name, card).items():
         if weight > 0 and term not in TERMS:  # those have no matrix products
@@ -196,6 +199,12 @@ def head_flops(head: HeadArch, tokens: int) -> float:
     if head.kind == "attention":
         inner, blocks = 0, vit_flops(tokens, head.in_dim, head.inner, 4 * head.in_dim, gated=False, patch=1, patches=0)
     return blocks + 2 * tokens * (head.in_dim * head.hidden + inner + head.hidden * head.out_dim * head.upsample**2)
+
+
+def pool_flops(pool: PoolArch, tokens: int) -> float:
+    """One forward of a teacher's pooling head over `tokens` tokens: keys and values, one query, its MLP."""
+    one_query = 4 * pool.dim**2 + 4 * pool.dim * pool.mlp_hidden
+    return 4 * tokens * pool.dim**2 + 4 * tokens * pool.dim + one_query
 
 
 def vit_flops(tokens: int, width: int, depth: int, mlp: int, *, gated: bool, patch: int, patches: int) -> float:

@@ -11,9 +11,10 @@ from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
 from ..errors import RecipeError
-from ..network.arch import AdaptorArch, AdaptorSlot, HeadArch, StudentArch, TrunkArch, num_registers
+from ..network.arch import AdaptorArch, AdaptorSlot, HeadArch, PoolArch, StudentArch, TrunkArch, num_registers
 
 if TYPE_CHECKING:
+    from ..config.cards import TeacherOutput
     from ..config.recipe import Overrides, Recipe
     from ..config.recipe import Student as Spec
 
@@ -138,7 +139,7 @@ def _adaptor(spec: Spec, slot: AdaptorSlot, token: int, dim: int) -> AdaptorArch
     if heads.kind == "attention":  # two ViT blocks, then an MLP without inner blocks, as in the reference
         features = replace(features, kind="attention", inner=2)
     summary = None if slot.summary_dim is None else HeadArch("v2", dim, heads.hidden, slot.summary_dim, heads.inner)
-    return AdaptorArch(slot.name, token, features, summary)
+    return AdaptorArch(slot.name, token, features, summary, slot.pool)
 
 
 def student_of(recipe: Recipe) -> StudentArch:
@@ -150,8 +151,14 @@ def slots_of(recipe: Recipe) -> list[AdaptorSlot]:
     """One adaptor per teacher, in the recipe's order."""
     from ..config.load import cards_of  # here: reading a student needs no recipe
 
-    outputs = {name: card.output for name, card in cards_of(recipe).items()}
-    return [AdaptorSlot(name, out.summary, out.features, use_summary=out.summary is not None) for name, out in outputs.items()]
+    return [_slot(name, card.output, recipe.teachers[name].summary) for name, card in cards_of(recipe).items()]
+
+
+def _slot(name: str, out: TeacherOutput, summary: str) -> AdaptorSlot:
+    if summary == "adaptor" or out.pool is None:  # without a pool the recipe is refused (config/checks.py)
+        return AdaptorSlot(name, out.summary, out.features, use_summary=out.summary is not None)
+    pool = PoolArch(out.features, out.pool.heads, out.pool.mlp, out.pool.gelu == "tanh", out.pool.eps)
+    return AdaptorSlot(name, None, out.features, use_summary=False, pool=pool)  # no loss reaches its class token
 
 
 def _checked(slots: Sequence[AdaptorSlot]) -> Sequence[AdaptorSlot]:

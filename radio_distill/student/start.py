@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,6 +36,7 @@ __all__ = ["start_weights", "parametrise"]
 
 log = logging.getLogger(__name__)
 
+POOL = re.compile(r"adaptors\.[^.]+\.pool\.")
 GENERATOR = "model.patch_generator."
 
 
@@ -193,8 +195,11 @@ def _bicubic(grid: Tensor, side: int) -> Tensor:
 
 
 def _load(student: Student, state: dict[str, Tensor]) -> set[str]:
-    """Copy what fits; the trunk's blocks must. Returns the names of the adaptors that did."""
-    own = student.state_dict()
+    """Copy what fits; the trunk's blocks must. Returns the names of the adaptors that did.
+
+    Pooling heads are left out: they are the teachers'.
+    """
+    own, state = ({key: x for key, x in tensors.items() if not POOL.match(key)} for tensors in (student.state_dict(), state))
     wrong = {key for key in own if key not in state or state[key].shape != own[key].shape}
     for key in sorted(wrong):
         if key.startswith(("model.blocks.", GENERATOR)):

@@ -20,8 +20,10 @@ from torch.func import functional_call
 from ..config.cards import TeacherCard
 from ..config.numbers import Free, Positive
 from ..errors import CardError
+from ..network.pool import MapPool
 from ..types import VisionOutput
 from .base import Weights
+from .pooling import timm_pool
 from .timm import build_trunk
 from .tokens import FamilyParams, check_size, check_tokens, construct, encode_tokens, patch_map, read_params, to_map
 from .weights import load, read
@@ -118,6 +120,10 @@ class TimmClipNet(nn.Module):
         grid = check_size(self.card, pixels_B3HW)
         tokens, patches = encode_tokens(self.trunk, pixels_B3HW)
         return VisionOutput(self.head(self.trunk.forward_head(tokens)), patch_map(self.card, patches, grid))
+
+    def pool_head(self) -> MapPool | None:
+        """timm's attention-pooling head; None where there is none, or a projection behind it."""
+        return None if len(self.head) else timm_pool(self.trunk)
 
 
 class ClipNet(nn.Module):

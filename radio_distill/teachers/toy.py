@@ -21,9 +21,11 @@ from torch import Tensor, nn
 
 from ..config.cards import TeacherCard
 from ..errors import TeacherError
+from ..network.pool import MapPool
 from ..paths import data_path
 from ..types import VisionOutput
 from .base import Weights
+from .pooling import map_pool
 
 __all__ = ["TextTower", "ToyViT", "build", "load_text_tower"]
 
@@ -156,6 +158,26 @@ class ToyViT(nn.Module):
         if self.class_token is not None:
             return self.project(x_BNC[:, 0])
         return None if self.pool is None else self.project(self.pool(x_BNC))
+
+    def pool_head(self) -> MapPool | None:
+        """Its attention pooling, for tokens in the scale of its map; None where the summary is made otherwise.
+
+        The query is learned as it is, so that the identity projects it.
+        """
+        pool, width = self.pool, self.position.shape[1]
+        if pool is None or not all(isinstance(part, nn.Identity) for part in (self.project, self.neck)):
+            return None
+        weight = torch.cat([torch.eye(width), pool.kv.weight / self.feature_scale])
+        first, activation, last = pool.mlp
+        return map_pool(
+            heads=pool.heads,
+            activation=activation,
+            probe=pool.query,
+            qkv=(weight, F.pad(pool.kv.bias, (width, 0))),
+            out=pool.out,
+            norm=pool.norm,
+            mlp=(first, last),
+        )
 
     def _position(self, height: int, width: int) -> Tensor:
         if self.position.shape[-2:] == (height, width):

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from radio_distill.balance import identity
+from radio_distill.balance import Moments, fit, identity
 from radio_distill.config.load import cards_of, load_card, load_recipe
 from radio_distill.config.mosaic import mosaic_of
+from radio_distill.config.recipe import PhiS
 from radio_distill.distill.bank import TeacherBank
 from radio_distill.distill.targets import TeacherService, name_non_finite, views_at
 from radio_distill.distill.task import DistillTask
@@ -14,6 +15,7 @@ from radio_distill.student.build import build_student
 from radio_distill.student.names import slots_of
 from radio_distill.student.start import parametrise
 from radio_distill.teachers.base import chunked, load_teacher
+from radio_distill.teachers.pooling import pooling_head
 from radio_distill.train.ema import Ema
 from radio_distill.types import Batch, View, VisionOutput
 
@@ -224,3 +226,27 @@ def test_mesa_without_an_ema_is_refused():
     _, service, task = build("toy/stage1", "partitions.low.images=16", "loss.mesa.weight=1")
     with pytest.raises(RecipeError, match=r"loss.mesa.weight needs the EMA student; set ema.decay above 0"):
         task.attach(service.balancers, None)
+
+
+def test_a_summary_through_the_teachers_head_comes_from_the_map_and_trains_it():
+    recipe, service, task = build(
+        "toy/stage1", "partitions.low.images=16", "teachers.toy_siglip={summary: through_head, feature_weight: 0}"
+    )
+    card = load_card("toy_siglip")
+    adaptor = task.student.adaptor("toy_siglip")
+    adaptor.pool.load_state_dict(pooling_head(card).state_dict())
+    moments = Moments(96)
+    moments.update(torch.randn(2, 96, 16, 16) * torch.rand(96, 1, 1) + 0.5)
+    balancer = service.balancers["toy_siglip"] = fit(PhiS(), moments, "toy_siglip")
+    batch = batch_of(recipe, service, "low", 16)
+    targets = {"toy_siglip": service(batch)["toy_siglip"]}
+    losses = task(batch, targets, whole_counts(recipe, service)["low"])
+    losses.total.backward()
+    assert adaptor.feat_mlp.fc1.parametrizations.weight.original.grad.abs().sum() > 0
+    task.eval()
+    parts = task(batch, targets, whole_counts(recipe, service)["low"]).parts
+    tokens = task.student.forward_tokens(batch.views["student"].images_B3HW.float() / 255)
+    teacher = load_teacher(card).net
+    raw = balancer.inverse(adaptor.features(tokens.features_BCHW)).flatten(2).mT / teacher.feature_scale
+    cosine = torch.cosine_similarity(teacher.pool(raw), targets["toy_siglip"].summary_BC)
+    assert parts["loss/low/toy_siglip/summary"].item() == pytest.approx((1 - cosine).mean().item(), rel=1e-4)

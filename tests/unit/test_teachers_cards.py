@@ -26,6 +26,10 @@ PARAMETERS = {
     "sam_h": 637_026_048 - SAM_NECK,
     "dinov3_7b": 6_716_030_976,
     "dinov3_hplus": 840_509_440,
+    "dinov3_hplus_hf": 840_592_640,  # with a mask token, and biases of queries and values, which timm leaves out
+    "dinov3_l": 303_079_424,
+    "dinov3_l_hf": 303_129_600,
+    "siglip2_naflex": 427_888_064,
     "sam3": 446_236_672,
     "c_radio_v4_h": 651_727_360,
 }

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
-from radio_distill.config.cards import TeacherCard
+from radio_distill.config.cards import Pool, TeacherCard
 from radio_distill.config.load import load_card
 from radio_distill.errors import TeacherError
 from radio_distill.teachers.base import Teacher, load_teacher
@@ -39,6 +39,10 @@ def tiny(name: str, **values) -> TeacherCard:
         params["overrides"] = SIZES | ({} if name.startswith("dinov3") else {"img_size": size})
     elif name == "sam3":
         params["config"] = CONFIG | SAM3
+    elif name.startswith("dinov3") or name == "siglip2_naflex":
+        params["config"] = (
+            params["config"] | CONFIG | {"intermediate_size": 96} | ({"num_patches": 16} if summary_pools(card) else {})
+        )
     elif name == "paligemma":
         params["config"] = params["config"] | CONFIG | {"intermediate_size": 96, "image_size": size}
     else:
@@ -46,10 +50,22 @@ def tiny(name: str, **values) -> TeacherCard:
         summary = WIDTH * len(params["config"]["summary_idxs"])
     changed = {
         "input": card.input.model_copy(update={"size": size}),
-        "output": card.output.model_copy(update={"summary": summary, "features": WIDTH}),
+        "output": card.output.model_copy(update={"summary": summary, "features": WIDTH, "pool": tiny_pool(card)}),
         "params": params,
     }
     return card.model_copy(update=changed | values)
+
+
+def summary_pools(card: TeacherCard) -> bool:
+    return card.output.pool is not None
+
+
+def tiny_pool(card: TeacherCard) -> Pool | None:
+    """Of a network with `CONFIG` or `SIZES`; timm's MLP keeps its ratio to the width."""
+    if card.output.pool is None:
+        return None
+    mlp = 96 if card.family == "transformers" else int(WIDTH * card.output.pool.mlp / card.output.features)
+    return card.output.pool.model_copy(update={"heads": 4, "mlp": mlp})
 
 
 def shake(net: torch.nn.Module, seed: int = 0) -> None:
