@@ -17,7 +17,17 @@ from .engine_checks import engine_problems
 from .numbers import Count, Positive, Rate, Scale, Share, Side, Weight
 from .recipe import Job, Log, Optim
 
-__all__ = ["FromParts", "FromVlm", "VlmRecipe", "VlmSource", "check_vlm"]
+__all__ = ["FromParts", "FromVlm", "Patches", "VlmRecipe", "VlmSource", "check_vlm"]
+
+
+class Patches(Fields):
+    """Images keep their aspect ratio, and their size as far as this many patches of the student allow: as they are served by what
+    `radio-distill export` writes, whose config.json has both numbers under the same names."""
+
+    min_num_patches: Positive
+    """Smaller images are enlarged to it."""
+    max_num_patches: Positive
+    """Larger images are reduced to it."""
 
 
 class FromParts(Fields):
@@ -28,8 +38,9 @@ class FromParts(Fields):
     """The vision tower: an export, a run, whatever `load_student` reads. Must be given (`start.student=...`)."""
     lm: str = ""
     """Folder of a causal language model with its tokenizer, as transformers saves them. Must be given (`start.lm=...`)."""
-    size: Side = 512
-    """Side in pixels of the square that the student sees; images are padded to a square first (LLAVA: 336)."""
+    size: Side | Patches = 512
+    """Side in pixels of the square that the student sees; images are padded to a square first (LLAVA: 336). Or, for images that keep
+    their aspect ratio, `{min_num_patches: 256, max_num_patches: 2304}`."""
     tiles: Count = 1
     """n > 1: the image and its n x n tiles, each at `size`, one after the other. 1: the image alone. 0: no image at all, the
     blind baseline that shows what the questions give away."""
@@ -148,6 +159,8 @@ def _fitting(recipe: VlmRecipe) -> Iterator[Problem]:
             "'start.tiles' is 0: without images nothing reaches the projector, which alone learns; set trains=all, or tiles=1"
         )
         yield Problem(text, ("start", "tiles"))
+    if isinstance(recipe.start, FromParts) and isinstance(recipe.start.size, Patches):
+        yield from _native(recipe.start, recipe.start.size)
     if recipe.tower is not None and isinstance(recipe.start, FromParts):
         if recipe.start.dtype != "float32":
             text = f"'start.dtype' is {recipe.start.dtype!r}, in which the steps of a student that learns would be lost; set float32"
@@ -162,6 +175,20 @@ def _fitting(recipe: VlmRecipe) -> Iterator[Problem]:
         yield Problem(text, ("engine", "placement", "kind"))
     if recipe.engine.zero == 3:
         yield Problem("'engine.zero' is 3: what is saved would be empty; use 2", ("engine", "zero"))
+
+
+def _native(start: FromParts, patches: Patches) -> Iterator[Problem]:
+    """What does not go with images that keep their aspect ratio."""
+    least, most, place = patches.min_num_patches, patches.max_num_patches, ("start", "size")
+    if least > most:
+        yield Problem(f"'start.size.min_num_patches' is {least}, more than 'start.size.max_num_patches', {most}", place)
+    if most < start.unshuffle**2:
+        text = f"'start.size.max_num_patches' is {most}, but a token is {start.unshuffle} x {start.unshuffle} patches"
+        yield Problem(f"{text}; expected at least {start.unshuffle**2}", place)
+    for key, value, plain in (("tiles", start.tiles, 1), ("merge", start.merge, None)):
+        if value != plain and not (key == "tiles" and value == 0):
+            text = f"'start.{key}' is {value}: that is for squares; remove it, or give the side of a square as start.size"
+            yield Problem(text, ("start", key))
 
 
 def _missing(recipe: VlmRecipe) -> Iterator[Problem]:

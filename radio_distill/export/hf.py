@@ -19,6 +19,7 @@ from ..errors import CheckpointError
 from ..network.arch import StudentArch
 from ..network.student import Student
 from ..paths import PACKAGE
+from ..student.own_sizes import own_sizes_config
 from ..tensors import save_tensors
 from .checks import reads_natively
 from .facts import IN_CONFIG, Facts
@@ -51,7 +52,7 @@ def write_hf(student: Student, facts: Facts, folder: Path, *, dtype: torch.dtype
     _write_json(folder / "config.json", hf_config(student.arch, size, budget, dtype) | more)
     _write_json(folder / "preprocessor_config.json", preprocessor_config(size))
     (folder / DYNAMIC).mkdir()
-    _write_json(folder / DYNAMIC / "preprocessor_config.json", dynamic_config(student.patch_size, budget))
+    _write_json(folder / DYNAMIC / "preprocessor_config.json", own_sizes_config(student.patch_size, budget))
     write_code(folder)
 
 
@@ -128,29 +129,6 @@ def preprocessor_config(size: int) -> dict[str, Any]:
         "do_normalize": False,
         "image_mean": [0.0, 0.0, 0.0],
         "image_std": [1.0, 1.0, 1.0],
-    }
-
-
-def dynamic_config(patch: int, budget: tuple[int, int]) -> dict[str, Any]:
-    """Qwen2VLImageProcessor, the processor of transformers that keeps the aspect ratio and packs patches.
-
-    Without merging and with one frame its patches are those that the native class takes with `image_grid_hw`.
-    """
-    least, most = budget
-    return {
-        "image_processor_type": "Qwen2VLImageProcessor",
-        "do_convert_rgb": True,
-        "do_resize": True,
-        "size": {"shortest_edge": least * patch**2, "longest_edge": most * patch**2},
-        "resample": 3,
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": False,
-        "image_mean": [0.0, 0.0, 0.0],
-        "image_std": [1.0, 1.0, 1.0],
-        "patch_size": patch,
-        "temporal_patch_size": 1,
-        "merge_size": 1,
     }
 
 

@@ -37,6 +37,7 @@ class VlmPlan(Budget):
     """Of student, projector and language model."""
     trained_parameters: int
     image_tokens: int
+    """At most, where images keep their aspect ratio."""
     tokens: int
     """Of one conversation."""
     samples: int

@@ -1,6 +1,6 @@
 """Micro-batches of conversations: which samples a step has is a function of (seed, step), whoever reads them.
 
-Shapes: B conversations, N tokens, V views (pictures) of all images of a batch, S side in pixels.
+Shapes: B conversations, N tokens.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from .conversations import Conversation
 from .model import Vlm
 from .prompt import IGNORE, IMAGE, Encoded, encode, with_images
 from .tiles import open_image
+from .tower import Pictures, join
 
 __all__ = ["TextBatch", "TextStreams"]
 
@@ -40,8 +41,8 @@ class Sample(NamedTuple):
 
     key: str
     encoded: Encoded
-    views_V3SS: Tensor
-    """The views of its image; V is 0 without one."""
+    pictures: Pictures
+    """Of its image; none without one."""
     left_out: tuple[str, ...] = ()
     """What was wrong with those that it takes the place of."""
 
@@ -56,8 +57,8 @@ class TextBatch:
     """int64, 0 where there is padding."""
     labels_BN: Tensor
     """The token at each place that is learned there, else IGNORE."""
-    pixels_V3SS: Tensor | None
-    """Float RGB in [0, 1]; None when no conversation has an image."""
+    pictures: Pictures
+    """Of all their images."""
     left_out: tuple[str, ...] = ()
     """What was wrong with conversations that could not be used."""
 
@@ -70,15 +71,14 @@ class TextBatch:
         return self._with(Tensor.pin_memory)
 
     def _with(self, change: Callable[[Tensor], Tensor]) -> TextBatch:
-        pixels = None if self.pixels_V3SS is None else change(self.pixels_V3SS)
         tokens, mask, labels = map(change, (self.tokens_BN, self.mask_BN, self.labels_BN))
-        return TextBatch(self.keys, tokens, mask, labels, pixels, self.left_out)
+        return TextBatch(self.keys, tokens, mask, labels, self.pictures.each(change), self.left_out)
 
     @property
     def counts(self) -> Tensor:
         """Tokens that are predicted, and pictures, (2,)."""
         predicted = (self.labels_BN[:, 1:] != IGNORE).sum()
-        return torch.stack([predicted, torch.full_like(predicted, 0 if self.pixels_V3SS is None else len(self.pixels_V3SS))])
+        return torch.stack([predicted, torch.full_like(predicted, len(self.pictures))])
 
 
 class TextStreams:
@@ -152,7 +152,7 @@ class Samples(Dataset[Sample]):
         self.pad: int = vlm.processor.tokenizer.pad_token_id
         if vlm.tower.num_tokens >= recipe.data.max_length:
             raise RecipeError(
-                f"an image is {vlm.tower.num_tokens} tokens and data.max_length is {recipe.data.max_length}: no place for an answer; "
+                f"an image is {vlm.tower.tokens_text} and data.max_length is {recipe.data.max_length}: no place for an answer; "
                 "use a smaller start.size, more start.unshuffle, or a larger data.max_length"
             )
 
@@ -174,7 +174,9 @@ class Samples(Dataset[Sample]):
 
     def _sample(self, c: Conversation) -> Sample:
         tower = self._vlm.tower
-        turns = with_images(c.turns, tower.num_tokens, images=0 if c.image is None else 1, key=c.key)
+        pictures = self._vlm.no_pictures if c.image is None else self._vlm.pictures(open_image(c.image(), c.key), key=c.key)
+        expected = 0 if c.image is None else tower.tokens_of(pictures)
+        turns = with_images(c.turns, [] if c.image is None else [expected], key=c.key)
         encoded = encode(
             self._vlm.processor.tokenizer,
             turns,
@@ -182,27 +184,23 @@ class Samples(Dataset[Sample]):
             max_length=self._recipe.data.max_length,
             key=c.key,
         )
-        expected = 0 if c.image is None else tower.num_tokens
         if (found := encoded.ids.count(self._vlm.model.config.image_token_id)) != expected:
             raise DataError(
                 f"conversation {c.key} has {found} tokens of its image, expected {expected}: it is cut after "
                 f"{self._recipe.data.max_length}; put {IMAGE} at its beginning, or set a larger data.max_length"
             )
-        if c.image is None:
-            return Sample(c.key, encoded, torch.empty(0, 3, tower.image_size, tower.image_size))
-        return Sample(c.key, encoded, self._vlm.pixels(open_image(c.image(), c.key)))
+        return Sample(c.key, encoded, pictures)
 
 
 def collate(samples: Sequence[Sample], *, pad: int) -> TextBatch:
     """Pad on the right."""
     length = max(len(s.encoded.ids) for s in samples)
     rows = [(s.encoded.ids, s.encoded.labels, length - len(s.encoded.ids)) for s in samples]
-    pixels = torch.cat([s.views_V3SS for s in samples])
     return TextBatch(
         keys=tuple(s.key for s in samples),
         tokens_BN=torch.tensor([ids + [pad] * rest for ids, _, rest in rows]),
         mask_BN=torch.tensor([[1] * len(ids) + [0] * rest for ids, _, rest in rows]),
         labels_BN=torch.tensor([labels + [IGNORE] * rest for _, labels, rest in rows]),
-        pixels_V3SS=pixels if len(pixels) else None,
+        pictures=join([s.pictures for s in samples]),
         left_out=tuple(text for s in samples for text in s.left_out),
     )

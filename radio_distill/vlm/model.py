@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,17 +24,20 @@ from transformers.models.llava.image_processing_llava import LlavaImageProcessor
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 from transformers.models.llava.processing_llava import LlavaProcessor
 
-from ..config.vlm_recipe import FromParts
-from ..errors import CheckpointError, RecipeError
+from ..config.vlm_recipe import FromParts, Patches
+from ..data.decode import as_rgb
+from ..errors import CheckpointError, DataError, RecipeError
 from ..files import check_written
 from ..network.arch import StudentArch
 from ..paths import expand
 from ..student.load import load_student
+from ..student.own_sizes import own_sizes_config
 from ..student.plain import choose_adaptors
 from ..types import CLIP_MEAN
+from .processors import OwnSizesImageProcessor, OwnSizesProcessor
 from .prompt import IMAGE, VICUNA, Turn, render, with_images
 from .tiles import views
-from .tower import StudentTower, StudentTowerConfig
+from .tower import Pictures, StudentTower, StudentTowerConfig, join
 
 __all__ = ["Vlm", "build_vlm", "join_configs", "load_vlm", "save_vlm", "text_config", "tower_config", "vlm_folder"]
 
@@ -56,14 +60,26 @@ class Vlm:
         assert isinstance(found, StudentTowerConfig)
         return found
 
-    def pixels(self, image: Image) -> Tensor:
-        """The views of one image as float RGB in [0, 1], (V, 3, S, S); empty for a blind model."""
-        pictures = views(image, self.tower.tiles)
-        if not pictures:
-            return torch.empty(0, 3, self.tower.image_size, self.tower.image_size)
-        found = self.processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
-        assert isinstance(found, Tensor)
-        return found
+    @property
+    def no_pictures(self) -> Pictures:
+        """Of a text without an image."""
+        if self.tower.patches is None:
+            return Pictures(torch.empty(0, 3, self.tower.image_size, self.tower.image_size))
+        return Pictures(torch.empty(0, 3 * self.tower.patch_size**2), torch.empty(0, 2, dtype=torch.long))
+
+    def pictures(self, image: Image, *, key: str) -> Pictures:
+        """What the student sees of one image; none for a blind model. key: names the image. Raises DataError when it is too narrow."""
+        if self.tower.tiles == 0:
+            return self.no_pictures
+        seen = views(image, self.tower.tiles) if self.tower.patches is None else [as_rgb(image)]
+        try:
+            found = self.processor.image_processor(seen, return_tensors="pt")
+        except ValueError as error:  # of the rule for sizes
+            width, height = image.size
+            raise DataError(
+                f"the image of conversation {key} has {width} x {height} pixels and cannot be resized: {error}"
+            ) from error
+        return Pictures(found["pixel_values"], found.get("image_sizes"))
 
     @torch.no_grad()
     def answer(self, questions: Sequence[str], images: Sequence[Sequence[Image]], *, max_new_tokens: int = 16) -> list[str]:
@@ -71,23 +87,27 @@ class Vlm:
 
         A question may mark the places of its images by `<image>`; otherwise they come first.
         """
+        seen = [
+            [self.pictures(image, key=repr(question)) for image in its] for question, its in zip(questions, images, strict=True)
+        ]
         turns = [
-            with_images([Turn("user", question)], self.tower.num_tokens, images=len(its), key=repr(question))
-            for question, its in zip(questions, images, strict=True)
+            with_images([Turn("user", question)], [self.tower.tokens_of(p) for p in its], key=repr(question))
+            for question, its in zip(questions, seen)
         ]
         tokenizer, device = self.processor.tokenizer, self.model.device
         prompts = [render(tokenizer, turn) for turn in turns]
         batch = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False).to(device)
         tokens = batch["input_ids"]
-        pixels = torch.cat([torch.empty(0, 3, *2 * (self.tower.image_size,)), *(self.pixels(i) for its in images for i in its)])
-        seen = {"pixel_values": pixels.to(device, self.model.lm_head.weight.dtype)} if len(pixels) else {}
+        inputs = join([self.no_pictures, *(p for its in seen for p in its)]).each(lambda x: x.to(device)).inputs()
+        if inputs:
+            inputs["pixel_values"] = inputs["pixel_values"].to(self.model.lm_head.weight.dtype)
         out = self.model.generate(
             input_ids=tokens,
             attention_mask=batch["attention_mask"],
             max_new_tokens=max_new_tokens,
             do_sample=False,
             pad_token_id=tokenizer.pad_token_id,
-            **seen,
+            **inputs,
         )
         return [text.strip() for text in tokenizer.batch_decode(out[:, tokens.shape[1] :], skip_special_tokens=True)]
 
@@ -115,7 +135,11 @@ def build_vlm(parts: FromParts) -> Vlm:
 
 def tower_config(parts: FromParts, arch: StudentArch) -> StudentTowerConfig:
     """The tower that the recipe makes of a student. Raises RecipeError when the size does not fit it."""
-    step = arch.trunk.patch_size * parts.unshuffle
+    patch, step = arch.trunk.patch_size, arch.trunk.patch_size * parts.unshuffle
+    if isinstance(parts.size, Patches):
+        budget = (parts.size.min_num_patches, parts.size.max_num_patches)
+        side = math.isqrt(budget[1]) * patch
+        return StudentTowerConfig(arch.to_dict(), side, parts.tiles, parts.unshuffle, None, parts.dtype, budget)
     if parts.size % step:
         near = max(step, round(parts.size / step) * step)
         raise RecipeError(
@@ -202,6 +226,12 @@ def _load_lm(folder: Path) -> tuple[Any, Any]:
 
 
 def _processor(tokenizer: Any, tower: StudentTowerConfig) -> LlavaProcessor:
+    common = {"patch_size": tower.patch_size, "vision_feature_select_strategy": "full", "image_token": IMAGE}
+    common["chat_template"] = tokenizer.chat_template
+    if tower.patches is not None:
+        least, most = tower.patches
+        settings = own_sizes_config(tower.patch_size // tower.unshuffle, (least, most), unshuffle=tower.unshuffle)
+        return OwnSizesProcessor(OwnSizesImageProcessor(**settings), tokenizer, **common)
     side = tower.image_size
     images = LlavaImageProcessor(
         do_pad=True,  # to a square, in the colour of the mean
@@ -210,8 +240,5 @@ def _processor(tokenizer: Any, tower: StudentTowerConfig) -> LlavaProcessor:
         crop_size={"height": side, "width": side},
         do_normalize=False,  # the student normalises itself
     )
-    return LlavaProcessor(
-        images, tokenizer, patch_size=tower.patch_size, vision_feature_select_strategy="full",
-        num_additional_image_tokens=(tower.merge or tower.grid**2) - tower.grid**2,  # it counts the grid
-        chat_template=tokenizer.chat_template, image_token=IMAGE,
-    )  # fmt: skip
+    extra = (tower.merge or tower.grid**2) - tower.grid**2  # it counts the grid
+    return LlavaProcessor(images, tokenizer, num_additional_image_tokens=extra, **common)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -39,12 +40,12 @@ class Encoded(NamedTuple):
     """`ids`, with IGNORE where the user speaks."""
 
 
-def with_images(turns: Sequence[Turn], num_tokens: int, *, images: int, key: str) -> list[Turn]:
-    """Put `num_tokens` image tokens where the text marks an image, or before the first turn when it marks none.
+def with_images(turns: Sequence[Turn], tokens: Sequence[int], *, key: str) -> list[Turn]:
+    """Put the tokens of every image, `tokens` of them, where the text marks it, or before the first turn when it marks none.
 
-    num_tokens 0 takes the marks away. Raises DataError when there are marks, but not one for every image.
+    Images without tokens take their marks away. Raises DataError when there are marks, but not one for every image.
     """
-    marks = sum(turn.text.count(IMAGE) for turn in turns)
+    marks, images = sum(turn.text.count(IMAGE) for turn in turns), len(tokens)
     if marks not in (0, images):
         raise DataError(
             f"conversation {key} marks {marks} images ({IMAGE}) and has {images}; expected a mark for each, or none"
@@ -52,9 +53,10 @@ def with_images(turns: Sequence[Turn], num_tokens: int, *, images: int, key: str
     first, *rest = turns
     if marks == 0:
         first = first._replace(text=f"{IMAGE}\n" * images + first.text)
-    if num_tokens == 0:
+    if images and not any(tokens):
         return [turn._replace(text=turn.text.replace(f"{IMAGE}\n", "").replace(IMAGE, "").strip()) for turn in (first, *rest)]
-    return [turn._replace(text=turn.text.replace(IMAGE, IMAGE * num_tokens)) for turn in (first, *rest)]
+    counts = iter(tokens)
+    return [turn._replace(text=re.sub(IMAGE, lambda _: IMAGE * next(counts), turn.text)) for turn in (first, *rest)]
 
 
 def render(tokenizer: Any, turns: Sequence[Turn]) -> str:

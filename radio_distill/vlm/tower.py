@@ -1,11 +1,12 @@
 """A student as the vision tower of transformers' LLaVA: its last map as tokens, in evaluation mode, frozen if not told otherwise.
 
-Shapes: B images, C channels, H W patch grid, N tokens.
+Shapes: B images, C channels, H W patch grid, N tokens; V pictures, S side of a square in pixels, s side of a token in pixels.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,11 +16,40 @@ from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedMode
 from transformers.modeling_outputs import BaseModelOutput
 
 from ..network.arch import StudentArch
+from ..network.packing import unpack_images
 from ..network.student import Student
 from ..network.token_merging import merge_tokens
 from ..student.checkpoints import TOWER
 
-__all__ = ["StudentTower", "StudentTowerConfig", "to_tokens"]
+__all__ = ["Pictures", "StudentTower", "StudentTowerConfig", "join", "maps_of", "to_tokens"]
+
+
+class Pictures(NamedTuple):
+    """What the student sees of some images, float RGB in [0, 1]."""
+
+    pixels: Tensor
+    """Squares (V, 3, S, S); or, of images that keep their aspect ratio, their squares of one token each, one image after the other
+    and row by row (N, 3*s*s)."""
+    sizes_V2: Tensor | None = None
+    """Height and width of each picture in pixels; None: squares."""
+
+    def __len__(self) -> int:
+        return len(self.pixels if self.sizes_V2 is None else self.sizes_V2)
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> Pictures:
+        """The same pictures with both tensors changed."""
+        return Pictures(change(self.pixels), None if self.sizes_V2 is None else change(self.sizes_V2))
+
+    def inputs(self) -> dict[str, Tensor]:
+        """As transformers' LLaVA takes them; nothing when there are none."""
+        sizes = {} if self.sizes_V2 is None else {"image_sizes": self.sizes_V2}
+        return {"pixel_values": self.pixels, **sizes} if len(self) else {}
+
+
+def join(several: Sequence[Pictures]) -> Pictures:
+    """One after the other; all squares of one size, or none."""
+    sizes = [p.sizes_V2 for p in several if p.sizes_V2 is not None]
+    return Pictures(torch.cat([p.pixels for p in several]), torch.cat(sizes) if sizes else None)
 
 
 class StudentTowerConfig(PretrainedConfig):
@@ -38,10 +68,12 @@ class StudentTowerConfig(PretrainedConfig):
         unshuffle: int = 1,
         merge: int | None = None,
         student_dtype: str = "float32",
+        patches: Sequence[int] | None = None,
         **kwargs: Any,
     ) -> None:
+        """patches: fewest and most of an image that keeps its aspect ratio; image_size is then the side of the largest square."""
         self.student, self.image_size, self.tiles, self.unshuffle = student, image_size, tiles, unshuffle
-        self.merge, self.student_dtype = merge, student_dtype
+        self.merge, self.student_dtype, self.patches = merge, student_dtype, patches
         trunk = student["trunk"] if student else {"embed_dim": 0, "patch_size": 1}
         self.hidden_size = trunk["embed_dim"] * unshuffle**2
         self.patch_size = trunk["patch_size"] * unshuffle
@@ -56,8 +88,21 @@ class StudentTowerConfig(PretrainedConfig):
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of one image."""
+        """Tokens of one image; of one that keeps its aspect ratio at most, as long as it is no narrow strip."""
+        if self.patches is not None:
+            return self.num_views * (self.patches[1] // self.unshuffle**2)
         return self.num_views * (self.merge or self.grid**2)
+
+    @property
+    def tokens_text(self) -> str:
+        """`16 tokens`, or `at most 16 tokens`."""
+        return f"{'' if self.patches is None else 'at most '}{self.num_tokens} tokens"
+
+    def tokens_of(self, pictures: Pictures) -> int:
+        """How many tokens the pictures of one image become."""
+        if pictures.sizes_V2 is None:
+            return self.num_tokens
+        return int((pictures.sizes_V2 // self.patch_size).prod(1).sum())
 
     @property
     def grid(self) -> int:
@@ -77,9 +122,10 @@ class StudentTower(PreTrainedModel):
     def __init__(self, config: StudentTowerConfig) -> None:
         super().__init__(config)
         self.student = Student(StudentArch.from_dict(config.student or {}))
+        self.patch_size = config.patch_size  # LLaVA divides `image_sizes` by it
         self.learns = False
-        """Whether `forward` has a gradient; then `seen` holds its last map."""
-        self.seen: Tensor | None = None
+        """Whether `forward` has a gradient; then `seen` holds its last maps."""
+        self.seen: list[Tensor] = []
         self.requires_grad_(False)
         self.post_init()
         self.eval()
@@ -97,20 +143,31 @@ class StudentTower(PreTrainedModel):
         self.student.requires_grad_(True)
         self.student.model.set_grad_checkpointing(checkpointing)
 
-    def forward(self, pixel_values: Tensor, **options: object) -> BaseModelOutput:
-        """options: what transformers asks of any tower (which hidden states, which return type); there is one answer."""
+    def forward(self, pixel_values: Tensor, image_sizes: Tensor | None = None, **options: object) -> BaseModelOutput:
+        """Tokens (V, N, C) of squares, or (1, N, C) of all images that keep their aspect ratio: the arguments are `Pictures`.
+
+        options: what transformers asks of any tower (which hidden states, which return type); there is one answer.
+        """
         device = pixel_values.device.type
         with (
             torch.set_grad_enabled(self.learns and torch.is_grad_enabled()),
             torch.autocast(device, torch.get_autocast_dtype(device), enabled=self.learns and torch.is_autocast_enabled(device)),
         ):
-            features_BCHW = self.student.encode(pixel_values.float()).features_BCHW
-        self.seen = features_BCHW if self.learns else None
-        tokens_BNC = to_tokens(features_BCHW, self.config.unshuffle)
+            maps = maps_of(self.student, Pictures(pixel_values, image_sizes), self.config.patch_size)
+        self.seen = maps if self.learns else []
+        tokens_BNC = torch.cat([to_tokens(features_BCHW, self.config.unshuffle) for features_BCHW in maps], dim=1)
         if self.config.merge is not None:
             tokens_BNC = merge_tokens(tokens_BNC, self.config.merge).tokens_BKC
         tokens_BNC = tokens_BNC.to(pixel_values.dtype)
         return BaseModelOutput(last_hidden_state=tokens_BNC, hidden_states=(tokens_BNC,))
+
+
+def maps_of(student: Student, pictures: Pictures, side: int) -> list[Tensor]:
+    """The student's maps (B, C, H, W): one of all squares, or one of each picture with a size of its own. side: of a token in pixels."""
+    if pictures.sizes_V2 is None:
+        return [student.encode(pictures.pixels.float()).features_BCHW]
+    images = unpack_images(pictures.pixels.float(), (pictures.sizes_V2 // side).tolist(), side)
+    return [output.features_BCHW for output in student.encode_packed(images)]
 
 
 def to_tokens(features_BCHW: Tensor, unshuffle: int) -> Tensor:

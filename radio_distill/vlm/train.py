@@ -33,7 +33,7 @@ from .conversations import read_conversations
 from .lora import add_lora, merge_lora
 from .model import Vlm, build_vlm, load_vlm, save_vlm
 from .prompt import IGNORE
-from .tower import StudentTower
+from .tower import StudentTower, maps_of
 
 __all__ = ["VlmTask", "VlmTraining", "train_vlm"]
 
@@ -87,7 +87,7 @@ class VlmTask(nn.Module):
         bf16 = self.recipe.engine.precision == "bf16"
         with torch.autocast(batch.tokens_BN.device.type, torch.bfloat16, enabled=bf16):
             out = self.model(
-                input_ids=batch.tokens_BN, attention_mask=batch.mask_BN, pixel_values=batch.pixels_V3SS, use_cache=False
+                input_ids=batch.tokens_BN, attention_mask=batch.mask_BN, use_cache=False, **batch.pictures.inputs()
             )
         logits, labels = out.logits[:, :-1].flatten(0, 1).float(), batch.labels_BN[:, 1:].flatten()
         total = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum") / targets
@@ -104,12 +104,12 @@ class VlmTask(nn.Module):
 
     def _distance(self, batch: TextBatch) -> Tensor:
         """`gram_distances` of the batch's pictures from what the student made of them at first, summed."""
-        seen, (anchor,) = self.tower.seen, self._anchor
-        if batch.pixels_V3SS is None or seen is None:
-            return 0 * sum((p.sum() for p in self.tower.parameters()), torch.zeros((), device=batch.tokens_BN.device))
+        seen, (anchor,), device = self.tower.seen, self._anchor, batch.tokens_BN.device
+        if not len(batch.pictures):
+            return 0 * sum((p.sum() for p in self.tower.parameters()), torch.zeros((), device=device))
         with torch.no_grad():
-            first = anchor.to(seen.device).encode(batch.pixels_V3SS.float()).features_BCHW
-        return gram_distances(seen, first).sum()
+            first = maps_of(anchor.to(device), batch.pictures, self.tower.config.patch_size)
+        return torch.cat([gram_distances(ours, theirs) for ours, theirs in zip(seen, first, strict=True)]).sum()
 
 
 def gram_distances(seen_VChw: Tensor, first_VChw: Tensor) -> Tensor:
@@ -187,7 +187,7 @@ def describe(t: VlmTraining, conversations: int) -> str:
     epochs = t.recipe.optim.steps * t.recipe.samples / max(1, conversations)
     sizes = ", ".join(f"{name} {millions:.2f} M" for name, millions in count.items())
     return (
-        f"{sizes}; {learned:.2f} M learn; an image is {t.vlm.tower.num_tokens} tokens; "
+        f"{sizes}; {learned:.2f} M learn; an image is {t.vlm.tower.tokens_text}; "
         f"{conversations} conversations, {epochs:.1f} epochs"
     )
 

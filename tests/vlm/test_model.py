@@ -9,14 +9,16 @@ from made_run import pictures
 from PIL import Image
 
 from radio_distill import load_student
-from radio_distill.config.vlm_recipe import FromParts
+from radio_distill.config.vlm_recipe import FromParts, Patches
 from radio_distill.errors import CheckpointError, DataError, RecipeError
+from radio_distill.export.command import export
+from radio_distill.network.packing import unpack_images
 from radio_distill.network.token_merging import merge_tokens
 from radio_distill.toyworld import render_images
 from radio_distill.types import CLIP_MEAN
 from radio_distill.vlm.model import Vlm, build_vlm, load_vlm, save_vlm
 from radio_distill.vlm.tiles import open_image, views
-from radio_distill.vlm.tower import to_tokens
+from radio_distill.vlm.tower import join, to_tokens
 
 
 def scene_images(count: int) -> list[Image.Image]:
@@ -90,7 +92,7 @@ def test_a_question_that_marks_other_images_than_there_are_is_refused(vlm: Vlm) 
 def test_tiles_are_images_of_their_own(parts: FromParts, tiles: int, tokens: int) -> None:
     vlm = build_vlm(parts.model_copy(update={"tiles": tiles}))
     assert vlm.tower.num_tokens == tokens
-    assert vlm.pixels(scene_images(1)[0]).shape == (vlm.tower.num_views, 3, 32, 32)
+    assert vlm.pictures(scene_images(1)[0], key="one").pixels.shape == (vlm.tower.num_views, 3, 32, 32)
     assert len(vlm.answer(["is there a tree?"], [scene_images(1)], max_new_tokens=2)) == 1
 
 
@@ -106,6 +108,76 @@ def test_merged_tokens_are_those_of_token_merging_also_after_saving(parts: FromP
     assert int((batch["input_ids"] == merged.model.config.image_token_id).sum()) == merged.tower.num_tokens == 5
     asked = (["is there a tree?"], [scene_images(1)])
     assert load_vlm(tmp_path / "vlm").answer(*asked) == merged.answer(*asked)
+
+
+def random_image(width: int, height: int) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(width).integers(0, 255, (height, width, 3), dtype=np.uint8))
+
+
+RAGGED = [random_image(*size) for size in ((60, 20), (16, 44), (200, 150), (5, 3))]
+
+
+@pytest.fixture(scope="module")
+def own_sizes(parts: FromParts) -> Vlm:
+    torch.manual_seed(0)
+    return build_vlm(parts.model_copy(update={"size": Patches(min_num_patches=24, max_num_patches=90)}))
+
+
+@pytest.mark.parametrize("unshuffle", [1, 2])
+@torch.no_grad()
+def test_images_that_keep_their_aspect_ratio_are_seen_as_the_export_serves_them(
+    parts: FromParts, student: Path, tmp_path: Path, unshuffle: int
+) -> None:
+    from transformers import AutoImageProcessor, AutoModel
+
+    size = Patches(min_num_patches=24, max_num_patches=90)
+    vlm = build_vlm(parts.model_copy(update={"size": size, "unshuffle": unshuffle}))
+    export(student, tmp_path / "hf", adaptors=[])
+    budget = {"shortest_edge": 24 * 4**2, "longest_edge": 90 * 4**2}
+    processor = AutoImageProcessor.from_pretrained(tmp_path / "hf", subfolder="dynamic", size=budget)
+    whole = load_student(student)
+    served = AutoModel.from_pretrained(tmp_path / "hf", trust_remote_code=True).eval()
+    seen = join([vlm.pictures(image, key="one") for image in RAGGED])
+    found = vlm.model.model.vision_tower(*seen).hidden_states[-1]
+    assert found.shape == (1, vlm.tower.tokens_of(seen), unshuffle**2 * 32)
+    if unshuffle == 1:
+        batch = processor(RAGGED, return_tensors="pt")
+        theirs = served(batch["pixel_values"], image_grid_hw=batch["image_grid_thw"][:, 1:]).features
+        torch.testing.assert_close(found[0], theirs, atol=1e-5, rtol=1e-5)
+    slow = []
+    for image in RAGGED:
+        one = vlm.pictures(image, key="one")
+        ((height, width),) = one.sizes_V2.tolist()
+        assert not height % (4 * unshuffle)
+        assert 24 <= height * width / 16 <= 90 * 1.2
+        assert 0.6 < (height / width) / (image.height / image.width) < 1.7
+        (pixels,) = unpack_images(one.pixels, [[height // (4 * unshuffle), width // (4 * unshuffle)]], 4 * unshuffle)
+        slow.append(to_tokens(whole.encode(pixels[None]).features_BCHW, unshuffle)[0])
+    torch.testing.assert_close(found[0], torch.cat(slow), atol=1e-5, rtol=1e-5)
+
+
+def test_images_at_their_own_sizes_answer_in_a_batch_as_alone_and_in_transformers(own_sizes: Vlm, tmp_path: Path) -> None:
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    questions, images = ["is there a tree?", "how many?", "compare <image> with <image>", "why?"], [
+        RAGGED[:1], RAGGED[1:2], RAGGED[2:], []
+    ]  # fmt: skip
+    alone = [own_sizes.answer([q], [i], max_new_tokens=5)[0] for q, i in zip(questions, images)]
+    assert own_sizes.answer(questions, images, max_new_tokens=5) == alone
+    save_vlm(own_sizes, tmp_path / "vlm")
+    assert load_vlm(tmp_path / "vlm").answer(questions, images, max_new_tokens=5) == alone
+    model, processor = (
+        AutoModelForImageTextToText.from_pretrained(tmp_path / "vlm"),
+        AutoProcessor.from_pretrained(tmp_path / "vlm"),
+    )
+    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": questions[0]}]}]
+    text = processor.apply_chat_template(messages, add_generation_prompt=True)
+    batch = processor(images=images[0], text=[text], return_tensors="pt", add_special_tokens=False)
+    seen = own_sizes.pictures(RAGGED[0], key="one")
+    assert torch.equal(batch["image_sizes"], seen.sizes_V2)
+    assert int((batch["input_ids"] == model.config.image_token_id).sum()) == own_sizes.tower.tokens_of(seen) > 4
+    tokens = model.generate(**batch, max_new_tokens=5, do_sample=False)[:, batch["input_ids"].shape[1] :]
+    assert processor.decode(tokens[0], skip_special_tokens=True).strip() == alone[0]
 
 
 def test_views_are_the_padded_square_and_its_parts() -> None:

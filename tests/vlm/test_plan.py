@@ -57,6 +57,8 @@ def test_plan_is_shown_and_ranks_must_share_the_conversations(projector: list[st
     shown = capsys.readouterr().out
     assert "an image is 16 tokens of at most 50 of a conversation" in shown
     assert "4 a step, 2 a rank, 2 a forward" in shown
+    own = "start.size={min_num_patches: 16, max_num_patches: 80}"
+    assert plan_vlm(load_vlm_recipe("toy/vlm_projector", [*projector, own]), world_size=2).image_tokens == 20
     with pytest.raises(RecipeError, match="samples=4 are not divisible among 3 ranks"):
         plan_vlm(load_vlm_recipe("toy/vlm_projector", projector), world_size=3)
 

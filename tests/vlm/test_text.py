@@ -3,23 +3,29 @@
 import io
 import json
 import tarfile
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from torch.utils.data._utils.pin_memory import pin_memory
 
 from radio_distill.config.load import load_recipe, load_vlm_recipe
-from radio_distill.config.vlm_recipe import Lora, VlmRecipe, VlmSource
+from radio_distill.config.vlm_recipe import FromParts, Lora, Patches, VlmRecipe, VlmSource
 from radio_distill.errors import DataError, RecipeError
 from radio_distill.train.distributed import World
 from radio_distill.vlm.batches import Sample, Samples, TextStreams, collate, list_batches
 from radio_distill.vlm.conversations import Conversation, examine, read_conversations
 from radio_distill.vlm.lora import LoraLinear, add_lora, merge_lora
-from radio_distill.vlm.model import Vlm
+from radio_distill.vlm.model import Vlm, build_vlm
 from radio_distill.vlm.prompt import IGNORE, LITERAL_IMAGE, Encoded, Turn, encode
+from radio_distill.vlm.tower import Pictures
 
 TURNS = (Turn("user", "is there a tree?"), Turn("assistant", "yes"), Turn("user", "how many?"), Turn("assistant", "two"))
+
+
+OWN = "{kind: parts, student: x, lm: x, size: {"
 
 
 def recipe(*overrides: str) -> VlmRecipe:
@@ -28,6 +34,12 @@ def recipe(*overrides: str) -> VlmRecipe:
 
 def world(rank: int = 0, size: int = 1) -> World:
     return World(rank, size, rank, torch.device("cpu"))
+
+
+def png(width: int, height: int) -> bytes:
+    content = io.BytesIO()
+    Image.new("RGB", (width, height)).save(content, "png")
+    return content.getvalue()
 
 
 def learned(vlm: Vlm, labels: list[int]) -> str:
@@ -232,7 +244,7 @@ def test_a_line_of_jsonl_may_hold_any_separator_of_unicode(tmp_path: Path) -> No
 
 def test_a_conversation_that_is_cut_within_its_image_is_named(vlm: Vlm) -> None:
     turns = (Turn("user", "is there a tree? " * 3 + "<image>"), Turn("assistant", "yes"))
-    samples = Samples(recipe("data.max_length=20"), vlm, [Conversation("mix/1", turns, lambda: b"")])
+    samples = Samples(recipe("data.max_length=20"), vlm, [Conversation("mix/1", turns, lambda: png(8, 8))])
     message = r"conversation mix/1 has 2 tokens of its image, expected 16: it is cut after 20; put <image> at its beginning"
     with pytest.raises(DataError, match=message):
         samples[0]
@@ -246,9 +258,24 @@ def test_a_loader_pins_the_batches_that_a_gpu_copies(monkeypatch: pytest.MonkeyP
         return x
 
     monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
-    batch = collate([Sample("a", Encoded([1, 2], [IGNORE, 2]), torch.zeros(1, 3, 4, 4))], pad=0)
+    seen = Pictures(torch.zeros(6, 48), torch.tensor([[8, 12]]))
+    batch = collate([Sample("a", Encoded([1, 2], [IGNORE, 2]), seen)], pad=0)
     pin_memory(batch)
-    assert {id(x) for x in pinned} == {id(x) for x in (batch.tokens_BN, batch.mask_BN, batch.labels_BN, batch.pixels_V3SS)}
+    assert {id(x) for x in pinned} == {id(x) for x in (batch.tokens_BN, batch.mask_BN, batch.labels_BN, *batch.pictures)}
+
+
+def test_an_image_that_is_too_narrow_to_be_resized_is_left_out(parts: FromParts) -> None:
+    vlm = build_vlm(parts.model_copy(update={"size": Patches(min_num_patches=4, max_num_patches=64)}))
+    turns = (Turn("user", "is there a tree?"), Turn("assistant", "yes"))
+    samples = Samples(
+        recipe(), vlm, [Conversation(f"mix/{i}", turns, partial(png, *size)) for i, size in enumerate([(201, 1), (32, 8)])]
+    )
+    found = samples[0]
+    assert found.key == "mix/1"
+    (why,) = found.left_out
+    assert why.startswith(
+        "the image of conversation mix/0 has 201 x 1 pixels and cannot be resized: absolute aspect ratio must be"
+    )
 
 
 def test_every_epoch_is_a_permutation_whatever_the_ranks_and_goes_on_at_any_step() -> None:
@@ -301,6 +328,18 @@ def test_lora_starts_as_nothing_and_is_merged_under_the_old_names() -> None:
         ("data.sources=null", "'data.sources' is empty; say where the conversations are"),
         ("[start={kind: parts}, start.tiles=0, trains=projector]", r"'start.tiles' is 0: without images nothing"),
         ("[lora={}, trains=projector]", "'lora' has no effect with 'trains' projector"),
+        (f"start={OWN}min_num_patches: 9, max_num_patches: 8}}}}", r"'start.size.min_num_patches' is 9, more than .* 8"),
+        (f"start={OWN}max_num_patches: 8}}}}", "'start.size.min_num_patches' is missing: Smaller images are enlarged to it"),
+        (
+            f"start={OWN}min_num_patches: 1, max_num_patches: 3}}, unshuffle: 2}}",
+            "a token is 2 x 2 patches; expected at least 4",
+        ),
+        (
+            f"start={OWN}min_num_patches: 1, max_num_patches: 3}}, tiles: 2}}",
+            "'start.tiles' is 2: that is for squares; remove it",
+        ),
+        (f"start={OWN}min_num_patches: 1, max_num_patches: 3}}, merge: 2}}", "'start.merge' is 2: that is for squares"),
+        ("start={kind: parts, size: large}", "'start.size' is 'large', expected a whole number or a map of keys"),
     ],
 )
 def test_recipes_are_checked_before_anything_is_loaded(override: str, message: str | None) -> None:

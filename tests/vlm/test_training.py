@@ -13,7 +13,7 @@ from PIL import Image
 from radio_distill import load_student
 from radio_distill.cli import main
 from radio_distill.config.load import load_recipe, load_vlm_recipe
-from radio_distill.config.vlm_recipe import FromParts
+from radio_distill.config.vlm_recipe import FromParts, Patches
 from radio_distill.errors import CheckpointError
 from radio_distill.eval.models import load_model
 from radio_distill.eval.vlm_toy import score_toy
@@ -116,7 +116,7 @@ def task_and_batch(parts: FromParts, with_image: bool, *overrides: str) -> tuple
 
 def test_conversations_without_images_leave_a_projector_that_learns_alone_as_it_is(parts: FromParts) -> None:
     task, batch = task_and_batch(parts, False, "template=chat")
-    assert batch.pixels_V3SS is None
+    assert not len(batch.pictures)
     learning = [p for p in task.parameters() if p.requires_grad]
     assert learning
     assert not any(grad.any() for grad in torch.autograd.grad(task(batch, batch.counts).total, learning))
@@ -231,6 +231,47 @@ def test_a_third_stage_goes_on_from_its_middle_with_the_anchor_of_its_beginning(
     lines = (third / "metrics.jsonl").read_text().splitlines()
     for ours, theirs in zip(lines, (again / "metrics.jsonl").read_text().splitlines(), strict=True):
         assert json.loads(ours)["loss/gram"] == json.loads(theirs)["loss/gram"]
+
+
+def test_the_student_learns_from_images_that_keep_their_aspect_ratio(student: Path, toy: Path, tmp_path: Path) -> None:
+    images = tmp_path / "images"
+    images.mkdir()
+    for i, path in enumerate(sorted((toy / "images").iterdir())):
+        Image.open(path).resize((32, 16) if i % 2 else (20, 40)).save(images / path.name)
+    start = f"start={{kind: parts, student: {student}, lm: {toy}/lm, size: {{min_num_patches: 24, max_num_patches: 64}}, unshuffle: 2}}"
+    source = f"data.sources.toy={{path: {toy}/questions.json, images: {images}}}"
+    train(0, "toy/vlm_tower", [start, source, f"run={tmp_path}/three", "tower={lr: 1.0e-3, gram: 1.0}", "optim.steps=2"])
+    vlm = load_vlm(tmp_path / "three")
+    assert vlm.tower.patches == [24, 64]
+    losses = [json.loads(line) for line in (tmp_path / "three" / "metrics.jsonl").read_text().splitlines()]
+    assert losses[0]["loss/gram"] == pytest.approx(0, abs=1e-9)
+    assert losses[-1]["loss/gram"] > 0
+    assert score_toy(vlm_folder(tmp_path / "three"), kinds=["ground"], limit=2)["mean"].questions == 2
+
+
+def test_a_step_of_ragged_images_is_the_mean_of_its_conversations(parts: FromParts) -> None:
+    """Loss and gradient, of the answers and of the anchor."""
+    recipe = load_vlm_recipe("toy/vlm_projector", ["tower={lr: 2.0e-6, gram: 1.0}", "template=chat"])
+    vlm = build_vlm(parts.model_copy(update={"size": Patches(min_num_patches=24, max_num_patches=64)}))
+    turns = (Turn("user", "is there a tree?"), Turn("assistant", "yes"))
+    images = [io.BytesIO() for _ in range(2)]
+    for image, size in zip(images, [(32, 20), (16, 60)]):
+        Image.radial_gradient("L").resize(size).save(image, "png")
+    samples = Samples(recipe, vlm, [Conversation("a", turns, image.getvalue) for image in images])
+    both, *each = (collate(some, pad=samples.pad) for some in ([samples[0], samples[1]], [samples[0]], [samples[1]]))
+    task = VlmTask(recipe, vlm)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for p in task._anchor[0].parameters():
+            p += 0.1 * torch.randn_like(p)
+    learning = [p for p in task.tower.parameters() if p.requires_grad]
+    whole = torch.autograd.grad(task(both, both.counts).total, learning)
+    sums = [torch.zeros_like(p) for p in learning]
+    for one in each:
+        for total, grad in zip(sums, torch.autograd.grad(task(one, both.counts).total, learning)):
+            total += grad
+    for a, b in zip(whole, sums):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-3)
 
 
 def test_the_distance_to_the_anchor_is_the_loop_over_positions(parts: FromParts) -> None:
