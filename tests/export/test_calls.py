@@ -88,7 +88,13 @@ def test_gradient_checkpointing_computes_blocks_twice_and_changes_nothing(remote
 def test_the_pipeline_gives_the_summary_of_the_processors_pixels(folder: Path, native: Any) -> None:
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (60, 90, 3), dtype=np.uint8))
     got = pipeline("image-feature-extraction", str(folder), trust_remote_code=True)(picture, return_tensors=True)
-    close(got, native(**CLIPImageProcessor.from_pretrained(folder)(picture, return_tensors="pt")).summary, 1e-5)
+    pixels = CLIPImageProcessor.from_pretrained(folder)(picture, return_tensors="pt")
+    assert pixels["pixel_values"].shape == (1, 3, 48, 48)  # the middle of a picture of any shape
+    close(got, native(**pixels).summary, 1e-5)
+    half = pipeline("image-feature-extraction", str(folder), trust_remote_code=True, dtype=torch.bfloat16)
+    found = half(picture, return_tensors=True)
+    assert found.dtype == torch.bfloat16
+    assert (found.float() - got).norm() / got.norm() < 0.03
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from made_run import SIZES, close, make_run, pictures
+from made_run import SIZES, close, flat, make_run, pictures
 
 import radio_distill
 from radio_distill.errors import CheckpointError
@@ -38,6 +38,8 @@ def test_the_reference_layout_and_back(run: Path, student: Student, tmp_path: Pa
     same(radio_distill.load_student(folder), student)
     again = export(folder, tmp_path / "again", "hf")  # an import as the source of another export
     same(radio_distill.load_student(again), student)
+    half = radio_distill.load_student(export(run, tmp_path / "half", "radio", dtype="bfloat16"))
+    assert {p.dtype for p in half.parameters()} == {torch.float32}  # it computes so, whatever the file holds
 
 
 @pytest.mark.parametrize(
@@ -123,6 +125,25 @@ def test_transformers_wrapper_of_timm_models_gives_the_same_tokens(run: Path, st
         close(tokens[:, -want[0, 0].numel() :].transpose(1, 2).reshape(want.shape), want)
 
 
+@torch.no_grad()
+def test_timm_and_its_wrapper_take_normalised_pixels_in_the_dtype_of_their_weights(
+    run: Path, student: Student, tmp_path: Path
+) -> None:
+    import timm
+    from transformers import AutoModel
+
+    folder, images = export(run, tmp_path / "timm", "timm"), pictures((16, 32))
+    half = timm.create_model(f"local-dir:{folder}", pretrained=True).eval().bfloat16()
+    wrapped = AutoModel.from_pretrained(folder, dtype=torch.bfloat16).eval()
+    pixels, want = student.input_conditioner(images), flat(student.encode(images).features_BCHW)
+    for tokens in (half.forward_features(pixels.bfloat16()), wrapped(pixels.bfloat16()).last_hidden_state):
+        assert tokens.dtype == torch.bfloat16
+        patches = tokens[:, -want.shape[1] :].float()
+        assert (patches - want).norm() / want.norm() < 0.02  # bfloat16 keeps 8 bits
+    with pytest.raises(RuntimeError, match="same dtype"):
+        half.forward_features(pixels)
+
+
 def test_timm_knows_how_pixels_are_normalised(run: Path, student: Student, tmp_path: Path) -> None:
     import timm
 
@@ -182,6 +203,8 @@ def test_the_torch_program_takes_every_batch_height_and_width(run: Path, student
         assert "toy_sam.summary" not in got
     with pytest.raises((AssertionError, RuntimeError)):
         model(pictures((10, 16)))
+    with pytest.raises((AssertionError, RuntimeError), match="dtype"):
+        model(pictures((16, 32)).bfloat16())
 
 
 @torch.no_grad()
@@ -207,6 +230,8 @@ def test_the_onnx_graph_takes_every_batch_height_and_width(run: Path, student: S
         close(torch.from_numpy(got["features"]), want["backbone"].features_BCHW)
         for name in student.adaptors:
             close(torch.from_numpy(got[f"{name}.features"]), want[name].features_BCHW)
+    with pytest.raises(onnxruntime.capi.onnxruntime_pybind11_state.InvalidArgument, match=r"expected: \(tensor\(float\)\)"):
+        session.run(None, {"images": pictures((16, 32)).half().numpy()})
 
 
 def test_onnx_says_what_is_missing(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

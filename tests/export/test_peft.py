@@ -37,3 +37,10 @@ def test_low_rank_training_comes_back(run: Path, tmp_path: Path, remote: bool) -
         want = merged(pixel_values=IMAGES).features
         assert not torch.allclose(want, before, atol=1e-2)
         close(flat(load_student(tmp_path / "merged").encode(IMAGES).features_BCHW), want, 1e-5)
+        close(
+            merged(pixel_values=pictures((24, 8))).features,
+            flat(load_student(tmp_path / "merged").encode(pictures((24, 8))).features_BCHW),
+            1e-5,
+        )
+        half = merged.bfloat16()(pixel_values=IMAGES.bfloat16()).features
+        assert (half.float() - want).norm() / want.norm() < 0.03
