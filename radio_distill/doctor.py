@@ -21,7 +21,7 @@ from .config.load import cards_of, list_recipes, load_card, load_upsampler_recip
 from .config.recipe import Debias, ImageJob, Job, Recipe, Trained
 from .config.secrets import without_secrets
 from .config.upsampler_recipe import AnyRecipe, UpsamplerRecipe
-from .errors import CheckpointError, RadioDistillError
+from .errors import CheckpointError, DataError, RadioDistillError
 from .listing import how_to_get, make_table, wide_console
 from .paths import cache_dir, data_path, expand
 from .runs import run_path
@@ -29,7 +29,8 @@ from .types import Finding
 from .weight_files import cached_weights, hub_id, local_weights, needs_weights
 
 if TYPE_CHECKING:
-    from .data.sources import Listing
+    from .data.reading import Raw
+    from .data.sources import Listing, Shard
 
 __all__ = ["examine_code", "examine_machine", "examine_packages", "examine_recipe", "examine_resume", "show"]
 
@@ -187,9 +188,18 @@ def _start(recipe: Recipe) -> Iterator[Finding]:
     yield Finding(f"start from {start.kind}", str(found) if found else advice, missing=found is None)
 
 
+def _first(shard: Shard) -> list[Raw]:
+    """The first sample of a shard, if it has one. Raises DataError naming the shard."""
+    from .data.reading import ShardError, read_shard
+
+    try:
+        return list(islice(read_shard(shard), 1))
+    except ShardError as error:
+        raise DataError(f"{shard.name}: {error}") from error
+
+
 def _images(recipe: ImageJob, open_sources: bool) -> Iterator[Finding]:
     from .data.keep import Keep
-    from .data.reading import ShardError, read_shard
     from .data.sources import is_url, list_source
 
     if not recipe.data.sources:
@@ -199,10 +209,10 @@ def _images(recipe: ImageJob, open_sources: bool) -> Iterator[Finding]:
             listing = list_source(name, source)
             unopened = "" if open_sources else _remote(listing)
             shards = [shard for shard in listing.shards(1) if open_sources or not is_url(shard.url)]
-            samples = [sample for shard in (*shards[:1], *shards[-1:]) for sample in islice(read_shard(shard), 1)]
+            samples = [sample for shard in (*shards[:1], *shards[-1:]) for sample in _first(shard)]
             cut = _cut(listing)
             kept = f"; {Keep(Path(expand(source.keep)), listing.fingerprint(1)).total:,} samples kept" if source.keep else ""
-        except (RadioDistillError, ShardError, OSError) as error:
+        except (RadioDistillError, OSError) as error:
             yield Finding(f"images {name}", without_secrets(str(error)), missing=True)
             continue
         empty = bool(shards) and (not samples or any(sample.image is None for sample in samples))

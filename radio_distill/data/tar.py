@@ -81,6 +81,8 @@ class _Tar(ABC):
             if position == 0 and self._size is not None and self._size > RECORD:
                 raise ValueError(f"{self._size} bytes, all zeros: what was in it is lost, write it again")
             return None
+        if position == 0 and block.startswith(tuple(OPENERS)):
+            raise ValueError("compressed: name it .tar.gz, or unpack it")
         if len(block) < BLOCK:
             raise ValueError(self._stopped(position + len(block)))
         if not _is_header(block):

@@ -186,6 +186,9 @@ def test_doctor_tells_what_was_left_out_and_which_shards_are_cut(capsys, tmp_pat
     assert "8 images; first and last can be read; left out: 1 .heic, which is an image format" in said
     assert "2 shards; first and last can be read; 1 of 2 shards looked at stop without an end: they are cut" in said
     assert "left out: 1 .md5 (000000.tar.md5)" in said
+    last.write_bytes(b"<html>" * 500)
+    main(["doctor", "toy/stage1", f"data.sources.shards.path={tmp_path}/shards"])
+    assert "images shards MISSING 000001.tar: no tar header at byte 0" in " ".join(capsys.readouterr().out.split())
 
 
 def test_doctor_wants_the_earlier_stage(capsys, tmp_path):

@@ -102,6 +102,7 @@ def test_a_cut_tar_gives_what_came_before(tmp_path: Path, pipe: bool) -> None:
     [
         (lambda p: None, "No such file"),
         (lambda p: p.write_bytes(b"<html>" * 500), "no tar header at byte 0"),
+        (lambda p: p.write_bytes(gzip.compress(b"a tar")), "compressed: name it .tar.gz, or unpack it"),
         (lambda p: p.mkdir(), "Is a directory"),
     ],
 )
