@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["resample_to", "resize_map", "whole_factors"]
+__all__ = ["enlarge_map", "resample_to", "resize_map", "whole_factors"]
 
 SNAP = 1e-3  # in cells; boxes are float32, whole-cell shifts are meant to be exact
 
@@ -28,6 +28,14 @@ def resize_map(features_BCHW: Tensor, size: tuple[int, int]) -> Tensor:
         return F.interpolate(narrow.mT.contiguous(), (1, size[0]), mode="bilinear", antialias=reducing).mT
     with torch.autocast(features_BCHW.device.type, enabled=False):
         return F.interpolate(features_BCHW.float(), size=size, mode="bilinear", antialias=reducing, align_corners=False)
+
+
+def enlarge_map(features_BCHW: Tensor, size: tuple[int, int]) -> Tensor:
+    """A map with at least as many cells over the same box, bicubic, float32 unless nothing changes; gradients pass."""
+    if tuple(features_BCHW.shape[-2:]) == size:
+        return features_BCHW
+    with torch.autocast(features_BCHW.device.type, enabled=False):
+        return F.interpolate(features_BCHW.float(), size=size, mode="bicubic", align_corners=False)
 
 
 def whole_factors(cells: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:

@@ -9,6 +9,7 @@ import argparse
 import logging
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from .errors import RecipeError, run_and_report
@@ -57,8 +58,11 @@ def _add(commands: Any, name: str, about: str, **options: Any) -> argparse.Argum
 def _add_commands_that_look(commands: Any) -> None:
     listing = _add(commands, "list", "teachers, recipes, upsamplers, VLMs and students that can be used")
     listing.add_argument("what", nargs="?", choices=TABLES, help="one table; default: all")
-    plan = _add(commands, "plan", "what a recipe will cost: FLOPs, memory, hours, disk, who does what")
-    _add_recipe(plan)
+    plan = _add(commands, "plan", "what a recipe, or several that follow each other, will cost: FLOPs, memory, hours, disk")
+    about = "recipe files, or names of shipped ones (radio-distill list recipes), and fields of all of them: optim.lr=1e-3"
+    plan.add_argument("recipes", nargs="+", metavar="recipe|key=value", help=about)
+    plan.add_argument("--against", metavar="A,B,...", help="recipes to compare their costs with, as they are shipped")
+    plan.add_argument("--budget", type=float, metavar="HOURS", help="how many steps so many GPU-hours pay for")
     plan.add_argument("--gpus", type=_positive, help="number of GPUs, one rank each (1); with --nodes: of each node (8)")
     plan.add_argument("--nodes", type=_positive, help="also plan network, data and checkpoints of so many nodes")
     plan.add_argument("--network", type=float, default=50, metavar="GB/S", help="between nodes, of one GPU, each way (50)")
@@ -114,6 +118,16 @@ def _add_commands_that_train(commands: Any) -> None:
     train = _add(commands, "train", "train or resume a recipe of any kind: a stage, an upsampler, a stage of a VLM")
     _add_recipe(train)
     train.add_argument("--ranks", type=_positive, default=1, help="processes to start on this machine (1)")
+    chain = _add(
+        commands,
+        "chain",
+        "train recipes one after the other, each from or with what those before it left (proxy, then students)",
+    )
+    about = (
+        "recipes in their order (a path, or the name of a shipped one), and fields of all of them: data.sources.train.path=..."
+    )
+    chain.add_argument("recipes", nargs="+", metavar="recipe|key=value", help=about)
+    chain.add_argument("--ranks", type=_positive, default=1, help="processes to start on this machine for each (1)")
     upsampler = _add(commands, "upsampler", "the same of an upsampler alone (FeatSharp and others)")
     _add_recipe(upsampler)
     upsampler.add_argument("--ranks", type=_positive, default=1, help="processes to start on this machine (1)")
@@ -212,18 +226,50 @@ def _plan(arguments: argparse.Namespace) -> int:
     from .jobs import refuse_if_missing
     from .plan.budget import to_json
     from .plan.scale import Cluster
+    from .plan.side_by_side import at_budget, render_side_by_side
 
+    names, overrides = _recipes_and_fields(arguments)
     nodes, gpus = arguments.nodes, arguments.gpus or (8 if arguments.nodes else 1)
-    recipe = load(arguments.recipe, arguments.overrides)
-    plan, text = plan_of(
-        recipe,
+    plan_on = partial(
+        plan_of,
         world_size=gpus * (nodes or 1),
         gpu=arguments.gpu,
         utilisation=arguments.utilisation,
         cluster=Cluster(nodes, gpus, arguments.network, arguments.disk) if nodes else None,
     )
-    print(to_json(plan) if arguments.json else text)
-    return refuse_if_missing(recipe, open_sources=arguments.open) if arguments.check else 0
+    recipes = [load(name, overrides) for name in names]
+    others = [load(name) for name in (arguments.against or "").split(",") if name]
+    if arguments.budget is not None:
+        recipes = at_budget(recipes, lambda recipe: plan_on(recipe)[0], arguments.budget)
+    planned = [plan_on(recipe) for recipe in recipes]
+    if arguments.json:
+        print(to_json(*(plan for plan, _ in planned)))
+    elif len(planned) == 1 and not others:
+        print(planned[0][1])
+    else:
+        print(render_side_by_side([plan for plan, _ in planned], [plan_on(recipe)[0] for recipe in others]))
+    if arguments.budget is not None and not arguments.json:
+        print(
+            "\n".join(
+                f"for {arguments.budget:g} GPU-hours: {name} optim.steps={r.optim.steps}" for name, r in zip(names, recipes)
+            )
+        )
+    return max([refuse_if_missing(recipe, open_sources=arguments.open) for recipe in recipes] if arguments.check else [0])
+
+
+def _recipes_and_fields(arguments: argparse.Namespace) -> tuple[list[str], list[str]]:
+    """Names of recipes, and key=value for all of them. Raises RecipeError without a recipe."""
+    names = [item for item in arguments.recipes if "=" not in item]
+    if not names:
+        raise RecipeError(f"{arguments.command} needs a recipe: a file, or a name that `radio-distill list recipes` shows")
+    return names, [item for item in arguments.recipes if "=" in item] + arguments.overrides
+
+
+def _chain(arguments: argparse.Namespace) -> int:
+    from .chain import chain
+
+    names, overrides = _recipes_and_fields(arguments)
+    return chain(names, overrides, ranks=arguments.ranks)
 
 
 def _status(arguments: argparse.Namespace) -> int:
@@ -374,6 +420,7 @@ HANDLERS: dict[str, Callable[[argparse.Namespace], int]] = {
     "stats": _stats,
     "cache": _cache,
     "train": _train,
+    "chain": _chain,
     "upsampler": _train,
     "vlm": _vlm,
     "submit": _submit,

@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .config.cards import TeacherCard
-from .config.checks import NO_IMAGES
+from .config.checks import NO_IMAGES, patch_size
 from .config.load import cards_of, list_recipes, load_card, load_upsampler_recipe
 from .config.recipe import Debias, ImageJob, Job, Recipe, Trained
 from .config.secrets import without_secrets
+from .config.sizes import side_of
 from .config.upsampler_recipe import AnyRecipe, UpsamplerRecipe
 from .errors import CheckpointError, DataError, RadioDistillError
 from .listing import how_to_get, make_table, wide_console
@@ -142,15 +143,15 @@ def _upsamplers(recipe: Recipe, cards: dict[str, TeacherCard]) -> Iterator[Findi
     """Of every trained upsampler whether it is here and made for its teacher; each place of weights once."""
     from .upsamplers.base import trained_upsampler
 
-    views = [(name, view) for part in recipe.partitions.values() for name, view in part.teachers.items()]
+    views = [(name, view, part) for part in recipe.partitions.values() for name, view in part.teachers.items()]
     found: dict[tuple[str, str], Finding] = {}
-    for name, view in views:
+    for name, view, part in views:
         spec, card = view.upsampler, cards[name]
         if not isinstance(spec, Trained | Debias):
             continue
         what = f"upsampler {name}"
         try:
-            made = trained_upsampler(spec, card, view.size or card.input.size)
+            made = trained_upsampler(spec, card, side_of(part, view, card.input.shape, patch_size(recipe)))
             text = f"{spec.weights}: {made.factor}x {made.saved.network.kind}, step {made.saved.provenance.get('step', '?')}"
             finding = Finding(what, text)
         except CheckpointError as error:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .chain import check_chain
 from .config.load import load
 from .errors import RadioDistillError, RecipeError
 from .jobs import refuse_if_missing, train
@@ -125,6 +126,7 @@ def submit(
     tasks = [Train(_found(recipe), tuple(overrides)) for recipe in recipes]
     suites = [_suite(text) for text in evals]
     loaded = [load(task.recipe, task.overrides) for task in tasks]  # their errors, before anything is in the queue
+    check_chain(loaded)
     if not dry_run and loaded and refuse_if_missing(loaded[0]):
         return 1
     after: list[str] = []

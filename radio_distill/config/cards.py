@@ -53,6 +53,11 @@ class TeacherInput(Fields):
     resizable: bool = False
     """True when any multiple of `patch` is a good input; False when only `size` is."""
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Size and patch."""
+        return self.size, self.patch
+
 
 class Pool(Fields):
     """An attention-pooling head as SigLIP's (MAP): a learned query attends to all tokens, then an MLP. It has the tokens' width."""

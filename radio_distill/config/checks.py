@@ -166,7 +166,10 @@ def _partition(recipe: Recipe, name: str, partition: Partition, cards: dict[str,
 
 def _view(recipe: Recipe, partition: Partition, name: str, view: TeacherView, card: TeacherCard, path: KeyPath) -> Found:
     patch = card.input.patch
-    for size in view.sizes or [view.size or card.input.size]:
+    own = view.sizes or [view.size or card.input.size]
+    if view.as_student:
+        own = [size // patch_size(recipe) * patch for size in partition.sizes or [partition.size]]
+    for size in own:
         if size != card.input.size and not card.input.resizable:
             yield Problem(f"teacher {name!r} at {size} px: its card allows {card.input.size} px only", (*path, "size"))
         elif size < patch or size % patch:
@@ -174,12 +177,13 @@ def _view(recipe: Recipe, partition: Partition, name: str, view: TeacherView, ca
             yield Problem(
                 f"teacher {name!r} at {size} px: no multiple of its patch {patch}; nearest is {fitting}", (*path, "size")
             )
-    if len(view.sizes) > 1 and isinstance(view.upsampler, Trained | Debias):
-        text = (
-            f"teacher {name!r}: {view.upsampler.kind!r} is trained for one size, and `size` names {len(view.sizes)}; name one"
-        )
+    if len(own) > 1 and isinstance(view.upsampler, Trained | Debias):
+        text = f"teacher {name!r}: {view.upsampler.kind!r} is trained for one size, and `size` names {len(own)}; name one"
         yield Problem(text, (*path, "size"))
-    if view.size and view.mosaic:
+    if view.grid == "larger" and recipe.data.shift_std:
+        text = f"teacher {name!r}: 'grid: larger' needs the same crop for all; set data.shift_std=0, or grid: student"
+        yield Problem(text, (*path, "grid"))
+    if (view.size or view.as_student) and view.mosaic:
         yield Problem(f"teacher {name!r}: a mosaic has the card's {card.input.size} px; remove size", (*path, "size"))
     yield from _upsampler(name, view, path)
     if view.mosaic:

@@ -193,14 +193,31 @@ class Sized(Fields):
 
 class TeacherView(Sized):
     size: Side | None = None
-    """Side in pixels the teacher runs at in this partition; null: the card's. `{224: 1, 448: 1}`: drawn for each step."""
+    """Side in pixels the teacher runs at in this partition; null: the card's. `{224: 1, 448: 1}`: drawn for each step. `student`: the one
+    that gives it the student's grid, also where each step draws that; then no target is resized."""
+    as_student: bool = False
+    """What `size: student` means."""
     mosaic: bool = False
     """Place k x k images of the batch in one teacher image (teachers that only take one large size: SAM)."""
-    grid: Literal["student", "teacher"] = "student"
+    grid: Literal["student", "teacher", "larger"] = "student"
     """On which grid the loss is taken. `student`: the target is resized to the student's grid (FS). `teacher`: the student's
-    map is resized to the teacher's grid before the head (RADIOv2.5, AM-RADIO)."""
+    map is resized to the teacher's grid before the head (RADIOv2.5, AM-RADIO). `larger`: the coarser of target and prediction is
+    enlarged, bicubic, after the head (EUPE, arXiv:2603.22387)."""
     upsampler: Upsampler = Bilinear()
     """How a target is made finer than the teacher's own map."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _size_of_the_student(cls, values: Any) -> Any:
+        """Take `size: student` apart."""
+        named = isinstance(values, Mapping) and values.get("size") == "student"
+        return {**values, "size": None, "as_student": True} if named else values
+
+    @model_validator(mode="after")
+    def _has_one_size(self) -> Self:
+        if self.as_student and self.size is not None:
+            raise PydanticCustomError("sizes", "`size: student`, or a size and as_student: false")
+        return self
 
 
 class PhiS(Fields):

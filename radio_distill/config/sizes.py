@@ -10,7 +10,7 @@ import random
 
 from .recipe import Partition, Recipe, Sized, TeacherView
 
-__all__ = ["at_step", "choices", "draws_sizes", "sides_text"]
+__all__ = ["at_step", "choices", "draws_sizes", "side_of", "sides_text"]
 
 
 def at_step(recipe: Recipe, partition: str, step: int) -> Partition:
@@ -37,6 +37,13 @@ def choices(sized: Partition | TeacherView, default: int) -> dict[int, float]:
     """Side -> how often it is drawn; the shares sum to 1. default: the side of a view that names none."""
     weights = sized.sizes or {sized.size or default: 1.0}
     return {side: weight / sum(weights.values()) for side, weight in weights.items()}
+
+
+def side_of(cell: Partition, view: TeacherView, teacher: tuple[int, int], student_patch: int) -> int:
+    """Side in pixels of what a teacher encodes where the student's images have `cell.size`, without tiles of an upsampler; not of a
+    mosaic. teacher: the size and the patch that its card states."""
+    size, patch = teacher
+    return cell.size // student_patch * patch if view.as_student else view.size or size
 
 
 def sides_text(sized: Sized) -> str:

@@ -10,8 +10,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ..config.checks import patch_size
 from ..config.mosaic import mosaic_of
 from ..config.recipe import Recipe, TeacherView
+from ..config.sizes import side_of
 from ..data.views import mosaic, unmosaic
 from ..teachers.base import Teacher, chunked
 from ..train.timers import Timers
@@ -34,7 +36,11 @@ class TeacherBank:
         self.timers = Timers(next(iter(teachers.values())).device)
         self._upsamplers = {
             (p, t): build_upsampler(
-                view.upsampler, (x := teachers[t]).card, view.size or x.card.input.size, device=x.device, dtype=x.dtype
+                view.upsampler,
+                (x := teachers[t]).card,
+                side_of(part, view, x.card.input.shape, patch_size(recipe)),
+                device=x.device,
+                dtype=x.dtype,
             )
             for p, part in recipe.partitions.items()
             for t, view in part.teachers.items()

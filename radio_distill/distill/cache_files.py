@@ -28,9 +28,11 @@ from torch import Tensor
 
 from ..balance import Balancer
 from ..config.cards import TeacherCard
+from ..config.checks import patch_size
 from ..config.mosaic import mosaic_of
 from ..config.recipe import Recipe
 from ..config.secrets import without_secrets
+from ..config.sizes import side_of
 from ..data.crops import draw_shift
 from ..data.keep import keep_lists
 from ..data.names import name_of
@@ -142,7 +144,7 @@ def _seen(recipe: Recipe, partition: str, name: str, card: TeacherCard) -> dict[
     if view.mosaic:
         return {"mosaic": part.size, **mosaic_of(card, part.size)._asdict()}
     upsampler = view.upsampler.model_dump(mode="json", exclude={"weights"})
-    return {"size": view.size or card.input.size, "upsampler": upsampler}
+    return {"size": side_of(part, view, card.input.shape, patch_size(recipe)), "upsampler": upsampler}
 
 
 def _views(recipe: Recipe) -> dict[str, Any]:

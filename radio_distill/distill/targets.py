@@ -15,11 +15,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..align import resample_to
+from ..align import enlarge_map, resample_to
 from ..balance import Balancer
 from ..config.cards import TeacherCard
 from ..config.recipe import Partition, Recipe, TeacherView
-from ..config.sizes import at_step
+from ..config.sizes import at_step, side_of
 from ..data.views import ViewSpec
 from ..errors import TrainingError
 from ..types import Batch, Target, Targets, VisionOutput
@@ -36,8 +36,7 @@ def view_specs(recipe: Recipe, partition: Partition, sizes: dict[str, tuple[int,
     if recipe.loss.mesa.weight > 0:
         specs.append(ViewSpec("ema_student", partition.size, student_patch))
     for name, view in partition.teachers.items():
-        size, patch = sizes[name]
-        specs.append(ViewSpec(name, _pixels(partition, view, size), patch))
+        specs.append(ViewSpec(name, _pixels(partition, view, sizes[name], student_patch), sizes[name][1]))
     return specs
 
 
@@ -46,9 +45,14 @@ def views_at(recipe: Recipe, name: str, sizes: dict[str, tuple[int, int]], stude
     return view_specs(recipe, at_step(recipe, name, step), sizes, student_patch)
 
 
-def _pixels(partition: Partition, view: TeacherView, size: int) -> int:
+def _pixels(partition: Partition, view: TeacherView, teacher: tuple[int, int], student_patch: int) -> int:
     """Side of the images that a teacher is given: of one of a mosaic, or of the whole view that its upsampler cuts or shrinks."""
-    return partition.size if view.mosaic else (view.size or size) * view.upsampler.factor
+    return partition.size if view.mosaic else side_of(partition, view, teacher, student_patch) * view.upsampler.factor
+
+
+def _loss_side(view: TeacherView, student: int, teacher: int) -> int:
+    """Of the grid on which the loss is taken, in cells. teacher: of its map, upsampled."""
+    return {"student": student, "teacher": teacher, "larger": max(student, teacher)}[view.grid]
 
 
 class Encoder(Protocol):
@@ -95,8 +99,8 @@ class TeacherService:
     def positions(self, partition: Partition, name: str) -> int:
         """Target positions of one step over all ranks, when none is masked. partition: as it is in that step."""
         view, card = partition.teachers[name], self.cards[name]
-        delivered = _pixels(partition, view, card.input.size) // card.input.patch
-        side = partition.size // self._student_patch if view.grid == "student" else delivered
+        delivered = _pixels(partition, view, card.input.shape, self._student_patch) // card.input.patch
+        side = _loss_side(view, partition.size // self._student_patch, delivered)
         return partition.images * side * side
 
     def overlap(self, batch: Batch, name: str) -> Tensor:
@@ -117,8 +121,10 @@ class TeacherService:
         boxes = batch.views[name].boxes_B4
         if partition.teachers[name].grid == "teacher":
             return Target(out.summary_BC, features, boxes)
-        side = batch.side("student") // self._student_patch
-        student_boxes = batch.views["student"].boxes_B4
+        side, student_boxes = batch.side("student") // self._student_patch, batch.views["student"].boxes_B4
+        if partition.teachers[name].grid == "larger":  # all see one crop (config/checks.py)
+            side = max(side, features.shape[-1])
+            return Target(out.summary_BC, enlarge_map(features, (side, side)), student_boxes)
         features, mask = resample_to(features, boxes, student_boxes, (side, side), aligned=self.recipe.data.shift_std == 0)
         return Target(out.summary_BC, features, student_boxes, mask)
 

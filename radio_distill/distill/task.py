@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ..align import resample_to
+from ..align import enlarge_map, resample_to
 from ..balance import Balancer
 from ..config.recipe import Recipe
 from ..config.sizes import at_step
@@ -156,13 +156,16 @@ class DistillTask(nn.Module):
             return adaptor.summary(tokens.class_tokens_BNC[:, adaptor.token])
 
     def _predict(self, batch: Batch, name: str, target: Target, tokens: StudentTokens) -> tuple[Tensor, Tensor | None]:
-        """The adaptor's map on the target's grid. The *backbone* map is resized, then the head runs (RADIO issue #122)."""
+        """The adaptor's map on the target's grid. The *backbone* map is resized, then the head runs (RADIO issue #122); with
+        `grid: larger` what the head gives is enlarged (EUPE)."""
         features, mask = tokens.features_BCHW, target.mask_B1HW
-        if self.recipe.partitions[batch.partition].teachers[name].grid == "teacher":
-            own, (height, width) = batch.views["student"].boxes_B4, target.features_BCHW.shape[-2:]
+        grid, (height, width) = self.recipe.partitions[batch.partition].teachers[name].grid, target.features_BCHW.shape[-2:]
+        if grid == "teacher":
+            own = batch.views["student"].boxes_B4
             features, mask = resample_to(features.float(), own, target.boxes_B4, (height, width), aligned=self._aligned)
         with self._autocast(batch):
-            return self.student.adaptor(name).features(features), mask
+            predicted = self.student.adaptor(name).features(features)
+        return enlarge_map(predicted, (height, width)) if grid == "larger" else predicted, mask
 
     def _mesa(self, batch: Batch, tokens: StudentTokens, reference: StudentTokens) -> Tensor:
         """Shift-equivariant MESA (C-RADIOv4, eq. 2): agree with the EMA student, which saw another crop."""

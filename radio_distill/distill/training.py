@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -14,6 +15,8 @@ from ..config.recipe import Recipe
 from ..config.sizes import at_step
 from ..log.sinks import console_line
 from ..network.student import Student
+from ..plan.budget import rate_of
+from ..plan.ledger import Ledger
 from ..student.checkpoints import save_student
 from ..student.plain import fold_affine
 from ..student.spectral import fold_state, spectral_eps
@@ -49,6 +52,7 @@ class StageTraining(Training):
         self.task.gather = gatherers(side.assignment, world.rank)
         self.label = ""
         """What its lines on the console begin with, where there are several students."""
+        self.ledger = Ledger(recipe)
         self.further: list[StageTraining] = []
         """Students of the same recipe that learn from the same targets."""
 
@@ -67,6 +71,18 @@ class StageTraining(Training):
             with self.waiting():
                 encoder.announce([*batches, *([] if last else self._reader.peek(self.world.device))])
         return batches
+
+    def collect(self) -> dict[str, float]:
+        """The interval's metrics with the ledger: tokens and FLOPs since the first step, and the share of the GPUs' rate that was used."""
+        steps = self.meter.steps
+        metrics = super().collect()
+        before, spent = self.ledger.until(self.step - steps), self.ledger.until(self.step)
+        metrics |= {f"cost/{name}": value for name, value in asdict(spent).items()}
+        rate = known_rate(self.recipe, self.world)
+        if rate is not None and steps:
+            seconds = steps * self.images_per_step / metrics["images_per_s"]
+            metrics["cost/utilisation"] = (spent - before).flop / (seconds * rate)
+        return metrics
 
     @property
     def images_per_step(self) -> int:
@@ -140,6 +156,18 @@ class StageTraining(Training):
         viz.save_png(viz.panel(rows), path)
         if self.sinks is not None:
             self.sinks.picture(self.step, f"pca/{batch.partition}", path)
+
+
+def known_rate(recipe: Recipe, world: World) -> float | None:
+    """The reachable bf16 FLOP/s of all GPUs of a job, those that teach included; None on CPUs and on GPUs that `plan` does not know."""
+    rate = rate_of(torch.cuda.get_device_name(world.device)) if world.device.type == "cuda" else None
+    place = recipe.engine.placement
+    ranks = (
+        world.size
+        if place.kind == "colocated"
+        else world.size * (place.student_ranks + place.teacher_ranks) // place.student_ranks
+    )
+    return None if rate is None else rate * ranks
 
 
 def _group(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:

@@ -21,8 +21,10 @@ from torch import Tensor
 
 from ..align import resize_map
 from ..config.cards import TeacherCard
+from ..config.checks import patch_size
 from ..config.load import list_cards, load_card, load_job
 from ..config.recipe import Recipe
+from ..config.sizes import side_of
 from ..data.held_out import HeldOut
 from ..errors import RadioDistillError
 from ..files import digest_of
@@ -71,13 +73,23 @@ def sizes_of(name: str, resolution: int | None) -> list[Sizes]:
         raise RadioDistillError(
             f"model {name!r}: no recipe.yaml tells at which size it was trained; name the side in pixels, --resolution"
         )
-    partitions = load_job(Recipe, found).partitions.values() if found is not None else ()
-    sizes = [
-        Sizes(p.size, {n: view.size for n, view in p.teachers.items() if view.size and not view.mosaic}) for p in partitions
-    ]
+    sizes = _sizes_of(load_job(Recipe, found)) if found is not None else []
     if resolution is None:
         return sizes
     return [next((s for s in sizes if s.student == resolution), Sizes(resolution, {}))]
+
+
+def _sizes_of(recipe: Recipe) -> list[Sizes]:
+    """Of every partition; a teacher that follows the student's grid by a card that is not shipped is seen at its card's size."""
+    cards, patch, found = list_cards(), patch_size(recipe), []
+    for cell in recipe.partitions.values():
+        own = {name: view.size for name, view in cell.teachers.items() if view.size and not view.mosaic}
+        for name, view in cell.teachers.items():
+            card = cards.get(recipe.teachers[name].card or name)
+            if view.as_student and card is not None:
+                own[name] = side_of(cell, view, card.input.shape, patch)
+        found.append(Sizes(cell.size, own))
+    return found
 
 
 def cards_for(student: Student, label: str, given: Sequence[str]) -> dict[str, TeacherCard]:

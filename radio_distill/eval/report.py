@@ -22,6 +22,7 @@ from ..log.sinks import read_metrics
 from ..results import read
 from ..types import Result
 from .chart import Series, line_chart
+from .costs import cost_charts
 from .gain import Gain, gain
 from .gain_rows import load_baseline, rows_of
 from .gain_text import bars, render
@@ -76,7 +77,7 @@ def write_report(folder: Path, baseline: str | None = None) -> Path:
     if gains or broken:
         body.append(f"<h2>Gain</h2>{bars(gains) if gains else f'<p>{escape(broken)}</p>'}")
     if runs:
-        body += [_curves(runs), _pictures(runs, STUDENT_ROWS)]
+        body += [_curves(runs), cost_charts(runs, results), _pictures(runs, STUDENT_ROWS)]
     if upsamplers:
         body += [_upsamplers(upsamplers), _pictures(upsamplers, UPSAMPLER_ROWS)]
     if vlms:

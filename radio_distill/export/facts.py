@@ -12,12 +12,15 @@ from ..config.recipe import Recipe
 from ..config.sizes import sides_text
 from ..errors import CardError
 from ..files import digest_of, json_file, typed
+from ..log.sinks import read_metrics
 from ..types import Result
 from .folder import weights_changed
 
 __all__ = ["IN_CONFIG", "PROVENANCE", "Facts", "Origin", "Stage", "facts_of_export", "facts_of_run"]
 
 PROVENANCE = "provenance.json"
+SPENT = ("cost/tokens", "cost/student_flop", "cost/teacher_flop")
+"""Metrics of a run's ledger."""
 IN_CONFIG = "provenance"
 """Field of config.json with the same facts: it stays where transformers saves a model again, and provenance.json does not."""
 
@@ -54,6 +57,8 @@ class Stage:
     """Window sides in tokens that windowed attention was trained with."""
     largest: int | None = None
     """Side in pixels of the largest images; None: not told."""
+    cost: dict[str, float] = field(default_factory=dict)
+    """What it has cost until the end of its log, by the names of `plan.ledger.Spent`; empty: not recorded."""
 
 
 @dataclass(frozen=True)
@@ -132,14 +137,20 @@ def facts_of_run(checkpoint: Path) -> Facts:
     run, step = checkpoint.parent.parent, read_meta(checkpoint).step
     recipes, start = _recipes(run)
     teachers: dict[str, Origin | None] = {}
-    for recipe in recipes:
+    for _, recipe in recipes:
         for name, teacher in recipe.teachers.items():
             teachers.setdefault(name, _origin(teacher.card or name))
-    stages = tuple(_stage(recipe) for recipe in recipes)
+    stages = tuple(_stage(recipe, _cost(folder, step if folder == run else None)) for folder, recipe in recipes)
     return Facts(run.name, step, stages, teachers, start and _shown(start), _results(run, step, latest(run) == checkpoint))
 
 
-def _stage(recipe: Recipe) -> Stage:
+def _cost(run: Path, step: int | None) -> dict[str, float]:
+    """What the last line of a run's log until `step` (None: its end) says of tokens and FLOPs."""
+    rows = [row for row in read_metrics(run) if step is None or row["step"] <= step]
+    return {key.removeprefix("cost/"): row for key, row in (rows[-1] if rows else {}).items() if key in SPENT}
+
+
+def _stage(recipe: Recipe, cost: dict[str, float]) -> Stage:
     return Stage(
         recipe=recipe.name,
         sha256=digest_of(dump(recipe)),
@@ -149,22 +160,23 @@ def _stage(recipe: Recipe) -> Stage:
         size=min(p.size for p in recipe.partitions.values()),
         windows=tuple(recipe.student.vitdet.windows),
         largest=max(p.size for p in recipe.partitions.values()),
+        cost=cost,
     )
 
 
-def _recipes(run: Path) -> tuple[list[Recipe], str | None]:
-    """Recipes from the run's own back to the first, and what that one started from."""
-    recipes: list[Recipe] = []
+def _recipes(run: Path) -> tuple[list[tuple[Path, Recipe]], str | None]:
+    """Runs with their recipes, from the run's own back to the first, and what that one started from."""
+    recipes: list[tuple[Path, Recipe]] = []
     seen: set[Path] = set()
     folder: Path | None = run
     while folder is not None and (recipe := _recipe(folder)) is not None and folder not in seen:
         seen.add(folder)
-        recipes.append(recipe)
+        recipes.append((folder, recipe))
         start = recipe.start
         if start.kind == "scratch":
             return recipes, None
         folder = _run_of(run, start.source) if start.kind == "run" else None
-    return recipes, recipes[-1].start.source if recipes else None
+    return recipes, recipes[-1][1].start.source if recipes else None
 
 
 def _recipe(run: Path) -> Recipe | None:

@@ -18,7 +18,19 @@ from ..errors import RecipeError
 from ..runs import run_path
 from .memory import teacher_parameters
 
-__all__ = ["GIB", "GPUS", "RESERVE_GIB", "Budget", "Machine", "TeacherPlan", "budget", "fit_micro_batch", "machine", "to_json"]
+__all__ = [
+    "GIB",
+    "GPUS",
+    "RESERVE_GIB",
+    "Budget",
+    "Machine",
+    "TeacherPlan",
+    "budget",
+    "fit_micro_batch",
+    "machine",
+    "rate_of",
+    "to_json",
+]
 
 GIB = 2**30
 RESERVE_GIB = 4.0
@@ -89,6 +101,12 @@ class Budget:
     """For the checkpoints that are kept and the one being written."""
     notes: tuple[str, ...]
     """What looks wrong or wasteful."""
+
+
+def rate_of(device_name: str) -> float | None:
+    """Reachable bf16 FLOP/s of a GPU by the name that its driver gives (`NVIDIA H200`); None where it is not known."""
+    words = device_name.lower().replace("-", " ").split()
+    return next((rate for gpu, (rate, _) in GPUS.items() if gpu in words), None)
 
 
 MOST_GPUS = 100_000
@@ -162,6 +180,6 @@ def fit_micro_batch(wanted: int | None, per_rank: int, key: str) -> int:
     return micro
 
 
-def to_json(plan: Budget) -> str:
-    """A plan as JSON, for scripts."""
-    return json.dumps(asdict(plan), indent=2)
+def to_json(plan: Budget, *further: Budget) -> str:
+    """A plan as JSON, for scripts; a list where there are several."""
+    return json.dumps([asdict(each) for each in (plan, *further)] if further else asdict(plan), indent=2)

@@ -21,7 +21,7 @@ from ..config.cards import TeacherCard
 from ..config.load import cards_of
 from ..config.mosaic import mosaic_of
 from ..config.recipe import Debias, Recipe, TeacherView, Trained
-from ..config.sizes import choices
+from ..config.sizes import choices, side_of
 from ..config.terms import TERMS, Term, weights_of
 from ..config.upsampler import Network
 from ..errors import CheckpointError
@@ -41,6 +41,7 @@ __all__ = [
     "head_flops",
     "partition_cost",
     "pool_flops",
+    "student_tokens",
     "teacher_flops",
     "teacher_images",
     "trained_network",
@@ -106,8 +107,9 @@ def partition_cost(recipe: Recipe, partition: str) -> PartitionCost:
     for size, share in choices(cell, cell.size).items():
         sums.student += share * trunk_flops(arch.trunk, size // arch.trunk.patch_size)
         for name, view in cell.teachers.items():
-            for own, often in choices(view, cards[name].input.size).items():
-                drawn = view.model_copy(update={"size": own})
+            own_size = side_of(cell.model_copy(update={"size": size}), view, cards[name].input.shape, arch.trunk.patch_size)
+            for own, often in choices(view, own_size).items():
+                drawn = view.model_copy(update={"size": own, "as_student": False})
                 _add_teacher(sums, recipe, name, drawn, cards[name], arch, terms, size=size, share=share * often)
     return PartitionCost(
         student_forward=sums.student,
@@ -151,7 +153,7 @@ def _add_teacher(
     sums.teachers[name] += share * (teacher + upsampler_flops(view, card, side // card.input.patch))
     sums.balance += share * 2 * tokens * card.output.features**2
     adaptor = next(adaptor for adaptor in arch.adaptors if adaptor.name == name)
-    loss_tokens = grid**2 if view.grid == "student" else tokens
+    loss_tokens = tokens if view.grid == "teacher" else grid**2  # `larger` resizes behind the head
     sums.heads += share * (
         head_flops(adaptor.features, loss_tokens)
         + (head_flops(adaptor.summary, 1) if adaptor.summary else 0)
@@ -177,6 +179,12 @@ def term_flops(term: Term, function: LossFunction, options: Mapping[str, Any], c
 @cache
 def _warn_uncounted(loader: str, reason: str) -> None:
     log.warning("the FLOPs of loss term %s are not counted: it does not run on tensors without values (%s)", loader, reason)
+
+
+def student_tokens(recipe: Recipe, partition: str) -> float:
+    """Patches that the student sees of one image of a partition: of the sizes that steps draw, the mean."""
+    cell, patch = recipe.partitions[partition], student_of(recipe).trunk.patch_size
+    return sum(share * (size // patch) ** 2 for size, share in choices(cell, cell.size).items())
 
 
 def trunk_flops(trunk: TrunkArch, grid: int) -> float:

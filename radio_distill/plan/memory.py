@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from functools import cache
 
 from ..config.cards import TeacherCard
+from ..config.checks import patch_size
 from ..config.mosaic import mosaic_of
 from ..config.recipe import Partition, Recipe, TeacherView, Trained
+from ..config.sizes import side_of
 from ..network.arch import HeadArch, StudentArch
 from ..teachers.arch import Arch
 from ..teachers.base import load_teacher
@@ -114,7 +116,7 @@ def partition_bytes(
     blocks = 1 + trunk.depth * 2 / ACTIVATION_BYTES if recipe.student.grad_checkpointing else trunk.depth
     activations = wide * ACTIVATION_BYTES * tokens * trunk.embed_dim * blocks
     heads = sum(8 * tokens * (adaptor.features.hidden + adaptor.features.out_dim) for adaptor in student.adaptors)
-    maps = [_map_bytes(view, cards[name], partition.size, tokens) for name, view in partition.teachers.items()]
+    maps = [_map_bytes(view, cards[name], partition, student) for name, view in partition.teachers.items()]
     return int(images * (activations + heads + sum(maps)))
 
 
@@ -124,15 +126,18 @@ def work_bytes(recipe: Recipe, partition: Partition, cards: dict[str, TeacherCar
     return max((_teacher_work(recipe, n, view, cards[n], partition, images) for n, view in views.items()), default=0)
 
 
-def _map_bytes(view: TeacherView, card: TeacherCard, size: int, student_tokens: int) -> int:
+def _map_bytes(view: TeacherView, card: TeacherCard, partition: Partition, student: StudentArch) -> int:
     """fp32 features of one image: as the teacher gave them and, balanced, as the loss takes them."""
-    side = (size if view.mosaic else view.size or card.input.size) // card.input.patch * view.upsampler.factor
-    loss_tokens = student_tokens if view.grid == "student" else side**2
+    patch = student.trunk.patch_size
+    student_tokens = (partition.size // patch) ** 2 + student.trunk.num_prefix
+    pixels = partition.size if view.mosaic else side_of(partition, view, card.input.shape, patch)
+    side = pixels // card.input.patch * view.upsampler.factor
+    loss_tokens = {"student": student_tokens, "teacher": side**2, "larger": max(student_tokens, side**2)}[view.grid]
     return 4 * card.output.features * (side**2 + loss_tokens)
 
 
 def _teacher_work(recipe: Recipe, name: str, view: TeacherView, card: TeacherCard, partition: Partition, images: int) -> int:
-    size = card.input.size if view.mosaic else view.size or card.input.size
+    size = card.input.size if view.mosaic else side_of(partition, view, card.input.shape, patch_size(recipe))
     forwards = images * teacher_images(view) / (mosaic_of(card, partition.size).images if view.mosaic else 1)
     forwards = min(forwards, recipe.teachers[name].chunk or forwards)
     return forward_bytes(card, size, forwards, 2 if recipe.engine.teacher_precision == "bf16" else 4)

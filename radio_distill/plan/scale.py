@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from ..config.cards import TeacherCard
+from ..config.checks import patch_size
 from ..config.recipe import Dedicated, Recipe
+from ..config.sizes import side_of
 from ..student.names import student_of
 from ..train.placement import student_ranks
 from .budget import Machine
@@ -124,12 +126,13 @@ def scale(
 
 def raw_bytes(recipe: Recipe, partition: str, cards: dict[str, TeacherCard]) -> dict[str, int]:
     """Bytes of one image's raw map by teacher, as it leaves the upsampler, in the teachers' precision."""
-    cell, value = recipe.partitions[partition], 2 if recipe.engine.teacher_precision == "bf16" else 4
+    cell, patch, value = recipe.partitions[partition], patch_size(recipe), 2 if recipe.engine.teacher_precision == "bf16" else 4
     found = {}
     for name, view in cell.teachers.items():
         if name in cards:
             card = cards[name]
-            side = (cell.size if view.mosaic else view.size or card.input.size) // card.input.patch * view.upsampler.factor
+            pixels = cell.size if view.mosaic else side_of(cell, view, card.input.shape, patch)
+            side = pixels // card.input.patch * view.upsampler.factor
             found[name] = value * (side**2 * card.output.features + (card.output.summary or 0))
     return found
 

@@ -16,7 +16,7 @@ from ..student.names import student_of
 from ..train.partition import Assignment, assign
 from ..train.placement import share_teachers, student_ranks
 from .budget import GIB, RESERVE_GIB, Budget, Machine, TeacherPlan, budget, fit_micro_batch, machine
-from .cost import PartitionCost, partition_cost, teacher_costs
+from .cost import PartitionCost, partition_cost, student_tokens, teacher_costs
 from .memory import checkpoint_bytes, head_parameters, partition_bytes, state_bytes, trunk_parameters, work_bytes
 from .scale import Cluster, ScalePlan, raw_bytes, scale
 
@@ -59,6 +59,8 @@ class PartitionPlan:
     teacher_share: float
     memory_gib: float
     """For one micro-batch, on top of what always lies on the GPU."""
+    tokens: float
+    """Patches that the recipe's own student sees of one image."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,8 @@ class Plan(Budget):
     """Of one block; empty when teachers run on the ranks that train."""
     step_flop: float
     """Of one optimizer step, over all ranks."""
+    step_tokens: float
+    """Patches that the recipe's own student sees in one optimizer step, over all ranks."""
     state_gib: float
     """Teachers, weights, gradients, optimizer and EMA on one GPU that trains."""
     scale: ScalePlan | None
@@ -146,6 +150,7 @@ def plan(
         student_ranks=training,
         teacher_ranks=teacher_ranks,
         step_flop=sum(p.total_flop * p.images for p in partitions),
+        step_tokens=sum(p.tokens * p.images for p in partitions),
         state_gib=state / GIB,
         scale=found,
     )
@@ -242,6 +247,7 @@ def _partition(
         total_flop=cost.total,
         teacher_share=cost.teacher_share,
         memory_gib=memory / GIB,
+        tokens=student_tokens(recipe, name),
     )
 
 

@@ -13,7 +13,7 @@ from .upsampler import UpsamplerPlan
 if TYPE_CHECKING:
     from .vlm import VlmPlan
 
-__all__ = ["render", "render_upsampler", "render_vlm"]
+__all__ = ["render", "render_upsampler", "render_vlm", "table"]
 
 
 def render(plan: Plan) -> str:
@@ -54,7 +54,7 @@ def _maps(plan: UpsamplerPlan) -> str:
 def _teachers(teachers: Sequence[TeacherPlan]) -> Iterator[str]:
     rows = [("teacher", "card", "parameters", "licence")]
     rows += [(t.name, t.card, _millions(t.parameters), t.licence) for t in teachers]
-    yield from _table(rows)
+    yield from table(rows)
 
 
 def _partitions(plan: Plan) -> Iterator[str]:
@@ -63,7 +63,7 @@ def _partitions(plan: Plan) -> Iterator[str]:
     for p in plan.partitions:
         teachers = (_giga(p.teacher_flop[name]) if name in p.teacher_flop else "-" for name in names)
         rows.append((f"{p.name}, {p.sides}", _giga(p.student_flop), *teachers, _giga(p.total_flop), f"{p.teacher_share:.0%}"))
-    yield from _table(rows)
+    yield from table(rows)
     yield ""
     rows = [("images per step", "all", "ranks", "per rank", "per forward", "GiB per forward")]
     for p in plan.partitions:
@@ -77,7 +77,7 @@ def _partitions(plan: Plan) -> Iterator[str]:
                 f"{p.memory_gib:.1f}",
             )
         )
-    yield from _table(rows)
+    yield from table(rows)
 
 
 def _places(plan: Plan) -> Iterator[str]:
@@ -86,7 +86,7 @@ def _places(plan: Plan) -> Iterator[str]:
     rows = [("ranks of their own", "teachers", "s a step", "GiB")]
     for i, rank in enumerate(plan.teacher_ranks):
         rows.append((f"teacher rank {i}", ", ".join(rank.teachers), f"{rank.step_seconds:.3g}", f"{rank.memory_gib:.0f}"))
-    yield from _table(rows)
+    yield from table(rows)
     yield f"  {plan.student_ranks} ranks train, {plan.world_size - plan.student_ranks} teach"
 
 
@@ -100,14 +100,14 @@ def _scale(scale: ScalePlan | None) -> Iterator[str]:
         ("images", f"{scale.images_s_node:,.0f}/s a node: {scale.read_mb_s:,.0f} MB/s, {scale.decode_cores:.1f} cores"),
         ("checkpoint", f"{scale.checkpoint_seconds:.1f} s, {scale.steps_lost:.2%} of the time"),
     ]
-    yield from _table(rows)
+    yield from table(rows)
     yield ""
     yield "  assumed"
     yield from (f"    {text}" for text in scale.assumptions)
 
 
 def _totals(plan: Plan) -> Iterator[str]:
-    yield from _table([
+    yield from table([
         ("time", f"{plan.step_seconds:.3g} s a step, {plan.images_per_second:,.0f} images/s, {_duration(plan.hours)}"),
         ("GPU-hours", f"{plan.gpu_hours:.2g}" if plan.gpu_hours < 100 else f"{plan.gpu_hours:,.0f}"),
         ("memory", f"about {plan.memory_gib:.0f} of {plan.gpu_gib:.0f} GiB a GPU; {plan.state_gib:.1f} GiB of it always"),
@@ -129,12 +129,12 @@ def _upsampler_flops(plan: UpsamplerPlan) -> Iterator[str]:
         if flop:
             rows.append((name, used, _giga(flop), _millions(parameters[name]) if name in parameters else "-"))
     rows.append(("total", _giga(sum(plan.use_flop.values())), _giga(sum(plan.training_flop.values())), ""))
-    yield from _table(rows)
+    yield from table(rows)
 
 
 def _upsampler_totals(plan: UpsamplerPlan) -> Iterator[str]:
     per_image = plan.encodes + plan.views
-    yield from _table([
+    yield from table([
         ("images", f"{plan.images} a step, {plan.images_per_rank} a rank, {plan.micro_batch} a forward"),
         ("teacher images", f"{plan.encoder_images:,} a step ({per_image} an image), {plan.statistics_images:,} for statistics"),
         ("time", f"{plan.step_seconds:.3g} s a step, {plan.images_per_second:,.0f} images/s, {_duration(plan.hours)}"),
@@ -148,12 +148,12 @@ def _vlm_parts(plan: VlmPlan) -> Iterator[str]:
         (name, _millions(n), f"{plan.flop[name] / 1e12:.3g}" if name in plan.flop else "-")
         for name, n in plan.parameters.items()
     ]
-    yield from _table(rows)
+    yield from table(rows)
     yield f"  {_millions(plan.trained_parameters)} learn; an image is {plan.image_tokens} tokens of at most {plan.tokens:,} of a conversation"
 
 
 def _vlm_totals(plan: VlmPlan) -> Iterator[str]:
-    yield from _table([
+    yield from table([
         ("conversations", f"{plan.samples} a step, {plan.samples_per_rank} a rank, {plan.micro_batch} a forward"),
         ("time", f"at most {plan.step_seconds:.3g} s a step, {_duration(plan.hours)}: all as long as data.max_length"),
         *_account(plan),
@@ -180,7 +180,7 @@ def _ranks(p: PartitionPlan, world_size: int) -> str:
     return f"{p.ranks[0]}-{p.ranks[-1]}" if len(p.ranks) > 1 else str(p.ranks[0])
 
 
-def _table(rows: Sequence[tuple[str, ...]]) -> Iterator[str]:
+def table(rows: Sequence[tuple[str, ...]]) -> Iterator[str]:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     for row in rows:
         yield "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip()

@@ -101,3 +101,34 @@ def test_plan_takes_the_mean_of_the_work_and_the_worst_of_the_memory() -> None:
 def test_sizes_that_cannot_be_are_refused(override: str, expected: str) -> None:
     with pytest.raises(RecipeError, match=expected):
         load_recipe("toy/stage1", [*(DRAWN if override.startswith("cache") else []), override])
+
+
+AS_STUDENT = [
+    "partitions.low.size={48: 1, 96: 1}",
+    "partitions.low.teachers.toy_dino.size=student",
+    "partitions.low.teachers.toy_sam=null",
+    "teachers.toy_sam=null",
+]
+
+
+def test_a_teacher_may_follow_the_students_grid(tmp_path) -> None:
+    recipe, service, _ = build("toy/stage1", "partitions.low.images=4", *AS_STUDENT)
+    (tmp_path / "again.yaml").write_text(dump(recipe))
+    assert load_recipe(tmp_path / "again.yaml") == recipe
+    seen = set()
+    for step in range(12):
+        batch = batch_of(recipe, service, "low", 4, step=step)
+        seen.add((batch.side("student"), batch.side("toy_dino"), batch.side("toy_clip")))
+        if batch.side("student") == 48:
+            assert service.encode(batch)["toy_dino"].features_BCHW.shape[-1] == 48 // 8
+    assert seen == {(48, 42, 84), (96, 84, 84)}
+    flop = partition_cost(recipe, "low").teachers["toy_dino"]
+    fixed = [partition_cost(load_recipe("toy/stage1", [f"partitions.low.teachers.toy_dino.size={s}"]), "low") for s in (42, 84)]
+    assert flop == pytest.approx(sum(cost.teachers["toy_dino"] for cost in fixed) / 2)
+
+
+def test_a_teacher_of_one_size_cannot_follow() -> None:
+    with pytest.raises(RecipeError, match=r"'toy_clip' at 42 px: its card allows 84 px only"):
+        load_recipe("toy/stage1", ["partitions.low.teachers.toy_clip.size=student"])
+    with pytest.raises(RecipeError, match=r"expected `size: student`, or a size and as_student: false"):
+        load_recipe("toy/stage1", ["partitions.low.teachers.toy_dino.as_student=true"])

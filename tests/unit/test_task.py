@@ -250,3 +250,25 @@ def test_a_summary_through_the_teachers_head_comes_from_the_map_and_trains_it():
     raw = balancer.inverse(adaptor.features(tokens.features_BCHW)).flatten(2).mT / teacher.feature_scale
     cosine = torch.cosine_similarity(teacher.pool(raw), targets["toy_siglip"].summary_BC)
     assert parts["loss/low/toy_siglip/summary"].item() == pytest.approx((1 - cosine).mean().item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("size", [48, 96])
+def test_on_the_larger_grid_the_coarser_map_is_enlarged_bicubic_behind_the_head(size):
+    recipe, service, task = build(
+        "toy/stage1",
+        "partitions.low.images=16",
+        f"partitions.low.size={size}",
+        "partitions.low.teachers.toy_dino={size: 70, grid: larger}",
+    )
+    batch = batch_of(recipe, service, "low", 16)
+    targets, counts = service(batch), whole_counts(recipe, service)["low"]
+    side = max(size // 8, 10)
+    assert targets["toy_dino"].features_BCHW.shape[-1] == side
+    assert counts["toy_dino"] == 16 * side**2
+    task.eval()
+    parts = task(batch, targets, counts).parts
+    tokens = task.student.forward_tokens(batch.views["student"].images_B3HW.float() / 255)
+    maps = task.student.adaptor("toy_dino").features(tokens.features_BCHW), service.encode(batch)["toy_dino"].features_BCHW
+    pred, target = (torch.nn.functional.interpolate(x, (side, side), mode="bicubic") for x in maps)
+    expected = (pred - target).square().mean()
+    assert parts["loss/low/toy_dino/features"].item() == pytest.approx(expected.item(), rel=1e-4)

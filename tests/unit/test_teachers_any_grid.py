@@ -6,7 +6,6 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from unit.test_teachers_families import CONFIG, WIDTH, random_teacher, shake, tiny
 
 from radio_distill.config.cards import Pool
 from radio_distill.config.load import cards_of, load_card, load_recipe
@@ -14,6 +13,7 @@ from radio_distill.errors import CardError, RecipeError
 from radio_distill.network.pool import MapPool
 from radio_distill.teachers.base import load_teacher
 from radio_distill.teachers.pooling import pooling_head
+from tests.unit.test_teachers_families import CONFIG, WIDTH, random_teacher, shake, tiny
 
 GRIDS = [(4, 4), (2, 7), (6, 3), (1, 1)]
 
