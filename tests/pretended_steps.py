@@ -23,6 +23,8 @@ from radio_distill.data.views import ViewSpec
 from radio_distill.distill.build import build_start, build_teacher_side
 from radio_distill.distill.targets import views_at
 from radio_distill.distill.training import StageTraining
+from radio_distill.network.pool import MapPool
+from radio_distill.student.names import pool_arch
 from radio_distill.teachers.base import Teacher, load_teacher
 from radio_distill.train.distributed import World
 from radio_distill.train.run import RunFolder
@@ -75,6 +77,12 @@ class Gpu:
             downsampler = form_of(network.reference).downsampler(Downsampler(), channels)
         saved = SavedUpsampler(sharpener.eval().requires_grad_(False), downsampler, network, card, size, Downsampler(), {})
         return TrainedUpsampler(saved, device=device, dtype=dtype)
+
+    def pooling_head(self, card: TeacherCard, weights: str) -> MapPool:
+        """A teacher's, on the CPU as a training reads it, with weights of no value."""
+        arch = pool_arch(card.output)
+        assert arch is not None
+        return MapPool(arch)
 
     def stage(self, name: str, *overrides: str) -> tuple[StageTraining, list[Batch]]:
         """A stage as rank 0 has it before its first step, and the batches of a step."""
@@ -139,4 +147,5 @@ def pretended_gpu(folder: Path) -> Iterator[Gpu]:
         for module in ("distill.build", "upsamplers.train"):
             stack.enter_context(mock.patch(f"radio_distill.{module}.load_teacher", gpu.load_teacher))
         stack.enter_context(mock.patch("radio_distill.upsamplers.base.trained_upsampler", gpu.upsampler))
+        stack.enter_context(mock.patch("radio_distill.distill.build.pooling_head", gpu.pooling_head))
         yield gpu

@@ -40,7 +40,7 @@ def at_budget(recipes: Sequence[J], plan: Callable[[J], Budget], hours: float) -
 
 def render_side_by_side(plans: Sequence[Budget], against: Sequence[Budget]) -> str:
     """A table of both chains, a total of each, and where the numbers come from."""
-    rows = [("recipe", "steps", "images", "tokens", "FLOP", "teachers", "GPU-hours")]
+    rows: list[tuple[str, ...]] = [("recipe", "steps", "images", "tokens", "FLOP", "teachers", "GPU-hours")]
     rows += [*map(_row, plans), *_total(plans)]
     if against:
         rows += [("against", *[""] * 6), *map(_row, against), *_total(against)]

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ..config.recipe import Overrides, Recipe
     from ..config.recipe import Student as Spec
 
-__all__ = ["SIZES", "Size", "resolve", "slots_of", "student_arch", "student_of"]
+__all__ = ["SIZES", "Size", "pool_arch", "resolve", "slots_of", "student_arch", "student_of"]
 
 
 @dataclass(frozen=True)
@@ -157,8 +157,13 @@ def slots_of(recipe: Recipe) -> list[AdaptorSlot]:
 def _slot(name: str, out: TeacherOutput, summary: str) -> AdaptorSlot:
     if summary == "adaptor" or out.pool is None:  # without a pool the recipe is refused (config/checks.py)
         return AdaptorSlot(name, out.summary, out.features, use_summary=out.summary is not None)
-    pool = PoolArch(out.features, out.pool.heads, out.pool.mlp, out.pool.gelu == "tanh", out.pool.eps)
-    return AdaptorSlot(name, None, out.features, use_summary=False, pool=pool)  # no loss reaches its class token
+    return AdaptorSlot(name, None, out.features, use_summary=False, pool=pool_arch(out))  # no loss reaches its class token
+
+
+def pool_arch(out: TeacherOutput) -> PoolArch | None:
+    """The pooling head that a card states; None where it states none."""
+    pool = out.pool
+    return None if pool is None else PoolArch(out.features, pool.heads, pool.mlp, pool.gelu == "tanh", pool.eps)
 
 
 def _checked(slots: Sequence[AdaptorSlot]) -> Sequence[AdaptorSlot]:

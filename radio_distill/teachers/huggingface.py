@@ -103,7 +103,7 @@ class SequenceNet(nn.Module):
 
     def pool_head(self) -> MapPool | None:
         """Its attention-pooling head (`SiglipVisionModel`, `Siglip2VisionModel`); None where the summary is made otherwise."""
-        head = getattr(self.model, "head", None)
+        head: Any = getattr(self.model, "head", None)
         if self.params.summary != "pool" or not hasattr(head, "probe"):
             return None
         attention, mlp = head.attention, head.mlp

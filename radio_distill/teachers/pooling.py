@@ -26,7 +26,7 @@ def pooling_head(card: TeacherCard, weights: Weights = "pretrained") -> MapPool:
 
     Raises CardError where the teacher has none, or another than `output.pool` says; TeacherError without its weights.
     """
-    net = load_teacher(card, weights=weights).net
+    net: Any = load_teacher(card, weights=weights).net
     pool = net.pool_head() if hasattr(net, "pool_head") else None
     if not isinstance(pool, MapPool):
         raise CardError(

@@ -169,6 +169,8 @@ class ToyViT(nn.Module):
             return None
         weight = torch.cat([torch.eye(width), pool.kv.weight / self.feature_scale])
         first, activation, last = pool.mlp
+        assert isinstance(first, nn.Linear)
+        assert isinstance(last, nn.Linear)
         return map_pool(
             heads=pool.heads,
             activation=activation,

@@ -14,7 +14,7 @@ from radio_distill.errors import TrainingError
 from radio_distill.train import agree
 from radio_distill.upsamplers.train import one_step
 
-STAGES = sorted(path.stem for path in (REPO / "recipes").glob("stage*.yaml"))
+STAGES = [*sorted(path.stem for path in (REPO / "recipes").glob("stage*.yaml")), "fast/sam"]
 UPSAMPLERS = sorted(path.stem for path in (REPO / "recipes" / "upsampler").glob("radio_2x*.yaml"))
 """One of every kind."""
 
