@@ -1,4 +1,4 @@
-"""Formats onnx and web: graphs of lower precision, and what other tools make of them. They need the extra `onnx`.
+"""Formats onnx and web: graphs of lower precision, and what other tools make of them.
 
 transformers.js is run where Node is there and where told in which folder it is installed:
 
