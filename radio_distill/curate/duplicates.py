@@ -11,10 +11,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from .kmeans import PRODUCTS
+
 __all__ = ["duplicates"]
 
-BLOCK = 2048
-"""Images of a cluster that are compared with those before them at a time."""
+BLOCK, COLUMNS = 2048, 8192
+"""Images of a cluster that are compared at a time with so many before them; fewer in a cluster of more than 31,250 images (PRODUCTS)."""
 
 
 def duplicates(points: NDArray[Any], label_N: NDArray[np.int32], cosine: float) -> NDArray[np.int64]:
@@ -28,11 +30,16 @@ def duplicates(points: NDArray[Any], label_N: NDArray[np.int32], cosine: float) 
 
 def _mark(points: NDArray[Any], members: NDArray[np.int64], cosine: float, repeats: NDArray[np.int64]) -> None:
     kept = np.empty(0, np.int64)
-    for start in range(0, len(members), BLOCK):
-        block = members[start : start + BLOCK]
+    rows = max(1, min(BLOCK, PRODUCTS // len(members)))
+    for start in range(0, len(members), rows):
+        block = members[start : start + rows]
         before = np.concatenate([kept, block])
-        x_BD, y_MD = (torch.from_numpy(points[which].astype(np.float32)) for which in (block, before))
-        near_BM = (x_BD @ y_MD.T > cosine).numpy()
+        x_BD = torch.from_numpy(points[block].astype(np.float32))
+        near_BM = np.empty((len(block), len(before)), bool)
+        for column in range(0, len(before), COLUMNS):
+            some = slice(column, column + COLUMNS)
+            y_MD = torch.from_numpy(points[before[some]].astype(np.float32))
+            near_BM[:, some] = (x_BD @ y_MD.T > cosine).numpy()
         stays = np.ones(len(before), bool)
         for i in np.flatnonzero(near_BM.sum(1) > 1):  # itself and another
             earlier = np.flatnonzero(near_BM[i, : i + len(kept)] & stays[: i + len(kept)])

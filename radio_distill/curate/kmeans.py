@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-__all__ = ["Assigned", "Clusters", "assign", "kmeans", "resampled_kmeans"]
+__all__ = ["PRODUCTS", "Assigned", "Clusters", "assign", "kmeans", "kmeans_bytes", "resampled_kmeans"]
 
 Points = NDArray[Any]
 """(N, D), fp16 or fp32."""
@@ -51,7 +51,7 @@ def assign(points: Points, centroids_KD: NDArray[np.float32]) -> Assigned:
     """The nearest centroid of every point."""
     label_N, distance_N = np.empty(len(points), np.int32), np.empty(len(points), np.float32)
     nearest = _nearest_to(centroids_KD)
-    rows = max(1, min(BLOCK, PRODUCTS // len(centroids_KD)))
+    rows = _rows(len(centroids_KD))
     for start in range(0, len(points), rows):
         block = slice(start, start + rows)
         label_N[block], distance_N[block] = nearest(np.ascontiguousarray(points[block], dtype=np.float32))
@@ -85,6 +85,19 @@ def kmeans(points: Points, k: int, *, iterations: int, rng: np.random.Generator)
         centroids_KD = moved_KD
         assigned = assign(points, centroids_KD)
     return Clusters(centroids_KD, assigned)
+
+
+def kmeans_bytes(points: int, width: int, k: int) -> int:
+    """The most that `kmeans` takes at a time besides its points."""
+    start = min(points, 50 * k if k <= PLUS_PLUS else k)
+    assigning = 4 * _rows(k) * (k + width)
+    moving = 16 * k * width + 12 * BLOCK * width  # sums and means in float64
+    return max(6 * start * width, 16 * points + 8 * k * width + max(assigning, moving))
+
+
+def _rows(k: int) -> int:
+    """Points that are compared with k centroids at a time."""
+    return max(1, min(BLOCK, PRODUCTS // k))
 
 
 def resampled_kmeans(

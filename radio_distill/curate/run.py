@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import logging
+import resource
+import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -26,7 +28,7 @@ from ..files import appearing, replace_text
 from ..paths import expand
 from .duplicates import duplicates
 from .embeddings import EmbeddingFolder, Embeddings, Header
-from .kmeans import PLUS_PLUS, PRODUCTS, Assigned, Clusters, resampled_kmeans
+from .kmeans import PRODUCTS, Assigned, Clusters, kmeans_bytes, resampled_kmeans
 from .page import Found, write_page
 from .sampling import Ints, take_balanced
 
@@ -36,9 +38,9 @@ log = logging.getLogger(__name__)
 
 DONE = "curated.json"
 RECIPE = "recipe.json"
-POINT_BYTES = 48
-"""Of every image besides its embedding: labels, distances, orders."""
-OVERHEAD = 600_000_000
+RANKS, SHARES = 44, 72
+"""Bytes of an image: two clusterings and their order; the order, and what is taken of every image for which reason."""
+BEFORE = 600_000_000
 """Python and PyTorch."""
 NEAREST = 10
 """Points of a cluster that are clustered again, where the recipe does not say (Vo et al.)."""
@@ -68,7 +70,7 @@ def curate(recipe: CurateRecipe) -> Path:
         "%s images, %d numbers each: %.2f GB of memory at most",
         f"{total:,}",
         header.width,
-        memory_bytes(total, header.width, recipe) / 1e9,
+        max(memory_bytes(total, header.width, recipe, before=resident_bytes()), _peak_bytes()) / 1e9,
     )
     embeddings = folder.load()
     clusters = cluster(embeddings, recipe, out / "clusters")
@@ -89,12 +91,24 @@ def curate(recipe: CurateRecipe) -> Path:
     return out
 
 
-def memory_bytes(images: int, width: int, recipe: CurateRecipe) -> int:
-    """What a curation takes at most: the embeddings (fp16), the centroids with their sums, a block of products, the sample k-means starts with."""
-    largest = recipe.levels[0]
-    start = 50 * largest if largest <= PLUS_PLUS else largest
-    clusters = largest * width * (4 + 4 + 8 + 8 + 2 * (recipe.resample.nearest or NEAREST))
-    return images * (2 * width + POINT_BYTES) + clusters + 4 * PRODUCTS + min(start, images) * width * 8 + OVERHEAD
+def memory_bytes(images: int, width: int, recipe: CurateRecipe, *, before: int = BEFORE) -> int:
+    """The most that a process takes that curates: what it takes `before`, the embeddings, and what the largest of the steps needs."""
+    k = recipe.levels[0]
+    chosen = min(images, k * nearest_of(images, k, recipe))
+    steps = [
+        kmeans_bytes(images, width, k),
+        RANKS * images,  # the nearest of every cluster are looked for
+        8 * images + 2 * chosen * width + kmeans_bytes(chosen, width, k),
+        SHARES * images,  # repeats and shares of every image
+    ]
+    if recipe.retrieve is not None:
+        steps.append(SHARES * images + 3 * 4 * PRODUCTS + PRODUCTS // SEEDS * width * 6)
+    return before + images * (2 * width + 4) + max(steps)
+
+
+def nearest_of(images: int, k: int, recipe: CurateRecipe) -> int:
+    """How many points of a cluster are clustered again."""
+    return recipe.resample.nearest or min(NEAREST, max(1, images // k // 2))
 
 
 def cluster(embeddings: Embeddings, recipe: CurateRecipe, folder: Path) -> list[Clusters]:
@@ -102,19 +116,31 @@ def cluster(embeddings: Embeddings, recipe: CurateRecipe, folder: Path) -> list[
     found: list[Clusters] = []
     points: NDArray[np.float16] | NDArray[np.float32] = embeddings.x_ND
     for level, k in enumerate(recipe.levels):
-        nearest = recipe.resample.nearest or min(NEAREST, max(1, len(points) // k // 2))
         clusters = resampled_kmeans(
             points,
             k,
             iterations=recipe.iterations,
             rounds=recipe.resample.rounds,
-            nearest=nearest,
+            nearest=nearest_of(len(points), k, recipe),
             seed=(recipe.seed, level),
             remember=partial(_remember, folder, f"level {level}"),
         )
         found.append(clusters)
         points = clusters.centroids_KD
     return found
+
+
+def resident_bytes() -> int:
+    """What this process takes now, where the system tells (Linux); else the most that it has taken so far."""
+    here = Path("/proc/self/statm")
+    if here.exists():
+        return int(here.read_text().split()[1]) * resource.getpagesize()
+    return _peak_bytes()
+
+
+def _peak_bytes() -> int:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
 
 
 def retrieve(embeddings: Embeddings, wish: Retrieve, is_free_N: NDArray[np.bool_], count: int, header: Header) -> Ints:

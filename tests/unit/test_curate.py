@@ -1,5 +1,6 @@
 """Curation: k-means against a slow one, sampling against its definition, duplicates, keep-lists, and the whole command resumed."""
 
+import importlib.util
 import json
 import logging
 from unittest import mock
@@ -255,3 +256,11 @@ def test_20_million_images_fit_a_machine_of_24_gib(repo):
     needed = memory_bytes(20_000_000, 384, recipe)
     assert needed < 24 * 2**30
     assert f"{needed / 1e9:.0f} GB: a machine of 24 GiB" in (repo / "docs/scale.md").read_text()
+
+
+def test_a_curation_takes_the_memory_that_it_prints(repo, tmp_path):
+    spec = importlib.util.spec_from_file_location("curate_memory", repo / "bench" / "curate_memory.py")
+    bench = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(bench)
+    found = bench.peak(tmp_path, 60_000, 384, (300, 30))
+    assert found.measured_gb == pytest.approx(found.printed_gb, rel=0.1)
