@@ -55,7 +55,13 @@ def check(arch: StudentArch, form: str) -> None:
     faults = [trait.name for trait in TRAITS if form in trait.refused_by and trait.here(arch)]
     faults += _token_faults(arch) if form in ("hf", "radio") else []
     pooled = [a.name for a in arch.adaptors if a.pool] if form == "radio" else []
-    faults += [f"adaptors whose summary goes through their teacher's own head ({', '.join(pooled)})"] if pooled else []
+    faults += (
+        [
+            f"adaptors whose summary goes through their teacher's own head ({', '.join(pooled)}; adaptors=NAMES keeps others alone)"
+        ]
+        if pooled
+        else []
+    )
     if faults:
         raise CheckpointError(
             f"this student has {'; '.join(faults)}, which the format {form} cannot hold; "

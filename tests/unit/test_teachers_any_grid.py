@@ -9,8 +9,10 @@ from torch import Tensor
 
 from radio_distill.config.cards import Pool
 from radio_distill.config.load import cards_of, load_card, load_recipe
-from radio_distill.errors import CardError, RecipeError
+from radio_distill.errors import CardError, CheckpointError, RecipeError
+from radio_distill.export.checks import check
 from radio_distill.network.pool import MapPool
+from radio_distill.student.names import student_of
 from radio_distill.teachers.base import load_teacher
 from radio_distill.teachers.pooling import pooling_head
 from tests.unit.test_teachers_families import CONFIG, WIDTH, random_teacher, shake, tiny
@@ -149,8 +151,6 @@ def test_a_teacher_whose_card_names_no_pooling_head_is_refused_with_what_to_do()
 
 
 def test_the_student_of_a_recipe_holds_the_head_as_its_card_states_it() -> None:
-    from radio_distill.student.names import student_of
-
     recipe = load_recipe("toy/stage1", ["teachers.toy_siglip.summary=through_head"])
     arch = student_of(recipe)
     adaptors = {a.name: a for a in arch.adaptors}
@@ -165,3 +165,10 @@ def test_the_student_of_a_recipe_holds_the_head_as_its_card_states_it() -> None:
     assert pool.arch == adaptors["toy_siglip"].pool
     assert MapPool(pool.arch).state_dict().keys() == pool.state_dict().keys()
     assert pool.arch.dim > WIDTH
+
+
+def test_the_format_of_the_reference_cannot_hold_a_pooling_head_and_hf_can() -> None:
+    arch = student_of(load_recipe("toy/fast_stage1"))
+    check(arch, "hf")
+    with pytest.raises(CheckpointError, match=r"own head \(toy_siglip; adaptors=NAMES keeps others alone\)"):
+        check(arch, "radio")
