@@ -53,7 +53,7 @@ def render_side_by_side(plans: Sequence[Budget], against: Sequence[Budget]) -> s
         ]
     first = plans[0]
     lines += ["", "  where the numbers come from", *(f"    {text}" for text in _sources(first))]
-    return "\n".join(lines)
+    return "\n".join([*lines, *_notes([*plans, *against])])
 
 
 def _row(plan: Budget) -> tuple[str, ...]:
@@ -77,6 +77,15 @@ def _total(plans: Sequence[Budget]) -> list[tuple[str, ...]]:
     stages = [p for p in plans if isinstance(p, Plan)]
     tokens, flop = sum(p.step_tokens * p.steps for p in stages), sum(p.step_flop * p.steps for p in stages)
     return [("together", "", "", f"{tokens / 1e9:,.0f} G", f"{flop:.1e}", "", _hours(sum(p.gpu_hours for p in plans)))]
+
+
+def _notes(plans: Sequence[Budget]) -> list[str]:
+    """What looks wrong or wasteful, each once, with the recipes that it is said of."""
+    said: dict[str, list[str]] = {}
+    for plan in plans:
+        for note in plan.notes:
+            said.setdefault(note, []).append(plan.name)
+    return [f"note: {', '.join(names)}: {note}" for note, names in said.items()]
 
 
 def _hours(hours: float) -> str:

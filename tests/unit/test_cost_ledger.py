@@ -20,7 +20,9 @@ from radio_distill.plan.cost import partition_cost
 from radio_distill.plan.ledger import Ledger, Spent
 from radio_distill.plan.side_by_side import at_budget
 from radio_distill.plan.stage import plan
+from radio_distill.results import append
 from radio_distill.train.distributed import World
+from radio_distill.types import Result
 
 PLAIN = ["optim.freeze_trunk=0", "balance.ahead=false"]
 
@@ -94,8 +96,15 @@ def write_run(folder: Path, name: str, flop: float, fidelity: float, *overrides:
 def test_a_report_draws_runs_against_flops_behind_those_they_started_from(tmp_path: Path) -> None:
     write_run(tmp_path, "first", 1e15, 1.0)
     write_run(tmp_path, "second", 2e15, 2.0, f"start={{kind: run, source: {tmp_path / 'first'}}}")
+    for name, value in (("first", 40.0), ("second", 50.0)):
+        facts = {"unit": "percent", "higher_is_better": True, "dataset": "toy#1", "count": 200, "resolution": 96}
+        append(
+            tmp_path / "results.jsonl",
+            [Result(suite="toy", task="knn", metric="top1", value=value, model=f"{name}@20", **facts)],
+        )
     page = write_report(tmp_path).read_text()
     assert "<h2>Cost</h2>" in page
+    assert "knn top1 at 96 px" in page
     assert "6 PFLOP" in page, "2 of the first and 4 of its own"
     runs = [
         (tmp_path / n, load_recipe(tmp_path / n / "recipe.yaml"), [{"cost/student_flop": 5.0}]) for n in ("first", "second")
@@ -120,6 +129,8 @@ def test_plan_shows_two_chains_and_what_they_cost_together(capsys: pytest.Captur
     assert f"{hours[1] / hours[0]:.1f} times fewer" in printed
     assert f"{hours[0]:,.0f}\n" in printed
     assert "both are assumptions of `plan`, not measured runs" in printed
+    everyone = "fast_stage1, fast_stage2, fast_sam, stage1, stage2, stage3_featsharp"
+    assert f"note: {everyone}: no images yet" in printed
 
 
 def test_a_budget_buys_steps(capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,6 +8,7 @@ from radio_distill.config.load import dump, load_recipe
 from radio_distill.config.recipe import Recipe
 from radio_distill.config.sizes import at_step
 from radio_distill.errors import RecipeError
+from radio_distill.eval.heads import Sizes, sizes_of
 from radio_distill.plan.cost import partition_cost
 from radio_distill.plan.stage import plan
 from tests.unit.test_task import batch_of, build, gradient
@@ -132,3 +133,8 @@ def test_a_teacher_of_one_size_cannot_follow() -> None:
         load_recipe("toy/stage1", ["partitions.low.teachers.toy_clip.size=student"])
     with pytest.raises(RecipeError, match=r"expected `size: student`, or a size and as_student: false"):
         load_recipe("toy/stage1", ["partitions.low.teachers.toy_dino.as_student=true"])
+
+
+def test_a_students_heads_are_measured_where_its_teachers_followed(tmp_path) -> None:
+    (tmp_path / "recipe.yaml").write_text(dump(load_recipe("toy/fast_stage2")))
+    assert sizes_of(str(tmp_path), None) == [Sizes(96, {"toy_dino": 84}), Sizes(192, {"toy_dino": 168})]

@@ -11,7 +11,9 @@ from radio_distill.config.cards import Pool
 from radio_distill.config.load import cards_of, load_card, load_recipe
 from radio_distill.errors import CardError, CheckpointError, RecipeError
 from radio_distill.export.checks import check
+from radio_distill.network.arch import PoolArch
 from radio_distill.network.pool import MapPool
+from radio_distill.plan.cost import count_flops, pool_flops
 from radio_distill.student.names import student_of
 from radio_distill.teachers.base import load_teacher
 from radio_distill.teachers.pooling import pooling_head
@@ -172,3 +174,9 @@ def test_the_format_of_the_reference_cannot_hold_a_pooling_head_and_hf_can() -> 
     check(arch, "hf")
     with pytest.raises(CheckpointError, match=r"own head \(toy_siglip; adaptors=NAMES keeps others alone\)"):
         check(arch, "radio")
+
+
+def test_plan_counts_the_products_of_a_pooling_head() -> None:
+    with torch.device("meta"):
+        pool, tokens = MapPool(PoolArch(64, 4, 160)), torch.empty(1, 50, 64)
+    assert pool_flops(pool.arch, 50) == pytest.approx(count_flops(lambda: pool(tokens)), rel=0.02)
