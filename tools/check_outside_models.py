@@ -1,6 +1,6 @@
 """Every name that timm and open_clip list, against the library itself, on random weights: summary, map, order of the patches.
 
-    python tools/check_outside_models.py --out outside_models.md            # all names: about an hour on two cores
+    python tools/check_outside_models.py --out outside_models.md            # all names: ten minutes on two cores
     python tools/check_outside_models.py vit_tiny_r_s16_p8_224 coca_ViT-B-32     # some
 
 Each name is built alone, with two blocks where its constructor can (the width, the stem, the norms and the head stay true), and

@@ -49,7 +49,11 @@ def timm_card(name: str, weights: str | None = None) -> TeacherCard:
     cfg = timm.get_pretrained_cfg(name)
     assert cfg is not None
     trunk, resizable = _on_meta(name)
-    patch, features, summary = _measure(name, trunk, cfg.input_size)
+    patch = check_tokens(f"timm:{name}", trunk)
+    height, width = (side // patch * patch for side in cfg.input_size[1:])  # SigLIP's 384 px have 27 whole patches of 14
+    if resizable:  # Sapiens 2 is listed with 1024x768
+        height = width = min(height, width)
+    features, summary = _measure(name, trunk, patch, (height, width))
     if weights is None and not cfg.has_weights:
         raise RadioDistillError(f"timm has no pretrained weights of {name}; give them with ?weights=FILE, or ?weights=random")
     full = name if "." in name or not cfg.tag else f"{name}.{cfg.tag}"
@@ -59,7 +63,7 @@ def timm_card(name: str, weights: str | None = None) -> TeacherCard:
             "family": "timm",
             "source": f"timm:{full}" if weights in (None, "random") else weights,
             "licence": str(cfg.license or "not stated"),
-            "input": {"size": cfg.input_size[-1], "patch": patch, "mean": cfg.mean, "std": cfg.std, "resizable": resizable},
+            "input": {"size": width, "patch": patch, "mean": cfg.mean, "std": cfg.std, "resizable": resizable},
             "output": {"summary": summary, "features": features},
             "params": {"model": name, "summary": "pool" if trunk.global_pool else "cls"},
         }
@@ -77,23 +81,23 @@ def _on_meta(name: str) -> tuple[Any, bool]:
             return timm.create_model(name, pretrained=False, num_classes=0), False
 
 
-def _measure(name: str, trunk: Any, shape: tuple[int, int, int]) -> tuple[int, int, int]:
-    """Side of a patch in pixels, channels of a token, channels of the summary.
+def _measure(name: str, trunk: Any, patch: int, size: tuple[int, int]) -> tuple[int, int]:
+    """Channels of a token, channels of the summary. patch: its side in pixels; size: height and width of the network's images.
 
     Raises RadioDistillError where there is not one token for every patch of a square image, or no summary.
     """
-    patch, (_, height, width) = check_tokens(f"timm:{name}", trunk), shape
+    height, width = size
     what = f"timm:{name} is a {type(trunk).__name__}"
-    tokens, patches = encode_tokens(trunk, torch.zeros(1, *shape, device="meta"))
+    tokens, patches = encode_tokens(trunk, torch.zeros(1, 3, *size, device="meta"))
     if height != width or patches.shape[:-1] != (1, (height // patch) ** 2):
         raise RadioDistillError(
             f"{what} that gives {tuple(patches.shape)} for {height}x{width} pixels in patches of {patch}; "
             "expected a vision transformer with a token for every patch of a square image"
         )
     if not trunk.global_pool:
-        return patch, patches.shape[2], tokens.shape[2]
+        return patches.shape[2], tokens.shape[2]
     try:
-        return patch, patches.shape[2], trunk.forward_head(tokens, pre_logits=True).shape[1]
+        return patches.shape[2], trunk.forward_head(tokens, pre_logits=True).shape[1]
     except NotImplementedError as error:
         raise RadioDistillError(
             f"{what} without a summary ({error}); expected a network with a pooling or a class token"

@@ -54,7 +54,7 @@ def build_trunk(card: TeacherCard, name: str, weights: Weights, values: dict[str
     try:
         with construct(weights):
             trunk = timm.create_model(name, pretrained=False, **values)
-    except (RuntimeError, TypeError) as error:
+    except (AssertionError, RuntimeError, TypeError, ValueError) as error:
         raise CardError(f"card {card.name!r}: timm cannot build {name!r} with {values}: {error}") from error
     if hasattr(getattr(trunk, "rope", None), "periods"):
         _keep_tables(trunk.rope)

@@ -159,6 +159,13 @@ def test_of_a_listed_name_map_and_summary_are_the_librarys_own(library, name):
     assert row.result == "agrees", row
 
 
+@pytest.mark.parametrize(("name", "size"), [("vit_so400m_patch14_siglip_384", 27 * 14), ("vit_base_patch16_sapiens2", 768)])
+def test_of_a_listed_size_the_largest_square_of_whole_patches_is_taken(name, size):
+    from radio_distill.eval.outside_models import timm_card
+
+    assert timm_card(name, "random").input.size == size
+
+
 @pytest.mark.parametrize(("library", "name", "reason"), REASONS)
 def test_a_listed_name_without_tokens_is_refused_with_the_reason(library, name, reason):
     row = tool().check(library, name, 1e8)
