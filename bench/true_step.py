@@ -73,7 +73,7 @@ def run(arguments: argparse.Namespace, folder: Path) -> dict[str, str | float]:
         train_step(trainer, step, batches)
         _wait(world.device)
         seconds.append(time.perf_counter() - begin)
-    planned = sum(partition_cost(recipe, name).total * partition.images for name, partition in recipe.partitions.items())
+    planned = sum(partition_cost(recipe, name).total * partition.units for name, partition in recipe.partitions.items())
     measured = counter.get_total_flops()
     fastest = min(seconds)
     distributed.shutdown()

@@ -11,6 +11,7 @@ from rich.table import Table
 from .config.cards import TeacherCard
 from .config.load import list_cards, list_recipes, load_recipe, load_upsampler_recipe, load_vlm_recipe
 from .config.recipe import Recipe
+from .config.sizes import sides_text, units_text
 from .config.upsampler_recipe import UpsamplerRecipe
 from .config.vlm_recipe import VlmRecipe
 from .paths import IN_PACKAGE
@@ -56,7 +57,7 @@ def recipes_table() -> Table:
     )
     for name in list_recipes(Recipe):
         recipe = load_recipe(name)
-        images = " + ".join(f"{p.images} at {p.size}" for p in recipe.partitions.values())
+        images = " + ".join(f"{units_text(p)} at {sides_text(p)}" for p in recipe.partitions.values())
         table.add_row(name, f"{recipe.optim.steps:,}", images, " ".join(recipe.teachers), recipe.title)
     return table
 

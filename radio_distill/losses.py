@@ -24,6 +24,7 @@ from .config.terms import Term, terms_of
 from .errors import RecipeError
 from .loaders import check_call, import_named
 from .seeded import uniform
+from .strips import Grids, split_strip, sum_each
 from .tensors import Rows, own_rows
 
 __all__ = [
@@ -58,6 +59,21 @@ class Pair(NamedTuple):
     """Of the teacher: `inverse` gives its own units."""
     gather: Callable[[Tensor], Rows] = own_rows
     """Gives the rows (B, ...) of all ranks that run this forward, without gradients. A collective: every rank calls it alike."""
+    grids: Grids | None = None
+    """Of a native partition: rows and columns of the B images' maps, which `pred` and `target` hold as strips (1, C, 1, N). A
+    function of the user's gets the images one by one, (1, C, H, W), and without this."""
+
+    @property
+    def images(self) -> int:
+        """B."""
+        return len(self.pred) if self.grids is None else len(self.grids)
+
+    def each(self) -> list[Pair]:
+        """The pairs of a strip's images."""
+        if self.grids is None:
+            return [self]
+        maps = zip(split_strip(self.pred, self.grids), split_strip(self.target, self.grids))
+        return [self._replace(pred=pred, target=target, grids=None) for pred, target in maps]
 
 
 LossFunction = Callable[..., Tensor]
@@ -82,20 +98,25 @@ def _load(term: Term, options: Mapping[str, Any]) -> LossFunction:
 def evaluate(term: Term, function: LossFunction, pair: Pair, options: Mapping[str, Any]) -> Tensor:
     """What a term's function says of every image, (B,). Raises RecipeError when it gives anything else."""
     pair = pair._replace(pred=pair.pred.float(), target=pair.target.float())
+    values = [_value(term, function, part, options) for part in ([pair] if term.takes_strips else pair.each())]
+    return values[0] if len(values) == 1 else torch.cat(values)
+
+
+def _value(term: Term, function: LossFunction, pair: Pair, options: Mapping[str, Any]) -> Tensor:
     with _float32(pair.pred):
         value = function(pair, **options)
-    if not isinstance(value, Tensor) or value.shape != pair.pred.shape[:1] or not value.is_floating_point():
+    if not isinstance(value, Tensor) or value.shape != (pair.images,) or not value.is_floating_point():
         found = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
         raise RecipeError(
-            f"loss.terms.{term.name}: {term.loader} returned {found}, expected the loss of each of {len(pair.pred)} images: "
-            f"floating-point numbers of shape ({len(pair.pred)},)"
+            f"loss.terms.{term.name}: {term.loader} returned {found}, expected the loss of each of {pair.images} images: "
+            f"floating-point numbers of shape ({pair.images},)"
         )
     return value
 
 
 def feature_loss(pair: Pair, spec: FeatureLoss) -> Tensor:
     """`feature_terms` of a pair: sums over valid positions, (B,)."""
-    return feature_terms(pair.pred, pair.target, pair.mask_B1HW, spec)[0]
+    return feature_terms(pair.pred, pair.target, pair.mask_B1HW, spec, pair.grids)[0]
 
 
 def summary_loss(pair: Pair, kind: Literal["cosine", "angle"]) -> Tensor:
@@ -131,8 +152,10 @@ def relation_loss(pair: Pair, spec: Relation) -> Tensor:
     )  # a pair stands in the rows of both its images, of which this one has a gradient
 
 
-def feature_terms(pred_BCHW: Tensor, target_BCHW: Tensor, mask_B1HW: Tensor | None, spec: FeatureLoss) -> tuple[Tensor, Tensor]:
-    """Sum the feature loss of `spec` over the positions of each image: (sums, counts), both (B,).
+def feature_terms(
+    pred_BCHW: Tensor, target_BCHW: Tensor, mask_B1HW: Tensor | None, spec: FeatureLoss, grids: Grids | None = None
+) -> tuple[Tensor, Tensor]:
+    """Sum the feature loss of `spec` over the positions of each image: (sums, counts), both (B,). grids: of strips (`Pair`).
 
     Per position: mse and smooth-L1 are means over channels, the cosine is taken per token. Masked positions give no loss
     and no count.
@@ -146,7 +169,7 @@ def feature_terms(pred_BCHW: Tensor, target_BCHW: Tensor, mask_B1HW: Tensor | No
             loss_BHW = loss_BHW + spec.cosine * (1 - _cosine(pred, target))
         if spec.smooth_l1:
             loss_BHW = loss_BHW + spec.smooth_l1 * F.smooth_l1_loss(pred, target, reduction="none", beta=spec.beta).mean(1)
-        return _sum_positions(loss_BHW, mask_B1HW)
+        return _sum_positions(loss_BHW, mask_B1HW) if grids is None else sum_each(loss_BHW.flatten(), grids)
 
 
 def summary_terms(

@@ -24,6 +24,7 @@ __all__ = [
     "all_reduce",
     "broadcast",
     "gather_rows",
+    "gather_uneven_rows",
     "non_finite",
     "own_rows",
     "refuse_non_finite",
@@ -66,6 +67,19 @@ def gather_rows(x: Tensor, group: dist.ProcessGroup | None = None) -> Rows:
     rows = [torch.empty_like(packed) for _ in range(dist.get_world_size(group))]
     dist.all_gather(rows, packed, group)
     return Rows(torch.cat(rows), dist.get_rank(group) * len(x))
+
+
+def gather_uneven_rows(x: Tensor, group: dist.ProcessGroup | None = None) -> Rows:
+    """As `gather_rows` where every rank has its own number of rows. Waits for the device."""
+    own = torch.tensor([len(x)], device=x.device)
+    counts = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(counts, own, group)
+    lengths = torch.cat(counts).tolist()
+    filled = row_major(torch.cat([x, x.new_zeros(max(lengths) - len(x), *x.shape[1:])]))
+    rows = [torch.empty_like(filled) for _ in lengths]
+    dist.all_gather(rows, filled, group)
+    start = sum(lengths[: dist.get_rank(group)])
+    return Rows(torch.cat([part[:length] for part, length in zip(rows, lengths)]), start)
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:

@@ -5,6 +5,7 @@ Shapes: B batch, C channels, H W rows and columns (pixels of an image, cells of 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
@@ -48,7 +49,7 @@ class View(NamedTuple):
     """The pixels that one consumer (the student or one teacher) sees, and where they lie in the sample's crop."""
 
     images_B3HW: Tensor
-    """uint8, already resized to the consumer's size; all images of a view have one size."""
+    """uint8, already resized to the consumer's size; all images of a view have one size. Of a native partition: see `Batch.grids`."""
     boxes_B4: Tensor
     """float32 x0, y0, x1, y1 in units of the sample's crop: (0, 0, 1, 1) is the crop itself.
 
@@ -71,6 +72,9 @@ class Batch:
     """'student' and every teacher of the partition, by name. Consumers of the same pixels share one tensor."""
     position: Any = field(default=None, repr=False)
     """The loader's state after this batch; plain values, saved per rank and given back on resume."""
+    grids: tuple[tuple[int, int], ...] | None = None
+    """Of a native partition: rows and columns of every image's patches, for all consumers alike. The pixels of a view are then
+    (patches of all images, 3*P*P): image after image, each H x W x 3 in one piece (`images`). None: images have one size."""
 
     def to(self, device: device | str) -> Batch:
         """The same batch with its tensors on `device` (pixels stay uint8); shared tensors are moved once."""
@@ -84,6 +88,15 @@ class Batch:
 
     def __len__(self) -> int:
         return len(self.keys)
+
+    def images(self, view: str) -> list[Tensor]:
+        """The images (3, H, W) of a native partition, uint8, as one consumer sees them."""
+        assert self.grids is not None
+        pixels_NP = self.views[view].images_B3HW
+        patch = math.isqrt(pixels_NP.shape[1] // 3)
+        parts = pixels_NP.split([rows * columns for rows, columns in self.grids])
+        sizes = [(rows * patch, columns * patch, 3) for rows, columns in self.grids]
+        return [part.view(size).permute(2, 0, 1) for part, size in zip(parts, sizes)]
 
     def side(self, view: str) -> int:
         """Of the view's images, in pixels."""

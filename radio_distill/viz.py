@@ -5,6 +5,7 @@ Shapes: B images, C channels, H W.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from textwrap import fill
 
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-__all__ = ["heat", "panel", "pca_rgb", "resize", "save_png"]
+__all__ = ["heat", "in_squares", "panel", "pca_rgb", "resize", "save_png"]
 
 
 def pca_rgb(features_BCHW: Tensor) -> Tensor:
@@ -75,6 +76,19 @@ def _labels(names: list[str], height: int) -> list[Tensor]:
 
 GAP = 4  # white pixels between cells
 LETTER_PX, LETTERS, LINE = 14, 9, 12  # least height of a letter; letters over a cell's height; letters in a line
+
+
+def in_squares(pictures: Sequence[Tensor]) -> Tensor:
+    """Pictures (1, 3, H, W) of any shapes in the middle of white squares of one size: (B, 3, S, S)."""
+    side = max(max(picture.shape[-2:]) for picture in pictures)
+    squares = []
+    for picture in pictures:
+        scale = side / max(picture.shape[-2:])
+        height, width = (max(1, round(scale * n)) for n in picture.shape[-2:])
+        top, left = (side - height) // 2, (side - width) // 2
+        large = F.interpolate(picture.float().cpu(), size=(height, width), mode="nearest")
+        squares.append(F.pad(large, (left, side - width - left, top, side - height - top), value=1.0))
+    return torch.cat(squares)
 
 
 def resize(features_BCHW: Tensor, size: tuple[int, ...]) -> Tensor:

@@ -99,7 +99,8 @@ class Gpu:
             share = side.assignment.share(partition, self.world.rank)
             if share is not None:
                 specs = views_at(recipe, partition, sizes, student.patch_size, 0)
-                batches.append(batch_of(partition, part.micro_batch or share.images, specs))
+                count = part.micro_batch or share.images
+                batches.append(packs_of(partition, count, specs) if part.is_native else batch_of(partition, count, specs))
         return training, batches
 
     def upsampler_training(self, name: str, *overrides: str) -> tuple[upsampler_train.UpsamplerTraining, list[Batch]]:
@@ -120,6 +121,17 @@ def batch_of(partition: str, count: int, specs: list[ViewSpec]) -> Batch:
     boxes = torch.zeros(count, 4, device=CUDA)
     views = {spec.name: View(images[spec.size], boxes) for spec in specs}
     return Batch(partition, tuple(map(str, range(count))), torch.zeros(count, dtype=torch.int64, device=CUDA), views)
+
+
+def packs_of(partition: str, count: int, specs: list[ViewSpec]) -> Batch:
+    """Packs on the GPU, two images of different shapes each."""
+    grids = ((16, 24), (30, 10)) * count
+    patches = sum(rows * columns for rows, columns in grids)
+    pixels = {spec.patch: torch.zeros(patches, 3 * spec.patch**2, dtype=torch.uint8, device=CUDA) for spec in specs}
+    boxes = torch.zeros(len(grids), 4, device=CUDA)
+    views = {spec.name: View(pixels[spec.patch], boxes) for spec in specs}
+    seeds_B = torch.zeros(len(grids), dtype=torch.int64, device=CUDA)
+    return Batch(partition, tuple(map(str, range(len(grids)))), seeds_B, views, grids=grids)
 
 
 def balancer(channels: int) -> Balancer:

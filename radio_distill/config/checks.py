@@ -11,6 +11,7 @@ from .document import KeyPath, Problem
 from .engine_checks import engine_problems
 from .messages import did_you_mean
 from .names import name_problems
+from .native import native_problems, native_view_problems
 from .recipe import (
     S2,
     Bilinear,
@@ -96,14 +97,22 @@ def _students(recipe: Recipe) -> Found:
 def _student(recipe: Recipe, student: Student, path: KeyPath) -> Found:
     patch, where = _patch(student), ".".join(map(str, path))
     grids = [
-        (name, size // patch) for name, partition in recipe.partitions.items() for size in partition.sizes or [partition.size]
+        (name, size // patch)
+        for name, partition in recipe.partitions.items()
+        if not partition.is_native
+        for size in partition.sizes or [partition.size]
     ]
     for window in student.vitdet.windows:  # every partition draws among those that divide its grid
-        if all(grid % window for _, grid in grids):
+        if not grids:
+            yield Problem(
+                f"a window of {window} tokens: images of native partitions are never windowed; remove it",
+                (*path, "vitdet", "windows"),
+            )
+        elif all(grid % window for _, grid in grids):
             sides = ", ".join(f"{grid} of partition {name!r}" for name, grid in grids)
             yield Problem(f"a window of {window} tokens divides no grid: sides are {sides}", (*path, "vitdet", "windows"))
     for name, partition in recipe.partitions.items():
-        if partition.size > student.max_size:
+        if not partition.is_native and partition.size > student.max_size:
             text = f"'partitions.{name}.size' is {partition.size}, more than {where}.max_size {student.max_size}; raise that"
             yield Problem(text, ("partitions", name, "size"))
 
@@ -143,15 +152,17 @@ def _through_head(name: str, card: TeacherCard, path: KeyPath) -> Found:
 
 def _partition(recipe: Recipe, name: str, partition: Partition, cards: dict[str, TeacherCard]) -> Found:
     path, patch = ("partitions", name), patch_size(recipe)
-    for size in partition.sizes or [partition.size]:
+    if partition.is_native:
+        yield from native_problems(recipe, name, patch)
+    for size in [] if partition.is_native else partition.sizes or [partition.size]:
         if size % patch:
             fitting = max(patch, round(size / patch) * patch)
             yield Problem(
                 f"'partitions.{name}.size' is {size}, no multiple of the student's patch {patch}; nearest is {fitting}",
                 (*path, "size"),
             )
-    if partition.micro_batch is not None and partition.micro_batch > partition.images:
-        expected = f"1 to {partition.images} (its images), or null"
+    if partition.micro_batch is not None and partition.micro_batch > partition.units:
+        expected = f"1 to {partition.units} (its {partition.unit}), or null"
         text = f"'partitions.{name}.micro_batch' is {partition.micro_batch}, expected {expected}"
         yield Problem(text, (*path, "micro_batch"))
     if not partition.teachers:
@@ -160,6 +171,8 @@ def _partition(recipe: Recipe, name: str, partition: Partition, cards: dict[str,
         here = (*path, "teachers", teacher)
         if teacher not in recipe.teachers:
             yield Problem(f"partition {name!r} names teacher {teacher!r}" + did_you_mean(teacher, recipe.teachers), here)
+        elif teacher in cards and partition.is_native:
+            yield from native_view_problems(recipe, teacher, view, cards[teacher], here)
         elif teacher in cards:
             yield from _view(recipe, partition, teacher, view, cards[teacher], here)
 
@@ -252,7 +265,9 @@ def _mosaic(recipe: Recipe, partition: Partition, name: str, card: TeacherCard, 
 
 def _cache(recipe: Recipe) -> Found:
     if recipe.cache.read is not None and (drawn := draws_sizes(recipe)):
-        yield Problem(f"a cache holds views of one size, and 'partitions.{drawn}' draws sizes; name one", ("cache", "read"))
+        yield Problem(
+            f"a cache holds views of one size, and 'partitions.{drawn}' draws sizes; use squares of one", ("cache", "read")
+        )
     if recipe.cache.read is not None and recipe.engine.placement.kind == "dedicated":
         text = "'engine.placement.kind' is 'dedicated' and the targets come from cache.read, so teacher ranks have no work; remove it"
         yield Problem(text, ("engine", "placement", "kind"))
@@ -330,6 +345,6 @@ def data_problems(data: Data, partitions: dict[str, Partition], *, training: boo
         )
     streams = data.streams
     for name, partition in partitions.items():
-        if streams is not None and partition.images % streams:
-            text = f"'data.streams' is {streams}, expected a divisor of partitions.{name}.images {partition.images}"
+        if streams is not None and partition.units % streams:
+            text = f"'data.streams' is {streams}, expected a divisor of partitions.{name}.{partition.unit} {partition.units}"
             yield Problem(text, ("data", "streams"))

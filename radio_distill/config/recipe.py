@@ -7,6 +7,7 @@ PHI = PHI-S paper, FS = FeatSharp paper, V4 = C-RADIOv4 report, OURS = not publi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
@@ -283,14 +284,70 @@ class Teacher(Fields):
 class Partition(Sized):
     size: Side
     """Side in pixels of the student's image. `{128: 1, 256: 2}`: drawn for each step, with these weights (docs/training.md)."""
-    images: Positive
+    images: Positive | None
     """Images of this partition in one optimizer step, over all ranks."""
+    aspect: Literal["square", "native"] = "square"
+    """`square`: images of `size` x `size` pixels, `images` of them in a step. `native`: each image keeps its aspect ratio and has
+    a size of its own; `area`, `tokens` and `packs` take the place of `size` and `images` (docs/training.md)."""
+    area: tuple[Positive, Positive] | None = None
+    """Of a native partition: the least and the largest area of the student's image in pixels (`[16384, 65536]`: 128 x 128 to
+    256 x 256); each image draws its own in between."""
+    tokens: Positive | None = None
+    """Of a native partition: how many of the student's patches a pack holds at most. Packs are filled with one image after the other."""
+    packs: Positive | None = None
+    """Of a native partition: its packs in one optimizer step, over all ranks."""
+    max_aspect: Annotated[Scale, Field(ge=1)] = 4.0
+    """Of a native partition: longer images are cut to this ratio of the long side to the short one (OURS)."""
     weight: Weight = 1.0
     """Weight of this partition's mean loss in the total. 1 for all: equal partitions (OURS)."""
     micro_batch: Positive | None = None
-    """Images per rank and forward; null: all at once. Smaller values accumulate gradients."""
+    """Images (packs of a native partition) per rank and forward; null: all at once. Smaller values accumulate gradients."""
     teachers: dict[str, TeacherView]
     """The teachers that this partition matches, by their name in `teachers`."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_native(cls, values: Any) -> Any:
+        """Of a native partition `size` is the side of the square of its largest area."""
+        if not isinstance(values, Mapping) or values.get("aspect") != "native":
+            return values
+        try:
+            side = math.isqrt(int(values["area"][1]))
+        except (KeyError, IndexError, TypeError, ValueError, OverflowError):
+            side = 1  # what is wrong with `area` is told below, or by its type
+        return {**values, "size": side if values.get("size") is None else values["size"], "images": values.get("images")}
+
+    @model_validator(mode="after")
+    def _is_square_or_native(self) -> Self:
+        own = {"area": self.area, "tokens": self.tokens, "packs": self.packs}
+        missing = [name for name, value in own.items() if value is None]
+        if self.aspect == "square":
+            if self.images is None:
+                raise PydanticCustomError("images", "`images`, a whole number")
+            if len(missing) < len(own) or self.max_aspect != 4:
+                raise PydanticCustomError("native", "`aspect: native` beside area, tokens, packs and max_aspect")
+        elif missing:
+            raise PydanticCustomError("native", "`{missing}`, as `aspect` is native", {"missing": "`, `".join(missing)})
+        elif self.area is not None and (self.images is not None or self.sizes or self.size != math.isqrt(self.area[1])):
+            raise PydanticCustomError("native", "no `size` and no `images`, as `aspect` is native: set both to null")
+        return self
+
+    @property
+    def is_native(self) -> bool:
+        """Whether images keep their aspect ratio and come in packs."""
+        return self.aspect == "native"
+
+    @property
+    def units(self) -> int:
+        """What a step has of it, over all ranks, and what ranks, streams and forwards share: images, or packs of a native one."""
+        count = self.packs if self.is_native else self.images
+        assert count is not None  # as _is_square_or_native says
+        return count
+
+    @property
+    def unit(self) -> str:
+        """The field that `units` come from."""
+        return "packs" if self.is_native else "images"
 
 
 class Balance(Fields):
@@ -300,6 +357,8 @@ class Balance(Fields):
     """Steps at the start of the stage during which the statistics are gathered (PHI Table 10); 0: they are loaded."""
     every: Positive = 100
     """The balancers are recomputed from the sums every this many steps of the window."""
+    per_image: Positive = 256
+    """Of an image of a native partition at most this many positions are counted, so that large images do not dominate (OURS)."""
     ahead: bool = False
     """Gather the statistics of all `window` steps before the first step, with the teachers alone, instead of during them.
     Adaptors of an earlier stage then keep what they know: every refit hands them another basis (OURS)."""

@@ -6,11 +6,12 @@ resumed run draws on as if it had not stopped.
 
 from __future__ import annotations
 
+import math
 import random
 
 from .recipe import Partition, Recipe, Sized, TeacherView
 
-__all__ = ["at_step", "choices", "draws_sizes", "side_of", "sides_text"]
+__all__ = ["at_step", "choices", "draws_sizes", "side_of", "sides_text", "units_text"]
 
 
 def at_step(recipe: Recipe, partition: str, step: int) -> Partition:
@@ -28,9 +29,12 @@ def at_step(recipe: Recipe, partition: str, step: int) -> Partition:
 
 
 def draws_sizes(recipe: Recipe) -> str | None:
-    """The first partition whose sizes are drawn, of the student or of a teacher."""
-    cells = recipe.partitions.items()
-    return next((name for name, cell in cells if cell.sizes or any(view.sizes for view in cell.teachers.values())), None)
+    """The first partition whose sizes are drawn, of the student or of a teacher, for a step or (native) for every image."""
+
+    def draws(cell: Partition) -> bool:
+        return cell.is_native or bool(cell.sizes) or any(view.sizes for view in cell.teachers.values())
+
+    return next((name for name, cell in recipe.partitions.items() if draws(cell)), None)
 
 
 def choices(sized: Partition | TeacherView, default: int) -> dict[int, float]:
@@ -47,8 +51,15 @@ def side_of(cell: Partition, view: TeacherView, teacher: tuple[int, int], studen
 
 
 def sides_text(sized: Sized) -> str:
-    """`256 px`, or `128 to 256 px`."""
+    """`256 px`, `128 to 256 px`, or of a native partition `128^2 to 256^2 px`."""
+    if isinstance(sized, Partition) and sized.area is not None:
+        return f"{math.isqrt(sized.area[0])}^2 to {sized.size}^2 px"
     return f"{min(sized.sizes)} to {max(sized.sizes)} px" if len(sized.sizes) > 1 else f"{sized.size} px"
+
+
+def units_text(partition: Partition) -> str:
+    """`64`, or `8 packs`: what a step has of a partition."""
+    return f"{partition.units} packs" if partition.is_native else str(partition.units)
 
 
 def _draw(sized: Sized, recipe: Recipe, step: int, *of: str) -> int:

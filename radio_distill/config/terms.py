@@ -34,6 +34,8 @@ class Term:
     """What the function gets besides the pair."""
     always: bool = False
     """Measured and logged where its weight is 0, too."""
+    takes_strips: bool = False
+    """Its function takes all images of a native partition at once (`losses.Pair.grids`)."""
 
     def is_computed(self, recipe: Recipe, teacher: str) -> bool:
         """Whether a step computes it for a teacher that has such an output."""
@@ -49,6 +51,7 @@ TERMS = (
         weight=lambda recipe, teacher: recipe.teachers[teacher].feature_weight,
         options=lambda recipe: {"spec": recipe.loss.features},
         always=True,
+        takes_strips=True,
     ),
     Term(
         name="summary",

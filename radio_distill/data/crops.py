@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from ..config.recipe import Crop
 
-__all__ = ["Box", "Shift", "draw_crop", "draw_shift", "make_room"]
+__all__ = ["Box", "Shift", "draw_crop", "draw_native_crop", "draw_shift", "make_room", "nearest_grid"]
 
 
 class Box(NamedTuple):
@@ -47,6 +47,24 @@ def draw_crop(rng: random.Random, height: int, width: int, crop: Crop) -> Box:
     ratio = min(max(width / height, crop.ratio[0]), crop.ratio[1])
     rows, columns = min(height, round(width / ratio)), min(width, round(height * ratio))
     return Box((height - rows) // 2 / height, (width - columns) // 2 / width, rows / height, columns / width)
+
+
+def draw_native_crop(rng: random.Random, height: int, width: int, crop: Crop, max_aspect: float) -> Box:
+    """Draw a crop of the image's own aspect ratio whose area lies in the recipe's range (`crop.ratio` does not count).
+
+    Where the image is longer than `max_aspect` times its short side, the crop is that long at most.
+    """
+    side, aspect = math.sqrt(rng.uniform(*crop.scale)), height / width
+    tall, wide = side * min(1.0, max_aspect / aspect), side * min(1.0, max_aspect * aspect)
+    return Box(rng.uniform(0, 1 - tall), rng.uniform(0, 1 - wide), tall, wide)
+
+
+def nearest_grid(patches: float, aspect: float, most: int) -> tuple[int, int]:
+    """(rows, columns) of about so many patches, and never more than `most`, with rows / columns near `aspect`."""
+    rows, columns = (max(1, round(math.sqrt(patches * ratio))) for ratio in (aspect, 1 / aspect))
+    if rows * columns <= most:
+        return rows, columns
+    return (most // columns, columns) if rows > columns else (rows, most // rows)
 
 
 def draw_shift(rng: random.Random, std: float, patch: int, size: int) -> Shift:

@@ -1,6 +1,6 @@
 """The loader: batches of one partition for one rank, the same whatever the number of ranks and loader processes.
 
-In each step a partition takes images/V consecutive samples from each of V streams (`data.streams`). Rank r of R takes the r-th
+In each step a partition takes images/V consecutive samples from each of V streams (`data.streams`), a native one packs/V packs. Rank r of R takes the r-th
 block of V/R streams, loader process w of W the w-th block of those, and the parts are put together in this order. Every
 batch carries the position of its streams (`Batch.position`); a loader built with it continues with the next batch, on the same
 or any other number of ranks and processes that divides V. Prefetched batches are dropped; they are read again.
@@ -17,10 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..config.recipe import Partition
 from ..config.upsampler_recipe import AnyRecipe
 from ..errors import DataError
 from ..types import Batch, View
 from .keep import keep_lists
+from .packs import packed_views
 from .processes import ahead, read_in_processes
 from .sources import choose_streams, list_source
 from .stream import Bad, Feed
@@ -48,13 +50,13 @@ def build_loader(
     used (of this rank, or of all ranks by `merge_positions`); None starts at the beginning. Raises DataError when sources
     are missing, too small, or no longer those of the position, or when streams, ranks and images do not divide.
     """
-    data, images = recipe.data, recipe.partitions[partition].images
+    data, cell = recipe.data, recipe.partitions[partition]
     if not data.sources:
         raise DataError("data.sources is empty; say where the images are: data.sources.train.path=FOLDER_OR_SHARDS")
     listings = [list_source(name, source) for name, source in data.sources.items()]
     streams = data.streams or (position["streams"] if position else None)
-    streams = streams or choose_streams([p.images for p in recipe.partitions.values()], listings, [world_size])
-    _check_division(partition, images, streams, world_size)
+    streams = streams or choose_streams([p.units for p in recipe.partitions.values()], listings, [world_size])
+    _check_division(partition, cell, streams, world_size)
     keep = keep_lists(data)
     sources = {
         one.name: one.fingerprint(streams) + (f", keep {keep[one.name].digest}" if one.name in keep else "") for one in listings
@@ -65,17 +67,18 @@ def build_loader(
         tuple(Feed(listing.name, listing.weight, listing.shards(streams), keep.get(listing.name)) for listing in listings),
         views,
         data,
-        partition=partition,
-        size=recipe.partitions[partition].size,
+        name=partition,
+        partition=cell,
+        patch=next(spec.patch for spec in views(step)),
         seed=recipe.seed,
         streams=streams,
         indices=mine,
-        quota=images // streams,
+        quota=cell.units // streams,
         states=_states(position, header, mine),
         step=step,
     )
     workers = _fit_workers(recipe.engine.workers, len(mine))
-    return Loader(parts, partition, header, workers=workers, micro_batch=recipe.partitions[partition].micro_batch)
+    return Loader(parts, partition, header, workers=workers, micro_batch=cell.micro_batch)
 
 
 def merge_positions(positions: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
@@ -132,26 +135,41 @@ class Loader:
         return item
 
     def _step(self, parts: list[Part]) -> list[Batch]:
+        keys = tuple(key for part in parts for key in part.keys)
+        native = bool(parts[0].packs)
+        canvases: Any = [part.canvases for part in parts]
         position = {**self._header, "states": [state for part in parts for state in part.states]}
         batch = Batch(
             partition=self._partition,
-            keys=tuple(key for part in parts for key in part.keys),
+            keys=keys,
             seeds_B=torch.tensor([seed for part in parts for seed in part.seeds]),
-            views=as_views([part.canvases for part in parts]),
+            views=packed_views(canvases, len(keys)) if native else as_views(canvases),
             position=position,
+            grids=tuple(grid for part in parts for grid in part.grids) if native else None,
         )
-        size = self._micro_batch or len(batch)
-        return [_rows(batch, slice(start, start + size)) for start in range(0, len(batch), size)]
+        units = [images for part in parts for images in part.packs] if native else [1] * len(batch)
+        return list(_micro_batches(batch, units, self._micro_batch))
+
+
+def _micro_batches(batch: Batch, units: list[int], micro_batch: int | None) -> Iterator[Batch]:
+    """The batch in forwards of so many units. units: images of each."""
+    start = 0
+    for first in range(0, len(units), micro_batch or len(units)):
+        stop = start + sum(units[first : first + (micro_batch or len(units))])
+        yield _rows(batch, slice(start, stop))
+        start = stop
 
 
 def _rows(batch: Batch, rows: slice) -> Batch:
     taken: dict[int, Tensor] = {}
+    pixels = rows if batch.grids is None else slice(*(sum(r * c for r, c in batch.grids[:n]) for n in (rows.start, rows.stop)))
 
-    def take(x: Tensor) -> Tensor:
-        return taken.setdefault(id(x), x[rows])
+    def take(x: Tensor, part: slice = rows) -> Tensor:
+        return taken.setdefault(id(x), x[part])
 
-    views = {name: View(take(view.images_B3HW), take(view.boxes_B4)) for name, view in batch.views.items()}
-    return replace(batch, keys=batch.keys[rows], seeds_B=take(batch.seeds_B), views=views)
+    views = {name: View(take(view.images_B3HW, pixels), take(view.boxes_B4)) for name, view in batch.views.items()}
+    grids = None if batch.grids is None else batch.grids[rows]
+    return replace(batch, keys=batch.keys[rows], seeds_B=take(batch.seeds_B), views=views, grids=grids)
 
 
 class SkipLog:
@@ -174,15 +192,16 @@ class SkipLog:
                 log.warning("skipped so far: %s", ", ".join(f"{n} {r}" for r, n in self._counts.most_common()))
 
 
-def _check_division(partition: str, images: int, streams: int, world_size: int) -> None:
-    fitting = [v for v in range(1, images + 1) if images % v == 0 and v % world_size == 0]
+def _check_division(name: str, cell: Partition, streams: int, world_size: int) -> None:
+    units = cell.units
+    fitting = [v for v in range(1, units + 1) if units % v == 0 and v % world_size == 0]
     if streams in fitting:
         return
-    if images % streams:
-        problem = f"partitions.{partition}.images={images} is no multiple of data.streams={streams}"
+    if units % streams:
+        problem = f"partitions.{name}.{cell.unit}={units} is no multiple of data.streams={streams}"
     else:
-        problem = f"data.streams={streams} cannot be shared by the {world_size} ranks of partition {partition!r}"
-    remedy = f"use data.streams={_nearest(fitting, streams)}" if fitting else f"use images that {world_size} ranks divide"
+        problem = f"data.streams={streams} cannot be shared by the {world_size} ranks of partition {name!r}"
+    remedy = f"use data.streams={_nearest(fitting, streams)}" if fitting else f"use {cell.unit} that {world_size} ranks divide"
     raise DataError(f"{problem}; {remedy} (a saved position needs the number of streams it was made with)")
 
 

@@ -9,18 +9,19 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import accumulate, islice
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from ..config.recipe import Data
 from ..errors import DataError
+from .decode import BadImage
 from .keep import Keep
 from .reading import Raw, ShardError, read_shard
 from .seeding import sample_seed, shard_order, stable_hash
 from .sources import Shard
 
-__all__ = ["Bad", "Feed", "Sample", "Stream"]
+__all__ = ["Bad", "Feed", "Sample", "Stream", "attempt"]
 
 GIVE_UP = 20  # unreadable shards of one source in a row: a server or a mount is gone
 
@@ -52,6 +53,22 @@ class Bad(NamedTuple):
     reason: str
     """A few words from a small set; counted by it."""
     detail: str = ""
+
+
+T = TypeVar("T")
+
+
+def attempt(sample: Sample, do: Callable[[Callable[[], bytes]], T]) -> T | Bad:
+    """What `do` makes of the function that reads a sample's image, or what is wrong with that image."""
+    read = sample.raw.image
+    if read is None:
+        return Bad(sample.key, "no image", f"members: {', '.join(sample.raw.parts)}")
+    try:
+        return do(read)
+    except BadImage as error:
+        return Bad(sample.key, error.reason, error.detail)
+    except OSError as error:
+        return Bad(sample.key, "unreadable", str(error))
 
 
 class Stream:

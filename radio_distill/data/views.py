@@ -29,12 +29,15 @@ from .seeding import stable_hash
 __all__ = [
     "Canvas",
     "Cut",
+    "Pool",
     "ViewCutter",
     "ViewSpec",
     "ViewsAt",
     "always",
     "as_views",
+    "cut_out",
     "draw_cut",
+    "joined",
     "mosaic",
     "resize_into",
     "unmosaic",
@@ -98,7 +101,7 @@ class ViewCutter:
         """Cut as `data` says; `size` is the partition's largest, and decides which images are too small."""
         self._data = data
         self._min_side = max(data.min_side, size // 2) if size >= HIGH_RESOLUTION else data.min_side
-        self._pool = _Pool()
+        self._pool = Pool()
         self._scratch = Scratch()
 
     def blank(self, specs: Sequence[ViewSpec], count: int) -> list[Canvas]:
@@ -141,11 +144,15 @@ def as_views(parts: Sequence[Sequence[Canvas]]) -> dict[str, View]:
     """Put the rows of all parts of a batch under each other; consumers of one canvas get the same tensors."""
     views: dict[str, View] = {}
     for canvases in zip(*parts, strict=True):
-        images = canvases[0].images_B3SS if len(canvases) == 1 else torch.cat([c.images_B3SS for c in canvases])
-        images = images.pin_memory() if torch.cuda.is_available() else images
         boxes = torch.from_numpy(np.concatenate([c.boxes_B4 for c in canvases]))
-        views |= dict.fromkeys(canvases[0].names, View(images, boxes))
+        views |= dict.fromkeys(canvases[0].names, View(joined([c.images_B3SS for c in canvases]), boxes))
     return views
+
+
+def joined(parts: Sequence[Tensor]) -> Tensor:
+    """One under the other, in pinned memory where there is a GPU."""
+    whole = parts[0] if len(parts) == 1 else torch.cat(list(parts))
+    return whole.pin_memory() if torch.cuda.is_available() else whole
 
 
 def resize_into(out_13SS: Tensor, crop_HW3: Tensor) -> None:
@@ -163,23 +170,38 @@ def _paint(
 ) -> None:
     """Cut whole pixels: the boxes say where the cut really lies, so that maps can be aligned exactly."""
     total_rows, total_columns = pixels_HW3.shape[:2]
-    rows, columns = max(1, round(crop.height * total_rows)), max(1, round(crop.width * total_columns))
-    top = min(round(crop.top * total_rows), total_rows - rows)
-    left = min(round(crop.left * total_columns), total_columns - columns)
+    top, left, rows, columns = _whole_pixels(crop, total_rows, total_columns)
     cut = {}
     for canvas, shift in zip(canvases, shifts):
         down = min(max(round(shift.down * rows), -top), total_rows - rows - top)
         right = min(max(round(shift.right * columns), -left), total_columns - columns - left)
         if (down, right) not in cut:
             part = pixels_HW3[top + down : top + down + rows, left + right : left + right + columns]
-            cut[down, right] = part.permute(2, 0, 1).flip(2).permute(1, 2, 0) if flip else part
+            cut[down, right] = _mirrored(part) if flip else part
         resize_into(canvas.images_B3SS[index : index + 1], cut[down, right])
         if (down, right) != (0, 0):
             x, y = (-right if flip else right) / columns, down / rows
             canvas.boxes_B4[index] = x, y, x + 1, y + 1
 
 
-class _Pool:
+def cut_out(pixels_HW3: Tensor, cut: Cut) -> Tensor:
+    """The part of an image that a view shows, in its own pixels."""
+    top, left, rows, columns = _whole_pixels(cut.crop, *pixels_HW3.shape[:2])
+    part = pixels_HW3[top : top + rows, left : left + columns]
+    return _mirrored(part) if cut.flip else part
+
+
+def _whole_pixels(crop: Box, height: int, width: int) -> tuple[int, int, int, int]:
+    """(top, left, rows, columns) of a crop of an image of so many pixels."""
+    rows, columns = max(1, round(crop.height * height)), max(1, round(crop.width * width))
+    return min(round(crop.top * height), height - rows), min(round(crop.left * width), width - columns), rows, columns
+
+
+def _mirrored(part_HW3: Tensor) -> Tensor:
+    return part_HW3.permute(2, 0, 1).flip(2).permute(1, 2, 0)
+
+
+class Pool:
     """Memory for batches, handed out again as soon as no tensor uses it: fresh pages cost more than a resize."""
 
     def __init__(self) -> None:

@@ -6,17 +6,17 @@ The same code runs in the training process when there are no workers.
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import count
 from typing import Any
 
 from torch.utils.data import IterableDataset, get_worker_info
 
-from ..config.recipe import Data
+from ..config.recipe import Data, Partition
 from ..errors import DataError
-from .decode import BadImage
-from .stream import Bad, Feed, Sample, Stream
+from .packs import Filler, PackCanvas, PackCutter
+from .stream import Bad, Feed, Sample, Stream, attempt
 from .views import Canvas, ViewCutter, ViewsAt
 
 __all__ = ["Part", "PartReader"]
@@ -28,11 +28,15 @@ class Part:
 
     keys: tuple[str, ...]
     seeds: tuple[int, ...]
-    canvases: list[Canvas]
+    canvases: list[Canvas] | list[PackCanvas]
     states: list[dict[str, Any]]
     """Of the streams, after these images."""
     bad: list[Bad]
     """What was left out on the way."""
+    grids: tuple[tuple[int, int], ...] = ()
+    """Of a native partition: rows and columns of every image's patches."""
+    packs: tuple[int, ...] = ()
+    """Of a native partition: images of each pack."""
 
 
 class PartReader(IterableDataset[Part | DataError]):
@@ -47,8 +51,9 @@ class PartReader(IterableDataset[Part | DataError]):
         views: ViewsAt,
         data: Data,
         *,
-        partition: str,
-        size: int,
+        name: str,
+        partition: Partition,
+        patch: int,
         seed: int,
         streams: int,
         indices: range,
@@ -56,9 +61,10 @@ class PartReader(IterableDataset[Part | DataError]):
         states: dict[int, dict[str, Any]],
         step: int,
     ) -> None:
-        """Prepare the streams `indices` of `streams`, each giving `quota` images a step, from `states` where given, at `step`."""
+        """Prepare the streams `indices` of `streams`, each giving `quota` images (or packs) a step, from `states` where given, at
+        `step`. patch: of the partition's grids."""
         self._feeds, self._views, self._data, self._step = feeds, views, data, step
-        self._partition, self._size, self._seed = partition, size, seed
+        self._name, self._partition, self._patch, self._seed = name, partition, patch, seed
         self._streams, self._indices, self._quota, self._states = streams, indices, quota, states
 
     def __iter__(self) -> Iterator[Part | DataError]:
@@ -66,52 +72,79 @@ class PartReader(IterableDataset[Part | DataError]):
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
         block = len(self._indices) // workers
         streams = [self._stream(index) for index in self._indices[worker * block : (worker + 1) * block]]
-        cutter = ViewCutter(self._data, size=self._size)
         watch = _Watch(self._data.max_bad)
+        read = self._packs(streams, watch) if self._partition.is_native else self._squares(streams, watch)
         try:
             for step in count(self._step):
-                yield self._part(streams, cutter, watch, step)
+                yield read(step)
         except DataError as error:
             yield error
 
     def _stream(self, index: int) -> Stream:
-        stream = Stream(self._feeds, index, self._streams, seed=self._seed, order=self._partition, data=self._data)
-        if index in self._states:
-            stream.load(self._states[index])
-        return stream
+        return Stream(self._feeds, index, self._streams, seed=self._seed, order=self._name, data=self._data)
 
-    def _part(self, streams: list[Stream], cutter: ViewCutter, watch: _Watch, step: int) -> Part:
-        canvases = cutter.blank(self._views(step), len(streams) * self._quota)
-        samples: list[Sample] = []
-        bad: list[Bad] = []
-        for number, stream in enumerate(streams, start=1):
-            stream.begin(step)
-            while len(samples) < number * self._quota:
-                sample = next(stream)
-                failure = _cut(cutter, sample, canvases, len(samples))
-                failures = [*stream.bad, *([failure] if failure else [])]
-                stream.bad.clear()
-                stream.counts.update(b.reason for b in failures)
-                bad.extend(failures)
-                watch.see(failures)
-                if failure is None:
-                    samples.append(sample)
-        keys, seeds = tuple(s.key for s in samples), tuple(s.seed for s in samples)
-        return Part(keys, seeds, canvases, [s.state() for s in streams], bad)
+    def _squares(self, streams: list[Stream], watch: _Watch) -> Callable[[int], Part]:
+        """What reads a step of images of one size."""
+        cutter = ViewCutter(self._data, size=self._partition.size)
+        for stream in streams:
+            if stream.index in self._states:
+                stream.load(self._states[stream.index])
+
+        def read(step: int) -> Part:
+            canvases = cutter.blank(self._views(step), len(streams) * self._quota)
+            samples: list[Sample] = []
+            bad: list[Bad] = []
+            for number, stream in enumerate(streams, start=1):
+                stream.begin(step)
+                while len(samples) < number * self._quota:
+                    sample = next(stream)
+                    failure = _cut(cutter, sample, canvases, len(samples))
+                    bad.extend(_noted(stream, failure, watch))
+                    if failure is None:
+                        samples.append(sample)
+            keys, seeds = _names(samples)
+            return Part(keys, seeds, canvases, [s.state() for s in streams], bad)
+
+        return read
+
+    def _packs(self, streams: list[Stream], watch: _Watch) -> Callable[[int], Part]:
+        """What reads a step of packs."""
+        tokens = self._partition.tokens
+        assert tokens is not None
+        filler = Filler(PackCutter(self._data, self._partition, self._patch), tokens, self._quota)
+        for stream in streams:
+            if stream.index in self._states:
+                filler.load(stream, self._states[stream.index])
+
+        def read(step: int) -> Part:
+            packed, bad = filler.blank(self._views(step), len(streams)), []
+            for stream in streams:
+                filler.fill(stream, step, packed, lambda failure, s=stream: bad.extend(_noted(s, failure, watch)))  # type: ignore[misc]
+            canvases = [canvas._replace(pixels_NP=canvas.pixels_NP[: packed.patches]) for canvas in packed.canvases]
+            keys, seeds = _names(packed.samples)
+            states = [filler.state(s) for s in streams]
+            return Part(keys, seeds, canvases, states, bad, tuple(packed.grids), tuple(packed.packs))
+
+        return read
+
+
+def _names(samples: list[Sample]) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    return tuple(s.key for s in samples), tuple(s.seed for s in samples)
+
+
+def _noted(stream: Stream, failure: Bad | None, watch: _Watch) -> list[Bad]:
+    """What is wrong with one sample of a stream and, before it, with shards; takes note of it."""
+    failures = [*stream.bad, *([failure] if failure else [])]
+    stream.bad.clear()
+    stream.counts.update(b.reason for b in failures)
+    watch.see(failures)
+    return failures
 
 
 def _cut(cutter: ViewCutter, sample: Sample, canvases: list[Canvas], index: int) -> Bad | None:
     """Put a sample into row `index`; says what is wrong with it where that cannot be done."""
-    read = sample.raw.image
-    if read is None:
-        return Bad(sample.key, "no image", f"members: {', '.join(sample.raw.parts)}")
-    try:
-        cutter.cut(read(), sample.seed, canvases, index)
-    except BadImage as error:
-        return Bad(sample.key, error.reason, error.detail)
-    except OSError as error:
-        return Bad(sample.key, "unreadable", str(error))
-    return None
+    cut = attempt(sample, lambda read: cutter.cut(read(), sample.seed, canvases, index))
+    return cut if isinstance(cut, Bad) else None
 
 
 class _Watch:

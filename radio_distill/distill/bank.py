@@ -15,6 +15,8 @@ from ..config.mosaic import mosaic_of
 from ..config.recipe import Recipe, TeacherView
 from ..config.sizes import side_of
 from ..data.views import mosaic, unmosaic
+from ..errors import TeacherError
+from ..strips import Grids, join_maps
 from ..teachers.base import Teacher, chunked
 from ..train.timers import Timers
 from ..types import Batch, VisionOutput
@@ -63,12 +65,34 @@ class TeacherBank:
     def _encode(self, batch: Batch, name: str, view: TeacherView) -> VisionOutput:
         teacher = self.teachers[name]
         with self.timers(name):
+            if batch.grids is not None:
+                return self._encode_each(batch, name, batch.grids)
             pixels = teacher.normalize(batch.views[name].images_B3HW)
             if view.mosaic:
                 return self._encode_mosaic(batch, teacher, pixels, chunked(teacher, self.recipe.teachers[name].chunk))
             upsampler = self._upsamplers[batch.partition, name]
             side = batch.side(name) // view.upsampler.factor
             return upsampler(chunked(teacher, self.recipe.teachers[name].chunk), pixels, side)
+
+    def _encode_each(self, batch: Batch, name: str, grids: Grids) -> VisionOutput:
+        """Images of their own sizes, those of one size in one pass; the map is a strip."""
+        teacher, images = self.teachers[name], batch.images(name)
+        encode, alike = chunked(teacher, self.recipe.teachers[name].chunk), _places(grids)
+        summaries: list[Tensor | None] = [None] * len(images)
+        maps: list[Tensor] = [images[0]] * len(images)
+        for grid, places in alike.items():
+            out = encode(teacher.normalize(torch.stack([images[i] for i in places])))
+            if tuple(out.features_BCHW.shape[-2:]) != grid:
+                found, wanted = ("x".join(map(str, sides)) for sides in (out.features_BCHW.shape[-2:], grid))
+                raise TeacherError(
+                    f"teacher {name!r} gave a map of {found} for an image of {wanted} patches of {teacher.patch_size} px; it is not "
+                    "resizable as its card says: name it in a partition of squares"
+                )
+            for row, i in enumerate(places):
+                maps[i] = out.features_BCHW[row : row + 1]
+                summaries[i] = None if out.summary_BC is None else out.summary_BC[row]
+        vectors = [x for x in summaries if x is not None]
+        return VisionOutput(torch.stack(vectors) if vectors else None, join_maps(maps))
 
     def _encode_mosaic(
         self, batch: Batch, teacher: Teacher, pixels_B3HW: Tensor, encode: Callable[[Tensor], VisionOutput]
@@ -83,3 +107,11 @@ class TeacherBank:
         features = encode(images).features_BCHW
         cells = k * tile // patch
         return VisionOutput(None, unmosaic(features[..., :cells, :cells], k, tile, patch, offsets_B2, size)[: len(batch)])
+
+
+def _places(grids: Grids) -> dict[tuple[int, int], list[int]]:
+    """Which images have which grid."""
+    places: dict[tuple[int, int], list[int]] = {}
+    for index, grid in enumerate(grids):
+        places.setdefault(grid, []).append(index)
+    return places

@@ -17,7 +17,6 @@ from ..balance import Balancer, check_balancers, load_balancers
 from ..balance.window import StatisticsWindow
 from ..config.cards import TeacherCard
 from ..config.load import cards_of
-from ..config.mosaic import images_per_mosaic
 from ..config.recipe import Recipe, Start
 from ..data.views import ViewSpec
 from ..errors import RecipeError
@@ -25,6 +24,7 @@ from ..network.pool import MapPool
 from ..network.student import Student
 from ..paths import expand
 from ..plan.cost import partition_cost
+from ..plan.stage import assign_ranks
 from ..runs import artifact_folder
 from ..student.build import build_student
 from ..student.names import slots_of, student_of
@@ -34,7 +34,7 @@ from ..teachers.base import Teacher, Weights, load_teacher
 from ..teachers.pooling import pooling_head
 from ..train import agree
 from ..train.distributed import World
-from ..train.partition import Assignment, assign
+from ..train.partition import Assignment
 from ..train.streams import Streams
 from ..train.watchdog import watch
 from .bank import TeacherBank
@@ -148,7 +148,7 @@ def gather_balancers(side: TeacherSide, world: World, steps: int) -> dict[str, B
             error = name_non_finite(batch, raw, rank=world.rank, step=step)
             if error is not None:
                 raise error
-            side.window.observe(raw)
+            side.window.observe(side.service.countable(batch, raw))
         if step == 0 and steps > 1:
             side.window.refit({})  # fixes the mean directions that the dispersions of later summaries are measured to
         if world.is_main and (step + 1) % max(1, steps // 5) == 0 and steps > 1:
@@ -174,10 +174,7 @@ def build_teachers(
 
 def assignment_of(recipe: Recipe, cards: dict[str, TeacherCard], world_size: int) -> Assignment:
     """Which rank runs which partition; a rank's images must fill whole mosaics."""
-    multiple = {name: images_per_mosaic(partition, cards) for name, partition in recipe.partitions.items()}
-    images = {name: partition.images for name, partition in recipe.partitions.items()}
-    costs = {name: partition_cost(recipe, name).total for name in recipe.partitions}
-    return assign(images=images, costs=costs, world_size=world_size, multiple=multiple)
+    return assign_ranks(recipe, cards, {name: partition_cost(recipe, name) for name in recipe.partitions}, world_size)
 
 
 def _resolved(start: Start) -> Start:

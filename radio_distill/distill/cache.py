@@ -76,7 +76,7 @@ def main(argv: Sequence[str]) -> int:
     if recipe.engine.placement.kind == "dedicated":
         raise RecipeError("engine.placement is 'dedicated' and a cache has no students to serve; remove it")
     if drawn := draws_sizes(recipe):
-        raise RecipeError(f"a cache holds views of one size, and partitions.{drawn} draws sizes; name one")
+        raise RecipeError(f"a cache holds views of one size, and partitions.{drawn} draws sizes; use squares of one")
     recipe = recipe.model_copy(update={"cache": recipe.cache.model_copy(update={"read": None})})
     return run_ranks(recipe, lambda world: write_cache(recipe, world))
 
@@ -176,7 +176,7 @@ class _Writer:
             return
         recipe, name = self._recipe, todo[0].partition
         partition, size = recipe.partitions[name], self._side.assignment.share(name, self._world.rank)
-        most = partition.micro_batch or (size.images if size else partition.images)
+        most = partition.micro_batch or (size.images if size else partition.units)
         once = Once(
             [one.item for one in todo],
             self._specs[name],
@@ -265,7 +265,7 @@ def _tell(recipe: Recipe, listings: list[Listing], out: Path, share_left: float)
     keep = keep_lists(recipe.data)
     counts = [keep[one.name].total if one.name in keep else count_samples(one) for one in listings]
     flops = {p: sum(partition_cost(recipe, p).teachers.values()) for p in names}
-    draws = {p: recipe.optim.steps * recipe.partitions[p].images for p in names}
+    draws = {p: recipe.optim.steps * recipe.partitions[p].units for p in names}
     per_view = {p: row_bytes(recipe, p) for p in names}
     log.info("cache %s: %d views, maps kept as %s", out, views, recipe.cache.store)
     for p in names:
@@ -273,7 +273,7 @@ def _tell(recipe: Recipe, listings: list[Listing], out: Path, share_left: float)
             "  %s: %.1f KB a view of an image; a step reads %.1f MB",
             p,
             per_view[p] / 1e3,
-            per_view[p] * recipe.partitions[p].images / 1e6,
+            per_view[p] * recipe.partitions[p].units / 1e6,
         )
     if None in counts:
         log.info("  how many images there are is not known before remote shards are read; free space is not checked")

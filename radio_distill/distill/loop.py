@@ -75,8 +75,8 @@ def prepare(t: StageTraining, step: int, batches: list[Batch]) -> None:
         raws = [t.service.encode(batch) for batch in batches]
         if agree.any_rank(torch.stack([check_finite(raw) for raw in raws]).any(), t.world.device):
             raise stop_all(t, step, batches)
-        for raw in raws:
-            t.window.observe(raw)
+        for batch, raw in zip(batches, raws):
+            t.window.observe(t.service.countable(batch, raw))
         t.service.balancers.update(t.window.refit(t.service.balancers))
 
 
@@ -88,7 +88,7 @@ def train_step(t: StageTraining, step: int, batches: list[Batch]) -> None:
         with t.timers("teachers"):
             raw = t.service.encode(batch)
             if t.window.is_open(step) and not t.window.refit_due(step):
-                t.window.observe(raw)
+                t.window.observe(t.service.countable(batch, raw))
             targets = t.service.targets(batch, raw)
         bad |= check_finite(raw)
         for member in t.members:

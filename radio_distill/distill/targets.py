@@ -22,6 +22,8 @@ from ..config.recipe import Partition, Recipe, TeacherView
 from ..config.sizes import at_step, side_of
 from ..data.views import ViewSpec
 from ..errors import TrainingError
+from ..seeded import uniform
+from ..strips import Grids, split_strip
 from ..types import Batch, Target, Targets, VisionOutput
 
 __all__ = ["Encoder", "TeacherService", "check_finite", "name_non_finite", "view_specs", "views_at"]
@@ -97,11 +99,12 @@ class TeacherService:
         return self.targets(batch, self.encode(batch))
 
     def positions(self, partition: Partition, name: str) -> int:
-        """Target positions of one step over all ranks, when none is masked. partition: as it is in that step."""
+        """Target positions of one step over all ranks, when none is masked; not of a native partition. partition: as it is in
+        that step."""
         view, card = partition.teachers[name], self.cards[name]
         delivered = _pixels(partition, view, card.input.shape, self._student_patch) // card.input.patch
         side = _loss_side(view, partition.size // self._student_patch, delivered)
-        return partition.images * side * side
+        return partition.units * side * side
 
     def overlap(self, batch: Batch, name: str) -> Tensor:
         """How many target positions of a batch lie inside both the student's and the teacher's crop; a scalar."""
@@ -114,12 +117,19 @@ class TeacherService:
         _, mask = resample_to(ones, teacher, student, (side, side), aligned=False)
         return torch.tensor(float(len(batch) * side * side)) if mask is None else mask.sum().float()
 
+    def countable(self, batch: Batch, raw: dict[str, VisionOutput]) -> dict[str, VisionOutput]:
+        """What the statistics see of raw outputs: all, or of a native partition's images at most `balance.per_image` positions each."""
+        if batch.grids is None:
+            return raw
+        drawn = drawn_positions(batch.seeds_B, batch.grids, self.recipe.balance.per_image)
+        return {name: out._replace(features_BCHW=out.features_BCHW.index_select(3, drawn)) for name, out in raw.items()}
+
     @torch.no_grad()
     def _target(self, batch: Batch, name: str, out: VisionOutput) -> Target:
         partition = self.recipe.partitions[batch.partition]
         features = self.balancers[name].forward(out.features_BCHW)
         boxes = batch.views[name].boxes_B4
-        if partition.teachers[name].grid == "teacher":
+        if batch.grids is not None or partition.teachers[name].grid == "teacher":
             return Target(out.summary_BC, features, boxes)
         side, student_boxes = batch.side("student") // self._student_patch, batch.views["student"].boxes_B4
         if partition.teachers[name].grid == "larger":  # all see one crop (config/checks.py)
@@ -142,9 +152,26 @@ def name_non_finite(batch: Batch, raw: dict[str, VisionOutput], *, rank: int, st
             if x is None or bool(torch.isfinite(x).all()):
                 continue
             bad = ~torch.isfinite(x.flatten(1)).all(1)
+            if batch.grids is not None and kind == "features":
+                bad = torch.stack([~torch.isfinite(part).all() for part in split_strip(x, batch.grids)])
             keys = [key for key, b in zip(batch.keys, bad.tolist()) if b]
             return TrainingError(
                 f"teacher {name!r} gave non-finite {kind} at step {step} on rank {rank} (partition {batch.partition!r}) "
                 f"for {len(keys)} of {len(batch)} samples: {', '.join(keys[:8])}; look at these images, or set engine.teacher_precision=fp32"
             )
     return None
+
+
+def drawn_positions(seeds_B: Tensor, grids: Grids, most: int) -> Tensor:
+    """Indices of a strip's positions, of each image all or, where it has more, `most`: one of every equal part, drawn from its seed."""
+    draws_Bn, steps_n = uniform(seeds_B, "positions", n=most), torch.arange(most, device=seeds_B.device)
+    parts, start = [], 0
+    for index, (rows, columns) in enumerate(grids):
+        count = rows * columns
+        if count <= most:
+            parts.append(start + steps_n[:count])
+        else:
+            begin_n, end_n = steps_n * count // most, (steps_n + 1) * count // most
+            parts.append(start + begin_n + (draws_Bn[index] * (end_n - begin_n)).long())
+        start += count
+    return torch.cat(parts)

@@ -23,6 +23,7 @@ from ..config.terms import Term
 from ..errors import RecipeError
 from ..losses import AdaLoss, Pair, drop_coefficients, evaluate, fidelity_sums, load_terms, mesa_terms
 from ..network.student import Student, StudentTokens
+from ..strips import Grids, join_maps, lengths_of, split_strip
 from ..student.build import seeded_draws
 from ..student.damp import set_damp_step
 from ..tensors import Rows, own_rows
@@ -30,7 +31,7 @@ from ..train import agree
 from ..train.ema import Ema
 from ..types import Batch, Losses, Target, Targets
 
-__all__ = ["DistillTask", "Counts"]
+__all__ = ["DistillTask", "Counts", "predict_map", "student_tokens"]
 
 Counts = dict[str, Tensor | float]
 Terms = dict[Term, Tensor]
@@ -78,6 +79,8 @@ class DistillTask(nn.Module):
     def _draw_window(self, partition: str, step: int) -> int | None:
         """One of the windows that divide the partition's grid, or None."""
         vitdet, side = self.recipe.student.vitdet, at_step(self.recipe, partition, step).size // self.student.patch_size
+        if self.recipe.partitions[partition].is_native:
+            return None
         fitting = [window for window in vitdet.windows if side % window == 0]
         draw = random.Random(f"{self.recipe.seed}/{step}/{partition}")
         return draw.choice(fitting) if fitting and draw.random() < vitdet.probability else None
@@ -87,11 +90,10 @@ class DistillTask(nn.Module):
         return next(self.student.adaptors.parameters()).sum() * 0
 
     def forward(self, batch: Batch, targets: Targets, counts: Counts) -> Losses:
-        """Losses of one micro-batch. counts: per teacher, the global number of valid target positions of this partition."""
+        """Losses of one micro-batch. counts: per teacher, the global number of valid target positions of this partition; of a
+        native one of its images."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.trunk_frozen), self._autocast(batch):
-            tokens = self.student.forward_tokens(
-                _pixels(batch, "student"), draws=seeded_draws(self.student, batch.seeds_B), window=self.windows[batch.partition]
-            )
+            tokens = student_tokens(self.student, batch, window=self.windows[batch.partition])
         reference = self._ema_tokens(batch) if self.mesa_on else None
         return self._losses(batch, targets, counts, tokens, reference)
 
@@ -121,6 +123,10 @@ class DistillTask(nn.Module):
             mesa = self._mesa(batch, tokens, reference)
             parts[f"loss/{batch.partition}/mesa"] = mesa.detach()
             total = total + self.recipe.loss.mesa.weight * mesa
+        if batch.grids is not None:
+            positions = tokens.features_BCHW.shape[-1]
+            for what, number in (("images", len(batch)), ("tokens", positions)):  # of a step, which vary
+                parts[f"{what}/{batch.partition}"] = batch.seeds_B.new_full((), number, dtype=torch.float64)
         total = total * self.recipe.partitions[batch.partition].weight
         return Losses(total, parts | {"loss": total.detach()})
 
@@ -128,10 +134,11 @@ class DistillTask(nn.Module):
         self, batch: Batch, name: str, target: Target, count: Tensor | float, tokens: StudentTokens, parts: dict[str, Tensor]
     ) -> Terms:
         """Per-image losses of one adaptor; adds the sums that make its fidelity to `parts`."""
-        balancer, images = self.balancers[name], self.recipe.partitions[batch.partition].images
+        balancer, cell = self.balancers[name], self.recipe.partitions[batch.partition]
+        images = count if cell.is_native else cell.units
         features, mask = self._predict(batch, name, target, tokens)
         gather = self.gather.get(batch.partition, own_rows)
-        pairs = {"features": Pair(features, target.features_BCHW, mask, balancer, gather)}
+        pairs = {"features": Pair(features, target.features_BCHW, mask, balancer, gather, batch.grids)}
         terms: Terms = {}
         for term, function in self.terms.items():
             if not term.is_computed(self.recipe, name):
@@ -141,6 +148,8 @@ class DistillTask(nn.Module):
                 pairs["summary"] = Pair(summary, target.summary_BC, None, balancer, gather)
             if term.head in pairs:
                 sums_B = evaluate(term, function, pairs[term.head], term.options(self.recipe))
+                if batch.grids is not None and term.per == "position":  # one image, one vote, whatever its size
+                    sums_B = sums_B / lengths_of(batch.grids, sums_B.device)
                 terms[term] = sums_B / (count if term.per == "position" else images)
         with torch.no_grad():
             error, variance, _ = fidelity_sums(features, target.features_BCHW, balancer, mask)
@@ -152,7 +161,9 @@ class DistillTask(nn.Module):
         adaptor = self.student.adaptor(name)
         with self._autocast(batch):
             if adaptor.pool is not None:
-                return adaptor.pooled(self.balancers[name].inverse(features_BCHW))
+                raw = self.balancers[name].inverse(features_BCHW)
+                maps = [raw] if batch.grids is None else split_strip(raw, batch.grids)
+                return torch.cat([adaptor.pooled(part) for part in maps])
             return adaptor.summary(tokens.class_tokens_BNC[:, adaptor.token])
 
     def _predict(self, batch: Batch, name: str, target: Target, tokens: StudentTokens) -> tuple[Tensor, Tensor | None]:
@@ -164,7 +175,7 @@ class DistillTask(nn.Module):
             own = batch.views["student"].boxes_B4
             features, mask = resample_to(features.float(), own, target.boxes_B4, (height, width), aligned=self._aligned)
         with self._autocast(batch):
-            predicted = self.student.adaptor(name).features(features)
+            predicted = predict_map(self.student, name, features, batch.grids)
         return enlarge_map(predicted, (height, width)) if grid == "larger" else predicted, mask
 
     def _mesa(self, batch: Batch, tokens: StudentTokens, reference: StudentTokens) -> Tensor:
@@ -173,7 +184,7 @@ class DistillTask(nn.Module):
         boxes = (batch.views["ema_student"].boxes_B4, batch.views["student"].boxes_B4)
         theirs, mask = resample_to(reference.features_BCHW.float(), *boxes, (height, width), aligned=self._aligned)
         sums_B, counts_B = mesa_terms(tokens.features_BCHW.float(), theirs, mask)
-        return (sums_B / counts_B.clamp_min(1)).sum() / self.recipe.partitions[batch.partition].images
+        return (sums_B / counts_B.clamp_min(1)).sum() / self.recipe.partitions[batch.partition].units
 
     def _balanced(self, name: str, term: Tensor) -> Tensor:
         """A term over its running mean where AdaLoss is on."""
@@ -227,6 +238,23 @@ class _Tokens(nn.Module):
 
     def forward(self, images_B3HW: Tensor, seeds_B: Tensor) -> StudentTokens:
         return self.student.forward_tokens(images_B3HW, draws=seeded_draws(self.student, seeds_B))
+
+
+def student_tokens(student: Student, batch: Batch, *, window: int | None = None) -> StudentTokens:
+    """What a student makes of its images; in train mode with their own viewports. Of a native partition the map is a strip."""
+    draws = seeded_draws(student, batch.seeds_B)
+    if batch.grids is None:
+        return student.forward_tokens(_pixels(batch, "student"), draws=draws, window=window)
+    each = student.forward_packed([image.float() / 255 for image in batch.images("student")], draws=draws)
+    return StudentTokens(torch.cat([t.class_tokens_BNC for t in each]), join_maps([t.features_BCHW for t in each]))
+
+
+def predict_map(student: Student, name: str, features: Tensor, grids: Grids | None) -> Tensor:
+    """What an adaptor says of a map; of a strip a strip."""
+    adaptor = student.adaptor(name)
+    if grids is None or adaptor.is_pointwise:
+        return adaptor.features(features)
+    return join_maps([adaptor.features(part) for part in split_strip(features, grids)])
 
 
 def _pixels(batch: Batch, consumer: str) -> Tensor:

@@ -17,6 +17,7 @@ from ..log.sinks import console_line
 from ..network.student import Student
 from ..plan.budget import rate_of
 from ..plan.ledger import Ledger
+from ..strips import split_strip
 from ..student.checkpoints import save_student
 from ..student.plain import fold_affine
 from ..student.spectral import fold_state, spectral_eps
@@ -28,9 +29,9 @@ from ..train.partition import gatherers
 from ..train.run import RunFolder
 from ..train.streams import forwards
 from ..train.training import Training
-from ..types import Batch
+from ..types import Batch, Targets
 from .build import TeacherSide
-from .task import Counts, DistillTask
+from .task import Counts, DistillTask, predict_map, student_tokens
 
 __all__ = ["StageTraining", "export_student"]
 
@@ -49,7 +50,9 @@ class StageTraining(Training):
             recipe, world, run, side.streams, self.task, student, micro_steps=micro_steps, ema_decay=recipe.ema.decay
         )
         self.task.attach(self.service.balancers, self.ema)
-        self.task.gather = gatherers(side.assignment, world.rank)
+        self.task.gather = gatherers(
+            side.assignment, world.rank, [p for p, cell in recipe.partitions.items() if cell.is_native]
+        )
         self.label = ""
         """What its lines on the console begin with, where there are several students."""
         self.ledger = Ledger(recipe)
@@ -80,13 +83,13 @@ class StageTraining(Training):
         metrics |= {f"cost/{name}": value for name, value in asdict(spent).items()}
         rate = known_rate(self.recipe, self.world)
         if rate is not None and steps:
-            seconds = steps * self.images_per_step / metrics["images_per_s"]
+            seconds = steps * self.images_of(metrics) / metrics["images_per_s"]
             metrics["cost/utilisation"] = (spent - before).flop / (seconds * rate)
         return metrics
 
     @property
     def images_per_step(self) -> int:
-        return sum(p.images for p in self.recipe.partitions.values())
+        return sum(p.units for p in self.recipe.partitions.values() if not p.is_native)
 
     def extra_seconds(self) -> dict[str, float]:
         return {f"time/teachers/{name}": seconds for name, seconds in self.service.encoder.seconds().items()}
@@ -120,14 +123,19 @@ class StageTraining(Training):
                 self.window.add(state)
 
     def counts(self, batches: list[Batch]) -> dict[str, Counts]:
-        """Global number of valid target positions of this step, by partition and teacher.
+        """Global number of valid target positions of this step, by partition and teacher; of native partitions of images.
 
-        A constant unless crops are shifted independently; then the valid positions are counted and summed over ranks.
+        A constant unless crops are shifted independently or images are packed; then they are counted and summed over ranks.
         """
         recipe, service = self.recipe, self.service
         if recipe.data.shift_std == 0:
             cells = {p: at_step(recipe, p, self.step) for p in recipe.partitions}
-            return {p: {t: float(service.positions(cell, t)) for t in cell.teachers} for p, cell in cells.items()}
+            positions: dict[str, Counts] = {
+                p: {t: float(service.positions(cell, t)) for t in cell.teachers}
+                for p, cell in cells.items()
+                if not cell.is_native
+            }
+            return positions | self._images(batches)
         keys = [(p, t) for p, part in recipe.partitions.items() for t in part.teachers]
         totals = torch.zeros(len(keys), device=self.world.device)
         for batch in batches:
@@ -140,17 +148,21 @@ class StageTraining(Training):
             counts[p][t] = total
         return counts
 
+    def _images(self, batches: list[Batch]) -> dict[str, Counts]:
+        """Of native partitions: how many there are in this step, on all ranks. A collective, where there is one."""
+        native = {p: cell for p, cell in self.recipe.partitions.items() if cell.is_native}
+        if not native:
+            return {}
+        mine = [float(sum(len(b) for b in batches if b.partition == p)) for p in native]
+        totals = torch.tensor(mine).to(self.world.device, non_blocking=True)
+        agree.sum_ranks(totals)
+        return {p: dict.fromkeys(cell.teachers, total) for (p, cell), total in zip(native.items(), totals)}
+
     @torch.no_grad()
     def draw(self, batch: Batch, images: int = 6) -> None:
         """PCA panels of every teacher's target and the student's prediction of it, for the first images of a batch."""
         targets, student = self.service(batch), self.task.student.eval()
-        pixels = batch.views["student"].images_B3HW[:images].float() / 255
-        features = student.forward_tokens(pixels).features_BCHW.float()
-        rows = {"image": pixels, "student": viz.pca_rgb(features)}
-        for name, target in targets.items():
-            predicted = viz.resize(student.adaptor(name).features(features), target.features_BCHW.shape[-2:])
-            both = viz.pca_rgb(torch.cat([target.features_BCHW[:images], predicted]))
-            rows[f"{name} teacher"], rows[f"{name} student"] = both.chunk(2)
+        rows = _squares(student, batch, targets, images) if batch.grids is None else _strips(student, batch, targets, images)
         student.train()
         path = self.run.path / "pictures" / f"step-{self.step:08d}-{batch.partition}.png"
         viz.save_png(viz.panel(rows), path)
@@ -168,6 +180,37 @@ def known_rate(recipe: Recipe, world: World) -> float | None:
         else world.size * (place.student_ranks + place.teacher_ranks) // place.student_ranks
     )
     return None if rate is None else rate * ranks
+
+
+def _squares(student: Student, batch: Batch, targets: Targets, images: int) -> dict[str, Tensor]:
+    """The rows of a picture, by what they show."""
+    pixels = batch.views["student"].images_B3HW[:images].float() / 255
+    features = student.forward_tokens(pixels).features_BCHW.float()
+    rows = {"image": pixels, "student": viz.pca_rgb(features)}
+    for name, target in targets.items():
+        predicted = viz.resize(student.adaptor(name).features(features), target.features_BCHW.shape[-2:])
+        both = viz.pca_rgb(torch.cat([target.features_BCHW[:images], predicted]))
+        rows[f"{name} teacher"], rows[f"{name} student"] = both.chunk(2)
+    return rows
+
+
+def _strips(student: Student, batch: Batch, targets: Targets, images: int) -> dict[str, Tensor]:
+    """The same of a native partition: images of any shape lie in the middle of white squares."""
+    assert batch.grids is not None
+    features, grids = student_tokens(student, batch).features_BCHW.float(), batch.grids
+
+    def pictures(strip: Tensor) -> Tensor:
+        return viz.in_squares(split_strip(strip, grids)[:images])
+
+    rows = {
+        "image": viz.in_squares([image[None].float() / 255 for image in batch.images("student")[:images]]),
+        "student": pictures(viz.pca_rgb(features)),
+    }
+    for name, target in targets.items():
+        predicted = predict_map(student, name, features, grids)
+        both = viz.pca_rgb(torch.cat([target.features_BCHW, predicted], dim=3)).chunk(2, dim=3)
+        rows[f"{name} teacher"], rows[f"{name} student"] = map(pictures, both)
+    return rows
 
 
 def _group(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:

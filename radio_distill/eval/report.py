@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ..config.load import kind_of, load_job
 from ..config.recipe import Recipe
-from ..config.sizes import sides_text
+from ..config.sizes import sides_text, units_text
 from ..config.upsampler_recipe import UpsamplerRecipe
 from ..config.vlm_recipe import VlmRecipe
 from ..errors import CheckpointError, DataError
@@ -141,7 +141,7 @@ def _summary(runs: list[Run]) -> tuple[list[str], list[list[str]]]:
         last = metrics[-1] if metrics else {}
         cells = [
             path.name,
-            " + ".join(f"{sides_text(p)} x {p.images}" for p in recipe.partitions.values()),
+            " + ".join(f"{sides_text(p)} x {units_text(p)}" for p in recipe.partitions.values()),
             f"{last.get('step', 0):g}",
         ]
         cells += [_fidelity(last, recipe, teacher) for teacher in teachers]

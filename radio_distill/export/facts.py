@@ -9,7 +9,7 @@ from typing import Any
 
 from ..config.load import dump, load_card, load_job
 from ..config.recipe import Recipe
-from ..config.sizes import sides_text
+from ..config.sizes import sides_text, units_text
 from ..errors import CardError
 from ..files import digest_of, json_file, typed
 from ..log.sinks import read_metrics
@@ -156,7 +156,7 @@ def _stage(recipe: Recipe, cost: dict[str, float]) -> Stage:
         sha256=digest_of(dump(recipe)),
         sources=tuple(recipe.data.sources),
         steps=recipe.optim.steps,
-        batches=" + ".join(f"{p.images} at {sides_text(p)}" for p in recipe.partitions.values()),
+        batches=" + ".join(f"{units_text(p)} at {sides_text(p)}" for p in recipe.partitions.values()),
         size=min(p.size for p in recipe.partitions.values()),
         windows=tuple(recipe.student.vitdet.windows),
         largest=max(p.size for p in recipe.partitions.values()),

@@ -152,6 +152,11 @@ class Adaptor(nn.Module):
         return cells.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
 
     @property
+    def is_pointwise(self) -> bool:
+        """Whether what it says of a position depends on that position alone."""
+        return not isinstance(self.feat_mlp, AttentionHead)
+
+    @property
     def _dtype(self) -> torch.dtype:
         bias = self.feat_mlp.last.bias  # never parametrised, unlike the weights
         return bias.dtype

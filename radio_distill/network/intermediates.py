@@ -90,7 +90,7 @@ def forward_hidden_states(
 def forward_packed_hidden_states(student: Student, images: Sequence[Tensor]) -> tuple[list[StudentTokens], list[Tensor]]:
     """As `Student.forward_packed`, and the tokens of all images (N, D) before the first block and after every one."""
     pixels = student.condition_each(images)
-    sequences = [student.model.patch_generator(x)[0] for x in pixels]
+    sequences = student.model.patch_generator.pack(pixels)
     states = [torch.cat(sequences)]
     for last in packed_outputs(student.model, sequences):
         states.append(torch.cat(last))

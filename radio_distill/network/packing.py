@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .vit import Trunk
@@ -24,21 +24,21 @@ def packed_outputs(trunk: Trunk, sequences: Sequence[Tensor]) -> Iterator[tuple[
     """Yield the sequences (N_i, D) after every block of a trunk, run as one of length N with block-diagonal attention."""
     lengths = [len(tokens) for tokens in sequences]
     x_ND = torch.cat(list(sequences))
+    bounds = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32).to(x_ND.device, non_blocking=True)
     for block in trunk.blocks:
-        x_ND = trunk.run(partial(_block, block, lengths), x_ND)
+        x_ND = trunk.run(partial(_block, block, lengths, bounds), x_ND)
         yield x_ND.split(lengths)
 
 
-def _block(block: Any, lengths: list[int], x_ND: Tensor) -> Tensor:
+def _block(block: Any, lengths: list[int], bounds: Tensor, x_ND: Tensor) -> Tensor:
     """A pre-norm ViT block of timm's."""
-    x_ND = x_ND + block.ls1(_attend(block.attn, block.norm1(x_ND), lengths))
+    x_ND = x_ND + block.ls1(_attend(block.attn, block.norm1(x_ND), lengths, bounds))
     return x_ND + block.ls2(block.mlp(block.norm2(x_ND)))
 
 
-def _attend(attention: Any, x_ND: Tensor, lengths: list[int]) -> Tensor:
-    qkv_3hNd = attention.qkv(x_ND).unflatten(-1, (3, attention.num_heads, -1)).permute(1, 2, 0, 3)
-    mixed = [F.scaled_dot_product_attention(*part[:, None]).transpose(1, 2) for part in qkv_3hNd.split(lengths, dim=2)]
-    return attention.proj(torch.cat(mixed, dim=1).flatten(2)[0])
+def _attend(attention: Any, x_ND: Tensor, lengths: list[int], bounds: Tensor) -> Tensor:
+    qkv_N3hd = attention.qkv(x_ND).unflatten(-1, (3, attention.num_heads, -1))
+    return attention.proj(attention.attend_each(qkv_N3hd, lengths, bounds).flatten(1))
 
 
 def unpack_images(patches_N: Tensor, grids: Sequence[Sequence[int]], patch_size: int) -> list[Tensor]:

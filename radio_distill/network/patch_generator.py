@@ -7,6 +7,7 @@ Shapes: B batch, L = r*c patches, r c rows and columns of the grid, D width, S c
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .arch import TrunkArch
-from .draws import Draws, viewport_grid
+from .draws import Draws, sample_indices, viewport_grid, viewport_points
 
 __all__ = ["PatchGenerator"]
 
@@ -71,6 +72,33 @@ class PatchGenerator(nn.Module):
         else:
             positions = self.eval_positions(grid)
         return self.cls_token(patches_BLD + positions)
+
+    def pack(self, pixels: Sequence[Tensor], draws: Draws | None = None) -> list[Tensor]:
+        """As `forward` on each image (1, 3, H, W): tokens (S + L, D) of every one. `draws` has a row for each image."""
+        grids = [(x.shape[-2] // self.patch_size, x.shape[-1] // self.patch_size) for x in pixels]
+        patches_ND = self.embedder(torch.cat([self.cut(x)[0] for x in pixels]))
+        if self.training and self.draws_viewports:
+            positions_ND = self._packed_positions(grids, draws or self._draw(len(pixels), pixels[0].device))
+        else:
+            positions_ND = torch.cat([self.eval_positions(grid)[0] for grid in grids])
+        parts = (patches_ND + positions_ND).split([rows * cols for rows, cols in grids])
+        return [self.cls_token(part[None])[0] for part in parts]
+
+    def _packed_positions(self, grids: Sequence[tuple[int, int]], draws: Draws) -> Tensor:
+        """As `train_positions` of every image, one after the other: (N, D). One lookup: the gradient of the table is made once."""
+        lengths = [rows * cols for rows, cols in grids]
+        if not self.crops:
+            positions_ND = torch.cat([self.eval_positions(grid)[0] for grid in grids])
+        else:
+            points_1N12 = (viewport_points(draws, grids) * 2 - 1)[None, :, None]
+            sampled_DN = F.grid_sample(self._table(), points_1N12, mode="bilinear", padding_mode="zeros", align_corners=True)
+            positions_ND = sampled_DN[0, :, :, 0].T.to(self.pos_embed.dtype)
+            whole = (self.grid_size, self.grid_size)
+            if whole in grids:  # the reference's rule, as in `sample_positions`
+                parts = zip(grids, positions_ND.split(lengths))
+                positions_ND = torch.cat([self.eval_positions(whole)[0] if grid == whole else part for grid, part in parts])
+        sample_N = sample_indices(lengths, positions_ND.device)
+        return positions_ND * (draws.drop_B > self.pos_dropout)[sample_N, None]
 
     def cut(self, pixels_B3HW: Tensor) -> Tensor:
         """Flatten every patch as channel, row, column: (B, L, 3*P*P)."""

@@ -95,13 +95,13 @@ class Student(nn.Module):
         """As `encode`, one image (3, H, W) after the other, but in one pass over images of any sizes; each result has B = 1."""
         return [self.backbone(tokens) for tokens in self.forward_packed(images)]
 
-    def forward_packed(self, images: Sequence[Tensor]) -> list[StudentTokens]:
+    def forward_packed(self, images: Sequence[Tensor], *, draws: Draws | None = None) -> list[StudentTokens]:
         """As `forward_tokens` on each image (3, H, W), in one pass: tokens of all images make one sequence.
 
-        Raises ValueError without images, for a size that does not divide, and in windowed mode.
+        `draws` has a row for each image. Raises ValueError without images, for a size that does not divide, and in windowed mode.
         """
         pixels = self.condition_each(images)
-        for sequences in packed_outputs(self.model, [self.model.patch_generator(x)[0] for x in pixels]):
+        for sequences in packed_outputs(self.model, self.model.patch_generator.pack(pixels, draws)):
             last = sequences
         return self.split_each(last, pixels)
 

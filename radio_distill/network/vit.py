@@ -7,10 +7,11 @@ Shapes: B batch, N tokens, L patches, S class tokens + registers, D width, h hea
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Literal
 
 import torch
@@ -55,6 +56,28 @@ class Attention(TimmAttention):
         with sdpa_kernel(SDPBackend.MATH) if plain else nullcontext():
             return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
+    def attend_each(self, qkv_N3hd: Tensor, lengths: Sequence[int], bounds: Tensor) -> Tensor:
+        """Attention inside each of several images whose tokens lie one after the other: (N, h, d).
+
+        lengths: tokens of each image; bounds: int32, where they begin and end, on the device. Half precision on a GPU takes
+        one kernel for all (torch's `varlen_attn`), anything else one image after the other.
+        """
+        if _takes_varlen(qkv_N3hd):
+            q, k, v = qkv_N3hd.unbind(1)
+            return import_module(VARLEN).varlen_attn(q, k, v, bounds, bounds, max(lengths), max(lengths))
+        return torch.cat([self.attend(part[None])[0] for part in qkv_N3hd.split(list(lengths))])
+
+
+VARLEN = "torch.nn.attention.varlen"
+
+
+def _takes_varlen(qkv_N3hd: Tensor) -> bool:
+    """Whether torch's kernel for sequences of several lengths is there (PyTorch 2.10) and takes these numbers."""
+    half, width = qkv_N3hd.dtype in (torch.bfloat16, torch.float16), qkv_N3hd.shape[-1]
+    if qkv_N3hd.device.type != "cuda" or not half or width % 8 or width > 256:
+        return False
+    return torch.cuda.get_device_capability(qkv_N3hd.device) >= (8, 0) and find_spec(VARLEN) is not None
+
 
 class FlashAttention(Attention):
     """The same through the flash_attn package, which has kernels for bf16 and fp16 alone: fp32 takes torch's."""
@@ -63,6 +86,11 @@ class FlashAttention(Attention):
         if qkv_BN3hd.dtype == torch.float32:
             return super().attend(qkv_BN3hd)
         return import_module("flash_attn").flash_attn_qkvpacked_func(qkv_BN3hd)
+
+    def attend_each(self, qkv_N3hd: Tensor, lengths: Sequence[int], bounds: Tensor) -> Tensor:
+        if qkv_N3hd.dtype == torch.float32:
+            return super().attend_each(qkv_N3hd, lengths, bounds)
+        return import_module("flash_attn").flash_attn_varlen_qkvpacked_func(qkv_N3hd, bounds, max(lengths))
 
 
 ATTENTION: dict[AttentionKind, type[Attention]] = {"sdpa": Attention, "flash": FlashAttention}

@@ -20,6 +20,7 @@ from ..balance import identity
 from ..config.cards import TeacherCard
 from ..config.load import cards_of
 from ..config.mosaic import mosaic_of
+from ..config.native import as_squares, images_in_step
 from ..config.recipe import Debias, Recipe, TeacherView, Trained
 from ..config.sizes import choices, side_of
 from ..config.terms import TERMS, Term, weights_of
@@ -102,10 +103,15 @@ def partition_cost(recipe: Recipe, partition: str) -> PartitionCost:
 
     Raises CardError for an unknown card, RecipeError for a mosaic that does not fit or an unknown student.
     """
-    cell, cards, arch = recipe.partitions[partition], cards_of(recipe), student_of(recipe)
-    terms, sums = load_terms(recipe), _Sums(teachers=dict.fromkeys(cell.teachers, 0.0))
-    for size, share in choices(cell, cell.size).items():
-        sums.student += share * trunk_flops(arch.trunk, size // arch.trunk.patch_size)
+    whole, cards, arch = recipe.partitions[partition], cards_of(recipe), student_of(recipe)
+    terms, sums, patch = load_terms(recipe), _Sums(teachers=dict.fromkeys(whole.teachers, 0.0)), arch.trunk.patch_size
+    sized = [
+        (cell, size, part * share)
+        for cell, part in as_squares(whole, patch, cards)
+        for size, share in choices(cell, cell.size).items()
+    ]
+    for cell, size, share in sized:
+        sums.student += share * trunk_flops(arch.trunk, size // patch)
         for name, view in cell.teachers.items():
             own_size = side_of(cell.model_copy(update={"size": size}), view, cards[name].input.shape, arch.trunk.patch_size)
             for own, often in choices(view, own_size).items():
@@ -183,8 +189,11 @@ def _warn_uncounted(loader: str, reason: str) -> None:
 
 def student_tokens(recipe: Recipe, partition: str) -> float:
     """Patches that the student sees of one image of a partition: of the sizes that steps draw, the mean."""
-    cell, patch = recipe.partitions[partition], student_of(recipe).trunk.patch_size
-    return sum(share * (size // patch) ** 2 for size, share in choices(cell, cell.size).items())
+    patch = student_of(recipe).trunk.patch_size
+    squares = as_squares(recipe.partitions[partition], patch, cards_of(recipe))
+    return sum(
+        part * share * (size // patch) ** 2 for cell, part in squares for size, share in choices(cell, cell.size).items()
+    )
 
 
 def trunk_flops(trunk: TrunkArch, grid: int) -> float:
@@ -301,5 +310,5 @@ def teacher_costs(recipe: Recipe) -> dict[str, float]:
     costs = dict.fromkeys(recipe.teachers, 0.0)
     for name, partition in recipe.partitions.items():
         for teacher, flop in partition_cost(recipe, name).teachers.items():
-            costs[teacher] += flop * partition.images
+            costs[teacher] += flop * images_in_step(partition, student_of(recipe).trunk.patch_size)
     return costs

@@ -9,8 +9,10 @@ from __future__ import annotations
 from collections.abc import Hashable
 from dataclasses import astuple, dataclass
 
+from ..config.native import images_in_step
 from ..config.recipe import Partition, Recipe
 from ..config.sizes import at_step
+from ..student.names import student_of
 from .cost import partition_cost, student_tokens
 
 __all__ = ["Ledger", "Spent"]
@@ -78,7 +80,10 @@ class Ledger:
         student = sum(cost.student_training for cost in costs) - (backward if frozen else 0.0)
         taught = 0.0 if self.recipe.cache.read else sum(costs[0].teachers.values())
         tokens = sum(student_tokens(each, name) for each in fixed)
-        return Spent(tokens, student, taught + costs[0].balance).times(cell.images)
+        return Spent(tokens, student, taught + costs[0].balance).times(self._images(name))
+
+    def _images(self, partition: str) -> int:
+        return images_in_step(self.recipe.partitions[partition], student_of(self.recipe).trunk.patch_size)
 
     def _ahead(self) -> Spent:
         """The teachers' work on statistics before the first step (`balance.ahead`)."""
@@ -86,5 +91,5 @@ class Ledger:
         if not balance.ahead or balance.path:
             return Spent()
         costs = {name: partition_cost(self.recipe, name) for name in self.recipe.partitions}
-        flop = sum(sum(cost.teachers.values()) * self.recipe.partitions[name].images for name, cost in costs.items())
+        flop = sum(sum(cost.teachers.values()) * self._images(name) for name, cost in costs.items())
         return Spent(0.0, 0.0, balance.window * flop)

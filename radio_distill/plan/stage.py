@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from ..config.cards import TeacherCard, licence_notes
 from ..config.load import cards_of
 from ..config.mosaic import images_per_mosaic
+from ..config.native import as_squares, images_in_step
 from ..config.recipe import Dedicated, Recipe
 from ..config.secrets import without_secrets
 from ..config.sizes import sides_text
@@ -46,7 +48,9 @@ class PartitionPlan:
     sides: str
     """`256 px`, `128 to 256 px`."""
     images: int
-    """Per step, over all ranks."""
+    """Per step, over all ranks; of a native partition about."""
+    packs: int | None
+    """Per step, of a native partition; its forwards are counted in them."""
     ranks: tuple[int, ...]
     """Among those that train."""
     images_per_rank: int
@@ -158,9 +162,14 @@ def plan(
 
 def assign_ranks(recipe: Recipe, cards: dict[str, TeacherCard], costs: dict[str, PartitionCost], world_size: int) -> Assignment:
     """Which rank runs which partition, in whole mosaics."""
-    images = {name: partition.images for name, partition in recipe.partitions.items()}
-    multiple = {name: images_per_mosaic(partition, cards) for name, partition in recipe.partitions.items()}
-    return assign(images=images, costs={n: c.total for n, c in costs.items()}, world_size=world_size, multiple=multiple)
+    patch, cells = student_of(recipe).trunk.patch_size, recipe.partitions
+    return assign(
+        images={name: cell.units for name, cell in cells.items()},
+        costs={name: costs[name].total * images_in_step(cell, patch) / cell.units for name, cell in cells.items()},
+        world_size=world_size,
+        multiple={name: images_per_mosaic(cell, cards) for name, cell in cells.items()},
+        packed=[name for name, cell in cells.items() if cell.is_native],
+    )
 
 
 def fastest_placement(recipe: Recipe, where: Machine) -> Dedicated | None:
@@ -226,21 +235,24 @@ def _student(name: str, recipe: Recipe) -> StudentPlan:
 def _partition(
     recipe: Recipe, name: str, cards: dict[str, TeacherCard], cost: PartitionCost, assignment: Assignment
 ) -> PartitionPlan:
-    partition, ranks = recipe.partitions[name], assignment.ranks[name]
-    per_rank = partition.images // len(ranks)
-    micro = fit_micro_batch(partition.micro_batch, per_rank, f"partitions.{name}.micro_batch")
+    partition, ranks, patch = recipe.partitions[name], assignment.ranks[name], student_of(recipe).trunk.patch_size
+    images, units = images_in_step(partition, patch), partition.units // len(ranks)
+    micro = fit_micro_batch(partition.micro_batch, units, f"partitions.{name}.micro_batch")
     here = {} if isinstance(recipe.engine.placement, Dedicated) or recipe.cache.read is not None else cards
+    largest = as_squares(partition, patch, cards)[-1][0]
+    full = micro if partition.tokens is None else math.ceil(micro * partition.tokens / (largest.size // patch) ** 2)
     memory = max(
-        partition_bytes(each, partition, cards, student_of(each), micro) + work_bytes(each, partition, here, micro)
+        partition_bytes(each, largest, cards, student_of(each), full) + work_bytes(each, largest, here, full)
         for each in recipe.each()
     )
     return PartitionPlan(
         name=name,
         size=partition.size,
         sides=sides_text(partition),
-        images=partition.images,
+        images=images,
+        packs=partition.packs,
         ranks=ranks,
-        images_per_rank=per_rank,
+        images_per_rank=images // len(ranks),
         micro_batch=micro,
         student_flop=cost.student_training,
         teacher_flop=cost.teachers,

@@ -70,10 +70,10 @@ def _partitions(plan: Plan) -> Iterator[str]:
         rows.append(
             (
                 p.name,
-                str(p.images),
+                str(p.images) if p.packs is None else f"{p.packs} packs of about {p.images / p.packs:.0f}",
                 _ranks(p, plan.student_ranks),
                 str(p.images_per_rank),
-                str(p.micro_batch),
+                str(p.micro_batch) if p.packs is None else f"{p.micro_batch} packs",
                 f"{p.memory_gib:.1f}",
             )
         )

@@ -11,7 +11,7 @@ Losses are divided by the global number of images of their partition, so the gra
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import partial
 
@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..errors import RecipeError
-from ..tensors import Rows, gather_rows
+from ..tensors import Rows, gather_rows, gather_uneven_rows
 
 __all__ = ["Assignment", "Share", "assign", "gatherers"]
 
@@ -33,7 +33,7 @@ class Share:
     ranks: int
     """How many ranks run the partition."""
     images: int
-    """Images per step for this rank."""
+    """Images per step for this rank; packs of a native partition."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Assignment:
 
     world_size: int
     images: dict[str, int]
-    """Images per step over all ranks, by partition."""
+    """Images per step over all ranks, by partition; packs of a native one."""
     ranks: dict[str, tuple[int, ...]]
     """Ranks that run each partition, in order."""
 
@@ -55,13 +55,19 @@ class Assignment:
 
 
 def assign(
-    *, images: dict[str, int], costs: dict[str, float], world_size: int, multiple: dict[str, int] | None = None
+    *,
+    images: dict[str, int],
+    costs: dict[str, float],
+    world_size: int,
+    multiple: dict[str, int] | None = None,
+    packed: Collection[str] = (),
 ) -> Assignment:
     """Share partitions among ranks.
 
     images: images per step, by partition. costs: FLOPs per image, by partition. multiple: a rank's images of that
     partition must be a multiple of this (k*k where a teacher sees k x k mosaics), else mosaics stay partly empty.
-    Raises RecipeError when no division works, with one that does.
+    packed: native partitions, whose `images` are packs and whose costs those of a pack. Raises RecipeError when no division works,
+    with one that does.
     """
     multiple = {name: (multiple or {}).get(name, 1) for name in images}
     if all(_fits(images[name], world_size, multiple[name]) for name in images):
@@ -70,18 +76,19 @@ def assign(
         sizes = _group_sizes(images, costs, world_size, multiple)
         if sizes is not None:
             return _apart(images, sizes, world_size)
-    raise RecipeError(_no_division(images, multiple, world_size))
+    raise RecipeError(_no_division(images, multiple, world_size, packed))
 
 
-def gatherers(assignment: Assignment, rank: int) -> dict[str, Callable[[Tensor], Rows]]:
+def gatherers(assignment: Assignment, rank: int, uneven: Collection[str] = ()) -> dict[str, Callable[[Tensor], Rows]]:
     """How this rank gets the rows of all ranks that run a partition, by the partition's name; nothing for those it runs alone.
 
-    All of a partition's ranks run as many forwards of it in the same order. Makes process groups where ranks are apart.
+    uneven: partitions of which ranks have different numbers of images.     All of a partition's ranks run as many forwards of it in the same order. Makes process groups where ranks are apart.
     """
     shared = {name: ranks for name, ranks in assignment.ranks.items() if rank in ranks and len(ranks) > 1}
     everyone = tuple(range(assignment.world_size))
     groups = {ranks: None if ranks == everyone else _group(ranks) for ranks in dict.fromkeys(shared.values())}
-    return {name: partial(gather_rows, group=groups[ranks]) for name, ranks in shared.items()}
+    gather = {name: gather_uneven_rows if name in uneven else gather_rows for name in shared}
+    return {name: partial(gather[name], group=groups[ranks]) for name, ranks in shared.items()}
 
 
 def _group(ranks: tuple[int, ...]) -> dist.ProcessGroup:
@@ -126,13 +133,13 @@ def _apart(images: dict[str, int], sizes: dict[str, int], world_size: int) -> As
     return Assignment(world_size, dict(images), ranks)
 
 
-def _no_division(images: dict[str, int], multiple: dict[str, int], world_size: int) -> str:
+def _no_division(images: dict[str, int], multiple: dict[str, int], world_size: int, packed: Collection[str]) -> str:
+    field = {n: f"partitions.{n}.{'packs' if n in packed else 'images'}" for n in images}
     wanted = ", ".join(
-        f"partitions.{n}.images={g}" + (f" (in groups of {multiple[n]} for mosaics)" if multiple[n] > 1 else "")
-        for n, g in images.items()
+        f"{field[n]}={g}" + (f" (in groups of {multiple[n]} for mosaics)" if multiple[n] > 1 else "") for n, g in images.items()
     )
     fitting = [r for r in range(world_size, 0, -1) if all(_fits(g, r, multiple[n]) for n, g in images.items())]
     nearest = {n: max(1, round(g / (world_size * multiple[n]))) * world_size * multiple[n] for n, g in images.items()}
-    advice = ", ".join(f"partitions.{n}.images={g}" for n, g in nearest.items())
+    advice = ", ".join(f"{field[n]}={g}" for n, g in nearest.items())
     ranks = f"use {fitting[0]} rank{'s' if fitting[0] > 1 else ''}, or " if fitting else ""
     return f"{wanted} cannot be divided among {world_size} ranks; {ranks}set {advice}"

@@ -74,7 +74,7 @@ def forwards(recipe: AnyRecipe, assignment: Assignment, rank: int) -> int:
         if share.images % size:
             best = max(d for d in range(1, size + 1) if share.images % d == 0)
             raise RecipeError(
-                f"partitions.{name}.micro_batch={size} does not divide the {share.images} images of a rank; use {best}"
+                f"partitions.{name}.micro_batch={size} does not divide the {share.images} {partition.unit} of a rank; use {best}"
             )
         total += share.images // size
     return total

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -144,7 +144,11 @@ class Training(ABC):
     @property
     @abstractmethod
     def images_per_step(self) -> int:
-        """Over all ranks."""
+        """Over all ranks, beside those that the meter counts (`images/...`)."""
+
+    def images_of(self, metrics: Mapping[str, float]) -> float:
+        """Of a step, in the mean of an interval: also those whose number varies."""
+        return self.images_per_step + sum(value for name, value in metrics.items() if name.startswith("images/"))
 
     def next_batches(self) -> list[Batch]:
         """The micro-batches of the next step, on the device."""
@@ -164,7 +168,7 @@ class Training(ABC):
         metrics = self.meter.collect()
         metrics |= {"time/data": self._waited / elapsed, "time/teachers": self.timers.collect().get("teachers", 0.0) / elapsed}
         metrics |= {name: seconds / elapsed for name, seconds in self.extra_seconds().items()}
-        metrics["images_per_s"] = steps * self.images_per_step / elapsed
+        metrics["images_per_s"] = steps * self.images_of(metrics) / elapsed
         metrics["time/left_h"] = (self.job.optim.steps - self.step) * elapsed / max(1, steps) / 3600
         metrics |= {"grad_norm": self.last_grad_norm.item(), "lr": self.last_lr}
         self._waited, self._since = 0.0, time.monotonic()

@@ -1,6 +1,7 @@
 """Packed batches, merged tokens, groups of blocks, unit scale: each against a slow obvious version."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,13 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from radio_distill.config.recipe import Student as Spec
+from radio_distill.network import vit
 from radio_distill.network.arch import AdaptorSlot
 from radio_distill.network.intermediates import forward_intermediates
 from radio_distill.network.scale import measure_rms, use_unit_scale
 from radio_distill.network.stages import forward_features
 from radio_distill.network.student import Student
 from radio_distill.network.token_merging import merge_tokens
-from radio_distill.student.build import build_student
+from radio_distill.student.build import build_student, seeded_draws
 
 SIZES = [(16, 32), (8, 8), (40, 12), (64, 16)]
 TINY = {"embed_dim": 32, "depth": 8, "num_heads": 2, "patch_size": 4}
@@ -59,6 +61,44 @@ def test_packed_images_carry_gradients_as_one_at_a_time() -> None:
     for image in images:
         student.encode(image[None]).features_BCHW.square().sum().backward()
     torch.testing.assert_close(packed, student.model.blocks[0].attn.qkv.weight.grad, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("changes", [{}, {"max_size": 224}, {"max_size": 48, "pos_dropout": 0.5}], ids=str)
+def test_packed_images_have_their_own_viewports_in_training(changes: dict) -> None:
+    """As one at a time with the draws of each image, in values and gradients; (48, 48) is the whole table."""
+    student = make(**changes).train().double()
+    images = [picture(*size).double() for size in [*SIZES, (48, 48)]]
+    seeds_B = torch.arange(len(images))
+    packed = student.forward_packed(images, draws=seeded_draws(student, seeds_B))
+    sum(t.features_BCHW.square().sum() + t.class_tokens_BNC.sum() for t in packed).backward()
+    gradients = {name: p.grad.clone() for name, p in student.named_parameters() if p.grad is not None}
+    student.zero_grad()
+    for index, (image, got) in enumerate(zip(images, packed, strict=True)):
+        want = student.forward_tokens(image[None], draws=seeded_draws(student, seeds_B[index : index + 1]))
+        torch.testing.assert_close(got.features_BCHW, want.features_BCHW)
+        (want.features_BCHW.square().sum() + want.class_tokens_BNC.sum()).backward()
+    for name, p in student.named_parameters():
+        if p.grad is not None:
+            torch.testing.assert_close(gradients[name], p.grad, rtol=1e-6, atol=1e-6 * float(p.grad.abs().max()))
+
+
+def test_half_precision_on_a_gpu_takes_one_kernel_for_all_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `varlen_attn` is given, computed slowly by its definition, is what one image after the other gives."""
+    attention = make().model.blocks[0].attn
+    qkv = torch.randn(30, 3, 2, 16, generator=torch.Generator().manual_seed(0))
+    lengths, bounds = [9, 1, 20], torch.tensor([0, 9, 10, 30], dtype=torch.int32)
+
+    def varlen_attn(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int) -> Tensor:
+        assert (max_q, max_k) == (20, 20)
+        image_N = torch.searchsorted(cu_q[1:], torch.arange(len(q)), right=True)
+        scores = torch.einsum("nhd,mhd->hnm", q, k) / q.shape[-1] ** 0.5
+        scores = scores.masked_fill(image_N[:, None] != image_N, -torch.inf)
+        return torch.einsum("hnm,mhd->nhd", scores.softmax(-1), v)
+
+    expected = attention.attend_each(qkv, lengths, bounds)
+    monkeypatch.setattr(vit, "_takes_varlen", lambda _: True)
+    monkeypatch.setattr(vit, "import_module", {vit.VARLEN: SimpleNamespace(varlen_attn=varlen_attn)}.__getitem__)
+    torch.testing.assert_close(attention.attend_each(qkv, lengths, bounds), expected)
 
 
 def test_packed_batches_that_cannot_be() -> None:

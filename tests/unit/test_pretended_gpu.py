@@ -54,6 +54,18 @@ def test_no_step_of_a_stage_mixes_devices_or_waits_for_the_gpu(gpu, name):
     assert training.timers.collect()["teachers"] in (1e-3 * len(batches), 2e-3 * len(batches)), "of the device, by its events"
 
 
+def test_no_step_of_packs_mixes_devices_or_waits_and_attention_is_one_kernel(gpu):
+    only = "{dfn_clip: null, siglip: null, sam: null"
+    native = "aspect: native, area: [65536, 262144], tokens: 4096, packs: 32, size: null, images: null"
+    cell = f"partitions.low={{{native}, teachers: {only}, dinov2: {{size: null}}}}}}"
+    training, batches = gpu.stage("stage1", cell, f"teachers={only}}}")
+    prepare(training, 0, batches)
+    gpu.shapes.clear()
+    twice(gpu.watch, lambda: train_step(training, 0, batches))
+    assert gpu.watch.kernels["torch_attn::_varlen_attn"] == 2  # one for each block
+    assert gpu.shapes["dinov2_g_reg"] == {(4, 3, 16 * 14, 24 * 14), (4, 3, 30 * 14, 10 * 14)}  # images of one shape in one pass
+
+
 @pytest.mark.parametrize("name", UPSAMPLERS)
 def test_no_step_of_an_upsampler_mixes_devices_or_waits_for_the_gpu(gpu, name):
     training, batches = gpu.upsampler_training(f"upsampler/{name}")
