@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from ..seeded import step_seed
+from .reparametrised import reparametrise
 
 __all__ = ["apply_damp", "set_damp_step"]
 
@@ -22,25 +22,36 @@ class WeightNoise(nn.Module):
         super().__init__()
         self.std = std
         self.index = index
-        self.seed = index
+        self.seed = torch.tensor(index, device="cpu")
+        """Of the step's noise; a tensor, so that compiled code stays valid when it changes."""
 
     def forward(self, weight: Tensor) -> Tensor:
         if not self.training:
             return weight
-        generator = torch.Generator(weight.device).manual_seed(self.seed)
-        noise = torch.randn(weight.shape, generator=generator, device=weight.device, dtype=weight.dtype)
-        return weight * (1 + self.std * noise)
+        return weight * (1 + self.std * _noise(self.seed, weight.detach()))
+
+
+@torch.library.custom_op("radio_distill::weight_noise", mutates_args=())
+def _noise(seed: Tensor, weight: Tensor) -> Tensor:
+    """Standard normal noise of a weight's shape; one operation to a compiler, which could not trace a generator."""
+    generator = torch.Generator(weight.device).manual_seed(int(seed))
+    return torch.randn(weight.shape, generator=generator, device=weight.device, dtype=weight.dtype)
+
+
+@_noise.register_fake
+def _(seed: Tensor, weight: Tensor) -> Tensor:
+    return torch.empty_like(weight)
 
 
 def apply_damp(module: nn.Module, std: float) -> None:
     """Put noise of standard deviation `std` on every Linear's weight, in place; over other parametrisations."""
     linears = [m for m in module.modules() if isinstance(m, nn.Linear)]
     for index, linear in enumerate(linears):
-        parametrize.register_parametrization(linear, "weight", WeightNoise(std, index), unsafe=True)
+        reparametrise(linear, WeightNoise(std, index))
 
 
 def set_damp_step(module: nn.Module, seed: int, step: int) -> None:
     """Choose the noise of a step; call it on every rank before the step's first forward."""
     for noise in module.modules():
         if isinstance(noise, WeightNoise):
-            noise.seed = step_seed(seed, step, noise.index)
+            noise.seed = torch.tensor(step_seed(seed, step, noise.index), device="cpu")

@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
+
+from .reparametrised import Steps, make_plain, reparametrise
 
 __all__ = ["SpectralNorm", "apply_spectral", "power_iterate", "fold", "fold_state", "spectral_eps"]
 
@@ -50,12 +51,11 @@ class SpectralNorm(nn.Module):
         self.scale = nn.Parameter(scale.detach().float().reshape(1, 1))  # 2-D, so that weight decay applies
 
     def forward(self, weight_RC: Tensor) -> Tensor:
-        with torch.autocast(weight_RC.device.type, enabled=False):
-            return weight_RC * ((F.softplus(self.scale) + ALPHA) / self.sigma(weight_RC))
+        return _normalised(weight_RC, [self])
 
     def sigma(self, weight_RC: Tensor) -> Tensor:
-        """The estimate of the largest singular value; differentiable in the weight."""
-        return (self._u * torch.mv(weight_RC.float(), self._v)).sum() + self.eps
+        """The estimate of the largest singular value."""
+        return _sigma(weight_RC, self._u, self._v, self.eps)
 
 
 class SpectralParts(nn.Module):
@@ -66,8 +66,61 @@ class SpectralParts(nn.Module):
         self.parts = nn.ModuleList([SpectralNorm(part, eps=eps, init=init) for part in weight_RC.chunk(num_parts)])
 
     def forward(self, weight_RC: Tensor) -> Tensor:
-        # Each part is called as a module, so that ZeRO-3's hooks gather its scale.
-        return torch.cat([norm(part) for norm, part in zip(self.parts, weight_RC.chunk(len(self.parts)))])
+        norms = [cast(SpectralNorm, norm) for norm in self.parts]
+        if norms[0].scale.numel() == 0:  # under ZeRO-3: its hooks gather the scale of a module that is called
+            return torch.cat([norm(part) for norm, part in zip(norms, weight_RC.chunk(len(norms)))])
+        return _normalised(weight_RC, norms)
+
+
+def _normalised(weight_RC: Tensor, norms: Sequence[SpectralNorm]) -> Tensor:
+    """W * g / sigma(W) of equal chunks of rows, each with its own norm."""
+    vectors = [norm._u for norm in norms] + [norm._v for norm in norms]
+    with torch.autocast(weight_RC.device.type, enabled=False):
+        return _Normalise.apply(norms[0].eps, weight_RC, *[norm.scale for norm in norms], *vectors)
+
+
+def _sigma(weight_RC: Tensor, u_R: Tensor, v_C: Tensor, eps: float) -> Tensor:
+    return (u_R * torch.mv(weight_RC.float(), v_C)).sum() + eps
+
+
+class _Normalise(torch.autograd.Function):
+    """W_i * g_i / s_i for chunks i of rows, with g = softplus(scale) + ALPHA and s = u^T W v + eps, in one node of the graph.
+
+    With G the gradient of the result and c = <G, W> / s: that of W is (g / s) (G - c u v^T), that of the scale c sigmoid(scale).
+    Plain autograd makes these numbers with several more passes over the weights.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, eps: float, weight_RC: Tensor, *tensors: Tensor) -> Tensor:
+        parts = len(tensors) // 3
+        scales, us, vs = tensors[:parts], tensors[parts : 2 * parts], tensors[2 * parts :]
+        sigma_P11 = torch.stack([_sigma(part, u, v, eps) for part, u, v in zip(weight_RC.chunk(parts), us, vs)]).view(-1, 1, 1)
+        scale_P11 = torch.stack(scales)
+        factor_P11 = (F.softplus(scale_P11) + ALPHA) / sigma_P11
+        # stacking copies u and v: the next power iteration may come before the backward pass
+        saved = (
+            weight_RC,
+            factor_P11,
+            sigma_P11,
+            torch.sigmoid(scale_P11),
+            torch.stack(us)[:, :, None],
+            torch.stack(vs)[:, None],
+        )
+        ctx.save_for_backward(*saved)
+        return (weight_RC.unflatten(0, (parts, -1)) * factor_P11).flatten(0, 1)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        weight_RC, factor_P11, sigma_P11, slope_P11, u_PR1, v_P1C = ctx.saved_tensors
+        parts = len(u_PR1)
+        (gradient_RC,) = gradients
+        dots = [
+            torch.dot(g.flatten(), w.flatten().to(g.dtype)) for g, w in zip(gradient_RC.chunk(parts), weight_RC.chunk(parts))
+        ]
+        inner_P11 = torch.stack(dots).view(-1, 1, 1) / sigma_P11
+        outer = gradient_RC.unflatten(0, (parts, -1)).addcmul(u_PR1 * inner_P11, v_P1C, value=-1)
+        of_weight = outer.mul_(factor_P11).flatten(0, 1)
+        return None, of_weight, *(inner_P11 * slope_P11).unbind(), *[None] * (2 * parts)
 
 
 def apply_spectral(module: nn.Module, *, eps: float = 1e-6, init: Init = "current") -> None:
@@ -81,7 +134,7 @@ def apply_spectral(module: nn.Module, *, eps: float = 1e-6, init: Init = "curren
             norm: nn.Module = SpectralNorm(weight, eps=eps, init=init)
         else:
             norm = SpectralParts(weight, num_parts, eps=eps, init=init)
-        parametrize.register_parametrization(linear, "weight", norm, unsafe=True)
+        reparametrise(linear, norm)
 
 
 @torch.no_grad()
@@ -99,10 +152,10 @@ def power_iterate(module: nn.Module) -> None:
 
 def _chunks(module: nn.Module) -> Iterator[tuple[SpectralNorm, Tensor]]:
     """Every norm of a module with the (chunk of a) weight that it is of."""
-    for weight in module.modules():
-        if isinstance(weight, parametrize.ParametrizationList):
-            original = weight.original.detach()
-            for part in weight:
+    for steps in module.modules():
+        if isinstance(steps, Steps):
+            original = steps.original.detach()
+            for part in steps:
                 if isinstance(part, SpectralNorm):
                     yield part, original
                 elif isinstance(part, SpectralParts):
@@ -126,9 +179,7 @@ def fold(module: nn.Module) -> None:
     """Replace every parametrised weight of the Linears by its effective value in eval mode, in place."""
     training = module.training
     module.eval()
-    for _, linear in _linears(module):
-        if parametrize.is_parametrized(linear, "weight"):
-            parametrize.remove_parametrizations(linear, "weight", leave_parametrized=True)
+    make_plain(module)
     module.train(training)
 
 

@@ -4,7 +4,9 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import parametrize
 from torch.profiler import ProfilerActivity, profile
 
 from radio_distill.config.recipe import Student as Spec
@@ -12,7 +14,16 @@ from radio_distill.network.arch import AdaptorSlot
 from radio_distill.network.student import Student
 from radio_distill.student.build import build_student
 from radio_distill.student.damp import apply_damp, set_damp_step
-from radio_distill.student.spectral import SpectralNorm, _iterate, apply_spectral, fold, fold_state, power_iterate
+from radio_distill.student.spectral import (
+    ALPHA,
+    SpectralNorm,
+    SpectralParts,
+    _iterate,
+    apply_spectral,
+    fold,
+    fold_state,
+    power_iterate,
+)
 from radio_distill.train.optim import parameter_groups
 
 
@@ -93,6 +104,53 @@ def test_gradients_flow_through_sigma() -> None:
     # the effective weight does not change when W is scaled, so the gradient is orthogonal to W
     assert linear.grad is not None
     assert (linear.grad * linear).sum().abs() < 1e-4 * linear.grad.norm() * linear.norm()
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+def test_the_gradient_is_that_of_the_formula(parts: int) -> None:
+    torch.manual_seed(0)
+    weight, gradient = torch.randn(48, 24), torch.randn(48, 24)
+    norm = SpectralParts(weight, parts)
+    norms = list(norm.parts)
+    leaves = [weight.clone().requires_grad_(), *[n.scale for n in norms]]
+    found = torch.autograd.grad(norm(leaves[0]), leaves, gradient)
+
+    exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    rows = zip(exact[0].chunk(parts), exact[1:], norms, strict=True)
+    chunks = [w * (F.softplus(s) + ALPHA) / (n._u.double() @ w @ n._v.double() + n.eps) for w, s, n in rows]
+    wanted = torch.autograd.grad(torch.cat(chunks), exact, gradient.double())
+    for ours, theirs in zip(found, wanted):
+        bar = 1.5e-7 if ours.numel() > 1 else 1e-5  # that of a scale is a sum that nearly cancels
+        assert (ours.double() - theirs).norm() / theirs.norm() < bar
+
+
+def test_an_iteration_before_the_backward_pass_changes_no_gradient() -> None:
+    def gradient(iterate: bool) -> torch.Tensor:
+        student = make()
+        apply_spectral(student, init="one")
+        out = student.encode(torch.ones(1, 3, 16, 16)).features_BCHW.sum()
+        if iterate:
+            power_iterate(student)
+        return torch.autograd.grad(out, next(student.model.blocks.parameters()))[0]
+
+    assert torch.equal(gradient(False), gradient(True))
+
+
+def test_one_class_for_all_linears_of_a_class_and_the_order_of_torchs_parametrize() -> None:
+    student, other = make(), make()
+    apply_spectral(student)
+    apply_damp(student, 0.1)
+    kinds = {type(m) for name, m in student.named_modules() if isinstance(m, nn.Linear)}
+    assert len(kinds) == 1
+    for linear in [m for m in other.modules() if isinstance(m, nn.Linear)]:
+        parametrize.register_parametrization(linear, "weight", nn.Identity())
+    fixed = [name for name, _ in student.named_parameters() if "scale" not in name]
+    assert fixed == [name for name, _ in other.named_parameters()]
+    copied = copy.deepcopy(student)
+    assert all(torch.equal(a, b) for a, b in zip(copied.state_dict().values(), student.state_dict().values()))
+    fold(copied)
+    assert {type(m) for m in copied.modules() if isinstance(m, nn.Linear)} == {nn.Linear}
+    assert list(copied.state_dict()) == list(make().state_dict())
 
 
 def test_scales_decay_and_the_patch_projection_is_left_alone() -> None:
