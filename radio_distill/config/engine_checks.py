@@ -77,7 +77,7 @@ OWNED = {
     "zero_optimization.offload_param": _NO_OFFLOAD,
     "checkpoint.load_universal": "nothing: a run resumes at another world size by itself",
     "activation_checkpointing": "student.grad_checkpointing",
-    "compile": "teachers.NAME.compile",
+    "compile": "engine.compile, teachers.NAME.compile",
     "tensorboard": "log.tensorboard",
     "wandb": "log.wandb",
 }
@@ -89,6 +89,9 @@ def engine_problems(recipe: Job) -> Found:
     if recipe.optim.kind == "custom" and recipe.engine.zero > 0:
         text = f"'engine.zero' is {recipe.engine.zero}: it cuts parameters into flat pieces, and optim.loader is handed whole matrices"
         yield Problem(f"{text}; set engine.zero=0", ("engine", "zero"))
+    if recipe.engine.compile and not isinstance(recipe, Recipe):
+        text = "'engine.compile' is true, and it compiles the blocks of a stage's student, which this training has not"
+        yield Problem(f"{text}; set engine.compile=false", ("engine", "compile"))
     for key, value in recipe.engine.deepspeed.items():
         yield from _deepspeed(key, value)
     if isinstance(recipe, Recipe):

@@ -274,7 +274,7 @@ class Teacher(Fields):
     """How the student predicts its summary. `adaptor`: by a head on a class token. `through_head`: the map that it predicts goes through the
     teacher's own frozen pooling head (SigLino), which the card's `output.pool` states."""
     compile: bool = False
-    """torch.compile the teacher (static shapes, one graph per partition)."""
+    """Compile the teacher's blocks (torch.compile, fixed shapes: one graph for each size of its images)."""
     chunk: Positive | None = None
     """At most this many teacher images in one forward; null: all."""
     balance: BalanceKind | None = None
@@ -546,6 +546,8 @@ class Engine(Fields):
     """`bf16`: autocast with fp32 parameters, gradients reduced in fp32. `fp32`: exact, for the CPU and for tests."""
     teacher_precision: Literal["fp32", "bf16"] = "bf16"
     """Weights and activations of the teachers."""
+    compile: bool = False
+    """Compile the student's blocks (torch.compile): one graph for each size of its images and each attention window."""
     placement: Placement = Colocated()
     """Where teachers run. `colocated`: on every rank. `dedicated`: on ranks of their own, for teachers that do not fit beside
     the student (docs/scale.md); the numbers are the same."""

@@ -15,6 +15,7 @@ import torch
 
 from ..balance import Balancer, check_balancers, load_balancers
 from ..balance.window import StatisticsWindow
+from ..compiling import block_runner, compile_net
 from ..config.cards import TeacherCard
 from ..config.load import cards_of
 from ..config.recipe import Recipe, Start
@@ -116,6 +117,8 @@ def build_start(recipe: Recipe, world: World, side: TeacherSide, found: Path | N
         assert own is not None
         own.load_state_dict(pool.state_dict())
     parametrise(student, recipe.student)
+    if recipe.engine.compile:
+        student.model.run_block = block_runner(by="engine.compile")
     return student
 
 
@@ -168,7 +171,7 @@ def build_teachers(
     teachers = {name: load_teacher(card, weights=weights).to(device, dtype) for name, card in cards.items()}
     for name, teacher in teachers.items():
         if recipe.teachers[name].compile:
-            teacher.net.compile(dynamic=False)
+            compile_net(teacher.net, by=f"teachers.{name}.compile")
     return teachers
 
 

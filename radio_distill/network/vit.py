@@ -135,6 +135,8 @@ class Trunk(VisionTransformer):
         self.patch_generator = PatchGenerator(arch)
         self.period = global_period(arch.depth, num_global=num_global)
         """Windowed mode: every how many blocks one is global."""
+        self.run_block: Callable[[nn.Module, Tensor], Tensor] | None = None
+        """What runs a block in train mode, compiled; None: the block itself."""
 
     def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Conditioned pixels (B, 3, H, W) to tokens (B, S + L, D)."""
@@ -183,6 +185,8 @@ class Trunk(VisionTransformer):
 
     def run(self, block: Callable[[Tensor], Tensor], tokens: Tensor) -> Tensor:
         """One block; with `set_grad_checkpointing` its insides are computed again in the backward pass."""
+        if self.run_block is not None and self.training and isinstance(block, nn.Module):
+            block = partial(self.run_block, block)
         if self.grad_checkpointing and torch.is_grad_enabled():
             return checkpoint(block, tokens, use_reentrant=False, preserve_rng_state=False)  # blocks draw nothing
         return block(tokens)
