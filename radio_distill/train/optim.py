@@ -1,6 +1,6 @@
 """LAMB, AdamW, NAdam or an optimizer of the user's, their parameter groups, and the learning-rate schedule.
 
-The first two are one rule with two step lengths (g gradient, w weight, t the number of the update, from 1):
+The first two are one rule, of torch's fused kernel, with two step lengths (g gradient, w weight, t the number of the update, from 1):
 
     m <- b1 m + (1 - b1) g        v <- b2 v + (1 - b2) g^2
     u  = (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps) + decay w
@@ -228,6 +228,43 @@ class AdamW(torch.optim.Optimizer):
                 self.state[p]["exp_avg_sq"] = torch.zeros_like(p)
 
     def _update(self, group: dict[str, Any], params: list[Tensor]) -> None:
+        self._fused(group, params, params, lr=group["lr"], weight_decay=group["weight_decay"])
+
+    def _fused(
+        self, group: dict[str, Any], params: list[Tensor], moved: list[Tensor], *, lr: float, weight_decay: float
+    ) -> None:
+        """One pass of torch's kernel: takes the gradients of `params` into their moments, and moves `moved` by the step of AdamW."""
+        step = torch.full((), group["step"], dtype=torch.float32, device=params[0].device)
+        torch._fused_adamw_(
+            moved,
+            [_laid_out(p.grad, p) for p in params if p.grad is not None],
+            [self.state[p]["exp_avg"] for p in params],
+            [self.state[p]["exp_avg_sq"] for p in params],
+            [],
+            [step] * len(params),
+            lr=lr,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            weight_decay=weight_decay,
+            eps=group["eps"],
+            amsgrad=False,
+            maximize=False,
+        )
+
+
+def _laid_out(gradient: Tensor, like: Tensor) -> Tensor:
+    """A gradient in the memory order of its weight, which the kernel does not look at."""
+    return gradient if gradient.stride() == like.stride() else torch.empty_like(like).copy_(gradient)
+
+
+class NAdam(AdamW):
+    """Adam with Nesterov momentum (Dozat 2016), decoupled weight decay; torch.optim.NAdam's rule and momentum schedule.
+
+    mu_t = b1 (1 - 0.96^(0.004 t) / 2)
+    m_hat = mu_(t+1) m / (1 - mu_1 ... mu_(t+1)) + (1 - mu_t) g / (1 - mu_1 ... mu_t)
+    """
+
+    def _update(self, group: dict[str, Any], params: list[Tensor]) -> None:
         beta1, beta2 = group["betas"]
         grads = [p.grad for p in params if p.grad is not None]
         averages = [self.state[p]["exp_avg"] for p in params]
@@ -243,23 +280,7 @@ class AdamW(torch.optim.Optimizer):
         torch._foreach_mul_(updates, self._momentum(group, averages, grads))
         if group["weight_decay"]:
             torch._foreach_add_(updates, params, alpha=group["weight_decay"])
-            self._adapt(group, params, updates)
         torch._foreach_add_(params, updates, alpha=-group["lr"])
-
-    def _momentum(self, group: dict[str, Any], averages: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
-        """The first moment, corrected for its start at 0."""
-        return list(torch._foreach_div(averages, 1 - group["betas"][0] ** group["step"]))
-
-    def _adapt(self, group: dict[str, Any], params: list[Tensor], updates: list[Tensor]) -> None:
-        """Scale the updates of a decaying group in place; AdamW leaves them."""
-
-
-class NAdam(AdamW):
-    """Adam with Nesterov momentum (Dozat 2016), decoupled weight decay; torch.optim.NAdam's rule and momentum schedule.
-
-    mu_t = b1 (1 - 0.96^(0.004 t) / 2)
-    m_hat = mu_(t+1) m / (1 - mu_1 ... mu_(t+1)) + (1 - mu_t) g / (1 - mu_1 ... mu_t)
-    """
 
     def _momentum(self, group: dict[str, Any], averages: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
         beta, t = group["betas"][0], group["step"]
@@ -336,7 +357,18 @@ class Lamb(AdamW):
             sizes.append(flat.numel() - sum(sizes))
             self._slices[group["name"]] = _Slice(sizes, owners, len(params), zero.dp_process_group)
 
+    def _update(self, group: dict[str, Any], params: list[Tensor]) -> None:
+        if not group["weight_decay"]:
+            super()._update(group, params)
+            return
+        moves = [torch.zeros_like(p) for p in params]
+        self._fused(group, params, moves, lr=1.0, weight_decay=0.0)
+        torch._foreach_add_(moves, params, alpha=-group["weight_decay"])
+        self._adapt(group, params, moves)
+        torch._foreach_add_(params, moves, alpha=group["lr"])
+
     def _adapt(self, group: dict[str, Any], params: list[Tensor], updates: list[Tensor]) -> None:
+        """Scale the updates of a decaying group in place, by the ratio of each parameter."""
         cut, empty = self._slices.get(group["name"]), params[0].new_zeros(2, 0)
         if cut is not None:
             params, updates = (list(flat[0].split(cut.sizes))[:-1] for flat in (params, updates))
