@@ -41,6 +41,8 @@ READS = {aten._local_scalar_dense.default, aten.item.default}
 SIZES = {aten.nonzero.default, aten.masked_select.default, aten._unique2.default, aten.unique_consecutive.default}
 VIEWS = {aten._unsafe_view.default, aten.view.default}
 FREE = ("prim::device", "aten::lift_fresh", "aten::detach", "aten::is_same_size")
+SEEDED = ("radio_distill::weight_noise",)
+"""Operations of this package that read a seed on the CPU, and are no kernel that CUDA would refuse it to."""
 
 
 @dataclass(eq=False)
@@ -78,7 +80,7 @@ class Watch(TorchDispatchMode):
             waits = not (kwargs.get("non_blocking") or (func is aten.copy_.default and len(args) > 2 and args[2]))
             if to != source.device.type and waits:
                 self._note(self.waits, f"{name} from {source.device.type} to {to}")
-        elif kinds == {"cpu", "cuda"}:
+        elif kinds == {"cpu", "cuda"} and name not in SEEDED:
             self._note(self.mixed, f"{name} of {', '.join(f'{x.device.type} {tuple(x.shape)}' for x in tensors)}")
         if func in READS:
             if kinds == {"cuda"}:

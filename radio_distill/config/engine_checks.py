@@ -92,6 +92,7 @@ def engine_problems(recipe: Job) -> Found:
     if recipe.engine.compile and not isinstance(recipe, Recipe):
         text = "'engine.compile' is true, and it compiles the blocks of a stage's student, which this training has not"
         yield Problem(f"{text}; set engine.compile=false", ("engine", "compile"))
+    yield from _fp8(recipe)
     for key, value in recipe.engine.deepspeed.items():
         yield from _deepspeed(key, value)
     if isinstance(recipe, Recipe):
@@ -101,6 +102,19 @@ def engine_problems(recipe: Job) -> Found:
                 text = f"'{where}.attention' is 'flash' and flash_attn is not installed; "
                 advice = f'pip install "radio-distill[flash]", or set {where}.attention=sdpa'
                 yield Problem(text + advice, (*where.split("."), "attention"))
+
+
+def _fp8(recipe: Job) -> Found:
+    if recipe.engine.teacher_precision != "fp8":
+        return
+    path, remedy = ("engine", "teacher_precision"), "set engine.teacher_precision=bf16"
+    if not isinstance(recipe, Recipe):
+        yield Problem(
+            f"'engine.teacher_precision' is 'fp8', which only the teachers of a stage can be measured for; {remedy}", path
+        )
+    elif recipe.engine.placement.kind == "dedicated":
+        text = "'engine.teacher_precision' is 'fp8', and ranks with teachers alone have no images to measure it on"
+        yield Problem(f"{text}; {remedy}, or engine.placement.kind=colocated", path)
 
 
 def _zero3(recipe: Job) -> Found:

@@ -544,8 +544,9 @@ class Engine(Fields):
     """DeepSpeed ZeRO stage (OURS: 1; a ViT-L needs no more)."""
     precision: Literal["fp32", "bf16"] = "bf16"
     """`bf16`: autocast with fp32 parameters, gradients reduced in fp32. `fp32`: exact, for the CPU and for tests."""
-    teacher_precision: Literal["fp32", "bf16"] = "bf16"
-    """Weights and activations of the teachers."""
+    teacher_precision: Literal["fp32", "bf16", "fp8"] = "bf16"
+    """Weights and activations of the teachers. `fp8`: bf16, with 8-bit products in their blocks, once it has been measured on the
+    images of the stage that no teacher's outputs change by more than 1 % of their variance (docs/training.md)."""
     compile: bool = False
     """Compile the student's blocks (torch.compile): one graph for each size of its images and each attention window."""
     placement: Placement = Colocated()
@@ -557,6 +558,11 @@ class Engine(Fields):
     """Known DeepSpeed keys, merged into the generated config after checking."""
     watchdog_minutes: Scale = 30.0
     """A rank that is at one step, or at the start before the first, for this long dumps its stacks and stops the job."""
+
+    @property
+    def teacher_bytes(self) -> int:
+        """Of a value of a teacher; in fp8 the activations are those of bf16, and weights are counted as such."""
+        return 4 if self.teacher_precision == "fp32" else 2
 
 
 class Log(Fields):

@@ -32,6 +32,7 @@ from ..student.names import slots_of, student_of
 from ..student.plain import fold_affine
 from ..student.start import parametrise, start_weights
 from ..teachers.base import Teacher, Weights, load_teacher
+from ..teachers.fp8 import use_fp8
 from ..teachers.pooling import pooling_head
 from ..train import agree
 from ..train.distributed import World
@@ -40,10 +41,19 @@ from ..train.streams import Streams
 from ..train.watchdog import watch
 from .bank import TeacherBank
 from .cached import CachedTeachers, open_cache
+from .fp8 import check_fp8
 from .remote import RemoteTeachers
 from .targets import Encoder, TeacherService, name_non_finite, view_specs, views_at
 
-__all__ = ["TeacherSide", "assignment_of", "build_start", "build_teacher_side", "build_teachers", "view_specs_of"]
+__all__ = [
+    "TeacherSide",
+    "assignment_of",
+    "build_start",
+    "build_teacher_side",
+    "build_teachers",
+    "compiled_bank",
+    "view_specs_of",
+]
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +80,7 @@ def build_teacher_side(recipe: Recipe, world: World, *, weights: Weights = "pret
 
     if recipe.cache.read is not None:
         recipe, folder, header = open_cache(recipe, view_specs_of(recipe))
-        encoder = CachedTeachers(recipe, folder, header, world.device, teachers=bank)
+        encoder = CachedTeachers(recipe, folder, header, world.device, teachers=lambda: compiled_bank(bank()))
     elif world.bridge is not None:
         encoder = RemoteTeachers(recipe, world.bridge)
     else:
@@ -83,7 +93,12 @@ def build_teacher_side(recipe: Recipe, world: World, *, weights: Weights = "pret
     window = StatisticsWindow(recipe.balance, encoder.cards, world.device, methods)
     through_head = [name for name, teacher in recipe.teachers.items() if teacher.summary == "through_head"]
     pools = {name: pooling_head(service.cards[name], weights) for name in through_head}
-    return TeacherSide(service, window, assignment, Streams(recipe, assignment, world.rank, views), pools)
+    streams = Streams(recipe, assignment, world.rank, views)
+    if recipe.engine.teacher_precision == "fp8" and isinstance(encoder, TeacherBank) and weights == "pretrained":
+        check_fp8(encoder, streams, sum(partition.images for partition in recipe.partitions.values()), world)
+    if isinstance(encoder, TeacherBank):
+        compiled_bank(encoder)
+    return TeacherSide(service, window, assignment, streams, pools)
 
 
 def view_specs_of(recipe: Recipe) -> dict[str, list[ViewSpec]]:
@@ -166,13 +181,30 @@ def build_teachers(
     recipe: Recipe, device: torch.device, names: Collection[str] | None = None, *, weights: Weights = "pretrained"
 ) -> dict[str, Teacher]:
     """Load teachers (those called `names`, else all) onto a device, in the recipe's precision."""
-    dtype = torch.bfloat16 if recipe.engine.teacher_precision == "bf16" else torch.float32
+    dtype = torch.float32 if recipe.engine.teacher_precision == "fp32" else torch.bfloat16
     cards = {name: card for name, card in cards_of(recipe).items() if names is None or name in names}
     teachers = {name: load_teacher(card, weights=weights).to(device, dtype) for name, card in cards.items()}
     for name, teacher in teachers.items():
-        if recipe.teachers[name].compile:
-            compile_net(teacher.net, by=f"teachers.{name}.compile")
+        if recipe.engine.teacher_precision == "fp8":
+            done, left = use_fp8(teacher.net)
+            log.info("teacher %s: %d Linears in fp8%s", name, len(done), _left(left))
     return teachers
+
+
+def compiled_bank(bank: TeacherBank) -> TeacherBank:
+    """The bank, with those teachers compiled that the recipe says."""
+    for name, teacher in bank.teachers.items():
+        if bank.recipe.teachers[name].compile:
+            compile_net(teacher.net, by=f"teachers.{name}.compile")
+    return bank
+
+
+def _left(reasons: dict[str, str]) -> str:
+    """What stays in bf16, for the log."""
+    if not reasons:
+        return ""
+    name, reason = next(iter(reasons.items()))
+    return f", {len(reasons)} in bf16 ({name}: {reason}{', ...' if len(reasons) > 1 else ''})"
 
 
 def assignment_of(recipe: Recipe, cards: dict[str, TeacherCard], world_size: int) -> Assignment:

@@ -249,7 +249,7 @@ class _Progress:
 
 def row_bytes(recipe: Recipe, partition: str) -> int:
     """What one view of one image takes in a cache."""
-    cards, value = cards_of(recipe), 2 if recipe.engine.teacher_precision == "bf16" else 4
+    cards, value = cards_of(recipe), recipe.engine.teacher_bytes
     total = HEADERS
     for name, size in raw_bytes(recipe, partition, cards).items():
         if recipe.cache.store == "int8":

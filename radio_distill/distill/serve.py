@@ -22,7 +22,7 @@ from ..train.ranks import GOODBYE
 from ..train.timers import Timers
 from ..train.watchdog import rest, watch
 from .bank import TeacherBank
-from .build import build_teachers
+from .build import build_teachers, compiled_bank
 from .remote import pack_reply, unpack_request
 
 __all__ = ["check_teachers", "serve"]
@@ -37,7 +37,7 @@ def serve(recipe: Recipe, bridge: Bridge) -> int:
     Raises TrainingError when a student goes away without a word.
     """
     names = share_teachers(teacher_costs(recipe), len(bridge.teachers))[bridge.place.position - bridge.place.students]
-    bank = TeacherBank(recipe, build_teachers(recipe, bridge.device, names))
+    bank = compiled_bank(TeacherBank(recipe, build_teachers(recipe, bridge.device, names)))
     clients, codes = {peer: _Client(bridge.device) for peer in bridge.students}, [0]
     inbox: queue.Queue[tuple[int, dict[str, Any] | Exception]] = queue.Queue()
     for peer, client in clients.items():  # a thread each: gloo tells of a lost peer only to those who wait for it by name

@@ -92,7 +92,7 @@ def state_bytes(recipe: Recipe, cards: dict[str, TeacherCard], student: StudentA
     """Bytes on one GPU for teachers, weights, gradients, optimizer and EMA, sharded as `engine.zero` says."""
     parameters = trunk_parameters(student) + head_parameters(student)
     zero = recipe.engine.zero
-    per_weight = 2 if recipe.engine.teacher_precision == "bf16" else 4
+    per_weight = recipe.engine.teacher_bytes
     views = [
         (view, cards[name]) for part in recipe.partitions.values() for name, view in part.teachers.items() if name in cards
     ]
@@ -140,7 +140,7 @@ def _teacher_work(recipe: Recipe, name: str, view: TeacherView, card: TeacherCar
     size = card.input.size if view.mosaic else side_of(partition, view, card.input.shape, patch_size(recipe))
     forwards = images * teacher_images(view) / (mosaic_of(card, partition.size).images if view.mosaic else 1)
     forwards = min(forwards, recipe.teachers[name].chunk or forwards)
-    return forward_bytes(card, size, forwards, 2 if recipe.engine.teacher_precision == "bf16" else 4)
+    return forward_bytes(card, size, forwards, recipe.engine.teacher_bytes)
 
 
 def forward_bytes(card: TeacherCard, size: int, images: float, value_bytes: int) -> int:

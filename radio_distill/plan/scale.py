@@ -126,7 +126,7 @@ def scale(
 
 def raw_bytes(recipe: Recipe, partition: str, cards: dict[str, TeacherCard]) -> dict[str, int]:
     """Bytes of one image's raw map by teacher, as it leaves the upsampler, in the teachers' precision."""
-    cell, patch, value = recipe.partitions[partition], patch_size(recipe), 2 if recipe.engine.teacher_precision == "bf16" else 4
+    cell, patch, value = recipe.partitions[partition], patch_size(recipe), recipe.engine.teacher_bytes
     found = {}
     for name, view in cell.teachers.items():
         if name in cards:

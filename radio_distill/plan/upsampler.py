@@ -148,7 +148,7 @@ def _memory_bytes(recipe: UpsamplerRecipe, encodes: int, trained: int, images: i
     card, views, factor = load_card(recipe.teacher), recipe.jitter.views, recipe.network.factor
     width, grid = card.output.features, recipe.size // card.input.patch
     value = 2 if recipe.engine.precision == "bf16" else 4
-    teacher_value = 2 if recipe.engine.teacher_precision == "bf16" else 4
+    teacher_value = recipe.engine.teacher_bytes
     state = teacher_value * teacher_parameters(card) + (20 if recipe.ema.decay else 16) * trained
     encoded = images * max(encodes, views)
     teacher = forward_bytes(card, recipe.size, min(encoded, recipe.chunk or encoded), teacher_value)

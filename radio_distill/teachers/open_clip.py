@@ -150,7 +150,7 @@ class ClipNet(nn.Module):
 
 
 class PackedAttention(nn.Module):
-    """nn.MultiheadAttention of a sequence with itself, under its names, by one projection and torch's fused kernel.
+    """nn.MultiheadAttention of a sequence with itself, by one projection and torch's fused kernel.
 
     Out of training that module takes a path of its own, which writes all scores to memory.
     """
@@ -158,13 +158,15 @@ class PackedAttention(nn.Module):
     def __init__(self, attention: nn.MultiheadAttention) -> None:
         super().__init__()
         self.num_heads = attention.num_heads
-        self.in_proj_weight, self.in_proj_bias = attention.in_proj_weight, attention.in_proj_bias
+        rows, columns = attention.in_proj_weight.shape
+        self.in_proj = nn.Linear(columns, rows, device="meta")
+        self.in_proj.weight, self.in_proj.bias = attention.in_proj_weight, attention.in_proj_bias
         self.out_proj = attention.out_proj
 
     def forward(self, x_BNC: Tensor, *_: Tensor, **options: Any) -> tuple[Tensor, None]:
         """The output (B, N, C), and no weights; keys and values, which follow x, are x itself."""
         assert options.get("attn_mask") is None
-        qkv = F.linear(x_BNC, self.in_proj_weight, self.in_proj_bias)
+        qkv = self.in_proj(x_BNC)
         q, k, v = rearrange(qkv, "b n (t h d) -> t b h n d", t=3, h=self.num_heads)
         out = F.scaled_dot_product_attention(q, k, v)
         return self.out_proj(rearrange(out, "b h n d -> b n (h d)")), None

@@ -191,7 +191,7 @@ class Inputs:
     """The teacher, this rank's images, and how a step is divided."""
 
     def __init__(self, recipe: UpsamplerRecipe, world: distributed.World) -> None:
-        dtype = torch.bfloat16 if recipe.engine.teacher_precision == "bf16" else torch.float32
+        dtype = torch.float32 if recipe.engine.teacher_precision == "fp32" else torch.bfloat16
         self.teacher = load_teacher(load_card(recipe.teacher)).to(world.device, dtype)
         assignment = assign(images={VIEWS: recipe.images}, costs={VIEWS: 1.0}, world_size=world.size)
         specs = [ViewSpec(BASE, recipe.partitions[VIEWS].size, self.teacher.patch_size)]
