@@ -54,8 +54,10 @@ class Engine:
         config = deepspeed_config(recipe)
         optimizer = make_optimizer(task, recipe.optim, groups=groups)
         wrapped, *_ = deepspeed.initialize(model=task, optimizer=optimizer, config=config, dist_init_required=False)
-        if isinstance(optimizer, Lamb) and recipe.engine.zero in (1, 2):
-            optimizer.attach_zero(wrapped.optimizer)
+        if recipe.engine.zero in (1, 2):
+            _share_weights(wrapped.optimizer)
+            if isinstance(optimizer, Lamb):
+                optimizer.attach_zero(wrapped.optimizer)
         return cls(wrapped, optimizer, recipe.optim, world, zero=recipe.engine.zero, micro_steps=micro_steps)
 
     def __init__(
@@ -196,6 +198,17 @@ class Engine:
             self._wrapped.load_checkpoint(str(folder), tag=tag)
         finally:
             settings.load_universal_checkpoint = False
+
+
+def _share_weights(zero: Any) -> None:
+    """Let ZeRO-1/2 update a rank's part of the weights itself, and not an fp32 copy of it: they are fp32, and so is the copy."""
+    for parts, copy, ranks in zip(
+        zero.parallel_partitioned_bit16_groups, zero.single_partition_of_fp32_groups, zero.real_dp_process_group
+    ):
+        mine = parts[dist.get_rank(ranks)]
+        assert mine.dtype == copy.dtype, "parameters are fp32"
+        copy.data = mine.detach()
+    zero._link_all_hp_params()  # what universal checkpoints are read into are views of the copy
 
 
 def to_universal(folder: Path, tag: str) -> str:

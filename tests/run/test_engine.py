@@ -164,6 +164,9 @@ def one_process_before(rank: int, folder: Path) -> None:
     world = init("gloo")
     for zero in (0, 1, 2):
         engine = Engine.create(recipe("lamb", zero), Toy(), world, micro_steps=2 * MICRO_STEPS)
+        updated = {p.data_ptr() for group in engine._optimizer.param_groups for p in group["params"]}
+        held = {p.untyped_storage().data_ptr() for p in engine.module.parameters()}
+        assert zero == 0 or updated == held, "no second copy of the weights"
         train(engine, [0, 1], until=SAVED_AT)
         engine.save(folder, f"one{zero}")
         if zero:

@@ -50,6 +50,20 @@ def test_adamw_equals_torchs() -> None:
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
 
 
+def test_adamw_is_torchs_fused_one_to_the_last_bit_whatever_the_memory_order_of_gradients() -> None:
+    ours, theirs = tensors(), tensors()
+    found = train(AdamW(groups(ours), eps=1e-6), ours, 5)
+    wanted = train(torch.optim.AdamW(groups(theirs), lr=0.01, eps=1e-6, fused=True), theirs, 5)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=0)
+
+    plain, turned = nn.Parameter(torch.zeros(3, 4)), nn.Parameter(torch.zeros(3, 4))
+    plain.grad = torch.arange(12.0).view(3, 4)
+    turned.grad = plain.grad.t().contiguous().t()
+    for parameter in (plain, turned):
+        AdamW([parameter], lr=0.01).step()
+    assert torch.equal(plain, turned)
+
+
 def test_lamb_moves_weights_that_start_at_zero() -> None:
     p = nn.Parameter(torch.zeros(3, 3))
     p.grad = torch.ones(3, 3)
