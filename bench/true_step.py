@@ -43,22 +43,8 @@ def main() -> None:
 
 def run(arguments: argparse.Namespace, folder: Path) -> dict[str, str | float]:
     """Count one step and time the next ones."""
-    images = dict(item.split("=") for item in arguments.images.split(","))
-    recipe = load_recipe(
-        arguments.recipe,
-        [
-            *(f"partitions.{name}.images={count}" for name, count in images.items()),
-            *("start.kind=scratch", "balance.window=1", "optim.freeze_trunk=0", "engine.workers=0", "data.streams=1"),
-            *(f"data.sources.noise.path={_noise(folder / 'images')}", f"run={folder / 'run'}"),
-            *arguments.overrides,
-        ],
-    )
-    world = distributed.init()
-    side = build_teacher_side(recipe, world, weights="random")
-    run_folder = RunFolder(recipe, is_main=True)
-    student = build_start(recipe, world, side, None)
-    trainer = StageTraining(recipe, world, run_folder, side, student)
-    trainer.streams.open({})
+    trainer = build(arguments.recipe, arguments.images, folder, arguments.overrides)
+    recipe, world = trainer.recipe, trainer.world
     batches = trainer.streams.next(world.device)
     prepare(trainer, 0, batches)
     begin = time.perf_counter()
@@ -87,6 +73,26 @@ def run(arguments: argparse.Namespace, folder: Path) -> dict[str, str | float]:
         "seconds (first, then)": ", ".join(f"{s:.2f}" for s in seconds),
         "TFLOP/s of the fastest": round(planned / fastest / 1e12, 2),
     }
+
+
+def build(recipe_name: str, images: str, folder: Path, overrides: list[str]) -> StageTraining:
+    """The training of a recipe as it stands before its first step, streams open; images: `low=4,high=1`."""
+    counts = dict(item.split("=") for item in images.split(","))
+    recipe = load_recipe(
+        recipe_name,
+        [
+            *(f"partitions.{name}.images={count}" for name, count in counts.items()),
+            *("start={kind: scratch}", "balance.window=1", "optim.freeze_trunk=0", "engine.workers=0", "data.streams=1"),
+            *(f"data.sources.noise.path={_noise(folder / 'images')}", f"run={folder / 'run'}"),
+            *overrides,
+        ],
+    )
+    world = distributed.init()
+    side = build_teacher_side(recipe, world, weights="random")
+    student = build_start(recipe, world, side, None)
+    trainer = StageTraining(recipe, world, RunFolder(recipe, is_main=True), side, student)
+    trainer.streams.open({})
+    return trainer
 
 
 def _noise(folder: Path) -> Path:

@@ -9,6 +9,7 @@ import os
 import shutil
 from collections.abc import Callable, Sequence
 from functools import partial
+from inspect import signature
 from typing import Any
 
 import torch
@@ -35,7 +36,7 @@ def compile_net(net: nn.Module, *, by: str) -> None:
     """Compile the blocks of a frozen network in place; all of it, where no blocks are found."""
     blocks = blocks_of(net)
     if not blocks:
-        net.compile(dynamic=False, backend=_backend(by), recompile_limit=LIMIT, isolate_recompiles=True)
+        net.compile(dynamic=False, backend=_backend(by), **_limit())
         return
     run = _compiled(_forward, by=by, fullgraph=False)  # code of others may have breaks
     for block in blocks:
@@ -50,9 +51,16 @@ def blocks_of(net: nn.Module) -> Sequence[nn.Module]:
 
 
 def _compiled(function: Callable[..., Any], *, by: str, fullgraph: bool) -> Callable[..., Any]:
-    return torch.compile(
-        function, backend=_backend(by), dynamic=False, fullgraph=fullgraph, recompile_limit=LIMIT, isolate_recompiles=True
-    )
+    return torch.compile(function, backend=_backend(by), dynamic=False, fullgraph=fullgraph, **_limit())
+
+
+def _limit() -> dict[str, Any]:
+    """Options that give a network a limit of its own; a torch that has none of them gets one large limit for all."""
+    known = signature(torch.compile).parameters
+    if "isolate_recompiles" not in known:
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, LIMIT)
+        return {}
+    return {"recompile_limit": LIMIT, "isolate_recompiles": True}
 
 
 def _backend(by: str) -> Any:

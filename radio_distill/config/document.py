@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any
 
 import yaml
@@ -112,6 +113,19 @@ def check_limits(values: int, depth: int, mark: Any) -> None:
 
 def parse(text: str, name: str) -> Document:
     """Read one YAML file, `name` being what messages call it. What is wrong is in `problems`, nothing is raised."""
+    found = _parse(text, name)
+    return replace(found, values=_copied(found.values), places=dict(found.places), problems=list(found.problems))
+
+
+def _copied(value: Any) -> Any:
+    """The same maps and lists anew; what they hold does not change."""
+    if isinstance(value, dict):
+        return {key: _copied(inner) for key, inner in value.items()}
+    return [_copied(inner) for inner in value] if isinstance(value, list) else value
+
+
+@lru_cache(maxsize=512)  # the tables of `list` read every shipped file some ten times: as itself, as a parent, to tell its kind
+def _parse(text: str, name: str) -> Document:
     document = Document(Where(name), {})
     broken = Document(document.top, {}, problems=document.problems, broken=True)
     if len(text) > MOST_BYTES:

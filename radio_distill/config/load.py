@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -111,7 +111,11 @@ def _find(source: str | Path) -> Path:
 
 def _kind(path: Path, *, otherwise: type[Job]) -> type[Job]:
     """The kind of recipe that more of the file's keys belong to; `otherwise` when they do not tell."""
-    keys = {key for values in values_of(path, shipped=shipped("recipes")) for key in values} - set(Job.model_fields)
+    return _kind_among(shipped("recipes"), path, otherwise=otherwise)
+
+
+def _kind_among(recipes: Mapping[str, Path], path: Path, *, otherwise: type[Job]) -> type[Job]:
+    keys = {key for values in values_of(path, shipped=recipes) for key in values} - set(Job.model_fields)
     matches = {kind: len(keys & set(kind.model_fields)) for kind in KINDS}
     return max(matches, key=lambda kind: (matches[kind], kind is otherwise))
 
@@ -148,10 +152,11 @@ def list_recipes(kind: type[Job] = Job) -> dict[str, Path]:
 
     A file whose name begins with `_` holds what others extend and is no recipe itself.
     """
-    recipes = {name: path for name, path in shipped("recipes").items() if not path.name.startswith("_")}
+    files = shipped("recipes")
+    recipes = {name: path for name, path in files.items() if not path.name.startswith("_")}
     if kind is Job:
         return recipes
-    return {name: path for name, path in recipes.items() if _kind(path, otherwise=Recipe) is kind}
+    return {name: path for name, path in recipes.items() if _kind_among(files, path, otherwise=Recipe) is kind}
 
 
 def cards_of(recipe: Recipe) -> dict[str, TeacherCard]:

@@ -57,7 +57,7 @@ def reparametrise(linear: nn.Linear, step: nn.Module) -> None:
     del linear.weight
     linear.parametrizations = nn.ModuleDict({"weight": Steps(weight)})
     steps_of(linear).append(step)
-    linear.__class__ = _class(type(linear))
+    linear.__class__ = _class(type(linear))  # type: ignore[arg-type]
 
 
 def steps_of(linear: nn.Module) -> Steps:
