@@ -289,7 +289,7 @@ def step(b: Bench) -> None:
         b.say(
             "step",
             seconds=seconds,
-            plan_seconds=wanted.step_seconds / 0.45 if b.cuda else None,
+            plan_seconds=1e-3 * sum(part.ms for part in wanted.parts) if b.cuda else None,
             tflop=wanted.step_flop / 1e12,
             share_of_peak=wanted.step_flop / seconds / rate if rate else None,
             memory_gib=torch.cuda.max_memory_allocated() / 2**30 if b.cuda else None,
@@ -297,6 +297,7 @@ def step(b: Bench) -> None:
         )
         with b.reading("step, sections"):
             b.say("step, sections (ms)", **sections(b, trainer, lambda: go(4)))
+            b.say("step, parts by plan (ms)", **{part.name: part.ms for part in wanted.parts})
         with b.reading("step, kernels"):
             b.say("step, kernels", **kernels(b, lambda: go(5)))
         with b.reading("step, compiled"):

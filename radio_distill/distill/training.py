@@ -223,8 +223,11 @@ def export_student(student: Student, ema: Ema | None, balancers: dict[str, Balan
     Its adaptors then predict the teachers' own features: no consumer needs to know about PHI-S.
     """
     state = student.state_dict() if ema is None else ema.state_dict()
-    plain = Student(student.arch)
-    plain.load_state_dict({name: x.cpu() for name, x in fold_state(state, eps=spectral_eps(student)).items()})
+    with torch.device("meta"):  # weights of its own would be drawn only to be replaced
+        plain = Student(student.arch)
+    folded = {name: x.cpu() for name, x in fold_state(state, eps=spectral_eps(student)).items()}
+    heads = {name: x.clone() for name, x in folded.items() if name.startswith("adaptors.")}  # they are changed below
+    plain.load_state_dict(folded | heads, assign=True)
     for name, balancer in balancers.items():
         fold_affine(plain.adaptor(name), *balancer.inverse_affine())
     save_student(plain, folder)

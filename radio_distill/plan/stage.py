@@ -20,6 +20,7 @@ from ..train.placement import share_teachers, student_ranks
 from .budget import GIB, RESERVE_GIB, Budget, Machine, TeacherPlan, budget, fit_micro_batch, machine
 from .cost import PartitionCost, partition_cost, student_tokens, teacher_costs
 from .memory import checkpoint_bytes, head_parameters, partition_bytes, state_bytes, trunk_parameters, work_bytes
+from .roofline import PartTime, part_times
 from .scale import Cluster, ScalePlan, raw_bytes, scale
 
 __all__ = ["PartitionPlan", "Plan", "StudentPlan", "plan"]
@@ -93,6 +94,8 @@ class Plan(Budget):
     """Patches that the recipe's own student sees in one optimizer step, over all ranks."""
     state_gib: float
     """Teachers, weights, gradients, optimizer and EMA on one GPU that trains."""
+    parts: tuple[PartTime, ...]
+    """Where the time of a step goes on a mean GPU, by FLOPs and bytes; students beside the recipe's own are not among them."""
     scale: ScalePlan | None
     """What it does to a cluster, where one is given."""
 
@@ -156,6 +159,7 @@ def plan(
         step_flop=sum(p.total_flop * p.images for p in partitions),
         step_tokens=sum(p.tokens * p.images for p in partitions),
         state_gib=state / GIB,
+        parts=part_times(recipe, cards, costs, gpu, where.flops / utilisation, world_size),
         scale=found,
     )
 

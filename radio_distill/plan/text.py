@@ -18,7 +18,15 @@ __all__ = ["render", "render_upsampler", "render_vlm", "table"]
 
 def render(plan: Plan) -> str:
     """The plan in lines of at most about 120 characters."""
-    parts = [_head(plan), _teachers(plan.teachers), _partitions(plan), _places(plan), _totals(plan), _scale(plan.scale)]
+    parts = [
+        _head(plan),
+        _teachers(plan.teachers),
+        _partitions(plan),
+        _places(plan),
+        _parts(plan),
+        _totals(plan),
+        _scale(plan.scale),
+    ]
     return "\n".join([line for part in map(list, parts) if part for line in (*part, "")][:-1] + list(_notes(plan)))
 
 
@@ -88,6 +96,16 @@ def _places(plan: Plan) -> Iterator[str]:
         rows.append((f"teacher rank {i}", ", ".join(rank.teachers), f"{rank.step_seconds:.3g}", f"{rank.memory_gib:.0f}"))
     yield from table(rows)
     yield f"  {plan.student_ranks} ranks train, {plan.world_size - plan.student_ranks} teach"
+
+
+def _parts(plan: Plan) -> Iterator[str]:
+    rows = [("a step on a mean GPU", "TFLOP", "GB", "ms products", "ms memory", "bound by")]
+    for p in plan.parts:
+        rows.append(
+            (p.name, f"{p.flop / 1e12:.3g}", f"{p.bytes / 1e9:.3g}", f"{p.compute_ms:.3g}", f"{p.memory_ms:.3g}", p.bound)
+        )
+    yield from table(rows)
+    yield f"  {sum(p.ms for p in plan.parts):.3g} ms together, at the whole rate and one after the other; not read on a GPU yet"
 
 
 def _scale(scale: ScalePlan | None) -> Iterator[str]:

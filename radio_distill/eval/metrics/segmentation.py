@@ -48,7 +48,8 @@ class Confusion:
         bounds = torch.stack([x.long() for x in (*prediction_N.aminmax(), *label_N.aminmax())]).tolist()
         if min(bounds) < 0 or bounds[1] >= self.classes or bounds[3] >= rows:
             return self._count(*self._checked(prediction_N, label_N))
-        pairs = torch.bincount(torch.add(prediction_N.long(), label_N, alpha=self.classes), minlength=rows * self.classes)
+        pairs_N = torch.add(prediction_N.int(), label_N.int(), alpha=self.classes)  # 4 bytes each: half the time of 8
+        pairs = torch.bincount(pairs_N, minlength=rows * self.classes)
         counts_RK = pairs.view(rows, self.classes)
         counts_RK[IGNORE] = 0
         if counts_RK[self.classes :].any():
