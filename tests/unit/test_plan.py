@@ -8,6 +8,7 @@ from radio_distill.config.load import list_recipes, load_card, load_recipe
 from radio_distill.config.recipe import Recipe
 from radio_distill.errors import RecipeError
 from radio_distill.plan.budget import GPUS, to_json
+from radio_distill.plan.roofline import BANDWIDTH
 from radio_distill.plan.scale import Cluster
 from radio_distill.plan.stage import plan
 from radio_distill.plan.text import render
@@ -154,6 +155,7 @@ def test_teachers_apart_are_recommended_when_they_do_not_fit_beside_the_student(
     apart = plan(load_recipe("stage3_featsharp", [*small, placed(1, 1)]), world_size=64)
     between = (together.memory_gib + max(apart.memory_gib, apart.teacher_ranks[0].memory_gib)) / 2
     monkeypatch.setitem(GPUS, "tight", (250e12, between * 2**30 / 1e9))
+    monkeypatch.setitem(BANDWIDTH, "tight", 1.7e12)
     notes = plan(load_recipe("stage3_featsharp", small), world_size=64, gpu="tight").notes
     note = next(note for note in notes if "GiB are needed" in note)
     assert (
