@@ -92,6 +92,11 @@ def engine_problems(recipe: Job) -> Found:
     if recipe.engine.compile and not isinstance(recipe, Recipe):
         text = "'engine.compile' is true, and it compiles the blocks of a stage's student, which this training has not"
         yield Problem(f"{text}; set engine.compile=false", ("engine", "compile"))
+    if recipe.engine.compile and isinstance(recipe, Recipe):
+        for name, cell in recipe.partitions.items():
+            if cell.is_native:
+                text = f"'engine.compile' is true, and packs of the native partition {name!r} have another shape in every step"
+                yield Problem(f"{text}; set engine.compile=false", ("engine", "compile"))
     yield from _fp8(recipe)
     for key, value in recipe.engine.deepspeed.items():
         yield from _deepspeed(key, value)

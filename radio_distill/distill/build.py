@@ -18,6 +18,7 @@ from ..balance.window import StatisticsWindow
 from ..compiling import block_runner, compile_net
 from ..config.cards import TeacherCard
 from ..config.load import cards_of
+from ..config.native import images_in_step
 from ..config.recipe import Recipe, Start
 from ..data.views import ViewSpec
 from ..errors import RecipeError
@@ -95,7 +96,7 @@ def build_teacher_side(recipe: Recipe, world: World, *, weights: Weights = "pret
     pools = {name: pooling_head(service.cards[name], weights) for name in through_head}
     streams = Streams(recipe, assignment, world.rank, views)
     if recipe.engine.teacher_precision == "fp8" and isinstance(encoder, TeacherBank) and weights == "pretrained":
-        check_fp8(encoder, streams, sum(partition.images for partition in recipe.partitions.values()), world)
+        check_fp8(encoder, streams, sum(images_in_step(cell, patch) for cell in recipe.partitions.values()), world)
     if isinstance(encoder, TeacherBank):
         compiled_bank(encoder)
     return TeacherSide(service, window, assignment, streams, pools)

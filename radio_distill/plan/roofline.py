@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ..config.cards import TeacherCard
-from ..config.checks import patch_size
-from ..config.recipe import Recipe
+from ..config.native import as_squares, images_in_step
+from ..config.recipe import Partition, Recipe
 from ..config.sizes import side_of
 from ..student.names import student_of
 from ..teachers.arch import Arch
@@ -71,37 +71,51 @@ def _parts(
 ) -> Iterator[tuple[str, float, float]]:
     """Name, FLOP and bytes over all GPUs."""
     arch = student_of(recipe)
-    value, patch = (2 if recipe.engine.precision == "bf16" else 4), arch.trunk.patch_size
+    patch = arch.trunk.patch_size
     for partition, cell in recipe.partitions.items():
-        images, cost = cell.images, costs[partition]
+        images, cost = images_in_step(cell, patch), costs[partition]
+        squares = as_squares(cell, patch, cards)
         for name, view in cell.teachers.items():
-            card = cards[name]
-            side = cell.size if view.mosaic else side_of(cell, view, card.input.shape, patch_size(recipe))
-            grid, channels = side // card.input.patch, card.output.features
-            sharpens = upsampler_flops(view, card, grid)
             if not cost.teachers[name]:  # read from a cache
                 continue
-            tokens = grid**2 * teacher_images(view)
-            encoder = 2 * ACTIVATION_BYTES / 2 * recipe.engine.teacher_bytes * tokens * _depth_by_width(card)
-            yield f"teacher {partition} {name}", images * (cost.teachers[name] - sharpens), images * encoder
-            fine = (grid * view.upsampler.factor) ** 2 * channels
+            grids = [(_grid(square, name, cards[name], patch), share) for square, share in squares]
+            sharpens = sum(share * upsampler_flops(view, cards[name], grid) for grid, share in grids)
+            positions = sum(share * grid**2 for grid, share in grids)
+            yield (
+                f"teacher {partition} {name}",
+                images * (cost.teachers[name] - sharpens),
+                images
+                * _forward_bytes(positions * teacher_images(view) * _depth_by_width(cards[name]), recipe.engine.teacher_bytes),
+            )
             if sharpens:
-                yield f"upsampler {partition} {name}", images * sharpens, images * 2 * ACTIVATION_BYTES * fine
-        tokens = (cell.size // patch) ** 2 + arch.trunk.num_prefix
-        forward = 2 * ACTIVATION_BYTES / 2 * value * tokens * arch.trunk.embed_dim * arch.trunk.depth
+                moved = _forward_bytes(positions * view.upsampler.factor**2 * cards[name].output.features, 4)
+                yield f"upsampler {partition} {name}", images * sharpens, images * moved
+        tokens = sum(share * ((square.size // patch) ** 2 + arch.trunk.num_prefix) for square, share in squares)
+        value = 2 if recipe.engine.precision == "bf16" else 4
+        forward = _forward_bytes(tokens * arch.trunk.embed_dim * arch.trunk.depth, value)
         yield f"student {partition}", images * cost.student_training, images * 3 * forward
         maps = sum(
-            2
-            * 4
-            * (side_of(cell, view, cards[name].input.shape, patch) // cards[name].input.patch * view.upsampler.factor) ** 2
-            * cards[name].output.features
+            share * (_grid(square, name, cards[name], patch) * view.upsampler.factor) ** 2 * cards[name].output.features
             for name, view in cell.teachers.items()
+            for square, share in squares
         )
-        yield f"balancers {partition}", images * cost.balance, images * maps
+        yield f"balancers {partition}", images * cost.balance, images * 2 * 4 * maps
     parameters = trunk_parameters(arch) + head_parameters(arch)
     shards = world_size if recipe.engine.zero == 0 else 1
     average = EMA_BYTES * world_size if recipe.ema.decay else 0
     yield "update", 0.0, parameters * (UPDATE_BYTES[recipe.optim.kind] * shards + average)
+
+
+def _grid(cell: Partition, name: str, card: TeacherCard, patch: int) -> int:
+    """Rows of a teacher's own map of one image, before it is upsampled."""
+    view = cell.teachers[name]
+    side = cell.size if view.mosaic else side_of(cell, view, card.input.shape, patch)
+    return int(side // card.input.patch)
+
+
+def _forward_bytes(values: float, value_bytes: int) -> float:
+    """What a forward moves that has so many tokens x channels x blocks."""
+    return 2 * ACTIVATION_BYTES / 2 * value_bytes * values
 
 
 def _depth_by_width(card: TeacherCard) -> float:

@@ -149,6 +149,11 @@ def test_without_a_compiler_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
         compiling.block_runner(by="engine.compile")
 
 
+def test_packs_of_images_of_any_shape_refuse_it() -> None:
+    with pytest.raises(RecipeError, match="packs of the native partition 'high' have another shape in every step"):
+        load_recipe("fast/stage2_native", ["engine.compile=true"])
+
+
 def test_trainings_without_a_student_refuse_it() -> None:
     assert load_recipe("stage1", ["engine.compile=true"]).engine.compile
     with pytest.raises(RecipeError, match=r"'engine\.compile' is true, and it compiles the blocks of a stage's student"):
