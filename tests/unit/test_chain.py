@@ -11,6 +11,7 @@ SHIPPED = [
     ["toy/proxy", "toy/proxy_student"], ["toy/fast_stage1", "toy/fast_stage2", "toy/fast_sam"],
     ["proxy/proxy", "proxy/student", "proxy/student_sizes"], ["fast/stage1", "fast/stage2", "fast/sam"],
     ["fast/base_stage1", "fast/base_stage2", "fast/base_sam"], ["upsampler/siglip2_naflex_2x", "fast/featsharp"],
+    ["fast/stage1", "fast/stage2_native"],
 ]  # fmt: skip
 
 

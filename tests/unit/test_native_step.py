@@ -1,5 +1,6 @@
 """A step of a native partition: packed images against one at a time, whatever the number of ranks; one image is one vote."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -106,6 +107,25 @@ def test_a_term_of_the_users_gets_one_map_after_the_other(tmp_path, monkeypatch)
     assert float(losses.parts["loss/low/toy_dino/rows"]) == pytest.approx(sum(rows) / len(rows))
     assert float(losses.parts["images/low"]) == len(GRIDS)
     assert float(losses.parts["tokens/low"]) == sum(r * c for r, c in GRIDS)
+
+
+def test_a_summary_through_the_teachers_head_is_pooled_from_each_image_alone(repo, tmp_path) -> None:
+    card = (repo / "teachers" / "toy_siglip.yaml").read_text().replace("size: 84,", "size: 84, resizable: true,")
+    (tmp_path / "any_size.yaml").write_text(card)
+    native = [part for part in NATIVE if not part.endswith(("teachers.toy_siglip=null", "toy_dino.size=null"))]
+    own = f"teachers.toy_siglip={{card: {tmp_path / 'any_size.yaml'}, summary: through_head}}"
+    without = ["teachers.toy_dino=null", "partitions.low.teachers={toy_dino: null, toy_siglip: {}}"]
+    _, service, task = build("toy/stage1", *native, own, *without)
+    views = packed().views
+    batch = replace(packed(), views={"student": views["student"], "toy_siglip": views["toy_dino"]})
+    targets = service(batch)
+    losses = task(batch, targets, {"toy_siglip": float(len(GRIDS))})
+    adaptor, expected = task.student.adaptor("toy_siglip"), []
+    for index, (image, draws) in enumerate(zip(batch.images("student"), _draws(task.student, batch))):
+        tokens = task.student.forward_tokens(image[None].float() / 255, draws=draws)
+        summary = adaptor.pooled(adaptor.features(tokens.features_BCHW))[0]
+        expected.append(1 - torch.cosine_similarity(summary, targets["toy_siglip"].summary_BC[index], dim=0))
+    assert losses.parts["loss/low/toy_siglip/summary"].item() == pytest.approx(torch.stack(expected).mean().item(), rel=1e-5)
 
 
 def test_teachers_see_each_image_at_the_students_grid() -> None:
