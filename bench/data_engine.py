@@ -5,7 +5,7 @@
 step        of toy/stage3_featsharp (upsamplers of random weights): with running teachers, from an int8 cache, and of the student alone, whose
             targets lie ready; images are read before the clock starts
 assignment  of vectors of 384 numbers to 20,000 centroids: ours beside a bare product, and beside faiss's flat index where faiss is installed
-embed       over forward passes of ready batches by toy_dino
+embed       over forward passes of ready batches by toy_dino: with decoding in the same process, and in a loader process, which is not counted
 
 Seconds are CPU time of the process, all threads, on a machine without a GPU: they do not depend on what else it does.
 """
@@ -28,7 +28,8 @@ import torch
 from radio_distill.cli import main as command
 from radio_distill.config.load import load_recipe
 from radio_distill.config.recipe import Source
-from radio_distill.curate.embed import MIDDLE, _vectors
+from radio_distill.curate.embed import MIDDLE, _embed, _vectors
+from radio_distill.curate.embeddings import EmbeddingFolder, Header
 from radio_distill.curate.kmeans import assign
 from radio_distill.data.once import Once, ShardView
 from radio_distill.data.sources import list_source
@@ -49,12 +50,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=3, help="steps that are timed of each kind (%(default)s)")
     parser.add_argument("--rows", type=int, default=20_000, help="vectors that are assigned (%(default)s)")
+    parser.add_argument("--parts", nargs="+", default=["steps", "assignment", "embed"], help="(%(default)s)")
     parser.add_argument("--json", action="store_true", help="print JSON")
     given = parser.parse_args()
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
     with tempfile.TemporaryDirectory() as folder:
         write_toyworld(f"{folder}/scenes", count=32, size=192, seed=0, shards=4)
-        found = {**steps(given.steps, Path(folder)), **assignment(given.rows), **embedding(Path(folder))}
+        write_toyworld(f"{folder}/many", count=256, size=192, seed=0, shards=4)
+        parts = {
+            "steps": lambda: steps(given.steps, Path(folder)),
+            "assignment": lambda: assignment(given.rows),
+            "embed": lambda: embedding(Path(folder)),
+        }
+        found = {name: value for part in given.parts for name, value in parts[part]().items()}
     print(json.dumps(found) if given.json else "\n".join(f"{name:>40} {value:10.3f}" for name, value in found.items()))
 
 
@@ -122,7 +130,7 @@ def assignment(rows: int) -> dict[str, float]:
 def embedding(folder: Path) -> dict[str, float]:
     """Forward passes alone over reading and encoding."""
     model = open_model("teacher:toy_dino").model
-    listing = list_source("embed", Source(path=str(folder / "scenes")))
+    listing = list_source("embed", Source(path=str(folder / "many")))
     items = [ShardView("embed", shard, 0) for shard in listing.shards(1)]
 
     def pieces() -> Once:
@@ -130,8 +138,16 @@ def embedding(folder: Path) -> dict[str, float]:
 
     ready = [piece.canvases[0].images_B3SS[: len(piece.rows)].float() / 255 for piece in pieces()]
     bare = cpu_seconds(lambda: [_vectors(model, part) for part in ready])
-    both = cpu_seconds(lambda: [_vectors(model, p.canvases[0].images_B3SS[: len(p.rows)].float() / 255) for p in pieces()])
-    return {"embed, forward alone / with reading": bare / both}
+    places = [EmbeddingFolder(folder / f"vectors{workers}") for workers in (0, 1)]
+    for place in places:
+        place.path.mkdir()
+    header = Header("toy_dino", 84, _vectors(model, ready[0]).shape[1], "", "", [])
+    numbers, cpu = list(range(len(items))), torch.device("cpu")
+    here, beside = (
+        cpu_seconds(lambda: _embed(items, numbers, model, place, header, 16, workers, cpu))  # noqa: B023
+        for workers, place in enumerate(places)
+    )
+    return {"embed, forward alone / all, one process": bare / here, "embed, forward alone / a decoder beside it": bare / beside}
 
 
 def cpu_seconds(work: Callable[[], object]) -> float:

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..config.recipe import Crop, Data, Source
 from ..data.loader import SkipLog
 from ..data.once import Once, Row, ShardView
-from ..data.processes import read_in_processes
+from ..data.processes import ahead, read_in_processes
 from ..data.shards import count_samples
 from ..data.sources import list_source
 from ..data.views import ViewSpec
@@ -92,11 +92,12 @@ def _embed(
         return
     once = Once(items, [ViewSpec("student", header.size, 1)], MIDDLE, partition_size=1, seed=0, size=batch)
     pieces, stop = read_in_processes(once, workers)
+    coming = ahead(pieces)
     found: dict[int, tuple[list[Tensor], list[str]]] = {i: ([], []) for i in range(len(items))}
     begin = told = time.monotonic()
     count, ended, skipped = 0, 0, SkipLog()
     try:
-        for piece in pieces:
+        for piece in coming:
             skipped.add(piece.bad)
             if piece.rows:
                 pixels_B3HW = piece.canvases[0].images_B3SS[: len(piece.rows)].to(device).float() / 255
@@ -113,6 +114,7 @@ def _embed(
                 left = (now - begin) / ended * (len(items) - ended) / 3600
                 log.info("%d of %d shards, %.0f images/s, %.2f h left", ended, len(items), count / (now - begin), left)
     finally:
+        coming.close()
         stop()
 
 

@@ -6,7 +6,7 @@ import atexit
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from multiprocessing import connection, parent_process, resource_tracker
@@ -62,16 +62,16 @@ def read_in_processes(items: IterableDataset[T], processes: int) -> tuple[Iterat
     return iterator, stop
 
 
-def ahead(items: Iterator[T]) -> Iterator[T]:
+def ahead(items: Iterator[T]) -> Generator[T, None, None]:
     """Compute the next item in a thread while the current one is used."""
     cuda = torch.cuda.is_available()
     device = (torch.cuda.set_device, (torch.cuda.current_device(),)) if cuda else (None, ())  # a thread has its own
     pool = ThreadPoolExecutor(1, "loader", *device)
-    coming = pool.submit(next, items)
+    end: Any = object()
+    coming = pool.submit(next, items, end)
     try:
-        while True:
-            item = coming.result()
-            coming = pool.submit(next, items)
+        while (item := coming.result()) is not end:
+            coming = pool.submit(next, items, end)
             yield item
     finally:
         wait([coming], timeout=PATIENCE_S)  # the thread must be out of `items` when its processes are ended

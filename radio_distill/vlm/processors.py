@@ -19,8 +19,8 @@ class OwnSizesImageProcessor(Qwen2VLImageProcessor):
 
     model_input_names = ["pixel_values", "image_sizes"]
 
-    def _preprocess(self, images: list[torch.Tensor], **settings: Any) -> Any:
-        found = super()._preprocess(images, **settings)
+    def _preprocess(self, *images: Any, **settings: Any) -> Any:
+        found = super()._preprocess(*images, **settings)
         grids = torch.as_tensor(found.pop("image_grid_thw"))
         found["image_sizes"] = grids[:, 1:] * settings["patch_size"]
         return found

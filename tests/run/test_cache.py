@@ -9,6 +9,7 @@ from unittest import mock
 
 import pytest
 import torch
+from launch import launch
 from PIL import Image
 
 from radio_distill.balance import identity
@@ -200,6 +201,31 @@ def test_what_the_cache_lacks_is_told_or_computed(recipe, source, exact, online,
     (copy / "low/0/toy/000001.tar").write_bytes(b"no tar at all" * 100)
     with pytest.raises(DataError, match=r"000001\.tar is damaged"):
         trained(recipe, [source, f"cache.read={copy}", "cache.miss=online"], tmp_path / "damaged")
+
+
+def write_on_rank(rank, recipe, overrides, folder):
+    assert cache(recipe, overrides, folder) == 0
+
+
+def test_two_ranks_write_what_one_writes(recipe, source, exact, tmp_path):
+    launch(write_on_rank, 2, recipe, [source, "cache.store=exact"], tmp_path)
+    assert CacheFolder(str(tmp_path)).header() == CacheFolder(str(exact)).header()
+    assert files(tmp_path).keys() == files(exact).keys()
+    for name in files(exact):
+        ours, theirs = (CacheFolder(str(folder)).open_tar(str(name)) for folder in (tmp_path, exact))
+        assert ours.keys() == theirs.keys()
+        for seed, read in ours.items():  # images meet others in a batch, which may change the last bits
+            torch.testing.assert_close(load_row(read()), load_row(theirs[seed]()), atol=1e-5, rtol=1e-5)
+
+
+def test_a_training_reads_its_cache_from_an_object_store(recipe, source, exact, small, online, tmp_path):
+    """What `aws s3 cp` does, `cat` does as well."""
+    assert trained(recipe, [source, f"cache.read=pipe:cat {exact}/{{}}"], tmp_path / "exact") == online
+    stored, local = (
+        trained(recipe, [source, f"cache.read={where}"], tmp_path / name)
+        for name, where in (("stored", f"pipe:cat {small}/{{}}"), ("local", str(small)))
+    )
+    assert stored == local
 
 
 def test_a_cache_is_read_through_a_command(recipe, source, exact):
