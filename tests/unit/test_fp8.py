@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from radio_distill.config.load import load_card, load_recipe, load_upsampler_recipe
 from radio_distill.distill.bank import TeacherBank
@@ -37,6 +38,13 @@ def test_a_linear_multiplies_what_was_rounded() -> None:
     assert (found.shape, found.dtype) == ((2, 5, 48), torch.bfloat16)
     assert (found.view(-1, 48).double() - wanted).norm() / wanted.norm() < 5e-3  # of bf16
     assert (found - linear(x)).norm() / linear(x).norm() > 1e-2
+
+
+def test_a_gpu_would_take_the_product() -> None:
+    with FakeTensorMode():  # shapes, orders in memory and scales are checked by torch's own kernel, which has no values here
+        linear = Fp8Linear(nn.Linear(64, 48, device="cuda", dtype=torch.bfloat16))
+        out = linear(torch.empty(2, 5, 64, device="cuda", dtype=torch.bfloat16))
+    assert (out.shape, out.dtype, out.device.type) == ((2, 5, 48), torch.bfloat16, "cuda")
 
 
 class Net(nn.Module):
