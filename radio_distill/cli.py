@@ -138,7 +138,7 @@ def _add_commands_that_train(commands: Any) -> None:
     vlm_train.add_argument("--ranks", type=_positive, default=1, help="processes to start on this machine (1)")
     vlm_toy = _add(about_vlm, "toy", "make what toy/vlm_* need: a tiny language model, images, questions")
     vlm_toy.add_argument("out", help="folder to make; it must not exist")
-    vlm_toy.add_argument("--count", type=_positive, default=1500, help="number of scenes to ask about (1500)")
+    vlm_toy.add_argument("--count", type=_positive, default=3000, help="number of scenes to ask about (3000)")
     vlm_toy.add_argument("--size", type=_positive, default=96, help="side of an image in pixels (96)")
     _add_submit(commands)
     _add(commands, "eval", "score checkpoints, exports and teachers on a suite (eval --help tells more)", add_help=False)

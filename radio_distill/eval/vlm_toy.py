@@ -48,18 +48,18 @@ def held_out(kinds: Sequence[str] = QUESTIONS, limit: int | None = None) -> list
     """At most `limit` questions of each kind about scenes that no training has seen, with their images."""
     from PIL import Image
 
-    from ..toyworld import render, sample_scene
+    from ..toyworld import render
     from ..vlm.toy_questions import HELD_OUT_SEED, ask
 
     left = dict.fromkeys(kinds, COUNT * 4 if limit is None else limit)
     asked: list[tuple[Image.Image, ToyQuestion]] = []
     for index in range(COUNT):
-        questions = []
-        for question in ask(sample_scene(HELD_OUT_SEED, index)):
+        if not any(left.values()):
+            break
+        sample = render(HELD_OUT_SEED, index, size=SIZE)
+        image = Image.fromarray(sample.image_HW3)
+        for question in ask(sample):
             if left.get(question.kind, 0) > 0:
                 left[question.kind] -= 1
-                questions.append(question)
-        if questions:
-            image = Image.fromarray(render(HELD_OUT_SEED, index, size=SIZE).image_HW3)
-            asked += [(image, question) for question in questions]
+                asked.append((image, question))
     return asked

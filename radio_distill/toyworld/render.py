@@ -80,6 +80,7 @@ def render(seed: int, index: int, size: int = 128, view: int = 0) -> ToySample:
     segmentation[hits.solid_N == GROUND] = 1 + GROUNDS.index(stage.scene.ground)
     normals = stage.camera.rotation_33.astype(np.float32) @ hits.normals_3N
     square = (size, size)
+    shares = (np.bincount(owner + 1, minlength=1 + len(labels))[1:] / size**2).tolist()
     return ToySample(
         image_HW3=_draw(stage, hits),
         label=stage.scene.label,
@@ -91,7 +92,7 @@ def render(seed: int, index: int, size: int = 128, view: int = 0) -> ToySample:
         saliency_HW=(owner == 0).astype(np.uint8).reshape(square),
         parts_HW=np.where(owner >= 0, stage.parts[hits.solid_N], 0).astype(np.uint8).reshape(square),
         keypoints=_keypoints(stage),
-        questions=stage.scene.questions(view),
+        questions=stage.scene.questions(view, shares),
         scene=stage.scene,
         camera=stage.camera,
     )

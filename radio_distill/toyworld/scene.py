@@ -6,6 +6,7 @@ The world has z up and the ground at z = 0; the camera of view 0 looks towards +
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +19,10 @@ __all__ = ["GROUNDS", "PATTERNS", "TIMES", "Camera", "PlacedObject", "Scene", "s
 GROUNDS = ("grass", "sand", "stone")
 TIMES = ("noon", "sunset", "night", "dawn")
 PATTERNS = ("plain", "striped", "checkered", "spotted")
+SEEN = 0.005
+"""Share of the picture from which on an object can be made out: 46 of 96 x 96 pixels, less than a patch of the toy student."""
+BESIDE = 0.05
+"""Share of the picture's width by which an object is to the left or right of another."""
 NUMBERS = ("zero", "one", "two", "three", "four")
 
 
@@ -89,12 +94,19 @@ class Scene:
         """Class of the subject."""
         return self.objects[0].label
 
-    def questions(self, view: int = 0) -> tuple[tuple[str, str], ...]:
-        """Question-answer pairs that hold in a view."""
-        subject, others = self.objects[0], self.objects[1:]
+    def questions(self, view: int = 0, shares: Sequence[float] | None = None) -> tuple[tuple[str, str], ...]:
+        """Question-answer pairs that hold in a view.
+
+        shares: of the picture, that each object covers; None: as if all could be seen. Two in five objects beside the subject are
+        out of the picture or hidden: they are neither counted nor asked about, and where one is seen in part nothing is counted.
+        """
+        shares = [1.0] * len(self.objects) if shares is None else shares
+        seen = [i for i, share in enumerate(shares) if share >= SEEN]
+        subject = self.objects[0]
         absent = next(c for c in CLASSES[self.label :] + CLASSES if c not in {o.name for o in self.objects})
+        counted = () if any(0 < share < SEEN for share in shares) else (("how many objects are there?", NUMBERS[len(seen)]),)
         pairs = [
-            ("how many objects are there?", NUMBERS[len(self.objects)]),
+            *counted,
             (f"what color is the {subject.name}?", subject.colour),
             (f"is there a {subject.name}?", "yes"),
             (f"is there a {absent}?", "no"),
@@ -103,8 +115,9 @@ class Scene:
         ]
         x = self._screen_x(view)
         pairs += [
-            (f"is the {other.name} left or right of the {subject.name}?", "left" if x[i] < x[0] else "right")
-            for i, other in enumerate(others, 1)
+            (f"is the {self.objects[i].name} left or right of the {subject.name}?", "left" if x[i] < x[0] else "right")
+            for i in seen
+            if abs(x[i] - x[0]) >= BESIDE
         ]
         return tuple(pairs)
 

@@ -12,11 +12,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ..errors import DataError
 from ..files import appearing
 from ..toyworld import render, sample_scene
 from .prompt import VICUNA
-from .toy_questions import TRAIN_SEED, ask
+from .toy_questions import LARGEST, SHORT, TRAIN_SEED, ask, converse
 
 __all__ = ["write_toy", "write_toy_lm"]
 
@@ -25,13 +27,15 @@ log = logging.getLogger(__name__)
 
 SPECIAL = ("<unk>", "<pad>", "<s>", "</s>")
 INSTRUCTION = "describe the image."
+CONVERSATIONS = 3
+"""About each image, with its questions in another order each: every one is the first at times, as it is when it is asked alone."""
 
 
-def write_toy(out: str | Path, *, count: int = 1500, size: int = 96, seed: int = TRAIN_SEED) -> None:
+def write_toy(out: str | Path, *, count: int = 3000, size: int = 96, seed: int = TRAIN_SEED) -> None:
     """Write `out`/lm (`write_toy_lm`), images of `count` scenes of `size` pixels, captions.json and questions.json about them,
     and `out`/benchmarks (`write_copies`) about others.
 
-    Both are in LLaVA's format: one caption per image, one conversation per question. `out` appears when it is complete.
+    Both are in LLaVA's format: one caption, and CONVERSATIONS conversations of several questions, for each image. `out` appears when it is complete.
     Raises DataError when it exists.
     """
     from .toy_benchmarks import write_copies
@@ -77,8 +81,8 @@ def _tokenizer() -> Any:
     from transformers import PreTrainedTokenizerFast
 
     scenes = [sample_scene(TRAIN_SEED, i) for i in range(500)]
-    texts = [INSTRUCTION, "USER: ASSISTANT:", *(s.caption for s in scenes)]
-    texts += [f"{q.question} {q.answer}" for s in scenes for q in ask(s)]
+    texts = [INSTRUCTION, "USER: ASSISTANT:", LARGEST, SHORT, *(s.caption for s in scenes)]
+    texts += [f"{question} {answer}" for s in scenes for question, answer in s.questions()]
     words = sorted({word for text in texts for word in re.findall(r"\w+|[^\w\s]", text)})
     vocabulary = {word: i for i, word in enumerate([*SPECIAL, *words])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=SPECIAL[0]))
@@ -94,10 +98,11 @@ def _write_conversations(folder: Path, count: int, size: int, seed: int) -> None
     questions: list[dict[str, Any]] = []
     for index in range(count):
         name = f"{index:06d}.png"
-        Image.fromarray(render(seed, index, size=size).image_HW3).save(folder / "images" / name)
-        scene = sample_scene(seed, index)
-        captions.append(_record(name, str(index), [(INSTRUCTION, scene.caption)]))
-        questions += [_record(name, f"{index}-{i}", [q[1:]]) for i, q in enumerate(ask(scene))]
+        sample = render(seed, index, size=size)
+        Image.fromarray(sample.image_HW3).save(folder / "images" / name)
+        captions.append(_record(name, str(index), [(INSTRUCTION, sample.caption)]))
+        pairs, rng = ask(sample), np.random.default_rng([seed, index])
+        questions += [_record(name, f"{index}-{i}", [q[1:] for q in converse(pairs, rng)]) for i in range(CONVERSATIONS)]
     for file, records in (("captions.json", captions), ("questions.json", questions)):
         (folder / file).write_text(json.dumps(records))
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..toyworld import render, sample_scene
+from ..toyworld import render
 from ..toyworld.scene import TIMES
 from .toy_questions import HELD_OUT_SEED, KINDS, SHORT, ToyQuestion, ask
 
@@ -93,8 +93,9 @@ def write_copies(out: Path, *, count: int = 60, size: int = 96) -> None:
     for task, copy in COPIES.items():
         (out / task / copy.split).mkdir(parents=True)
     for index in range(count):
-        image = Image.fromarray(render(HELD_OUT_SEED, index, size=size).image_HW3)
-        for i, question in enumerate(ask(sample_scene(HELD_OUT_SEED, index))):
+        sample = render(HELD_OUT_SEED, index, size=size)
+        image = Image.fromarray(sample.image_HW3)
+        for i, question in enumerate(ask(sample)):
             name, text = f"{index:04d}-{i}.png", question.question.removesuffix(SHORT)  # most tasks add SHORT themselves
             for task, copy in COPIES.items():
                 if question.kind in copy.kinds:

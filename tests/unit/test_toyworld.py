@@ -23,6 +23,7 @@ from radio_distill.toyworld import (
     sample_scene,
     write_toyworld,
 )
+from radio_distill.toyworld.scene import NUMBERS, SEEN
 
 SAMPLES = [render(3, i, size=64) for i in range(6)]
 
@@ -139,11 +140,18 @@ def test_captions_and_questions_speak_of_the_scene():
         subject = s.scene.objects[0]
         assert answers[f"what color is the {subject.name}?"] == subject.colour
         assert answers["what is on the ground?"] == s.scene.ground
-        for number, other in enumerate(s.scene.objects[1:], 2):
+        sizes = [(s.instances_HW == n).sum() / s.instances_HW.size for n in range(1, 1 + len(s.scene.objects))]
+        if all(share == 0 or share >= SEEN for share in sizes):
+            assert answers["how many objects are there?"] == NUMBERS[sum(share > 0 for share in sizes)]
+        else:
+            assert "how many objects are there?" not in answers
+        for number, (other, share) in enumerate(zip(s.scene.objects[1:], sizes[1:]), 2):
             columns = [np.nonzero(s.instances_HW == n)[1] for n in (1, number)]
-            if len(columns[1]) > 100 and abs(columns[1].mean() - columns[0].mean()) > 6:
-                side = "left" if columns[1].mean() < columns[0].mean() else "right"
-                assert answers[f"is the {other.name} left or right of the {subject.name}?"] == side
+            asked = answers.get(f"is the {other.name} left or right of the {subject.name}?")
+            if share < SEEN:
+                assert asked is None
+            elif abs(columns[1].mean() - columns[0].mean()) > 6:
+                assert asked == ("left" if columns[1].mean() < columns[0].mean() else "right")
 
 
 def test_a_batch_holds_what_single_samples_hold():

@@ -3,9 +3,11 @@
 import io
 import json
 import tarfile
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -14,6 +16,7 @@ from torch.utils.data._utils.pin_memory import pin_memory
 from radio_distill.config.load import load_recipe, load_vlm_recipe
 from radio_distill.config.vlm_recipe import FromParts, Lora, Patches, VlmRecipe, VlmSource
 from radio_distill.errors import DataError, RecipeError
+from radio_distill.toyworld import CLASSES, render
 from radio_distill.train.distributed import World
 from radio_distill.vlm.batches import Sample, Samples, TextStreams, collate, list_batches
 from radio_distill.vlm.conversations import Conversation, examine, read_conversations
@@ -21,6 +24,7 @@ from radio_distill.vlm.lora import LoraLinear, add_lora, merge_lora
 from radio_distill.vlm.model import Vlm, build_vlm
 from radio_distill.vlm.prompt import IGNORE, LITERAL_IMAGE, Encoded, Turn, encode
 from radio_distill.vlm.tower import Pictures
+from radio_distill.vlm.toy_questions import KINDS, TRAIN_SEED, ask, converse
 
 TURNS = (Turn("user", "is there a tree?"), Turn("assistant", "yes"), Turn("user", "how many?"), Turn("assistant", "two"))
 
@@ -356,3 +360,22 @@ def test_recipes_are_checked_before_anything_is_loaded(override: str, message: s
 def test_other_commands_say_which_one_trains_a_vlm() -> None:
     with pytest.raises(RecipeError, match=r"vlm_sft is the recipe of a VLM, .*`radio-distill train toy/vlm_sft`"):
         load_recipe("toy/vlm_sft")
+
+
+def test_toy_conversations_ask_everything_first_at_times_and_give_nothing_away() -> None:
+    samples = [render(TRAIN_SEED, i, size=64) for i in range(40)]
+    firsts = Counter()
+    for i, sample in enumerate(samples):
+        subject = sample.scene.objects[0].name
+        questions = converse(ask(sample), np.random.default_rng(i))
+        firsts[questions[0].kind] += 1
+        said = ""
+        for q in questions:
+            if q.kind == "class":
+                assert subject not in said
+            if q.kind == "yes_no":
+                assert not any(f" {name}" in said for name in CLASSES)
+            if q.kind == "count":
+                assert "left or right" not in said
+            said += f" {q.question} {q.answer}"
+    assert set(firsts) == set(KINDS)

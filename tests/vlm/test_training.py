@@ -149,7 +149,11 @@ def toy_trunk(folder: Path) -> Path:
 
 def test_a_vlm_learns_from_the_picture_what_a_blind_one_cannot_know(toy: Path, tmp_path: Path) -> None:
     student = toy_trunk(tmp_path / "student")
-    questions = [r for r in json.loads((toy / "questions.json").read_text()) if "on the ground" in str(r["conversations"])]
+    questions = []
+    for record in json.loads((toy / "questions.json").read_text()):
+        asked, answers = record["conversations"][::2], record["conversations"][1::2]
+        pairs = [list(pair) for pair in zip(asked, answers) if "on the ground" in pair[0]["value"]]
+        questions += [{**record, "conversations": pair} for pair in pairs]
     (tmp_path / "ground.json").write_text(json.dumps(questions))
     source = f"data.sources.toy={{path: {tmp_path}/ground.json, images: {toy}/images}}"
     right = {}
