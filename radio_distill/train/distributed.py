@@ -42,6 +42,10 @@ class World:
         return self.rank == 0 and not (self.bridge is not None and self.bridge.place.teaches)
 
 
+_set_here: set[str] = set()
+"""Variables of this process that `init` has added: what this process starts later must not take itself for a rank."""
+
+
 def init(backend: str | None = None, *, placement: Dedicated | None = None) -> World:
     """Join the process group and give DeepSpeed the same one.
 
@@ -66,7 +70,9 @@ def init(backend: str | None = None, *, placement: Dedicated | None = None) -> W
         if place.teaches:
             return World(rank, size, local_rank, device, bridge)
     # DeepSpeed and webdataset read these and know nothing of Slurm.
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(local_rank))
+    place_here = {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(local_rank)}
+    _set_here.update(place_here.keys() - os.environ.keys())
+    os.environ.update(place_here)
     if not dist.is_initialized():
         device_id = device if device.type == "cuda" and size > 1 else None
         # One process needs neither an address nor a free port.
@@ -86,7 +92,7 @@ def exact_float32() -> None:
 
 
 def shutdown() -> None:
-    """Leave the process group; `init` may be called again afterwards.
+    """Leave the process group, and take back the variables that no launcher had set; `init` may be called again afterwards.
 
     While an exception is on its way out, an NCCL group is left to the exit of the process: taking it down waits for the
     other ranks, which would hide the exception behind a hang.
@@ -96,6 +102,8 @@ def shutdown() -> None:
         import deepspeed.comm
 
         deepspeed.comm.destroy_process_group()  # torch's, and DeepSpeed's own references to it
+    while _set_here:
+        os.environ.pop(_set_here.pop(), None)
 
 
 def place_of_process(environment: Mapping[str, str]) -> tuple[int, int, int]:

@@ -61,6 +61,7 @@ def alone(rank: int, folder: Path) -> None:
     assert init("gloo") == init("gloo")
     (folder / "environment").write_text(" ".join(os.environ[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
     shutdown()
+    assert not {"RANK", "WORLD_SIZE", "LOCAL_RANK"} & set(os.environ)
 
 
 def test_a_process_without_a_launcher_is_a_job_of_one_and_needs_no_port(tmp_path: Path) -> None:
