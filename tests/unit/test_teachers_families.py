@@ -95,8 +95,8 @@ def library_state(teacher: Teacher) -> dict[str, Tensor]:
         part, prefix = net.trunk, ""
     else:
         part, prefix = net.model, card.params.get("weight_prefix", "")
-    names = {name: name.replace(".attn.in_proj.", ".attn.in_proj_") for name in part.state_dict()}  # ours is a Linear of its own
-    return {prefix + names[name]: x.contiguous() for name, x in part.state_dict().items()}
+    # DFN CLIP's projection is a Linear of its own here
+    return {prefix + n.replace(".attn.in_proj.", ".attn.in_proj_"): x.contiguous() for n, x in part.state_dict().items()}
 
 
 @pytest.mark.parametrize("name", CARDS)
