@@ -161,7 +161,7 @@ def _add_commands_that_train(commands: Any) -> None:
         "--push", metavar="OWNER/NAME", help="then upload it to this hub repository (made private if not there)"
     )
     export.add_argument("--dry-run", action="store_true", help="say what --push would upload, and upload nothing")
-    settings = "adaptors=all|none|A,B, dtype=float32|bfloat16|float16, rms_images=FOLDER (measure the features' scale)"
+    settings = "adaptors=all|none|A,B, dtype=float32|bfloat16|float16, rms_images=FOLDER (measure the features' scale), video=2 (frames that share a patch)"
     export.add_argument("overrides", nargs="*", metavar="key=value", help=settings)
     report.add_argument("--baseline", help="draw gains over it: paper:baseline, a run or a file of results (FILE::MODEL)")
     gain = _add(commands, "gain", "by how many percent models are better than a baseline, by task, group and overall")

@@ -85,6 +85,13 @@ def notes(arch: StudentArch, facts: Facts, form: str) -> list[str]:
     lines = [*_form_notes(arch, form)]
     if form == "hf":
         lines += _hf_notes(arch)
+    if (frames := arch.trunk.video_frames) > 1 and form == "hf":
+        lines.append(
+            f"a patch projection of {frames} frames of a video: {NATIVE} takes them after make_preprocessor_external(), vLLM where the "
+            "VLM's config says video_temporal_patch_size; timm, SGLang and the reference take images alone"
+        )
+    elif frames > 1:
+        lines.append(f"a patch projection of {frames} frames of a video: this format takes images alone")
     if facts.windows and form in ("hf", "radio"):
         lines.append(
             f"windowed attention (ViTDet, trained with windows {', '.join(map(str, facts.windows))}): {NATIVE}, timm and {OTHERS} "

@@ -16,6 +16,7 @@ from ..errors import CheckpointError
 from ..network.arch import StudentArch
 from ..network.scale import measure_rms
 from ..paths import expand
+from ..student.plain import choose_video
 from ..teachers.text_tower import TextTower
 from .card import model_card
 from .checks import check, notes, reads_natively
@@ -49,27 +50,32 @@ def export(
     dtype: str = "float32",
     rms_images: str | None = None,
     text_towers: bool = False,
+    video: int | None = None,
     called: str | None = None,
 ) -> Path:
     """Write a student for others into the new folder `out`, which appears complete or not at all.
 
     path: run folder, checkpoint, or whatever `load_student` reads. adaptors: names to keep; None: all. dtype: of the weights
     in the files (hf, radio, timm: float32, bfloat16, float16; onnx: float32, float16, int8). rms_images: folder, shards or `toy`, on which the features' scale is measured (hf).
-    text_towers: copy the text encoders of adaptors that have one (hf). called: what README.md loads; None: the folder. Raises CheckpointError when there is no student, when
+    text_towers: copy the text encoders of adaptors that have one (hf). video: frames that share a patch (hf; `choose_video`); None: as the student is. called: what README.md loads; None: the folder. Raises CheckpointError when there is no student, when
     the format cannot hold it, or when `out` exists; what its consumers leave out is logged and stands in README.md.
     """
-    _check_options(form, dtype, rms_images is not None, text_towers)
+    _check_options(form, dtype, rms_images is not None, text_towers, video)
     where = Path(expand(str(out)))
     if where.exists():  # before the work, not after
         raise CheckpointError(f"{where} exists; exports never write over anything: delete it, or choose another --out")
     source = open_source(Path(expand(str(path))), adaptors)
     check(source.student.arch, form)
+    if video is not None:
+        source = replace(source, student=choose_video(source.student, video))
     if rms_images is not None:
         source.student.arch = _measured(source, rms_images)
     towers = load_towers(source, Path(expand(str(path)))) if text_towers else {}
     told = notes(source.student.arch, source.facts, form)
     for line in told:
         log.warning("note: %s", line)
+    if form != "hf":
+        source = replace(source, student=choose_video(source.student, 1))
     return write_folder(where, lambda folder: _fill(folder, source, form, dtype, told, called or where.name, towers))
 
 
@@ -85,7 +91,7 @@ def main(
 ) -> int:
     """Run one export from the command line, and push it where `repository` is given; without `out`, push the export `path`.
 
-    settings: adaptors=all|none|a,b, dtype=float32|bfloat16|float16, rms_images=FOLDER. dry_run: say what would be pushed.
+    settings: adaptors=all|none|a,b, dtype=float32|bfloat16|float16, rms_images=FOLDER, video=FRAMES. dry_run: say what would be pushed.
     """
     if dry_run and repository is None:
         raise CheckpointError("--dry-run has no effect without --push; leave it out, or give --push OWNER/NAME")
@@ -105,10 +111,10 @@ def main(
 
 
 def _export_with(path: str, form: str, out: str, settings: dict[str, str], text_towers: bool, called: str | None) -> Path:
-    unknown = settings.keys() - {"adaptors", "dtype", "rms_images"}
+    unknown = settings.keys() - {"adaptors", "dtype", "rms_images", "video"}
     if unknown:
         raise CheckpointError(
-            f"export has no setting {sorted(unknown)[0]!r}; expected adaptors=..., dtype=... or rms_images=..."
+            f"export has no setting {sorted(unknown)[0]!r}; expected adaptors=..., dtype=..., rms_images=... or video=..."
         )
     return export(
         path,
@@ -118,8 +124,15 @@ def _export_with(path: str, form: str, out: str, settings: dict[str, str], text_
         dtype=settings.get("dtype", "float32"),
         rms_images=settings.get("rms_images"),
         text_towers=text_towers,
+        video=_frames(settings["video"]) if "video" in settings else None,
         called=called,
     )
+
+
+def _frames(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise CheckpointError(f"video is {text!r}, expected how many frames share a patch: 2, or 1 for images alone")
+    return int(text)
 
 
 def choose(text: str) -> list[str] | None:
@@ -127,7 +140,7 @@ def choose(text: str) -> list[str] | None:
     return None if text == "all" else [] if text == "none" else [name.strip() for name in text.split(",")]
 
 
-def _check_options(form: str, dtype: str, measures: bool, text_towers: bool) -> None:
+def _check_options(form: str, dtype: str, measures: bool, text_towers: bool, video: int | None) -> None:
     if form not in FORMATS:
         raise CheckpointError(f"unknown format {form!r}; expected one of {', '.join(FORMATS)}")
     if form == "web" and dtype != "float32":
@@ -137,7 +150,7 @@ def _check_options(form: str, dtype: str, measures: bool, text_towers: bool) -> 
     known = ONNX_DTYPES if form == "onnx" else tuple(DTYPES)
     if dtype not in known:
         raise CheckpointError(f"unknown dtype {dtype!r} of format {form}; expected one of {', '.join(known)}")
-    for option, given in (("rms_images", measures), ("--text-towers", text_towers)):
+    for option, given in (("rms_images", measures), ("--text-towers", text_towers), ("video", video is not None)):
         if given and form != "hf":
             raise CheckpointError(f"{option} has no effect on format {form}; leave it out, or use --format hf")
 

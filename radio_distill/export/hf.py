@@ -94,6 +94,7 @@ def hf_config(arch: StudentArch, size: int, budget: tuple[int, int], dtype: torc
         "summary_idxs": list(arch.summary_idxs),
         "norm_mean": list(arch.mean),
         "norm_std": list(arch.std),
+        **({"video_temporal_patch_size": trunk.video_frames} if trunk.video_frames > 1 else {}),
         # the reference's class, and servers of VLMs
         "args": reference_args(arch) | patches,
         **patches,

@@ -115,6 +115,8 @@ class TrunkArch:
     """LayerNorm between the MLP's activation and its second Linear."""
     patch_bias: bool = False
     """The patch projection has a bias (DINOv2-style trunks)."""
+    video_frames: int = 1
+    """Consecutive frames of a video that one token shows, through a patch projection of their own; 1: there is none."""
 
     @property
     def grid_size(self) -> int:
@@ -162,6 +164,8 @@ class StudentArch:
         values = asdict(self)
         if self.level_rms is None:  # so that students without keep the identity that results are stored by
             del values["level_rms"]
+        if self.trunk.video_frames == 1:
+            del values["trunk"]["video_frames"]
         for adaptor in values["adaptors"]:
             if adaptor["pool"] is None:
                 del adaptor["pool"]

@@ -52,6 +52,8 @@ class PatchGenerator(nn.Module):
         """This many consecutive images share one viewport in training."""
         dim = arch.embed_dim
         self.embedder = nn.Linear(3 * arch.patch_size**2, dim, bias=arch.patch_bias)
+        if arch.video_frames > 1:
+            self.video_embedder = nn.Linear(arch.video_frames * 3 * arch.patch_size**2, dim, bias=arch.patch_bias)
         self.pos_embed = nn.Parameter(torch.randn(1, arch.grid_size**2, dim) * dim**-0.5)
         self.cls_token = ClassTokens(arch.num_prefix, dim)
 
@@ -63,10 +65,11 @@ class PatchGenerator(nn.Module):
     def forward(self, pixels_B3HW: Tensor, draws: Draws | None = None) -> Tensor:
         """Embed conditioned pixels as tokens (B, S + L, D); in train mode with random viewports (`draws_viewports`).
 
-        The viewports come from `draws`, else from torch's generator.
+        The viewports come from `draws`, else from torch's generator. Pixels of a video are (B, T*3, H, W), frame after frame.
         """
         grid = pixels_B3HW.shape[-2] // self.patch_size, pixels_B3HW.shape[-1] // self.patch_size
-        patches_BLD = self.embedder(self.cut(pixels_B3HW))
+        embedder = self.embedder if pixels_B3HW.shape[1] == 3 else self.video_embedder
+        patches_BLD = embedder(self.cut(pixels_B3HW))
         if self.training and self.draws_viewports:
             positions = self.train_positions(grid, draws or self._draw(len(pixels_B3HW), pixels_B3HW.device))
         else:

@@ -111,6 +111,8 @@ class Student(nn.Module):
             raise ValueError("packed batches need at least one image of shape (3, H, W); none was given")
         if self.window_size is not None:
             raise ValueError(f"packed batches attend to whole images; window_size is {self.window_size}, expected None")
+        if any(len(image) > 3 for image in images):
+            raise ValueError("packed batches are of images (3, H, W); give the frames of a video as one batch (B, T*3, H, W)")
         return [self.condition(image[None]) for image in images]
 
     def split_each(self, sequences: Sequence[Tensor], pixels: Sequence[Tensor]) -> list[StudentTokens]:
@@ -130,16 +132,27 @@ class Student(nn.Module):
         return found
 
     def condition(self, images_B3HW: Tensor, window: int | None = None) -> Tensor:
-        """Check images and normalise their pixels in fp32, then cast to the trunk's dtype."""
+        """Check images and normalise their pixels in fp32, then cast to the trunk's dtype.
+
+        Of a video, `video_frames` consecutive frames are one image (B, T*3, H, W), frame after frame.
+        """
         if not images_B3HW.is_floating_point():
             raise ValueError(f"images are {images_B3HW.dtype}, expected floats in [0, 1]; divide uint8 by 255 first")
-        height, width = images_B3HW.shape[-2:]
+        channels, height, width = images_B3HW.shape[-3:]
+        frames = self.arch.trunk.video_frames
+        if channels not in (1, 3, 3 * frames):
+            video = f", or {3 * frames}: {frames} frames of a video" if frames > 1 else ""
+            raise ValueError(f"images have {channels} channels, expected 3 (RGB){video}")
         step = self._step(window)
         if height % step or width % step or not height or not width:
             what = f"patch size {self.patch_size}" + (f" times window {window} = {step}" if window else "")
             near = "x".join(map(str, self.nearest_size(height, width, window=window)))
             raise ValueError(f"image size {height}x{width} is not a multiple of {what}; nearest is {near} (see nearest_size)")
-        return self.input_conditioner(images_B3HW).to(self.model.patch_generator.pos_embed.dtype)
+        if channels > 3:
+            pixels_B3HW = self.input_conditioner(images_B3HW.unflatten(1, (frames, 3))).flatten(1, 2)
+        else:
+            pixels_B3HW = self.input_conditioner(images_B3HW)
+        return pixels_B3HW.to(self.model.patch_generator.pos_embed.dtype)
 
     def split(
         self, prefix_BSD: Tensor, patches: Tensor, pixels_B3HW: Tensor, window: int | None, *, norm: bool = True

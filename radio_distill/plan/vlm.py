@@ -17,10 +17,8 @@ from ..config.vlm_recipe import FromParts, VlmRecipe
 from ..errors import RecipeError
 from ..network.arch import StudentArch
 from ..paths import expand
-from ..student.load import load_student
-from ..student.plain import choose_adaptors
 from ..vlm.lora import add_lora
-from ..vlm.model import join_configs, text_config, tower_config, vlm_folder
+from ..vlm.model import join_configs, text_config, tower_config, tower_student, vlm_folder
 from ..vlm.tower import StudentTowerConfig
 from .budget import GIB, RESERVE_GIB, Budget, budget, fit_micro_batch, machine
 from .cost import trunk_flops
@@ -96,8 +94,7 @@ def _config(recipe: VlmRecipe) -> LlavaConfig:
         assert isinstance(found, LlavaConfig)
         return found
     text = text_config(Path(expand(start.lm)))
-    student = choose_adaptors(load_student(expand(start.student)), [])
-    return join_configs(tower_config(start, student.arch), text, image_token=0)
+    return join_configs(tower_config(start, tower_student(start).arch), text, image_token=0)
 
 
 def _trained(recipe: VlmRecipe, model: Any) -> int:

@@ -1,4 +1,4 @@
-"""Simplify a student for export: fold LayerScale into the Linears before it, keep the adaptors that were asked for.
+"""Fit a student for export: fold LayerScale into the Linears before it, keep the adaptors and the video projection that were asked for.
 
 Spectral reparametrisation, weight noise and the balancers' inverse are folded already in what a run writes.
 """
@@ -17,7 +17,7 @@ from ..network.student import Student
 from .keys import fold_layer_scale
 from .reference import student_from_arch
 
-__all__ = ["choose_adaptors", "fold_affine", "without_layer_scale"]
+__all__ = ["choose_adaptors", "choose_video", "fold_affine", "without_layer_scale"]
 
 
 def choose_adaptors(student: Student, names: Sequence[str] | None) -> Student:
@@ -35,6 +35,22 @@ def choose_adaptors(student: Student, names: Sequence[str] | None) -> Student:
     return student_from_arch(
         arch, {k: x for k, x in state.items() if not k.startswith("adaptors.") or k.split(".")[1] in names}
     )
+
+
+def choose_video(student: Student, frames: int) -> Student:
+    """The student with a patch projection of this many frames of a video; 1: without one. One that it has stays as it is.
+
+    A projection that is made is the mean of the image's own over the frames: a still gives the image's own tokens.
+    """
+    trunk, where = student.arch.trunk, "model.patch_generator."
+    if trunk.video_frames == frames:
+        return student
+    state = {key: x for key, x in student.state_dict().items() if not key.startswith(f"{where}video_embedder.")}
+    if frames > 1:
+        state[f"{where}video_embedder.weight"] = state[f"{where}embedder.weight"].repeat(1, frames) / frames
+        if trunk.patch_bias:
+            state[f"{where}video_embedder.bias"] = state[f"{where}embedder.bias"].clone()
+    return student_from_arch(replace(student.arch, trunk=replace(trunk, video_frames=frames)), state)
 
 
 def without_layer_scale(student: Student) -> Student:

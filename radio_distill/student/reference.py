@@ -130,6 +130,9 @@ def _assemble(
         raise CheckpointError(f"an adaptor reads token {last} of {trunk.num_prefix}; the teacher list does not fit the weights")
     if last >= trunk.num_cls_tokens:  # as the reference: class tokens reach as far as adaptors read
         trunk = TrunkArch(**{**vars(trunk), "num_cls_tokens": last + 1, "num_registers": trunk.num_prefix - last - 1})
+    video = state.get("model.patch_generator.video_embedder.weight")
+    if video is not None:
+        trunk = replace(trunk, video_frames=video.shape[1] // state["model.patch_generator.embedder.weight"].shape[1])
     rotation = state.get("inter_feature_normalizer.rotation")
     arch = StudentArch(
         trunk=trunk,

@@ -29,17 +29,28 @@ from ..data.decode import as_rgb
 from ..errors import CheckpointError, DataError, RecipeError
 from ..files import check_written
 from ..network.arch import StudentArch
+from ..network.student import Student
 from ..paths import expand
 from ..student.load import load_student
 from ..student.own_sizes import own_sizes_config
-from ..student.plain import choose_adaptors
+from ..student.plain import choose_adaptors, choose_video
 from ..types import CLIP_MEAN
 from .processors import OwnSizesImageProcessor, OwnSizesProcessor
 from .prompt import IMAGE, VICUNA, Turn, render, with_images
 from .tiles import views
 from .tower import Pictures, StudentTower, StudentTowerConfig, join
 
-__all__ = ["Vlm", "build_vlm", "join_configs", "load_vlm", "save_vlm", "text_config", "tower_config", "vlm_folder"]
+__all__ = [
+    "Vlm",
+    "build_vlm",
+    "join_configs",
+    "load_vlm",
+    "save_vlm",
+    "text_config",
+    "tower_config",
+    "tower_student",
+    "vlm_folder",
+]
 
 log = logging.getLogger(__name__)
 
@@ -117,7 +128,7 @@ def build_vlm(parts: FromParts) -> Vlm:
 
     Raises CheckpointError when there is no student or no language model, RecipeError when the size does not fit the student.
     """
-    student = choose_adaptors(load_student(expand(parts.student)), [])
+    student = tower_student(parts)
     tower = tower_config(parts, student.arch)
     lm, tokenizer = _load_lm(Path(expand(parts.lm)))
     config = join_configs(tower, lm.config, image_token=tokenizer.convert_tokens_to_ids(IMAGE))
@@ -131,6 +142,11 @@ def build_vlm(parts: FromParts) -> Vlm:
     model.lm_head = lm.get_output_embeddings()
     model.generation_config = lm.generation_config
     return Vlm(model, _processor(tokenizer, tower))
+
+
+def tower_student(parts: FromParts) -> Student:
+    """The student as a tower has it: without adaptors, and for images alone."""
+    return choose_video(choose_adaptors(load_student(expand(parts.student)), []), 1)
 
 
 def tower_config(parts: FromParts, arch: StudentArch) -> StudentTowerConfig:
