@@ -17,20 +17,19 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from trainings import flop, spread, train
 
 from radio_distill.config.load import load, load_recipe
 from radio_distill.config.recipe import Recipe
 from radio_distill.eval.models import load_model
 from radio_distill.eval.toy import ToyProtocol, evaluate
-from radio_distill.log.sinks import read_metrics
 from radio_distill.toyworld import write_toyworld
-from radio_distill.train.launch import launch
 
 BAR = 0.6
 UPSAMPLERS = {"toy_clip": "toy/upsampler/toy_clip", "toy_siglip": "toy/upsampler/toy_siglip"}
@@ -62,43 +61,25 @@ def measure(folder: Path, scenes: Path, seed: int, longer: float, *, quick: bool
     found = {}
     for name, stages, last in (("three stages", THREE, "stage3"), ("fast", FAST, "fast_sam")):
         minutes = sum(
-            train(folder, stage, recipe, scenes, seed, longer if name == "fast" else 1.0, quick=quick)
+            run_stage(folder, stage, recipe, scenes, seed, longer if name == "fast" else 1.0, quick=quick)
             for stage, recipe in stages.items()
         )
-        flop = sum(cost(folder / stage) for stage, recipe in stages.items() if isinstance(load(recipe), Recipe))
-        found[name] = {"minutes": minutes, "flop": flop, **scores(folder / last, quick=quick)}
+        spent = sum(flop(folder / stage) for stage, recipe in stages.items() if isinstance(load(recipe), Recipe))
+        found[name] = {"minutes": minutes, "flop": spent, **scores(folder / last, quick=quick)}
     return found
 
 
-def train(folder: Path, stage: str, recipe: str, scenes: Path, seed: int, longer: float, *, quick: bool) -> float:
-    """CPU minutes of one training, which a call before this one may have done."""
-    run, ledger = folder / stage, folder / f"{stage}.minutes"
+def run_stage(folder: Path, stage: str, recipe: str, scenes: Path, seed: int, longer: float, *, quick: bool) -> float:
+    """CPU minutes of one stage."""
     steps = 2 if quick else round(longer * load(recipe).optim.steps)
-    fields = [f"data.sources.toy.path={scenes}", f"run={run}", f"seed={seed}", f"optim.steps={steps}", "log.pictures=0"]
+    fields = [f"data.sources.toy.path={scenes}", f"seed={seed}", f"optim.steps={steps}"]
     fields += [f"start.source={folder / STARTS[stage]}"] if stage in STARTS else []
     if quick:
         fields += ["balance.window=2", "optim.warmup=1"]
     if stage == "stage3":
         cells = [(cell, name) for cell in load_recipe(recipe).partitions for name in UPSAMPLERS]
         fields += [f"partitions.{cell}.teachers.{name}.upsampler.weights={folder / name}" for cell, name in cells]
-    if ledger.exists():
-        return float(ledger.read_text())
-    before = cpu_minutes()
-    if code := launch(recipe, fields, 1):
-        raise SystemExit(f"{stage} ended with exit code {code}; remove {run} and run it again, so that its minutes are whole")
-    ledger.write_text(f"{cpu_minutes() - before}\n")
-    return float(ledger.read_text())
-
-
-def cpu_minutes() -> float:
-    """Of all processes that this one has started and that have ended."""
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return (used.ru_utime + used.ru_stime) / 60
-
-
-def cost(run: Path) -> float:
-    last = read_metrics(run)[-1]
-    return last["cost/student_flop"] + last["cost/teacher_flop"]
+    return train(folder / stage, recipe, fields)
 
 
 def scores(run: Path, *, quick: bool) -> dict[str, float]:
@@ -126,10 +107,6 @@ def table(read: Sequence[dict[str, dict[str, float]]]) -> list[str]:
 
 
 COLUMNS = (("minutes", 1, 1), ("flop", 1e12, 1), ("fidelity", 1, 3), ("knn", 1, 1))
-
-
-def spread(values: Sequence[float], digits: int) -> str:
-    return f"{mean(values):.{digits}f}" + (f" ± {stdev(values):.{digits}f}" if len(values) > 1 else "")
 
 
 if __name__ == "__main__":
