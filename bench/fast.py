@@ -23,13 +23,16 @@ from statistics import mean
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import torch
 from trainings import flop, spread, train
 
 from radio_distill.config.load import load, load_recipe
 from radio_distill.config.recipe import Recipe
+from radio_distill.eval.metrics.knn import knn_top1
 from radio_distill.eval.models import load_model
-from radio_distill.eval.toy import ToyProtocol, evaluate
-from radio_distill.toyworld import write_toyworld
+from radio_distill.eval.toy import TEST_SEED, TRAIN_SEED, ToyProtocol, encode, fidelity, scenes
+from radio_distill.network.student import Student
+from radio_distill.toyworld import CLASSES, write_toyworld
 
 BAR = 0.6
 UPSAMPLERS = {"toy_clip": "toy/upsampler/toy_clip", "toy_siglip": "toy/upsampler/toy_siglip"}
@@ -49,19 +52,19 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
-    scenes = options.runs / "scenes"
-    if not scenes.exists():
-        write_toyworld(scenes, count=64 if options.quick else 1536, size=192, seed=0, shards=8)
-    read = [measure(options.runs / f"seed{seed}", scenes, seed, options.longer, quick=options.quick) for seed in options.seeds]
+    data = options.runs / "scenes"
+    if not data.exists():
+        write_toyworld(data, count=64 if options.quick else 1536, size=192, seed=0, shards=8)
+    read = [measure(options.runs / f"seed{seed}", data, seed, options.longer, quick=options.quick) for seed in options.seeds]
     print(json.dumps(read, indent=1) if options.json else "\n".join(table(read)))
 
 
-def measure(folder: Path, scenes: Path, seed: int, longer: float, *, quick: bool) -> dict[str, dict[str, float]]:
+def measure(folder: Path, data: Path, seed: int, longer: float, *, quick: bool) -> dict[str, dict[str, float]]:
     """Both pipelines with one seed: what each cost and what its student is worth."""
     found = {}
     for name, stages, last in (("three stages", THREE, "stage3"), ("fast", FAST, "fast_sam")):
         minutes = sum(
-            run_stage(folder, stage, recipe, scenes, seed, longer if name == "fast" else 1.0, quick=quick)
+            run_stage(folder, stage, recipe, data, seed, longer if name == "fast" else 1.0, quick=quick)
             for stage, recipe in stages.items()
         )
         spent = sum(flop(folder / stage) for stage, recipe in stages.items() if isinstance(load(recipe), Recipe))
@@ -69,10 +72,10 @@ def measure(folder: Path, scenes: Path, seed: int, longer: float, *, quick: bool
     return found
 
 
-def run_stage(folder: Path, stage: str, recipe: str, scenes: Path, seed: int, longer: float, *, quick: bool) -> float:
+def run_stage(folder: Path, stage: str, recipe: str, data: Path, seed: int, longer: float, *, quick: bool) -> float:
     """CPU minutes of one stage."""
     steps = 2 if quick else round(longer * load(recipe).optim.steps)
-    fields = [f"data.sources.toy.path={scenes}", f"seed={seed}", f"optim.steps={steps}"]
+    fields = [f"data.sources.toy.path={data}", f"seed={seed}", f"optim.steps={steps}"]
     fields += [f"start.source={folder / STARTS[stage]}"] if stage in STARTS else []
     if quick:
         fields += ["balance.window=2", "optim.warmup=1"]
@@ -82,13 +85,22 @@ def run_stage(folder: Path, stage: str, recipe: str, scenes: Path, seed: int, lo
     return train(folder / stage, recipe, fields)
 
 
+@torch.no_grad()
 def scores(run: Path, *, quick: bool) -> dict[str, float]:
-    """Mean fidelity and kNN of a student."""
-    model, protocol = load_model(str(run)), TINY if quick else ToyProtocol()
-    results = [r for size in SIZES for r in evaluate(model, run.name, protocol, resolution=size)]
-    fidelity = [r.value for r in results if r.metric == "fidelity" and r.task in TEACHERS]
-    assert len(fidelity) == len(TEACHERS) * len(SIZES)
-    return {"fidelity": mean(fidelity), "knn": mean(r.value for r in results if r.task == "knn")}
+    """Mean fidelity and kNN of a student, as the toy suite takes them."""
+    model, protocol, labels = load_model(str(run)), TINY if quick else ToyProtocol(), len(CLASSES)
+    assert isinstance(model, Student)
+    known, asked = scenes(TRAIN_SEED, protocol.train, protocol.size), scenes(TEST_SEED, protocol.test, protocol.size)
+    faithful, right = [], []
+    for size in SIZES:
+        sides = (size, size)
+        found = fidelity(model, asked.images_N3SS, sides)
+        faithful += [found[name] for name in TEACHERS]
+        (database, queries) = (encode(model, part.images_N3SS, sides).summary_BC for part in (known, asked))
+        assert database is not None
+        assert queries is not None
+        right.append(knn_top1(database, known.labels_N, queries, asked.labels_N, classes=labels, k=protocol.k))
+    return {"fidelity": mean(faithful), "knn": mean(right)}
 
 
 def table(read: Sequence[dict[str, dict[str, float]]]) -> list[str]:

@@ -8,7 +8,7 @@ drawn         behind toy/fast_stage1: sizes of 64 to 224 px drawn, or 96 and 192
 native        behind toy/fast_stage1, scenes of six shapes: packed in their own shapes, or squares of drawn sizes; fidelity on 1:2 and 2:1
 proxy         the narrow student of toy/proxy_student from the proxy, or from the proxy's teachers: kNN and mIoU at 96 px
 
-All ways of a comparison cost the same FLOPs by the ledger (the option has its recipe's steps, the others as many as that pays for); of `proxy` the direct
+All ways of a comparison cost the same FLOPs by the ledger (the option has its steps, the others as many as that pays for); of `proxy` the direct
 student is trained twice, for what the proxy's student costs and for what both cost. Zero-shot and kNN in %, fidelity as a ratio. Minutes are CPU time, one rank.
 RUNS keeps the runs: a second call does only what is left, and bench/fast.py shares its first stage. --quick: 2 steps each, to see whether it works.
 """
@@ -135,7 +135,7 @@ def of_heads(model: Student, protocol: ToyProtocol, size: int = 48) -> dict[str,
     found = {f"kNN {head}": value for head, value in knn.items()}
     pixels, cards = _resized(test.images_N3SS, (size, size)), list_cards()
     for head, output in model.encode_adaptors(pixels).items():
-        if cards[head].text and output.summary_BC is not None:
+        if head in cards and cards[head].text and output.summary_BC is not None:
             words = load_text_tower(cards[head]).encode([f"a photo of a {name}" for name in CLASSES])
             hits = (F.normalize(output.summary_BC, dim=-1) @ F.normalize(words, dim=-1).T).argmax(1) == test.labels_N
             found[f"zero-shot {head}"] = 100 * hits.float().mean().item()
@@ -165,12 +165,11 @@ def of_backbone(model: Student, protocol: ToyProtocol) -> dict[str, float]:
 
 
 START = "start.source={behind}"
+SHORT = "optim.steps=60"
 FIRST = Way("fast_stage1", "toy/fast_stage1")
 DIRECT = "teachers={toy_siglip: {}, toy_dino: {}, toy_proxy: null}"
 DIRECT_CELL = "partitions.low.teachers={toy_siglip: {grid: larger}, toy_dino: {size: student, grid: larger}, toy_proxy: null}"
-NATIVE = (
-    "partitions.high={size: null, images: null, aspect: native, area: [4096, 30976], tokens: 968, packs: 1, max_aspect: 2}"
-)
+NATIVE = "partitions.high={size: null, images: null, aspect: native, area: [4096, 30976], tokens: 968, packs: 1, max_aspect: 2}"
 DINO = "partitions.high.teachers.toy_siglip=null"
 COMPARISONS = {
     "relation": Comparison(
@@ -189,7 +188,7 @@ COMPARISONS = {
             Way(
                 "sizes_drawn",
                 "toy/fast_stage2",
-                (START, "partitions.low.size={64: 1, 96: 1, 128: 1}", "partitions.high.size={160: 1, 192: 1, 224: 1}"),
+                (START, SHORT, "partitions.low.size={64: 1, 96: 1, 128: 1}", "partitions.high.size={160: 1, 192: 1, 224: 1}"),
                 behind="fast_stage1",
             ),
             Way(
@@ -204,7 +203,7 @@ COMPARISONS = {
     ),
     "native": Comparison(
         (
-            Way("native", "toy/fast_stage2", (START, DINO, NATIVE), behind="fast_stage1"),
+            Way("native", "toy/fast_stage2", (START, SHORT, DINO, NATIVE), behind="fast_stage1"),
             Way("squares", "toy/fast_stage2", (START, DINO), behind="fast_stage1", pays=("native",)),
         ),
         over_shapes,
@@ -212,8 +211,8 @@ COMPARISONS = {
     ),
     "proxy": Comparison(
         (
-            Way("proxy", "toy/proxy"),
-            Way("proxy_student", "toy/proxy_student", ("teachers.toy_proxy.card={behind}.yaml",), behind="proxy"),
+            Way("proxy", "toy/proxy", (SHORT,)),
+            Way("proxy_student", "toy/proxy_student", (SHORT, "teachers.toy_proxy.card={behind}.yaml"), behind="proxy"),
             Way("direct", "toy/proxy_student", (DIRECT, DIRECT_CELL), pays=("proxy_student",)),
             Way("direct_for_both", "toy/proxy_student", (DIRECT, DIRECT_CELL), pays=("proxy", "proxy_student")),
         ),

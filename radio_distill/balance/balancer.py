@@ -53,6 +53,10 @@ class Balancer:
     """The teacher's mean, raw; differs from `offset_C` where the method does not remove it per channel."""
     dispersion: Tensor = field(default_factory=lambda: torch.ones(()))
     """Angular dispersion of the teacher's summaries in rad^2 (C-RADIOv4); 1 when it was not measured."""
+    summary_mean_C: Tensor | None = None
+    """Of the teacher's summaries, by coordinate; None: students learn them as they are (`balance.summary`)."""
+    summary_std_C: Tensor | None = None
+    """Their standard deviations."""
     facts: dict[str, str] = field(default_factory=dict)
     """Where it comes from (teacher, count of vectors, ...): written beside the tensors."""
 
@@ -73,6 +77,20 @@ class Balancer:
     def inverse(self, balanced_BCHW: Tensor) -> Tensor:
         """Raw features from balanced ones (B, C, H, W); gradients pass."""
         return _affine(balanced_BCHW, self.inverse_weight, self.offset_C)
+
+    def summary(self, summary_BC: Tensor) -> Tensor:
+        """What students learn of a teacher's summaries (B, C); gradients pass."""
+        if self.summary_mean_C is None or self.summary_std_C is None:
+            return summary_BC
+        return (summary_BC.float() - self.summary_mean_C) / self.summary_std_C
+
+    def summary_affine(self, *, inverse: bool = False) -> tuple[Tensor, Tensor] | None:
+        """(scale_C, offset_C) with balanced = scale * summary + offset, or the other way round; None: they are as they are."""
+        if self.summary_mean_C is None or self.summary_std_C is None:
+            return None
+        if inverse:
+            return self.summary_std_C, self.summary_mean_C
+        return 1 / self.summary_std_C, -self.summary_mean_C / self.summary_std_C
 
     def inverse_affine(self) -> tuple[Tensor, Tensor]:
         """(A_CC, b_C) with raw = A balanced + b, to be folded: Linear(V, c) becomes Linear(A V, A c + b) (PHI-S, eq. 39-44)."""

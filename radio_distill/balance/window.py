@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..config.cards import TeacherCard
-from ..config.recipe import Balance, BalanceKind
+from ..config.recipe import Balance, BalanceKind, Standardize
 from ..types import VisionOutput
 from . import Balancer, Dispersion, Moments, fit_on_first_rank
 
@@ -29,12 +29,14 @@ class StatisticsWindow:
         cards: dict[str, TeacherCard],
         device: torch.device,
         methods: Mapping[str, BalanceKind] | None = None,
+        *,
+        summaries: bool = False,
     ) -> None:
-        """methods: of teachers that are not equalised by `spec.method`."""
+        """methods: of teachers that are not equalised by `spec.method`. summaries: standardise them, too."""
         self.spec = spec
         self._methods = {**dict.fromkeys(cards, spec.method), **(methods or {})}
         self._outputs = {name: card.output for name, card in cards.items()}
-        self._device = device
+        self._device, self._summaries = device, summaries
         self.clear()
 
     def clear(self) -> None:
@@ -42,6 +44,8 @@ class StatisticsWindow:
         outputs = self._outputs
         self.moments = {name: Moments(out.features, device=self._device) for name, out in outputs.items()}
         self.dispersions = {name: Dispersion(out.summary, device=self._device) for name, out in outputs.items() if out.summary}
+        standardized = outputs if self._summaries else {}
+        self.summaries = {name: Moments(out.summary, device=self._device) for name, out in standardized.items() if out.summary}
 
     def is_open(self, step: int) -> bool:
         """Whether statistics are gathered at this step of the training."""
@@ -57,6 +61,8 @@ class StatisticsWindow:
             self.moments[name].update(out.features_BCHW)
             if out.summary_BC is not None:
                 self.dispersions[name].update(out.summary_BC)
+                if name in self.summaries:
+                    self.summaries[name].update(out.summary_BC)
 
     def refit(self, previous: dict[str, Balancer]) -> dict[str, Balancer]:
         """Balancers from the sums of all ranks, which stay as they are; the axes of `previous` ones are kept. A collective."""
@@ -65,21 +71,28 @@ class StatisticsWindow:
             balancer = fit_on_first_rank(self._methods[name], moments.all_reduce(), name, previous=previous.get(name))
             if name in self.dispersions:
                 balancer = replace(balancer, dispersion=self.dispersions[name].all_reduce())
+            if name in self.summaries:
+                own = fit_on_first_rank(
+                    Standardize(kind="standardize"), self.summaries[name].all_reduce(), f"{name}, summaries"
+                )
+                balancer = replace(balancer, summary_mean_C=own.mean_C, summary_std_C=own.inverse_weight)
             balancers[name] = balancer
         return balancers
 
     def state(self) -> dict[str, Tensor]:
         """This rank's sums, for an exact resume."""
         states = {f"moments.{name}": m.state_dict() for name, m in self.moments.items()}
+        states |= {f"summaries.{name}": m.state_dict() for name, m in self.summaries.items()}
         states |= {f"dispersion.{name}": d.state_dict() for name, d in self.dispersions.items()}
         return {f"{name}.{key}": x for name, state in states.items() for key, x in state.items()}
 
     def add(self, state: dict[str, Tensor]) -> None:
         """Add what `state` returned on some rank to this rank's sums; to none at all it is an exact copy."""
-        for name, moments in self.moments.items():
-            other = Moments(moments.channels, device=moments.device)
-            other.load_state_dict(_part(state, f"moments.{name}."))
-            moments.merge(other)
+        for kind, of_kind in (("moments", self.moments), ("summaries", self.summaries)):
+            for name, moments in of_kind.items():
+                other = Moments(moments.channels, device=moments.device)
+                other.load_state_dict(_part(state, f"{kind}.{name}."))
+                moments.merge(other)
         for name, dispersion in self.dispersions.items():
             theirs, own = _part(state, f"dispersion.{name}."), dispersion.state_dict()
             dispersion.load_state_dict({k: v if k == "reference" else own[k] + v for k, v in theirs.items()})

@@ -282,6 +282,9 @@ def _loss(recipe: Recipe) -> Found:
     if recipe.loss.mesa.weight and not recipe.ema.decay:
         yield Problem("'loss.mesa.weight' needs the EMA student; set ema.decay (0.9996)", ("loss", "mesa", "weight"))
     balance = recipe.balance
+    if recipe.loss.summary == "angle" and balance.summary == "standardize":
+        text = "'loss.summary: angle' divides by the dispersion of the teachers' own summaries, which balance.summary=standardize changes"
+        yield Problem(f"{text}; set one of the two back", ("balance", "summary"))
     if balance.window == 0 and balance.path is None and any(recipe.method_of(n).kind != "none" for n in recipe.teachers):
         text = "'balance.window' is 0 and there is no 'balance.path': no statistics; give one, or balance.method.kind=none"
         yield Problem(text, ("balance", "window"))

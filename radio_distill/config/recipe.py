@@ -366,6 +366,12 @@ class Balance(Fields):
     """Folder written by `radio-distill stats` (or a run's `balancers/`); starts from it instead of from nothing."""
 
 
+class StageBalance(Balance):
+    summary: Literal["none", "standardize"] = "none"
+    """What students learn of summaries. `none`: the teacher's own. `standardize`: every coordinate by its mean and deviation over images, from the
+    same window as the map's statistics (EUPE, arXiv:2603.22387). Both end with the teacher's own in an export."""
+
+
 class FeatureLoss(Fields):
     mse: Weight = 1.0
     """Weight of the mean squared error on balanced features (since PHI-S)."""
@@ -630,6 +636,8 @@ class Recipe(ImageJob):
     """The frozen teachers, by a name of your choice."""
     partitions: dict[str, Partition]
     """Resolution groups; every optimizer step contains all of them."""
+    balance: StageBalance = StageBalance()
+    """How teachers are equalised."""
     loss: Loss = Loss()
     """What is minimised."""
 

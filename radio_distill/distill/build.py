@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -30,7 +30,7 @@ from ..plan.stage import assign_ranks
 from ..runs import artifact_folder
 from ..student.build import build_student
 from ..student.names import slots_of, student_of
-from ..student.plain import fold_affine
+from ..student.plain import fold_affine, fold_summary
 from ..student.start import parametrise, start_weights
 from ..teachers.base import Teacher, Weights, load_teacher
 from ..teachers.fp8 import use_fp8
@@ -91,7 +91,9 @@ def build_teacher_side(recipe: Recipe, world: World, *, weights: Weights = "pret
     views = {name: partial(views_at, recipe, name, sizes, patch) for name in recipe.partitions}
     service = TeacherService(recipe, encoder, student_patch=patch)
     methods = {name: recipe.method_of(name) for name in encoder.cards}
-    window = StatisticsWindow(recipe.balance, encoder.cards, world.device, methods)
+    window = StatisticsWindow(
+        recipe.balance, encoder.cards, world.device, methods, summaries=recipe.balance.summary == "standardize"
+    )
     through_head = [name for name, teacher in recipe.teachers.items() if teacher.summary == "through_head"]
     pools = {name: pooling_head(service.cards[name], weights) for name in through_head}
     streams = Streams(recipe, assignment, world.rank, views)
@@ -128,6 +130,7 @@ def build_start(recipe: Recipe, world: World, side: TeacherSide, found: Path | N
             balancer = balancers[name]
             matrix = balancer.weight if balancer.weight.ndim == 2 else balancer.weight.diag()
             fold_affine(student.adaptor(name), matrix.cpu(), balancer.bias_C.cpu())
+            fold_summary(student.adaptor(name), balancer.summary_affine())
     for name, pool in side.pools.items():
         own = student.adaptor(name).pool
         assert own is not None
@@ -150,7 +153,19 @@ def given_balancers(recipe: Recipe, service: TeacherService, world: World) -> di
     folder = Path(expand(recipe.balance.path))
     loaded = load_balancers(folder, channels)
     agree.on_main(lambda: check_balancers(folder, service.cards))
-    return {name: balancer.to(world.device) for name, balancer in loaded.items()}
+    return {name: _with_summary(recipe, service.cards[name], b).to(world.device) for name, b in loaded.items()}
+
+
+def _with_summary(recipe: Recipe, card: TeacherCard, balancer: Balancer) -> Balancer:
+    """A loaded balancer with those statistics of summaries that the recipe asks for."""
+    if recipe.balance.summary == "none":
+        return replace(balancer, summary_mean_C=None, summary_std_C=None)
+    if card.output.summary and balancer.summary_std_C is None:
+        raise RecipeError(
+            f"balance.summary=standardize, but balance.path {recipe.balance.path} has no statistics of the summaries of {card.name!r}; "
+            "make them with `radio-distill stats` and this recipe, or set balance.summary=none"
+        )
+    return balancer
 
 
 def gather_balancers(side: TeacherSide, world: World, steps: int) -> dict[str, Balancer]:

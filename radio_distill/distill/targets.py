@@ -128,15 +128,16 @@ class TeacherService:
     def _target(self, batch: Batch, name: str, out: VisionOutput) -> Target:
         partition = self.recipe.partitions[batch.partition]
         features = self.balancers[name].forward(out.features_BCHW)
+        summary = None if out.summary_BC is None else self.balancers[name].summary(out.summary_BC)
         boxes = batch.views[name].boxes_B4
         if batch.grids is not None or partition.teachers[name].grid == "teacher":
-            return Target(out.summary_BC, features, boxes)
+            return Target(summary, features, boxes)
         side, student_boxes = batch.side("student") // self._student_patch, batch.views["student"].boxes_B4
         if partition.teachers[name].grid == "larger":  # all see one crop (config/checks.py)
             side = max(side, features.shape[-1])
-            return Target(out.summary_BC, enlarge_map(features, (side, side)), student_boxes)
+            return Target(summary, enlarge_map(features, (side, side)), student_boxes)
         features, mask = resample_to(features, boxes, student_boxes, (side, side), aligned=self.recipe.data.shift_std == 0)
-        return Target(out.summary_BC, features, student_boxes, mask)
+        return Target(summary, features, student_boxes, mask)
 
 
 def check_finite(raw: dict[str, VisionOutput]) -> Tensor:

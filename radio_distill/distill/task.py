@@ -163,7 +163,7 @@ class DistillTask(nn.Module):
             if adaptor.pool is not None:
                 raw = self.balancers[name].inverse(features_BCHW)
                 maps = [raw] if batch.grids is None else split_strip(raw, batch.grids)
-                return torch.cat([adaptor.pooled(part) for part in maps])
+                return self.balancers[name].summary(torch.cat([adaptor.pooled(part) for part in maps]))
             return adaptor.summary(tokens.class_tokens_BNC[:, adaptor.token])
 
     def _predict(self, batch: Batch, name: str, target: Target, tokens: StudentTokens) -> tuple[Tensor, Tensor | None]:

@@ -19,7 +19,7 @@ from ..plan.budget import rate_of
 from ..plan.ledger import Ledger
 from ..strips import split_strip
 from ..student.checkpoints import save_student
-from ..student.plain import fold_affine
+from ..student.plain import fold_affine, fold_summary
 from ..student.spectral import fold_state, spectral_eps
 from ..tensors import save_tensors
 from ..train import agree
@@ -230,4 +230,5 @@ def export_student(student: Student, ema: Ema | None, balancers: dict[str, Balan
     plain.load_state_dict(folded | heads, assign=True)
     for name, balancer in balancers.items():
         fold_affine(plain.adaptor(name), *balancer.inverse_affine())
+        fold_summary(plain.adaptor(name), balancer.summary_affine(inverse=True))
     save_student(plain, folder)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import CheckpointError
 from ..network.adaptors import Adaptor
@@ -17,7 +17,7 @@ from ..network.student import Student
 from .keys import fold_layer_scale
 from .reference import student_from_arch
 
-__all__ = ["choose_adaptors", "choose_video", "fold_affine", "without_layer_scale"]
+__all__ = ["choose_adaptors", "choose_video", "fold_affine", "fold_summary", "without_layer_scale"]
 
 
 def choose_adaptors(student: Student, names: Sequence[str] | None) -> Student:
@@ -65,16 +65,26 @@ def without_layer_scale(student: Student) -> Student:
     return student_from_arch(arch, fold_layer_scale(student.state_dict()))
 
 
-@torch.no_grad()
 def fold_affine(adaptor: Adaptor, weight_CC: Tensor, bias_C: Tensor) -> None:
     """Fold y -> weight @ y + bias on the predicted map into its last Linear, cell by cell of the upsampling, in place.
 
     With a balancer's inverse the adaptor then predicts the teacher's own features (PHI-S, eq. 39-44). The Linear must be
     plain (`spectral.fold` first).
     """
-    last = adaptor.feat_mlp.last
+    _fold(adaptor.feat_mlp.last, weight_CC, bias_C, cells=adaptor.upsample**2)
+
+
+def fold_summary(adaptor: Adaptor, affine: tuple[Tensor, Tensor] | None) -> None:
+    """Fold y -> scale * y + offset (`Balancer.summary_affine`) into the last Linear of a summary head, in place; None, or no such head: nothing."""
+    if adaptor.head_mlp is not None and affine is not None:
+        scale_C, offset_C = affine
+        _fold(adaptor.head_mlp.last, scale_C.diag(), offset_C)
+
+
+@torch.no_grad()
+def _fold(last: nn.Linear, weight_CC: Tensor, bias_C: Tensor, *, cells: int = 1) -> None:
+    """Fold y -> weight @ y + bias on each of `cells` equal parts of a Linear's output into it, in place."""
     assert "parametrizations" not in dict(last.named_children()), "fold the training parametrisations first"
-    cells = adaptor.upsample**2
     weight = weight_CC.to(last.weight.device, torch.float64)
     bias = bias_C.to(weight.device, torch.float64)
     if weight.shape != (len(bias), last.out_features // cells):
