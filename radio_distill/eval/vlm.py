@@ -21,7 +21,7 @@ from .published import load_tables
 from .vlm_lmms import VERSION, Benchmark, run_lmms
 from .vlm_toy import QUESTIONS, score_toy
 
-__all__ = ["BENCHMARKS", "TOY", "evaluate"]
+__all__ = ["BENCHMARKS", "TOY", "evaluate", "measured_before"]
 
 TOY = "toy"
 
@@ -69,9 +69,8 @@ def evaluate(
         folder / "config.json", "the config of a VLM", advice="name the folder that the VLM's training wrote"
     ) as config:
         facts = dict(config["vision_config"])
-    label = f"{model}#{_digest(folder)}"
+    label, protocol = _label(model, folder), _protocol(data, limit)
     if data == TOY:
-        protocol = Protocol(TOY, limit)
         scores = score_toy(folder, kinds=chosen, limit=limit, batch=batch)
         return [
             _result(
@@ -87,7 +86,6 @@ def evaluate(
             )
             for kind, s in scores.items()
         ]
-    protocol = Protocol(f"lmms-eval {VERSION}", limit)
     columns = load_tables()["6"].columns
     found = run_lmms(folder, {name: BENCHMARKS[name] for name in chosen}, copies=data, limit=limit, batch=batch)
     return [
@@ -97,6 +95,20 @@ def evaluate(
         )
         for name, s in found.items()
     ]  # fmt: skip
+
+
+def measured_before(results: Sequence[Result], model: str, *, data: str | None, limit: int | None) -> list[Result]:
+    """What results say of these very weights on the same data, asked as often."""
+    label, digest = _label(model, vlm_folder(model)), digest_of(_protocol(data, limit).__dict__)[:12]
+    return [r for r in results if (r.suite, r.model, r.config_hash) == ("vlm", label, digest)]
+
+
+def _protocol(data: str | None, limit: int | None) -> Protocol:
+    return Protocol(TOY if data == TOY else f"lmms-eval {VERSION}", limit)
+
+
+def _label(model: str, folder: Path) -> str:
+    return f"{model}#{_digest(folder)}"
 
 
 def _result(

@@ -52,8 +52,20 @@ class Desk:
         return self.run / "results.jsonl"
 
     @property
+    def toys(self) -> Path:
+        """Where toys that are trained lie: in the run, those of other steps than usual apart, so that none is taken for another."""
+        if self.quick:
+            return self.run / "quick"
+        return self.run if self.steps == TOY_STEPS else self.run / f"steps-{self.steps}"
+
+    @property
     def scenes_folder(self) -> Path:
-        return self.run / "scenes"
+        return self._made / "scenes"
+
+    @property
+    def _made(self) -> Path:
+        """Where what toys learn from lies; with `quick` there is less of it."""
+        return self.toys if self.quick else self.run
 
     @property
     def device(self) -> str:
@@ -83,13 +95,13 @@ class Desk:
         """Folders of trained upsamplers of a teacher. Toys that are missing are trained; raises RadioDistillError listing others,
         with the commands that train them."""
         card = load_card(teacher)
-        folders = {row: self.run / "upsamplers" / f"{teacher}-{row.label}" for row in rows if row.name != OWN}
+        place = (self.toys if _is_toy(teacher) else self.run) / "upsamplers"
+        folders = {row: place / f"{teacher}-{row.label}" for row in rows if row.name != OWN}
         missing = [row for row, folder in folders.items() if not _is_trained(folder)]
         if missing and not _is_toy(teacher):
             lines = [f"  {_command(card, row, folders[row])}" for row in missing]
             raise RadioDistillError(
-                f"{len(missing)} upsamplers of {teacher} are not in {self.run / 'upsamplers'}; train them first:\n"
-                + "\n".join(lines)
+                f"{len(missing)} upsamplers of {teacher} are not in {place}; train them first:\n" + "\n".join(lines)
             )
         for row in missing:
             self._train_upsampler(card, row, folders[row])
@@ -114,9 +126,13 @@ class Desk:
                 found.append((row, f"teacher:{teacher}+{how}:{folders[row]}", 1))
         return found
 
+    def student_folder(self, name: str) -> Path:
+        """Where a student lies, or will lie."""
+        return (Path(self.students) if self.students else self.toys / "students") / name
+
     def student(self, name: str) -> Path:
         """The folder of a student: of `students`, or a toy that is trained."""
-        folder = (Path(self.students) if self.students else self.run / "students") / name
+        folder = self.student_folder(name)
         if folder.is_dir() and (self.students or _is_trained(folder)):
             return folder
         if self.students or self.data != TOY:
@@ -129,8 +145,8 @@ class Desk:
 
     def vlm(self, name: str) -> Path:
         """The folder of the VLM whose tower is a student: of `vlms`, or a toy that is trained."""
-        folder = (Path(self.vlms) if self.vlms else self.run / "vlms") / name
-        if _is_trained(folder):
+        folder = (Path(self.vlms) if self.vlms else self.toys / "vlms") / name
+        if _is_trained(folder) or (folder / "config.json").is_file():
             return folder
         if self.vlms or self.data != TOY:
             raise RadioDistillError(
@@ -175,7 +191,7 @@ class Desk:
     def _train_vlm(self, name: str, run: Path) -> None:
         from ..vlm.toy import write_toy
 
-        parts, before = self.run / "toy_vlm", run.with_name(f"{name}-projector")
+        parts, before = self._made / "toy_vlm", run.with_name(f"{name}-projector")
         if not parts.exists():
             write_toy(parts, count=QUICK_SCENES if self.quick else 1500)
         settings = {"toy/vlm_projector": (before, "captions", [f"start.student={self.student(name)}", f"start.lm={parts / 'lm'}"]),

@@ -6,10 +6,8 @@ Everything measured is appended to results.jsonl of the run, and not measured ag
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from statistics import fmean
 
 from ..data.held_out import TOY
@@ -32,7 +30,7 @@ from ..results import append, read
 from ..types import Result
 from ..upsamplers.folder import load_upsampler
 from .card import Fidelity, Gains, Scores, Students, load_entry
-from .desk import STUDENTS, Desk
+from .desk import Desk
 from .product import Product
 
 __all__ = ["context_of", "evaluate", "fidelity", "gains", "scores", "students"]
@@ -53,28 +51,19 @@ def scores(entry: Scores, desk: Desk) -> Product:
 
 def students(entry: Students, desk: Desk) -> Product:
     """The students of stage 3 on some suites."""
-    results = []
-    for suite, tasks in entry.suites.items():
-        known = load_suite(suite).tasks if suite != "vlm" else {}
-        settings = [setting for setting in entry.quick if setting.partition(".")[0] in known]
-        for name in desk.names:
-            if suite == "vlm":
-                results += _of_vlm(desk, name)
-            else:
-                results += evaluate(desk, suite, tasks, str(desk.student(name)), quick=settings)
+    results = [r for of_student in _of_students(entry, desk).values() for r in of_student]
     tables = [Table(section.suite, section.head, section.rows) for section in sections(results) if section.rows]
     return Product([*tables, _published(entry.table)], notes=_notes(desk))
 
 
 def gains(entry: Gains, desk: Desk) -> Product:
     """Gains of the students over the baseline, from the entries that it is made of, which are measured first."""
-    parts = [load_entry(name) for name in entry.of]
-    for part in parts:
+    results: list[Result] = []
+    for part in map(load_entry, entry.of):
         assert isinstance(part, Students)
-        students(part, desk)
-    suites = {suite for part in parts if isinstance(part, Students) for suite in part.suites}
-    rows = rows_of([replace(r, model=name) for r in read(desk.results) if r.suite in suites and (name := _student(r.model))])
-    baseline, *others = sorted(rows, key=lambda row: list(STUDENTS).index(row.model))
+        results += [replace(r, model=name) for name, found in _of_students(part, desk).items() for r in found]
+    rows = {row.model: row for row in rows_of(results)}
+    baseline, *others = [rows[name] for name in desk.names]
     zero = [task for task, score in baseline.scores.items() if score.mean <= 0]
     base = replace(baseline, scores={task: x for task, x in baseline.scores.items() if task not in zero})
     notes = [f"Left out, because the baseline's number is not above 0: {', '.join(zero)}."] if zero else []
@@ -120,8 +109,32 @@ def evaluate(
         outcome = run_suite(asked.only([name]), [model], at, desk.results)
         if outcome.failures:
             raise RadioDistillError("; ".join(outcome.failures))
-        results += outcome.results
+        results += _of_all_seeds(outcome.results, desk)
     return results
+
+
+def _of_all_seeds(results: Sequence[Result], desk: Desk) -> list[Result]:
+    """Results, and those that other seeds have of the same: tables then show the mean and how far seeds differ."""
+
+    def of(r: Result) -> tuple[object, ...]:
+        return r.suite, r.task, r.metric, r.model, r.model_id, r.data_digest, r.config_hash, r.version, r.precision
+
+    wanted = {of(r) for r in results}
+    return [r for r in read(desk.results) if of(r) in wanted]
+
+
+def _of_students(entry: Students, desk: Desk) -> dict[str, list[Result]]:
+    """Results by the name of the student."""
+    found: dict[str, list[Result]] = {name: [] for name in desk.names}
+    for suite, tasks in entry.suites.items():
+        known = load_suite(suite).tasks if suite != "vlm" else {}
+        settings = [setting for setting in entry.quick if setting.partition(".")[0] in known]
+        for name, results in found.items():
+            if suite == "vlm":
+                results += _of_vlm(desk, name)
+            else:
+                results += evaluate(desk, suite, tasks, str(desk.student(name)), quick=settings)
+    return found
 
 
 def _suite(desk: Desk, suite: str, overrides: Sequence[str]) -> Suite:
@@ -141,20 +154,15 @@ def context_of(desk: Desk, resolution: int | None = None) -> Context:
 def _of_vlm(desk: Desk, name: str) -> list[Result]:
     """Results of the VLM whose tower is that student."""
     from ..eval.vlm import evaluate as score
+    from ..eval.vlm import measured_before
 
     limit, model = 2 if desk.quick else desk.limit, str(desk.vlm(name))
-    before = [r for r in read(desk.results) if r.suite == "vlm" and r.model.partition("#")[0] == model]
+    before = measured_before(read(desk.results), model, data=desk.data, limit=limit)
     if before:
         return before
     results = score(model, data=desk.data, limit=limit)
     append(desk.results, results)
     return results
-
-
-def _student(model: str) -> str | None:
-    """Which of the students a model of the results is, by the name of its folder."""
-    name = re.split("[@#]", Path(model).name)[0]
-    return name if name in STUDENTS else None
 
 
 def _published(number: str) -> Table:
