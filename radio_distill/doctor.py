@@ -283,7 +283,7 @@ def _disk(recipe: AnyRecipe) -> Finding:
     folder = run_path(recipe)
     free = _free_gib(folder)
     if isinstance(recipe, Recipe):
-        needed = checkpoint_bytes(student_of(recipe)) * (recipe.checkpoint.keep_last + 1) / 2**30
+        needed = checkpoint_bytes(recipe, student_of(recipe)) * (recipe.checkpoint.keep_last + 1) / 2**30
     else:
         needed = plan_upsampler(recipe, world_size=1).disk_gib
     text = f"{folder}: {free:.0f} GiB free, {needed:.1f} GiB needed for checkpoints"

@@ -589,6 +589,8 @@ class Checkpoint(Fields):
     """Minutes after which one is written anyway."""
     keep_last: Positive = 2
     """Older ones are deleted."""
+    background: bool = True
+    """Write them while training goes on, from copies in the host's memory (docs/training.md). false: training waits for the disk."""
 
 
 class Job(Fields):

@@ -24,11 +24,11 @@ from ..student.spectral import fold_state, spectral_eps
 from ..tensors import save_tensors
 from ..train import agree
 from ..train.distributed import World
-from ..train.ema import Ema
 from ..train.partition import gatherers
 from ..train.run import RunFolder
 from ..train.streams import forwards
 from ..train.training import Training
+from ..train.writing import Files
 from ..types import Batch, Targets
 from .build import TeacherSide
 from .task import Counts, DistillTask, predict_map, student_tokens
@@ -94,15 +94,15 @@ class StageTraining(Training):
     def extra_seconds(self) -> dict[str, float]:
         return {f"time/teachers/{name}": seconds for name, seconds in self.service.encoder.seconds().items()}
 
-    def save_shared(self, folder: Path) -> None:
-        save_balancers(folder / "balancers", self.service.balancers, self.run.teachers)
-        groups = {
-            "ema": self.ema.state_dict() if self.ema else {},
-            "adaloss": self.task.adaloss.state_dict() if self.task.adaloss else {},
-        }
-        tensors = {f"{group}.{name}": x for group, items in groups.items() for name, x in items.items()}
-        save_tensors(folder / "shared.safetensors", tensors)
-        export_student(self.task.student, self.ema, self.service.balancers, folder / self.artifact)
+    def save_shared(self, folder: Path, files: Files) -> None:
+        average = files.hold(self.ema.state_dict() if self.ema else {})
+        weights = average or files.hold(self.task.student.state_dict())
+        adaloss = files.hold(self.task.adaloss.state_dict() if self.task.adaloss else {})
+        tensors = {f"ema.{name}": x for name, x in average.items()} | {f"adaloss.{name}": x for name, x in adaloss.items()}
+        balancers, student = dict(self.service.balancers), self.task.student  # a balancer never changes: refits make others
+        files.later(lambda: save_balancers(folder / "balancers", balancers, self.run.teachers))
+        files.later(lambda: save_tensors(folder / "shared.safetensors", tensors))
+        files.later(lambda: export_student(student, weights, balancers, folder / self.artifact))
 
     def load_shared(self, folder: Path) -> None:
         shared = load_file(folder / "shared.safetensors", device=str(self.world.device))
@@ -217,12 +217,11 @@ def _group(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
     return {key.removeprefix(f"{name}."): x for key, x in tensors.items() if key.startswith(f"{name}.")}
 
 
-def export_student(student: Student, ema: Ema | None, balancers: dict[str, Balancer], folder: Path) -> None:
-    """Write the student (EMA weights where there are) with the balancers' inverse folded into its heads, fp32 on the CPU.
+def export_student(student: Student, state: dict[str, Tensor], balancers: dict[str, Balancer], folder: Path) -> None:
+    """Write the student with the weights `state` and the balancers' inverse folded into its heads, fp32 on the CPU.
 
     Its adaptors then predict the teachers' own features: no consumer needs to know about PHI-S.
     """
-    state = student.state_dict() if ema is None else ema.state_dict()
     with torch.device("meta"):  # weights of its own would be drawn only to be replaced
         plain = Student(student.arch)
     folded = {name: x.cpu() for name, x in fold_state(state, eps=spectral_eps(student)).items()}

@@ -24,6 +24,7 @@ __all__ = [
     "checkpoint_bytes",
     "forward_bytes",
     "head_parameters",
+    "held_bytes",
     "partition_bytes",
     "state_bytes",
     "teacher_parameters",
@@ -83,9 +84,18 @@ def upsampler_parameters(view: TeacherView, card: TeacherCard) -> int:
     return network_parameters(trained_network(spec), card.output.features) if isinstance(spec, Trained) else 0
 
 
-def checkpoint_bytes(student: StudentArch) -> int:
-    """Bytes of one checkpoint: fp32 weights, two moments, EMA, exported student."""
-    return 20 * (trunk_parameters(student) + head_parameters(student))
+def checkpoint_bytes(recipe: Recipe, student: StudentArch) -> int:
+    """Bytes of one checkpoint: fp32 weights (under ZeRO-1 and 2 also the ranks' shares of them), two moments, EMA, exported student."""
+    values = 4 + bool(recipe.ema.decay) + (recipe.engine.zero in (1, 2))
+    return 4 * values * (trunk_parameters(student) + head_parameters(student))
+
+
+def held_bytes(recipe: Recipe, student: StudentArch, world_size: int) -> int:
+    """Bytes of the host's memory on the first rank while a checkpoint is written in the background: copies of what it writes, and the
+    student with its norms folded. The other ranks have their shares of weights and moments alone."""
+    engine = {0: 3.0, 3: 3 / world_size}.get(recipe.engine.zero, 1 + 3 / world_size)  # weights and moments
+    values = engine + bool(recipe.ema.decay) + 1
+    return int(4 * values * (trunk_parameters(student) + head_parameters(student)))
 
 
 def state_bytes(recipe: Recipe, cards: dict[str, TeacherCard], student: StudentArch, world_size: int) -> StateBytes:

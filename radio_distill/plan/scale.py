@@ -61,7 +61,7 @@ class ScalePlan:
     checkpoint_seconds: float
     """To write one checkpoint; the training waits."""
     steps_lost: float
-    """Share of the time that checkpoints take, at `checkpoint.every` and `checkpoint.minutes`."""
+    """Share of the time that checkpoints take, at `checkpoint.every` and `checkpoint.minutes`; 0 where training goes on meanwhile."""
     assumptions: tuple[str, ...]
 
     @property
@@ -119,7 +119,7 @@ def scale(
         images_s_node=images_s_node,
         decode_cores=images_s_node / IMAGES_PER_CORE,
         checkpoint_seconds=writing,
-        steps_lost=writing / (between + writing),
+        steps_lost=0.0 if recipe.checkpoint.background else writing / (between + writing),
         assumptions=_assumptions(cluster, node_gb_s, target_gb_s if target else None),
     )
 

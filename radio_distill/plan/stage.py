@@ -19,8 +19,8 @@ from ..train.partition import Assignment, assign
 from ..train.placement import share_teachers, student_ranks
 from .budget import GIB, RESERVE_GIB, Budget, Machine, TeacherPlan, budget, fit_micro_batch, machine
 from .cost import PartitionCost, partition_cost, student_tokens, teacher_costs
-from .memory import checkpoint_bytes, head_parameters, partition_bytes, state_bytes, trunk_parameters, work_bytes
-from .roofline import PartTime, part_times
+from .memory import checkpoint_bytes, head_parameters, held_bytes, partition_bytes, state_bytes, trunk_parameters, work_bytes
+from .roofline import FP8_GPUS, PartTime, Passes, part_times
 from .scale import Cluster, ScalePlan, raw_bytes, scale
 
 __all__ = ["PartitionPlan", "Plan", "StudentPlan", "plan"]
@@ -92,10 +92,14 @@ class Plan(Budget):
     """Of one optimizer step, over all ranks."""
     step_tokens: float
     """Patches that the recipe's own student sees in one optimizer step, over all ranks."""
+    host_gib: float
+    """Of the host's memory, on the first rank that trains, for the copies from which a checkpoint is written."""
     state_gib: float
     """Teachers, weights, gradients, optimizer and EMA on one GPU that trains."""
     parts: tuple[PartTime, ...]
     """Where the time of a step goes on a mean GPU, by FLOPs and bytes; students beside the recipe's own are not among them."""
+    fastest_parts: tuple[PartTime, ...]
+    """The same with student and teachers compiled and, where the GPU has 8-bit products, teachers in fp8."""
     scale: ScalePlan | None
     """What it does to a cluster, where one is given."""
 
@@ -133,8 +137,13 @@ def plan(
         state_bytes(r, {} if dedicated or cached or i else cards, student_of(r), training).total for i, r in enumerate(each)
     )
     memory = state / GIB + max(p.memory_gib for p in partitions) + RESERVE_GIB
-    checkpoint_gib = sum(checkpoint_bytes(student_of(r)) for r in each) / GIB
+    checkpoint_gib = sum(checkpoint_bytes(r, student_of(r)) for r in each) / GIB
     found = scale(recipe, cards, partitions, where, cluster, compute, checkpoint_gib * GIB) if cluster else None
+    passes = _passes(partitions)
+
+    def parts(recipe: Recipe) -> tuple[PartTime, ...]:
+        return part_times(recipe, cards, costs, passes, gpu, where.flops / utilisation, world_size)
+
     common = budget(
         recipe,
         where,
@@ -158,8 +167,10 @@ def plan(
         teacher_ranks=teacher_ranks,
         step_flop=sum(p.total_flop * p.images for p in partitions),
         step_tokens=sum(p.tokens * p.images for p in partitions),
+        host_gib=sum(held_bytes(r, student_of(r), training) for r in each) / GIB if recipe.checkpoint.background else 0.0,
         state_gib=state / GIB,
-        parts=part_times(recipe, cards, costs, gpu, where.flops / utilisation, world_size),
+        parts=parts(recipe),
+        fastest_parts=parts(_fastest(recipe, gpu)),
         scale=found,
     )
 
@@ -231,6 +242,24 @@ def _teacher_ranks(
         yield TeacherRankPlan(names, sum(costs[name] for name in names) / blocks / where.flops, memory)
 
 
+def _fastest(recipe: Recipe, gpu: str) -> Recipe:
+    precision = "fp8" if gpu in FP8_GPUS else recipe.engine.teacher_precision
+    engine = recipe.engine.model_copy(update={"compile": True, "teacher_precision": precision})
+    teachers = {name: teacher.model_copy(update={"compile": True}) for name, teacher in recipe.teachers.items()}
+    return recipe.model_copy(update={"engine": engine, "teachers": teachers})
+
+
+def _passes(partitions: tuple[PartitionPlan, ...]) -> dict[str, Passes]:
+    """Forwards of a step over all ranks."""
+    found = {}
+    for p in partitions:
+        count = len(p.ranks) * (
+            p.images_per_rank // p.micro_batch if p.packs is None else p.packs // len(p.ranks) // p.micro_batch
+        )
+        found[p.name] = Passes(count, p.images / count)
+    return found
+
+
 def _student(name: str, recipe: Recipe) -> StudentPlan:
     arch = student_of(recipe)
     return StudentPlan(name, recipe.student.model, trunk_parameters(arch), head_parameters(arch))
@@ -283,6 +312,11 @@ def _notes(recipe: Recipe, per_rank: list[float], teacher_ranks: tuple[TeacherRa
             names = ", ".join(rank.teachers)
             advice = "set teachers.NAME.chunk, or more teacher_ranks"
             yield f"the teacher rank of {names} needs about {rank.memory_gib:.0f} GiB and the GPU has {where.gpu_gib:.0f}; {advice}"
+    if recipe.engine.teacher_precision == "fp8" and where.gpu not in FP8_GPUS:
+        yield f"{where.gpu} has no 8-bit products, and fp8 teachers would stop at the first; set engine.teacher_precision=bf16"
+    slow = [name for name, teacher in recipe.teachers.items() if not teacher.compile]
+    if recipe.engine.teacher_precision == "fp8" and slow:
+        yield f"rounding to fp8 that is not compiled costs more than 8-bit products save: set compile=true for {', '.join(slow)}"
     if optim.kind == "custom":
         yield f"two moments a weight are counted for the optimizer of {optim.loader}; it may keep fewer or more"
     if optim.freeze_trunk >= optim.steps:

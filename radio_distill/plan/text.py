@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from .budget import Budget, TeacherPlan
+from .roofline import PartTime
 from .scale import ScalePlan
 from .stage import PartitionPlan, Plan
 from .upsampler import UpsamplerPlan
@@ -99,13 +100,18 @@ def _places(plan: Plan) -> Iterator[str]:
 
 
 def _parts(plan: Plan) -> Iterator[str]:
-    rows = [("a step on a mean GPU", "TFLOP", "GB", "ms products", "ms memory", "bound by")]
+    rows = [("a step on a mean GPU", "TFLOP", "GB", "kernels", "ms products", "ms memory", "bound by")]
     for p in plan.parts:
-        rows.append(
-            (p.name, f"{p.flop / 1e12:.3g}", f"{p.bytes / 1e9:.3g}", f"{p.compute_ms:.3g}", f"{p.memory_ms:.3g}", p.bound)
-        )
+        times = (f"{p.compute_ms:.3g}", f"{p.memory_ms:.3g}", p.bound)
+        rows.append((p.name, f"{p.flop / 1e12:.3g}", f"{p.bytes / 1e9:.3g}", f"{p.kernels:,.0f}", *times))
     yield from table(rows)
-    yield f"  {sum(p.ms for p in plan.parts):.3g} ms together, at the whole rate and one after the other; not read on a GPU yet"
+    yield f"  {_together(plan.parts)} one after the other, as the recipe has it"
+    yield f"  {_together(plan.fastest_parts)} with student and teachers compiled, and teachers in fp8 where the GPU has it"
+    yield "  a model: products at usual shares of the GPU's rate, each other kernel at its bandwidth; not read on a GPU yet"
+
+
+def _together(parts: Sequence[PartTime]) -> str:
+    return f"{sum(p.ms for p in parts):.3g} ms and {sum(p.kernels for p in parts):,.0f} kernels"
 
 
 def _scale(scale: ScalePlan | None) -> Iterator[str]:
@@ -116,12 +122,16 @@ def _scale(scale: ScalePlan | None) -> Iterator[str]:
         ("gradients", f"{scale.gradient_gb:.2f} GB, {1e3 * scale.reduce_seconds:.1f} ms a step"),
         ("targets", f"{scale.target_gb:.2f} GB to a rank that trains, {1e3 * scale.target_seconds:.1f} ms a step"),
         ("images", f"{scale.images_s_node:,.0f}/s a node: {scale.read_mb_s:,.0f} MB/s, {scale.decode_cores:.1f} cores"),
-        ("checkpoint", f"{scale.checkpoint_seconds:.1f} s, {scale.steps_lost:.2%} of the time"),
+        ("checkpoint", f"{scale.checkpoint_seconds:.1f} s, {_lost(scale)}"),
     ]
     yield from table(rows)
     yield ""
     yield "  assumed"
     yield from (f"    {text}" for text in scale.assumptions)
+
+
+def _lost(scale: ScalePlan) -> str:
+    return f"{scale.steps_lost:.2%} of the time" if scale.steps_lost else "while training goes on"
 
 
 def _totals(plan: Plan) -> Iterator[str]:
@@ -130,6 +140,7 @@ def _totals(plan: Plan) -> Iterator[str]:
         ("GPU-hours", f"{plan.gpu_hours:.2g}" if plan.gpu_hours < 100 else f"{plan.gpu_hours:,.0f}"),
         ("memory", f"about {plan.memory_gib:.0f} of {plan.gpu_gib:.0f} GiB a GPU; {plan.state_gib:.1f} GiB of it always"),
         ("disk", f"{plan.disk_gib:.1f} GiB for checkpoints of {plan.checkpoint_gib:.1f} GiB"),
+        ("host", f"{plan.host_gib:.1f} GiB of its memory on the first rank while a checkpoint is written"),
         ("run folder", plan.run),
     ])  # fmt: skip
 

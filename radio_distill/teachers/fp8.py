@@ -54,8 +54,8 @@ class Fp8Linear(nn.Module):
             return self.exact(x)  # type: ignore[no-any-return]
         values, scales = to_fp8(x.reshape(-1, x.shape[-1]))
         multiply = _multiply if x.is_cuda else _emulate
-        out = multiply(values, scales, self.weight, self.scale_R1, x.dtype)
-        out = out if self.bias is None else out + self.bias.to(out.dtype)
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        out = multiply(values, scales, self.weight, self.scale_R1, bias, x.dtype)
         return out.view(*x.shape[:-1], -1)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Fp8Linear:
@@ -66,15 +66,21 @@ class Fp8Linear(nn.Module):
         return self
 
 
-def _multiply(x_NC: Tensor, x_scale_N1: Tensor, weight_RC: Tensor, scale_R1: Tensor, dtype: torch.dtype) -> Tensor:
+def _multiply(
+    x_NC: Tensor, x_scale_N1: Tensor, weight_RC: Tensor, scale_R1: Tensor, bias_R: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    scale_1R = scale_R1.t().contiguous()
     return torch._scaled_mm(
-        x_NC, weight_RC.t(), scale_a=x_scale_N1, scale_b=scale_R1.t().contiguous(), out_dtype=dtype, use_fast_accum=True
-    )
+        x_NC, weight_RC.t(), x_scale_N1, scale_1R, bias=bias_R, out_dtype=dtype, use_fast_accum=True
+    )  # the bias in the product's own last step: apart it is a pass over the widest maps
 
 
-def _emulate(x_NC: Tensor, x_scale_N1: Tensor, weight_RC: Tensor, scale_R1: Tensor, dtype: torch.dtype) -> Tensor:
+def _emulate(
+    x_NC: Tensor, x_scale_N1: Tensor, weight_RC: Tensor, scale_R1: Tensor, bias_R: Tensor | None, dtype: torch.dtype
+) -> Tensor:
     with torch.autocast(x_NC.device.type, enabled=False):
-        return (F.linear(x_NC.float(), weight_RC.float()) * x_scale_N1 * scale_R1.t()).to(dtype)
+        out = F.linear(x_NC.float(), weight_RC.float()) * x_scale_N1 * scale_R1.t()
+        return (out if bias_R is None else out + bias_R.float()).to(dtype)
 
 
 def use_fp8(net: nn.Module) -> tuple[list[str], dict[str, str]]:

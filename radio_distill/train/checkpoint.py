@@ -31,9 +31,10 @@ from ..errors import CheckpointError
 from ..files import replace_text
 from ..runs import STEP, Meta, latest, read_meta
 from ..tensors import save_tensors
-from .integrity import Gather, alone, facts_of, record
+from .integrity import Facts, Gather, alone, facts_of, record
+from .writing import Files
 
-__all__ = ["write", "read_rank", "read_rank_tensors", "check_space"]
+__all__ = ["Draft", "save_rank", "read_rank", "read_rank_tensors", "check_space"]
 
 log = logging.getLogger(__name__)
 
@@ -41,54 +42,64 @@ SPACE_MARGIN = 1.2
 """A save needs this many times the size of the last one (or of the estimate) free on the disk."""
 
 
-def write(
-    run: Path,
-    meta: Meta,
-    *,
-    rank: int,
-    barrier: Callable[[], None],
-    gather: Gather = alone,
-    save_engine: Callable[[Path], None],
-    save_shared: Callable[[Path], None],
-    rank_state: dict[str, Any],
-    rank_tensors: dict[str, Tensor],
-    keep_last: int,
-) -> Path:
-    """Write one checkpoint. All ranks call it; `save_engine` runs on all of them, `save_shared` on rank 0.
-
-    gather: brings what the ranks found of their own files together (`agree.gather`); alone, there is nothing to gather.
+class Draft:
+    """One checkpoint before it counts. All ranks have one, and each writes its own files.
 
     Nothing half-written ever carries the final name: a process killed in between leaves only a `.tmp-` folder, which the
-    next save removes.
+    next save removes. `open` and `publish` are collectives; `write` is none, and may run in another thread.
     """
-    folder = run / "checkpoints"
-    final, temporary = folder / f"step-{meta.step:08d}", folder / f".tmp-step-{meta.step:08d}"
-    if rank == 0:
-        for stale in folder.glob(".tmp-*"):
-            shutil.rmtree(stale)
-        temporary.mkdir(parents=True)
-    barrier()
-    with _told(final, rank):
-        save_engine(temporary / "engine")
-        (temporary / f"rank-{rank}.json").write_text(json.dumps(rank_state))
-        if rank_tensors:
-            save_tensors(temporary / f"rank-{rank}.safetensors", rank_tensors)
-        if rank == 0:
-            save_shared(temporary)
-    with _told(final, rank):
-        facts = gather(facts_of(temporary, rank))  # each rank its own files, after it has written them
-    if rank == 0:
-        with _told(final, rank):
-            record(temporary, facts)
-            (temporary / "meta.json").write_text(json.dumps(asdict(meta), indent=1))
-            _sync(temporary)
-        if final.exists():  # the same step saved twice (a stop signal right after a regular save)
-            shutil.rmtree(final)
-        os.replace(temporary, final)
-        _point(folder / "latest", final.name)
-        _delete_old(folder, final.name, keep_last)
-    barrier()
-    return final
+
+    def __init__(self, run: Path, meta: Meta, rank: int) -> None:
+        name = f"step-{meta.step:08d}"
+        self.meta = meta
+        self._rank, self._all = rank, run / "checkpoints"
+        self._final, self._temporary = self._all / name, self._all / f".tmp-{name}"
+        self._facts: Facts = {}
+        """Of this rank's files, after `write`."""
+
+    def open(self, files: Files, save: Callable[[Path, Files], None], barrier: Callable[[], None]) -> None:
+        """Let every rank say what its files are to hold: `save(folder, files)`."""
+        if self._rank == 0:
+            for stale in self._all.glob(".tmp-*"):
+                shutil.rmtree(stale)
+            self._temporary.mkdir(parents=True)
+        barrier()
+        with _told(self._final, self._rank):
+            save(self._temporary, files)
+            files.arrive()
+
+    def write(self, files: Files) -> None:
+        """Write this rank's files, force them to the disk and read them back."""
+        with _told(self._final, self._rank):
+            files.write()
+            self._facts = facts_of(self._temporary, self._rank)
+
+    def publish(self, keep_last: int, barrier: Callable[[], None], gather: Gather = alone) -> Path:
+        """Give a checkpoint that all ranks have written its name.
+
+        gather: brings what the ranks found of their own files together (`agree.gather`); alone, there is nothing to gather.
+        """
+        facts = gather(self._facts)
+        if self._rank == 0:
+            with _told(self._final, self._rank):
+                record(self._temporary, facts)
+                (self._temporary / "meta.json").write_text(json.dumps(asdict(self.meta), indent=1))
+                _sync(self._temporary)
+            if self._final.exists():  # a step that is done again, from an earlier checkpoint
+                shutil.rmtree(self._final)
+            os.replace(self._temporary, self._final)
+            _point(self._all / "latest", self._final.name)
+            _delete_old(self._all, self._final.name, keep_last)
+        barrier()
+        return self._final
+
+
+def save_rank(folder: Path, files: Files, rank: int, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """What one rank alone has: plain values as they are now, and tensors."""
+    text, held = json.dumps(state), files.hold(tensors)
+    files.later(lambda: (folder / f"rank-{rank}.json").write_text(text))
+    if held:
+        files.later(lambda: save_tensors(folder / f"rank-{rank}.safetensors", held))
 
 
 def read_rank(checkpoint: Path, rank: int) -> dict[str, Any]:

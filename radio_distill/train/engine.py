@@ -27,6 +27,7 @@ from ..tensors import all_reduce
 from .distributed import World
 from .engine_config import deepspeed_config
 from .optim import Lamb, make_optimizer, schedule, set_step
+from .writing import Files
 
 __all__ = ["Engine", "to_universal"]
 
@@ -144,14 +145,18 @@ class Engine:
         self._micro_step = 0
         self.step_index += 1
 
-    def save(self, folder: Path, tag: str) -> None:
-        """Write weights, moments and the step to `folder/tag`; called by all ranks."""
-        with _silence():
-            self._wrapped.save_checkpoint(str(folder), tag=tag, save_latest=False)
+    def save(self, folder: Path, tag: str, files: Files) -> None:
+        """Let `files` hold weights, moments and the step, to be written to `folder/tag`; called by all ranks."""
+        disk = self._wrapped.checkpoint_engine
+        self._wrapped.checkpoint_engine = _Later(disk, files)
+        try:
+            with _silence():
+                self._wrapped.save_checkpoint(str(folder), tag=tag, save_latest=False)
+        finally:
+            self._wrapped.checkpoint_engine = disk
         if self.world.is_main:
-            summary = _Summary(self.step_index, self.world.size, self.zero, self._spec.kind)
-            (folder / tag / SUMMARY).write_text(json.dumps(summary._asdict()))
-        dist.barrier()
+            summary = json.dumps(_Summary(self.step_index, self.world.size, self.zero, self._spec.kind)._asdict())
+            files.later(lambda: (folder / tag / SUMMARY).write_text(summary))
 
     def load(self, folder: Path, tag: str, *, universal: bool = False) -> None:
         """Continue from `folder/tag`; called by all ranks.
@@ -198,6 +203,20 @@ class Engine:
             self._wrapped.load_checkpoint(str(folder), tag=tag)
         finally:
             settings.load_universal_checkpoint = False
+
+
+class _Later:
+    """DeepSpeed's way to the disk, for which `files` holds what it would write at once."""
+
+    def __init__(self, disk: Any, files: Files) -> None:
+        self._disk, self._files = disk, files
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._disk, name)
+
+    def save(self, state_dict: Any, path: str) -> None:
+        held = self._files.hold(state_dict)
+        self._files.later(lambda: self._disk.save(held, path))
 
 
 def _share_weights(zero: Any) -> None:

@@ -19,7 +19,7 @@ from ..files import CHECKPOINT_SUMS as FILE
 from ..files import crc_of_file, parse_json
 from ..runs import STEP, latest, read_meta
 
-__all__ = ["alone", "damage", "facts_of", "record", "refuse_to_start_over", "set_damaged_aside"]
+__all__ = ["Facts", "Gather", "alone", "damage", "facts_of", "record", "refuse_to_start_over", "set_damaged_aside"]
 
 log = logging.getLogger(__name__)
 

@@ -23,7 +23,7 @@ from ..types import Batch
 from . import agree, distributed, preempt
 from .ranks import run_ranks
 from .run import RunFolder, open_run
-from .snapshot import refuse_non_finite, save, save_late
+from .snapshot import ended_on_failure, finish, is_written, refuse_non_finite, save, save_late
 from .training import Training
 from .watchdog import watch
 
@@ -50,14 +50,18 @@ def train_one(
 
 def fit(t: Training, one_step: Callable[[Any, int, list[Batch]], None]) -> int:
     """Train until the last step or a stop signal, then save; returns 0, or STOPPED after a signal."""
-    steps = t.job.optim.steps
     if t.world.is_main:
         for member in t.members:
             drop_metrics_after(
                 member.run.path, member.step
             )  # of steps that are done again: since the checkpoint, or before the first
     note(t, "running")
-    asked: deque[agree.Vote] = deque()
+    with ended_on_failure(t):
+        return _steps(t, one_step)
+
+
+def _steps(t: Training, one_step: Callable[[Any, int, list[Batch]], None]) -> int:
+    steps, asked = t.job.optim.steps, deque[agree.Vote]()
     for step in range(t.step, steps):
         watch(t.job.engine.watchdog_minutes)
         batches = t.next_batches()
@@ -71,20 +75,30 @@ def fit(t: Training, one_step: Callable[[Any, int, list[Batch]], None]) -> int:
                 log_step(member)
             if member.pictures_due():
                 member.draw(batches[-1])
-        flags = torch.tensor([preempt.requested() is not None, save_late(t)]).to(t.world.device, non_blocking=True)
-        asked.append(agree.Vote(flags))
-        stop, late = asked.popleft().read() if len(asked) > t.lag else (False, False)
+        flags = torch.tensor([preempt.requested() is not None, save_late(t), not is_written(t)])
+        asked.append(agree.Vote(flags.to(t.world.device, non_blocking=True)))
+        stop, late, unwritten = asked.popleft().read() if len(asked) > t.lag else (False, False, True)
+        if not unwritten:
+            finish_all(t)
         if stop or late or t.step == steps or t.step % t.job.checkpoint.every == 0:
             t.settle()
             refuse_non_finite(t)
             for member in reversed(t.members):  # the recipe's own student last: a resume goes by its checkpoints
                 save(member)
+        if stop or t.step == steps:
+            finish_all(t)
         if stop and t.step < steps:
             log.info("stopped after step %d on request; run the same command again to resume", t.step)
             note(t, "stopped")
             return preempt.STOPPED
     note(t, "finished")
     return 0
+
+
+def finish_all(t: Training) -> None:
+    """Let the checkpoints count that were begun; the recipe's own student last."""
+    for member in reversed(t.members):
+        finish(member)
 
 
 def note(t: Training, state: str) -> None:

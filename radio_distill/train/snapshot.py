@@ -10,20 +10,25 @@ from __future__ import annotations
 import logging
 import shutil
 import time
+from collections.abc import Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..data.loader import merge_positions
-from ..errors import TrainingError
+from ..errors import CheckpointError, TrainingError
 from ..runs import Meta, read_meta
 from ..tensors import non_finite
 from . import agree, checkpoint
 from .engine import to_universal
 from .training import Training
+from .writing import Files, in_background
 
-__all__ = ["refuse_non_finite", "save", "save_late", "resume"]
+__all__ = ["Saving", "ended_on_failure", "finish", "is_written", "refuse_non_finite", "resume", "save", "save_late"]
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +51,7 @@ def refuse_non_finite(t: Training) -> None:
     ]
     bad = [text for rank in agree.gather(found) for text in rank]
     if bad:
+        t.failed_together = True
         stands = f"the checkpoint of step {t.saved_step} is intact" if t.saved_step >= 0 else "there is no checkpoint yet"
         raise TrainingError(
             f"weights are not finite after step {t.step} ({'; '.join(bad)}); nothing was saved, {stands}. "
@@ -60,27 +66,86 @@ def _non_finite_weight(t: Training) -> str | None:
     return non_finite(weights | average)
 
 
+@dataclass(frozen=True)
+class Saving:
+    """A checkpoint of a training that is being written."""
+
+    draft: checkpoint.Draft
+    files: Files
+    written: Future[None]
+    """This rank's files."""
+
+
 def save(t: Training) -> None:
-    """Write a checkpoint of the current step; does nothing when it was just saved. Called by all ranks."""
+    """Begin to write a checkpoint of the current step, which `finish` ends; does nothing when it was just saved. Called by all ranks.
+
+    Training stands still until its tensors are copied. Without `checkpoint.background` nothing is copied, and all is written here.
+    """
+    finish(t)
     if t.step == t.saved_step:
         return
     agree.on_main(lambda: _check(t))
-    path = checkpoint.write(
-        t.run.path,
-        Meta(t.step, t.world.size, t.job.engine.zero, t.job.name, t.artifact),
-        rank=t.world.rank,
-        barrier=agree.barrier,
-        gather=agree.gather,
-        save_engine=lambda folder: t.engine.save(folder, TAG),
-        save_shared=t.save_shared,
-        rank_state={"positions": t.streams.positions, "meter": t.meter.state()},
-        rank_tensors=t.rank_tensors(),
-        keep_last=t.job.checkpoint.keep_last,
-    )
-    t.saved_step, t.saved_at = t.step, time.monotonic()
-    t.run.note("running", step=t.step, saved=t.step)
+    background = t.job.checkpoint.background
+    files = Files(copies=background)
+    draft = checkpoint.Draft(t.run.path, Meta(t.step, t.world.size, t.job.engine.zero, t.job.name, t.artifact), t.world.rank)
+    draft.open(files, lambda folder, files: _hold(t, folder, files), agree.barrier)
+    t.saving, t.saved_at = Saving(draft, files, in_background(lambda: draft.write(files))), time.monotonic()
+    if not background:
+        finish(t)
+
+
+def is_written(t: Training) -> bool:
+    """Whether this rank has written all that was begun, so that `finish` would not wait for it."""
+    return all(member.saving is not None and member.saving.written.done() for member in t.members)
+
+
+def finish(t: Training) -> None:
+    """Wait until all ranks have written the checkpoint that was begun, and let it count. Called by all ranks.
+
+    Raises CheckpointError when this rank could not write its files.
+    """
+    saving, t.saving = t.saving, None
+    if saving is None:
+        return
+    saving.written.result()
+    agree.on_main(t.run.check_owner)
+    path = saving.draft.publish(t.job.checkpoint.keep_last, agree.barrier, agree.gather)
+    t.saved_step = saving.draft.meta.step
+    t.run.note("running", step=t.step, saved=t.saved_step)
     if t.world.is_main:
         log.info("saved %s", path)
+
+
+@contextmanager
+def ended_on_failure(t: Training) -> Iterator[None]:
+    """When the block fails on all ranks alike, the checkpoints that were begun are finished; else they are given up, so that they do not
+    hold up the end of the process."""
+    try:
+        yield
+    except BaseException as error:
+        together = t.failed_together or t.world.size == 1
+        for member in reversed(t.members):
+            if together and isinstance(error, Exception):
+                _finish_after(member, error)
+            elif member.saving is not None:
+                member.saving.files.give_up()
+        raise
+
+
+def _finish_after(t: Training, error: Exception) -> None:
+    try:
+        finish(t)
+    except CheckpointError as other:
+        if other is not error:
+            log.error("%s", other)
+
+
+def _hold(t: Training, folder: Path, files: Files) -> None:
+    t.engine.save(folder / "engine", TAG, files)
+    state = {"positions": t.streams.positions, "meter": t.meter.state()}
+    checkpoint.save_rank(folder, files, t.world.rank, state, t.rank_tensors())
+    if t.world.rank == 0:
+        t.save_shared(folder, files)
 
 
 def _check(t: Training) -> None:
@@ -127,5 +192,5 @@ def _load_ranks(t: Training, path: Path, meta: Meta, same: bool) -> dict[str, An
 
 
 def _estimate_bytes(t: Training) -> int:
-    """fp32 weights, two moments, the EMA and the exported model."""
-    return 5 * torch.finfo(torch.float32).bits // 8 * sum(p.numel() for p in t.engine.module.parameters())
+    """fp32 weights, twice under ZeRO-1 and 2, two moments, the EMA and the exported model."""
+    return 6 * torch.finfo(torch.float32).bits // 8 * sum(p.numel() for p in t.engine.module.parameters())

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,10 @@ from .ema import Ema
 from .engine import Engine
 from .run import RunFolder
 from .timers import Timers
+from .writing import Files
+
+if TYPE_CHECKING:
+    from .snapshot import Saving
 
 __all__ = ["MicroBatches", "Training"]
 
@@ -74,6 +78,10 @@ class Training(ABC):
         self.last_grad_norm, self.last_lr = torch.zeros(()), 0.0
         """Of the last optimizer step."""
         self.saved_step, self.saved_at = -1, time.monotonic()
+        self.saving: Saving | None = None
+        """The checkpoint that is being written."""
+        self.failed_together = False
+        """Whether all ranks have failed at one step, so that they can still finish what they began."""
         self.timers = Timers(world.device)
         """Of parts of a step, on the device."""
         self._votes: deque[tuple[agree.Vote, Callable[[], RadioDistillError]]] = deque()
@@ -90,8 +98,8 @@ class Training(ABC):
         """Write pictures of a batch into the run folder; on rank 0 only."""
 
     @abstractmethod
-    def save_shared(self, folder: Path) -> None:
-        """Write what is the same on every rank beside the engine's state, and the artifact; on rank 0 only."""
+    def save_shared(self, folder: Path, files: Files) -> None:
+        """Let `files` hold what is the same on every rank beside the engine's state, and the artifact; on rank 0 only."""
 
     @abstractmethod
     def load_shared(self, folder: Path) -> None:
@@ -132,6 +140,7 @@ class Training(ABC):
         while len(self._votes) > keep:
             vote, explain = self._votes.popleft()
             if any(vote.read()):
+                self.failed_together = True
                 raise explain()
 
     def _make_step(self) -> None:

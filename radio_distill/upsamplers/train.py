@@ -40,6 +40,7 @@ from ..train.snapshot import resume
 from ..train.streams import Streams, forwards
 from ..train.training import Training
 from ..train.watchdog import watch
+from ..train.writing import Files
 from ..types import Batch, Losses
 from .downsample import KEEP
 from .folder import SavedUpsampler, provenance, save_upsampler
@@ -158,16 +159,17 @@ class UpsamplerTraining(Training):
             self.run.teachers["teacher"],
         )  # fmt: skip
 
-    def save_shared(self, folder: Path) -> None:
-        save_balancers(folder / "balancers", {"teacher": self.task.sharpener.balancer}, self.run.teachers)
-        average = self.ema.state_dict() if self.ema is not None else {}
-        save_tensors(folder / "shared.safetensors", average)
-        state = average or self.task.state_dict()
+    def save_shared(self, folder: Path, files: Files) -> None:
+        average = files.hold(self.ema.state_dict() if self.ema is not None else {})
+        state = average or files.hold(self.task.state_dict())
         names = {"sharpener.": "sharpener.", "loss.downsampler.": "downsampler."}
         plain = {
             new + key.removeprefix(old): x for old, new in names.items() for key, x in state.items() if key.startswith(old)
         }
-        save_upsampler(self.saved(), folder / self.artifact, state=plain)
+        saved, balancers = self.saved(), {"teacher": self.task.sharpener.balancer}
+        files.later(lambda: save_balancers(folder / "balancers", balancers, self.run.teachers))
+        files.later(lambda: save_tensors(folder / "shared.safetensors", average))
+        files.later(lambda: save_upsampler(saved, folder / self.artifact, state=plain))
 
     def load_shared(self, folder: Path) -> None:
         if self.ema is not None:

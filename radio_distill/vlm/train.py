@@ -27,6 +27,7 @@ from ..train.optim import parameter_groups
 from ..train.run import RunFolder
 from ..train.snapshot import resume
 from ..train.training import Training
+from ..train.writing import Files
 from ..types import Batch, Losses
 from .batches import TextBatch, TextStreams
 from .conversations import read_conversations
@@ -149,8 +150,9 @@ class VlmTraining(Training):
             f"eta {hours_left(metrics)}"
         )
 
-    def save_shared(self, folder: Path) -> None:
-        save_vlm(self.vlm, folder / self.artifact, state=merge_lora(self.vlm.model))
+    def save_shared(self, folder: Path, files: Files) -> None:
+        state = files.hold(merge_lora(self.vlm.model))
+        files.later(lambda: save_vlm(self.vlm, folder / self.artifact, state=state))
 
     def load_shared(self, folder: Path) -> None:
         pass  # the engine's state is all there is

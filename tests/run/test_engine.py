@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from launch import launch
 from torch import Tensor, nn
 
@@ -17,6 +18,7 @@ from radio_distill.errors import CheckpointError
 from radio_distill.train.distributed import init, shutdown
 from radio_distill.train.engine import Engine, to_universal
 from radio_distill.train.optim import schedule
+from radio_distill.train.writing import Files
 
 STEPS, MICRO_STEPS, SAVED_AT, IMAGES = 6, 2, 4, 3
 CASES = [("lamb", 0), ("lamb", 1), ("lamb", 2), ("adamw", 0), ("adamw", 1), ("adamw", 2)]
@@ -115,8 +117,9 @@ def two_processes(rank: int, folder: Path) -> None:
     for kind, zero in CASES:
         engine = create(kind, zero)
         norms = train(engine, [rank], until=SAVED_AT)
-        engine.save(folder, f"{kind}{zero}")
+        files = begin_save(engine, folder, f"{kind}{zero}")
         norms += train(engine, [rank])
+        write(files)  # while training went on
         found[f"{kind}{zero}"] = weights(engine), norms
         resumed = create(kind, zero)
         resumed.load(folder, f"{kind}{zero}")
@@ -132,7 +135,7 @@ def two_processes(rank: int, folder: Path) -> None:
         found[f"same heads {zero}"] = train(engine, [rank], same_heads=True)
         clipped = create("adamw", zero, clip=0.05)
         found[f"same heads clipped {zero}"] = train(clipped, [rank], same_heads=True)
-    engine.save(folder, "adamw3")
+    write(begin_save(engine, folder, "adamw3"))
 
     for zero in (0, 1, 2):
         one = create("lamb", zero)
@@ -154,6 +157,18 @@ def two_processes(rank: int, folder: Path) -> None:
     shutdown()
 
 
+def begin_save(engine: Engine, folder: Path, tag: str) -> Files:
+    files = Files(copies=True)
+    engine.save(folder, tag, files)
+    files.arrive()
+    return files
+
+
+def write(files: Files) -> None:
+    files.write()
+    dist.barrier()
+
+
 def message(call: Any) -> str:
     with pytest.raises(CheckpointError) as error:
         call()
@@ -168,7 +183,7 @@ def one_process_before(rank: int, folder: Path) -> None:
         held = {p.untyped_storage().data_ptr() for p in engine.module.parameters()}
         assert zero == 0 or updated == held, "no second copy of the weights"
         train(engine, [0, 1], until=SAVED_AT)
-        engine.save(folder, f"one{zero}")
+        write(begin_save(engine, folder, f"one{zero}"))
         if zero:
             assert to_universal(folder, f"one{zero}") == f"one{zero}_universal"
     shutdown()

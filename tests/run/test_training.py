@@ -69,6 +69,13 @@ def losses(run: Path) -> list[tuple[int, float, float]]:
     return [(row["step"], row["loss"], row["grad_norm"]) for row in rows]
 
 
+def wait_for_checkpoint(run: Path, process: subprocess.Popen) -> None:
+    """The first; it counts a step or two after the one that it is of."""
+    while not (run / "checkpoints" / "latest").exists():
+        assert process.poll() is None, "the training ended without a checkpoint"
+        time.sleep(0.02)
+
+
 def wait_for_step(run: Path, step: int, process: subprocess.Popen) -> None:
     for _ in range(4000):
         path = run / "metrics.jsonl"
@@ -119,7 +126,7 @@ def test_a_run_folder_holds_recipe_metrics_and_checkpoints(whole):
 def test_a_killed_run_goes_on_bit_for_bit(photos, whole, tmp_path):
     run = tmp_path / "run"
     process = subprocess.Popen(command(photos, run), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    wait_for_step(run, 3, process)  # after the checkpoint of step 2, inside the statistics window
+    wait_for_checkpoint(run, process)  # of step 2, inside the statistics window
     process.send_signal(signal.SIGKILL)
     process.wait()
     again = train(photos, run)

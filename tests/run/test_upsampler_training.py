@@ -74,6 +74,13 @@ def fidelities(run: Path) -> list[float]:
     return [json.loads(line)["fidelity/views"] for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
+def wait_for_checkpoint(run: Path, process: subprocess.Popen) -> None:
+    """The first; it counts a step or two after the one that it is of."""
+    while not (run / "checkpoints" / "latest").exists():
+        assert process.poll() is None, "the training ended without a checkpoint"
+        time.sleep(0.02)
+
+
 def wait_for_step(run: Path, step: int, process: subprocess.Popen) -> None:
     for _ in range(4000):
         path = run / "metrics.jsonl"
@@ -139,7 +146,7 @@ def test_the_run_loads_as_an_upsampler_with_plain_averaged_weights(whole):
 def test_a_killed_run_goes_on_bit_for_bit(photos, whole, tmp_path):
     run = tmp_path / "run"
     process = start(photos, run, "log.pictures=4")
-    wait_for_step(run, 3, process)  # after the checkpoint of step 2
+    wait_for_checkpoint(run, process)  # of step 2
     process.send_signal(signal.SIGKILL)
     process.communicate()
     again = train(photos, run, "log.pictures=4")

@@ -16,6 +16,7 @@ from radio_distill.train import checkpoint
 from radio_distill.train.integrity import damage, facts_of, refuse_to_start_over, set_damaged_aside
 from radio_distill.train.partition import assign
 from radio_distill.train.streams import forwards
+from radio_distill.train.writing import Files
 from radio_distill.types import Result
 
 
@@ -66,25 +67,24 @@ def test_a_full_disk_is_noticed_before_anything_is_written(tmp_path):
         checkpoint.check_space(tmp_path, 10**15 * 10 // 12)
 
 
+def write(run, step, save, keep=2):
+    files = Files(copies=False)
+    draft = checkpoint.Draft(run, runs.Meta(step=step, world_size=1, zero=1, recipe="r", artifact="student"), 0)
+    draft.open(files, save, lambda: None)
+    draft.write(files)
+    return draft.publish(keep, lambda: None)
+
+
 def test_nothing_half_written_carries_a_final_name(tmp_path):
-    def fail(folder):
+    def fail(*_):
         raise OSError("disk full")
 
-    meta = runs.Meta(step=5, world_size=1, zero=1, recipe="r", artifact="student")
-    arguments = {
-        "rank": 0,
-        "barrier": lambda: None,
-        "save_shared": lambda f: None,
-        "rank_state": {},
-        "rank_tensors": {},
-        "keep_last": 2,
-    }
-    with pytest.raises(
-        CheckpointError, match=r"rank 0 could not write .*step-00000005 \(disk full; .*the previous checkpoint is intact"
-    ):
-        checkpoint.write(tmp_path, meta, save_engine=fail, **arguments)
-    assert runs.latest(tmp_path) is None
-    checkpoint.write(tmp_path, meta, save_engine=lambda f: f.mkdir(), **arguments)
+    told = r"rank 0 could not write .*step-00000005 \(disk full; .*the previous checkpoint is intact"
+    for save in (fail, lambda _, files: files.later(fail)):
+        with pytest.raises(CheckpointError, match=told):
+            write(tmp_path, 5, save)
+        assert runs.latest(tmp_path) is None
+    write(tmp_path, 5, lambda folder, files: files.later(lambda: (folder / "a").write_text("a")))
     assert runs.latest(tmp_path) == tmp_path / "checkpoints" / "step-00000005"
     assert not list((tmp_path / "checkpoints").glob(".tmp*"))
 
@@ -98,15 +98,12 @@ def alter(path):
 
 
 def save(run, step, keep=2):
-    def save_engine(folder):
-        folder.mkdir()
-        (folder / "state.pt").write_text("state")
+    def hold(folder, files):
+        (folder / "engine").mkdir()
+        files.later(lambda: (folder / "engine" / "state.pt").write_text("state"))
+        checkpoint.save_rank(folder, files, 0, {}, {})
 
-    meta = runs.Meta(step=step, world_size=1, zero=1, recipe="r", artifact="student")
-    return checkpoint.write(
-        run, meta, rank=0, barrier=lambda: None, save_engine=save_engine, save_shared=lambda f: None,
-        rank_state={}, rank_tensors={}, keep_last=keep,
-    )  # fmt: skip
+    return write(run, step, hold, keep)
 
 
 def steps(run):
