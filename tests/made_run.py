@@ -61,7 +61,7 @@ def make_run(run: Path, *overrides: str, step: int = STEP) -> Path:
     recipe = tiny_recipe(*overrides)
     student, balancers = untrained(recipe)
     checkpoint = run / "checkpoints" / f"step-{step:08d}"
-    export_student(student, None, balancers, checkpoint / "student")
+    export_student(student, student.state_dict(), balancers, checkpoint / "student")
     save_balancers(checkpoint / "balancers", balancers)
     (checkpoint / "meta.json").write_text(json.dumps(asdict(Meta(step, 1, 1, recipe.name, "student"))))
     (run / "checkpoints" / "latest").write_text(checkpoint.name + "\n")

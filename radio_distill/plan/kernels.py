@@ -85,7 +85,7 @@ def _relative(arch: Arch, side: int, padding: float, *, compiled: bool) -> Block
 def student_blocks(mlp_over_width: float, depth: int, *, gated: bool, compiled: bool, spectral: bool, half: bool) -> Blocks:
     """Forward and backward of a trained network's blocks. half: bf16 by autocast, the residual stream in fp32."""
     m = mlp_over_width * (1.5 if gated else 1)
-    kernels, rows = (33, 38 + 5 * m) if compiled else (51, 73 + 6 * m)
+    kernels, rows = (34, 38 + 5 * m) if compiled else (51, 73 + 6 * m)
     if not half:
         kernels, rows = kernels - 16, 0.7 * rows
     norms = (12 if compiled else 94) if spectral else 0

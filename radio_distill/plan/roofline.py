@@ -53,9 +53,9 @@ pass), of a target (balancer, resize, checks), of the losses and heads of each t
 
 
 class Passes(NamedTuple):
-    """Forwards of a step over all ranks, of one partition."""
+    """The student's forwards of one partition in a step, over all ranks."""
 
-    count: int
+    forwards: int
     images: float
     """In each; of a native partition about."""
 
@@ -142,7 +142,7 @@ def _parts(
             if cost.teachers[name]:  # not read from a cache
                 yield from _teacher(recipe, card, name, partition, squares, cost, passes[partition])
         yield _student(recipe, arch, partition, squares, cost, passes[partition])
-        kernels_here = passes[partition].count * len(cell.teachers) * AROUND["target"]
+        kernels_here = passes[partition].forwards * len(cell.teachers) * AROUND["target"]
         yield _Part(f"balancers {partition}", images * cost.balance, images * 2 * 4 * maps, kernels_here)
     parameters = trunk_parameters(arch) + head_parameters(arch)
     shards = world_size if recipe.engine.zero == 0 else 1
@@ -161,7 +161,7 @@ def _teacher(
 ) -> Iterator[_Part]:
     """A teacher's part, and that of its upsampler if there is one. squares: of the partition, with their shares of the images."""
     arch, patch, spec = _arch(card), student_of(recipe).trunk.patch_size, recipe.teachers[name]
-    images, view = passes.count * passes.images, squares[0][0].teachers[name]
+    images, view = passes.forwards * passes.images, squares[0][0].teachers[name]
     fp8, compiled = recipe.engine.teacher_precision == "fp8", spec.compile
     model = str(card.params.get("model", ""))
     sharpens = attention = run_attention = rows = 0.0
@@ -181,7 +181,7 @@ def _teacher(
         asked, run = _attention(arch, own)
         attention, run_attention = attention + encoded * asked, run_attention + encoded * run
         rows += encoded * (own**2 + arch.prefix) * blocks.rows
-    forwards = passes.count * _chunks(view, card, squares[0][0], passes.images, spec.chunk)
+    forwards = passes.forwards * _chunks(view, card, squares[0][0], passes.images, spec.chunk)
     yield _Part(
         f"teacher {partition} {name}",
         images * (cost.teachers[name] - sharpens),
@@ -197,7 +197,7 @@ def _teacher(
             f"upsampler {partition} {name}",
             images * sharpens,
             images * UPSAMPLER_ROWS * 4 * moved,
-            passes.count * AROUND["upsampler"],
+            passes.forwards * AROUND["upsampler"],
         )
 
 
@@ -209,7 +209,7 @@ def _student(
     cost: PartitionCost,
     passes: Passes,
 ) -> _Part:
-    trunk, images, half = arch.trunk, passes.count * passes.images, recipe.engine.precision == "bf16"
+    trunk, images, half = arch.trunk, passes.forwards * passes.images, recipe.engine.precision == "bf16"
     tokens = [((cell.size // trunk.patch_size) ** 2 + trunk.num_prefix, share) for cell, share in squares]
     forward = sum(share * 4 * n**2 * trunk.embed_dim * trunk.depth for n, share in tokens)
     again = cost.passes - 3  # recomputed blocks
@@ -222,8 +222,8 @@ def _student(
     return _Part(
         f"student {partition}",
         images * cost.student_training,
-        moved + passes.count * weights * trunk_parameters(arch),
-        passes.count
+        moved + passes.forwards * weights * trunk_parameters(arch),
+        passes.forwards
         * (blocks.kernels + AROUND["student"] + AROUND["teacher of the student"] * len(recipe.partitions[partition].teachers)),
         images * cost.passes * forward,
         images * (1 + again + BACKWARD) * forward,

@@ -314,9 +314,9 @@ def _notes(recipe: Recipe, per_rank: list[float], teacher_ranks: tuple[TeacherRa
             yield f"the teacher rank of {names} needs about {rank.memory_gib:.0f} GiB and the GPU has {where.gpu_gib:.0f}; {advice}"
     if recipe.engine.teacher_precision == "fp8" and where.gpu not in FP8_GPUS:
         yield f"{where.gpu} has no 8-bit products, and fp8 teachers would stop at the first; set engine.teacher_precision=bf16"
-    slow = [name for name, teacher in recipe.teachers.items() if not teacher.compile]
-    if recipe.engine.teacher_precision == "fp8" and slow:
-        yield f"rounding to fp8 that is not compiled costs more than 8-bit products save: set compile=true for {', '.join(slow)}"
+    eager = [name for name, teacher in recipe.teachers.items() if not teacher.compile]
+    if recipe.engine.teacher_precision == "fp8" and eager:
+        yield f"rounding to fp8 that is not compiled costs more than 8-bit products save: set compile=true for {', '.join(eager)}"
     if optim.kind == "custom":
         yield f"two moments a weight are counted for the optimizer of {optim.loader}; it may keep fewer or more"
     if optim.freeze_trunk >= optim.steps:

@@ -74,7 +74,7 @@ def test_exports_predict_the_teachers_own_summaries_and_the_next_stage_starts_fr
     spec = Spec(model="vit_tiny_patch16_224", overrides=overrides, max_size=32, spectral=False)
     student = build_student(spec, [AdaptorSlot("dino", 96, 96, True)]).eval()
     balancer = window(outputs(20, 0)).refit({})["dino"]
-    export_student(student, None, {"dino": balancer}, tmp_path / "student")
+    export_student(student, student.state_dict(), {"dino": balancer}, tmp_path / "student")
     images = torch.rand(2, 3, 16, 16)
     learned = student.encode_adaptors(images)["dino"].summary_BC
     exported = load_saved(tmp_path / "student").eval()

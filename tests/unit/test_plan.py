@@ -176,6 +176,22 @@ def test_several_students_pay_for_the_teachers_once():
     assert both.checkpoint_gib == pytest.approx(sum(result.checkpoint_gib for result in alone.values()))
 
 
+@pytest.mark.parametrize(
+    ("overrides", "on_disk", "on_host"),
+    [
+        ([], 24, 4 + 12 / 8 + 8),  # weights, the shares of weights and moments; average and student
+        (["ema.decay=0"], 20, 4 + 12 / 8 + 4),
+        (["engine.zero=0"], 20, 20),
+        (["engine.zero=3", "optim.kind=adamw", "ema.decay=0"], 16, 12 / 8 + 4),
+        (["checkpoint.background=false"], 24, 0),
+    ],
+)
+def test_a_checkpoint_takes_so_many_bytes_a_parameter_on_the_disk_and_of_the_host(overrides, on_disk, on_host):
+    result = plan(load_recipe("stage1", overrides), world_size=8)
+    parameters = (result.trunk_parameters + result.head_parameters) / 2**30
+    assert (result.checkpoint_gib / parameters, result.host_gib / parameters) == pytest.approx((on_disk, on_host))
+
+
 def test_a_cluster_is_planned_by_hand_arithmetic():
     recipe = load_recipe("stage3_featsharp", [placed(1, 1)])
     result = plan(recipe, world_size=128, cluster=Cluster(nodes=16, network_gb_s=25, disk_gb_s=2))
