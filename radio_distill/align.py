@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["enlarge_map", "resample_to", "resize_map", "whole_factors"]
+__all__ = ["detail", "enlarge_map", "resample_to", "resize_map", "whole_factors"]
 
 SNAP = 1e-3  # in cells; boxes are float32, whole-cell shifts are meant to be exact
 
@@ -36,6 +36,11 @@ def enlarge_map(features_BCHW: Tensor, size: tuple[int, int]) -> Tensor:
         return features_BCHW
     with torch.autocast(features_BCHW.device.type, enabled=False):
         return F.interpolate(features_BCHW.float(), size=size, mode="bicubic", align_corners=False)
+
+
+def detail(features_BCHW: Tensor, grid: tuple[int, int]) -> Tensor:
+    """What a map has beyond a coarser `grid` = (h, w): itself minus its mean over every cell of the grid, whose multiple it is."""
+    return features_BCHW - F.interpolate(F.adaptive_avg_pool2d(features_BCHW, grid), features_BCHW.shape[-2:], mode="nearest")
 
 
 def whole_factors(cells: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:

@@ -11,7 +11,7 @@ from .numbers import Factor, Scale, Share, Side
 
 __all__ = ["ENLARGING", "FUSION_ONLY", "Network", "check_network", "sees_tiles"]
 
-Input = Literal["jbu", "bilinear", "tiles", "rgb", "jafar", "resfu", "naf"]
+Input = Literal["jbu", "bilinear", "tiles", "detail", "rgb", "jafar", "resfu", "naf"]
 
 ENLARGING = ("featup", "sapa", "resfu", "naf")
 """Kinds that cannot keep the teacher's grid."""
@@ -30,7 +30,8 @@ class Network(Fields):
     progressive: bool = False
     """featsharp: one fusion level per prime factor, each with its own tiles, instead of one level of the whole factor."""
     inputs: tuple[Input, ...] = ("bilinear", "tiles")
-    """featsharp: the maps that are fused. The first one is the residual path: untrained, the output is that map."""
+    """featsharp: the maps that are fused. The first one is the residual path: untrained, the output is that map. `detail` (OURS): what
+    tiles have beyond the teacher's grid, so that it can be taken without what they say of whole cells."""
     mixer: Literal["block", "mlp", "attention", "linear"] = "block"
     """featsharp: `block`: local attention, then MLP. `mlp`, `attention`: one of them. `linear`: one matrix per position."""
     window: Side = 7
@@ -54,7 +55,7 @@ class Network(Fields):
 def sees_tiles(kind: object, inputs: object = None) -> bool:
     """Whether the teacher encodes tiles beside the whole image; `inputs`: of kind featsharp, None: its default."""
     if kind == "featsharp":
-        return inputs is None or (isinstance(inputs, (list, tuple)) and "tiles" in inputs)
+        return inputs is None or (isinstance(inputs, (list, tuple)) and not {"tiles", "detail"}.isdisjoint(inputs))
     return kind in ("tile", "s2")
 
 
@@ -82,14 +83,14 @@ def _fusion(network: Network) -> Iterator[tuple[str, str]]:
     if network.window % 2 == 0:
         near = f"{network.window - 1} or {network.window + 1}"
         yield "window", f"'window' is {network.window}, expected an odd number of cells; use {near}"
-    if not network.inputs or network.inputs[0] == "rgb":
+    if not network.inputs or network.inputs[0] in ("rgb", "detail"):
         yield (
             "inputs",
             f"'inputs' is {list(network.inputs)}, expected a feature map first (the residual path), such as 'bilinear'",
         )
     if len(set(network.inputs)) < len(network.inputs):
         yield "inputs", f"'inputs' is {list(network.inputs)}, expected each at most once"
-    if network.reference and "naf" in network.inputs:
-        yield "inputs", "input 'naf' has no published counterpart; remove it or set 'reference' to false"
+    for name in {"naf", "detail"} & {*network.inputs} if network.reference else ():
+        yield "inputs", f"input '{name}' has no published counterpart; remove it or set 'reference' to false"
     if network.reference and network.mixer == "linear":
         yield "mixer", "mixer 'linear' has no published counterpart; set 'reference' to false"

@@ -21,7 +21,7 @@ Grid = dict[str, dict[str, list[float]]]
 """Row -> column -> the numbers of the cell."""
 
 NAMES = {
-    "bilinear": "Bilinear", "jbu": "FeatUp", "featup": "FeatUp", "tiles": "Tiles", "tile": "Tiles", "s2": "S2",
+    "bilinear": "Bilinear", "jbu": "FeatUp", "featup": "FeatUp", "tiles": "Tiles", "detail": "Detail", "tile": "Tiles", "s2": "S2",
     "rgb": "RGB", "jafar": "JAFAR", "sapa": "SAPA", "resfu": "ReSFU", "naf": "NAF", "featsharp": "FeatSharp",
 }  # fmt: skip
 MIXERS = {"linear": "Linear", "attention": "Attention", "mlp": "MLP", "block": "Attention + MLP"}

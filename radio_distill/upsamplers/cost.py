@@ -76,7 +76,7 @@ def uncertainty_flops(width: int, side: int, hidden: int = 256) -> float:
 @cache
 def _guided(name: str, width: int, factor: int, grid: int, patch: int, image: int) -> float:
     """One forward of a guided upsampler; of inputs that are no network: 0."""
-    if name in ("bilinear", "tiles", "rgb"):
+    if name in ("bilinear", "tiles", "detail", "rgb"):
         return 0.0
     if name in ("jbu", "featup"):
         sides = [grid * scale for scale in accumulate(prime_factors(factor), mul)]

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..align import resize_map
+from ..align import detail, resize_map
 from ..config.upsampler import Network, check_network
 from ..errors import RecipeError
 from .form import Form, form_of
@@ -76,6 +76,9 @@ class FusionLevel(nn.Module):
                 case "tiles":
                     assert tiles_BCHW is not None
                     return tiles_BCHW + self.tile_pos.repeat_interleave(h, 2).repeat_interleave(w, 3)
+                case "detail":
+                    assert tiles_BCHW is not None
+                    return detail(tiles_BCHW, (h, w))
                 case "rgb":
                     rgb: Tensor = self.rgb_proj(guide_B3HW)
                     return rgb

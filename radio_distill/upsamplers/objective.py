@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..align import resize_map
+from ..align import detail, resize_map
 from ..balance import Balancer
 from ..config.objective import Objective
 from ..homography import warp
@@ -142,7 +142,7 @@ class ViewLoss(nn.Module):
         if options.true_map and base.true_BCHW is not None:
             maps = high, base.true_BCHW.float()
             if options.true_part == "detail":
-                maps = _detail(maps[0], size_of(base.low_BChw)), _detail(maps[1], size_of(base.low_BChw))
+                maps = detail(maps[0], size_of(base.low_BChw)), detail(maps[1], size_of(base.low_BChw))
             apart_B1HW = self._apart(*maps)
             terms["true_map"] = options.true_map, _masked(apart_B1HW, views.masks.base_B1HW).mean()
         if options.tv:
@@ -194,11 +194,6 @@ class ViewLoss(nn.Module):
 
 def _masked(x: Tensor, mask: Tensor | None) -> Tensor:
     return x if mask is None else torch.where(mask, x, 0)
-
-
-def _detail(map_BCHW: Tensor, grid: tuple[int, int]) -> Tensor:
-    """A fine map minus its mean over every cell of a coarser grid."""
-    return map_BCHW - F.interpolate(F.adaptive_avg_pool2d(map_BCHW, grid), size_of(map_BCHW), mode="nearest")
 
 
 def size_of(map_BCHW: Tensor) -> tuple[int, int]:

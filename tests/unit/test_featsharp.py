@@ -103,6 +103,18 @@ def test_tile_positions_are_repeated_over_their_tiles():
     assert torch.equal(cut(out, 2).amin((1, 2, 3)), torch.arange(4.0))
 
 
+def test_detail_is_what_tiles_have_beyond_the_teachers_grid():
+    """Its mean over every cell of that grid is 0, whatever is constant in a cell does not count, and with the means it is the tiles."""
+    net = FeatSharp(Network(inputs=("bilinear", "detail"), mixer="linear"), C)
+    with torch.no_grad():
+        net.ups[0].block.weight.copy_(torch.eye(2 * C)[C:])  # the second input alone
+    fine, steps = torch.randn(1, C, 6, 10), torch.randn(1, C, 3, 5).repeat_interleave(2, 2).repeat_interleave(2, 3)
+    found = net([torch.zeros(1, C, 3, 5), fine + steps], torch.zeros(1, 3, 12, 20))
+    assert F.avg_pool2d(found, 2).abs().max() < 1e-6
+    assert torch.allclose(found + F.avg_pool2d(fine, 2).repeat_interleave(2, 2).repeat_interleave(2, 3), fine, atol=1e-5)
+    assert sharpener(inputs=("bilinear", "detail")).view_factors == [1, 2]
+
+
 def test_the_bias_map_is_added_to_global_view_and_tiles_alike():
     model, plain = sharpener(kind="tile"), sharpener(kind="tile", debias=False)
     with torch.no_grad():

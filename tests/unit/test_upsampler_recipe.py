@@ -47,6 +47,8 @@ def test_the_published_configuration_is_followed():
         ("network.factor=17", "'network.factor' is 17, expected"),
         ("network.window=4", "'window' is 4, expected an odd number of cells; use 3 or 5"),
         ("network.inputs=[rgb, tiles]", "'inputs' is ['rgb', 'tiles'], expected a feature map first"),
+        ("network.inputs=[detail, tiles]", "'inputs' is ['detail', 'tiles'], expected a feature map first"),
+        ("network={reference: true, inputs: [bilinear, detail]}", "input 'detail' has no published counterpart; remove it"),
         ("network={kind: tile, factor: 3, window: 5}",
          "'window' has no effect with kind 'tile', expected kind 'featsharp'; remove 'window'"),
         ("network={kind: featup, factor: 1}", "'factor' is 1, but kind 'featup' only enlarges; use 2 or more, or kind 'featsharp'"),
