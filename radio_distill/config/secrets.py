@@ -17,74 +17,22 @@ from .document import KeyPath, Problem, dotted
 
 __all__ = ["holds_secret", "secret_problems", "without_secrets"]
 
-WORDS = frozenset(
-    [
-        "sig",
-        "signature",
-        "token",
-        "secret",
-        "password",
-        "passwd",
-        "passphrase",
-        "pass",
-        "pwd",
-        "credential",
-        "credentials",
-        "bearer",
-        "apikey",
-        "accesskey",
-        "secretkey",
-        "accountkey",
-        "privatekey",
-        "authtoken",
-        "accesstoken",
-    ]
-)
+WORDS = frozenset({
+    "sig", "signature", "token", "secret", "password", "passwd", "passphrase", "pass", "pwd", "credential", "credentials",
+    "bearer", "apikey", "accesskey", "secretkey", "accountkey", "privatekey", "authtoken", "accesstoken",
+})  # fmt: skip
 """Of a name: its value is a secret."""
-KEYS = frozenset(["api", "access", "account", "auth", "private", "secret", "signing", "shared", "subscription"])
+KEYS = frozenset({"api", "access", "account", "auth", "private", "secret", "signing", "shared", "subscription"})
 """The same before `key`: `access_key`, `AccountKey`."""
-HARMLESS = frozenset(
-    [
-        "pad",
-        "eos",
-        "bos",
-        "unk",
-        "sep",
-        "cls",
-        "class",
-        "mask",
-        "image",
-        "special",
-        "max",
-        "num",
-        "per",
-        "reg",
-        "register",
-        "dist",
-        "prefix",
-        "patch",
-    ]
-)
+HARMLESS = frozenset({
+    "pad", "eos", "bos", "unk", "sep", "cls", "class", "mask", "image", "special", "max", "num", "per", "reg", "register",
+    "dist", "prefix", "patch",
+})  # fmt: skip
 """Of a name: these tokens are those of a network (`pad_token=0`)."""
-PLACES = frozenset(
-    [
-        "file",
-        "path",
-        "dir",
-        "folder",
-        "env",
-        "name",
-        "type",
-        "size",
-        "length",
-        "count",
-        "expires",
-        "expiration",
-        "lifetime",
-        "provider",
-        "service",
-    ]
-)
+PLACES = frozenset({
+    "file", "path", "dir", "folder", "env", "name", "type", "size", "length", "count", "expires", "expiration", "lifetime",
+    "provider", "service",
+})  # fmt: skip
 """Last in a name: where the secret is, or a fact about it (`--password-file`)."""
 
 NAME = r"(?P<name>[A-Za-z][A-Za-z0-9_.-]{0,80})"

@@ -32,28 +32,10 @@ __all__ = [
 IMAGE_SUFFIXES = frozenset({"jpg", "jpeg", "jpe", "jfif", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "pgm", "avif"})
 """What is taken for an image by its name, in tars and in folders; what it really is, its bytes decide."""
 
-UNREAD_IMAGES = frozenset(
-    {
-        "heic",
-        "heif",
-        "hif",
-        "jxl",
-        "jp2",
-        "j2k",
-        "psd",
-        "svg",
-        "exr",
-        "hdr",
-        "dng",
-        "cr2",
-        "cr3",
-        "nef",
-        "arw",
-        "orf",
-        "rw2",
-        "raf",
-    }
-)
+UNREAD_IMAGES = frozenset({
+    "heic", "heif", "hif", "jxl", "jp2", "j2k", "psd", "svg", "exr", "hdr", "dng", "cr2", "cr3", "nef", "arw", "orf", "rw2",
+    "raf",
+})  # fmt: skip
 """Endings of images that are not read."""
 
 INDEX = "index.json"
