@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from radio_distill.balance import Moments, fit
-from radio_distill.config.recipe import PhiS
+from radio_distill.config.recipe import BuiltInBalance
 
 
 def main() -> None:
@@ -103,7 +103,7 @@ def refit_and_apply(repeats: int) -> dict[str, float]:
     moments = Moments(channels)
     moments.update(maps)
     start = time.process_time()
-    balancer = fit(PhiS(), moments, "bench")
+    balancer = fit(BuiltInBalance(), moments, "bench")
     refit = time.process_time() - start
     columns = maps.permute(1, 0, 2, 3).flatten(1).contiguous()
     channel_last = maps.contiguous(memory_format=torch.channels_last)

@@ -11,7 +11,7 @@ import torch
 
 from radio_distill.balance import Balancer, Moments, fit, save_balancers
 from radio_distill.config.load import dump, load_card, load_recipe
-from radio_distill.config.recipe import PhiS, Recipe
+from radio_distill.config.recipe import BuiltInBalance, Recipe
 from radio_distill.distill.training import export_student
 from radio_distill.network.arch import AdaptorSlot
 from radio_distill.network.student import Student
@@ -52,7 +52,7 @@ def untrained(recipe: Recipe, seed: int = 0) -> tuple[Student, dict[str, Balance
     for name, card in cards.items():
         moments = Moments(card.output.features)
         moments.update(torch.randn(2, card.output.features, 16, 16) * torch.rand(card.output.features, 1, 1) + 0.5)
-        balancers[name] = fit(PhiS(), moments, name)
+        balancers[name] = fit(BuiltInBalance(), moments, name)
     return student.train(), balancers
 
 

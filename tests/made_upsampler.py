@@ -7,7 +7,7 @@ import torch
 
 from radio_distill.balance import Balancer, Moments, fit
 from radio_distill.config.load import load_card
-from radio_distill.config.recipe import PhiS
+from radio_distill.config.recipe import BuiltInBalance
 from radio_distill.config.upsampler import Network
 from radio_distill.config.upsampler_recipe import Downsampler
 from radio_distill.teachers.base import load_teacher
@@ -23,7 +23,7 @@ def statistics(teacher: str) -> Balancer:
     images = torch.from_numpy(render_images(0, range(4), size=card.input.size)).permute(0, 3, 1, 2)
     moments = Moments(card.output.features)
     moments.update(load_teacher(card).encode(images).features_BCHW)
-    return fit(PhiS(), moments, teacher)
+    return fit(BuiltInBalance(), moments, teacher)
 
 
 def made(teacher: str = "toy_clip", *, steps: int = 100, seed: int = 0, **network: object) -> SavedUpsampler:

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from radio_distill.balance import Balancer, Moments, fit
 from radio_distill.balance.hadamard import hadamard
 from radio_distill.balance.phi_s import from_parts, principal_axes, rotation
-from radio_distill.config.recipe import PhiS
+from radio_distill.config.recipe import BuiltInBalance
 
 
 @pytest.mark.parametrize("path", golden_cases("featsharp/hadamard.safetensors"), ids=lambda p: p.stem)
@@ -65,7 +65,7 @@ def test_forward_and_inverse_match(path: Path, mode: str) -> None:
 @pytest.mark.parametrize("path", golden_cases("featsharp/phi_s_*.safetensors"), ids=lambda p: p.stem)
 def test_our_own_fit_differs_only_in_eigenvector_signs(path: Path) -> None:
     g = load_file(path)
-    balancer = fit(PhiS(), _moments(g["in.features"]), "golden")
+    balancer = fit(BuiltInBalance(), _moments(g["in.features"]), "golden")
     signs = (principal_axes(g["out.cov_f64"])[1] * g["out.eigenvectors_f64"]).sum(0).sign()
     theirs = from_parts(g["sd.alpha"].double(), rotation(g["out.eigenvectors_f64"] * signs))[0]
     assert _error(balancer.weight, theirs) < 1e-4  # eigenvectors of a float32 covariance

@@ -2,6 +2,7 @@
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,15 +13,8 @@ from radio_distill.balance.phi_s import phi_s, principal_axes
 from radio_distill.config import recipe
 from radio_distill.errors import CheckpointError, RecipeError, TeacherError, TrainingError
 
-METHODS = {
-    "phi_s": recipe.PhiS(),
-    "global_standardize": recipe.GlobalStandardize(kind="global_standardize"),
-    "standardize": recipe.Standardize(kind="standardize"),
-    "pca": recipe.PCAWhiten(kind="pca"),
-    "zca": recipe.ZCAWhiten(kind="zca"),
-    "hca": recipe.HCAWhiten(kind="hca"),
-    "none": recipe.NoBalance(kind="none"),
-}
+KINDS: tuple[Any, ...] = ("phi_s", "global_standardize", "standardize", "pca", "zca", "hca", "none")
+METHODS = {kind: recipe.BuiltInBalance(kind=kind) for kind in KINDS}
 CHANNELS = 24
 
 

@@ -196,7 +196,7 @@ def _rank(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     from radio_distill.balance import fit_on_first_rank
-    from radio_distill.config.recipe import PhiS
+    from radio_distill.config.recipe import BuiltInBalance
     from radio_distill.errors import RecipeError
     from radio_distill.train.partition import Assignment, gatherers
 
@@ -216,7 +216,7 @@ def _rank(rank: int, folder: str) -> None:
     assert rows[:, 0].tolist() == [0.0] * 3 + [1.0] * 3
     assert start == 3 * rank
     try:
-        fit_on_first_rank(PhiS(), _three(), "three")
+        fit_on_first_rank(BuiltInBalance(), _three(), "three")
         refused = ""
     except RecipeError as reason:
         refused = str(reason)

@@ -6,7 +6,7 @@ import torch
 from radio_distill.balance import Moments, fit, identity
 from radio_distill.config.load import cards_of, load_card, load_recipe
 from radio_distill.config.mosaic import mosaic_of
-from radio_distill.config.recipe import PhiS
+from radio_distill.config.recipe import BuiltInBalance
 from radio_distill.distill.bank import TeacherBank
 from radio_distill.distill.targets import TeacherService, name_non_finite, views_at
 from radio_distill.distill.task import DistillTask
@@ -237,7 +237,7 @@ def test_a_summary_through_the_teachers_head_comes_from_the_map_and_trains_it():
     adaptor.pool.load_state_dict(pooling_head(card).state_dict())
     moments = Moments(96)
     moments.update(torch.randn(2, 96, 16, 16) * torch.rand(96, 1, 1) + 0.5)
-    balancer = service.balancers["toy_siglip"] = fit(PhiS(), moments, "toy_siglip")
+    balancer = service.balancers["toy_siglip"] = fit(BuiltInBalance(), moments, "toy_siglip")
     batch = batch_of(recipe, service, "low", 16)
     targets = {"toy_siglip": service(batch)["toy_siglip"]}
     losses = task(batch, targets, whole_counts(recipe, service)["low"])
