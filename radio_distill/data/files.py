@@ -5,12 +5,14 @@ Only names are looked at; nothing is opened. Files that are left out are counted
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import stat
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 
 from ..errors import DataError
@@ -27,7 +29,10 @@ __all__ = [
     "is_tar",
     "list_folder",
     "stems",
+    "tell_once",
 ]
+
+log = logging.getLogger(__name__)
 
 IMAGE_SUFFIXES = frozenset({"jpg", "jpeg", "jpe", "jfif", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "pgm", "avif"})
 """What is taken for an image by its name, in tars and in folders; what it really is, its bytes decide."""
@@ -119,6 +124,12 @@ def is_hidden(name: str) -> bool:
 def stems(folder: Path, ending: str) -> dict[str, Path]:
     """Files of one ending directly in a folder, by name without it (`{"a": folder/a.png}`); hidden ones do not count."""
     return {path.stem: path for path in folder.glob(f"*{ending}") if not is_hidden(path.name)}
+
+
+@lru_cache(maxsize=256)
+def tell_once(text: str, level: int) -> None:
+    """Log a line once a process, however often the files are listed."""
+    log.log(level, "%s", text)
 
 
 def list_folder(folder: str | Path) -> Found:

@@ -10,15 +10,15 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import NamedTuple
 
-from torch.utils.data import IterableDataset, get_worker_info
+from torch.utils.data import IterableDataset
 
 from ..config.recipe import Data
-from .decode import BadImage
 from .keep import Keep
+from .processes import turn
 from .reading import Raw, ShardError, read_shard
 from .seeding import sample_seed
 from .sources import Shard
-from .stream import Bad
+from .stream import Bad, Sample, attempt
 from .views import Canvas, Cut, ViewCutter, ViewSpec
 
 __all__ = ["Once", "Piece", "Row", "ShardView"]
@@ -75,8 +75,7 @@ class Once(IterableDataset[Piece]):
         self._partition_size, self._seed, self._size, self._keep = partition_size, seed, size, dict(keep)
 
     def __iter__(self) -> Iterator[Piece]:
-        info = get_worker_info()
-        worker, workers = (info.id, info.num_workers) if info else (0, 1)
+        worker, workers = turn()
         cutter = ViewCutter(self._data, size=self._partition_size)
         piece = Piece([], cutter.blank(self._specs, self._size), [], [])
         for number in range(worker, len(self._items), workers):
@@ -85,13 +84,15 @@ class Once(IterableDataset[Piece]):
             for raw in _samples(self._items[number], piece.bad):
                 if keep is not None and not keep.weight(raw.key):
                     continue
-                seed = sample_seed(self._seed, source, view, raw.key)
+                sample = Sample(f"{source}/{raw.key}", sample_seed(self._seed, source, view, raw.key), raw)
                 if len(piece.rows) == self._size:
                     yield piece
                     piece = Piece([], cutter.blank(self._specs, self._size), [], [])
-                cut = _cut(cutter, raw, seed, piece, source)
-                if cut is not None:
-                    piece.rows.append(Row(number, f"{source}/{raw.key}", seed, cut))
+                cut = _cut(cutter, sample, piece)
+                if isinstance(cut, Bad):
+                    piece.bad.append(cut)
+                else:
+                    piece.rows.append(Row(number, sample.key, sample.seed, cut))
             piece.ended.append(number)
         yield piece
 
@@ -104,14 +105,5 @@ def _samples(item: ShardView, bad: list[Bad]) -> Iterator[Raw]:
         bad.append(Bad(f"{item.source}/{item.shard.name}", "unreadable shard", str(error)))
 
 
-def _cut(cutter: ViewCutter, raw: Raw, seed: int, piece: Piece, source: str) -> Cut | None:
-    if raw.image is None:
-        piece.bad.append(Bad(f"{source}/{raw.key}", "no image"))
-        return None
-    try:
-        return cutter.cut(raw.image(), seed, piece.canvases, len(piece.rows))
-    except BadImage as error:
-        piece.bad.append(Bad(f"{source}/{raw.key}", error.reason, error.detail))
-    except OSError as error:
-        piece.bad.append(Bad(f"{source}/{raw.key}", "unreadable", str(error)))
-    return None
+def _cut(cutter: ViewCutter, sample: Sample, piece: Piece) -> Cut | Bad:
+    return attempt(sample, lambda read: cutter.cut(read(), sample.seed, piece.canvases, len(piece.rows)))

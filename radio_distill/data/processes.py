@@ -6,20 +6,21 @@ import atexit
 import os
 import signal
 import threading
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from multiprocessing import connection, parent_process, resource_tracker
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from .tar import raise_file_limit
 
-__all__ = ["ahead", "read_in_processes"]
+__all__ = ["InTurns", "ahead", "read_in_processes", "turn"]
 
 T = TypeVar("T")
+S = TypeVar("S")
 
 TRAINER_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 """What tells the trainer to save and stop; it still needs its loaders for that."""
@@ -60,6 +61,23 @@ def read_in_processes(items: IterableDataset[T], processes: int) -> tuple[Iterat
 
     atexit.register(stop)
     return iterator, stop
+
+
+def turn() -> tuple[int, int]:
+    """Number of this loader process, and how many there are; (0, 1) outside of them."""
+    worker = get_worker_info()
+    return (worker.id, worker.num_workers) if worker else (0, 1)
+
+
+class InTurns(IterableDataset[T], Generic[S, T]):
+    """What `work` makes of every item, in their order; several processes take turns. Both are sent to the processes."""
+
+    def __init__(self, items: Sequence[S], work: Callable[[S], T]) -> None:
+        self.items, self.work = items, work
+
+    def __iter__(self) -> Iterator[T]:
+        first, step = turn()
+        return map(self.work, self.items[first::step])
 
 
 def ahead(items: Iterator[T]) -> Generator[T, None, None]:

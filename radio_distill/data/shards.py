@@ -14,7 +14,6 @@ import tarfile
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
 from itertools import pairwise
 from math import ceil
 from pathlib import Path
@@ -28,43 +27,12 @@ from .reading import Raw, ShardError, read_shard, whole_samples
 from .sources import Listing, is_url, list_source, tell
 from .tar import LocalTar, raise_file_limit
 
-__all__ = ["ShardSummary", "TarFile", "count_samples", "cut_tars", "make_shards", "scan"]
+__all__ = ["TarFile", "count_samples", "cut_tars", "make_shards"]
 
 LOOKED_AT = 8
 """Shards whose samples are counted where no index says how many there are."""
 SIDECARS = ("txt", "json", "cls")
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class ShardSummary:
-    """What a cheap look at a source shows; nothing is decoded."""
-
-    shards: int
-    """Tars; for folders of images, the images, each of which can be a virtual shard of its own."""
-    bytes: int | None
-    """Size of all local files; None when some shards are remote."""
-    samples: int | None
-    """Where an index or a folder says it; None when the shards would have to be read."""
-
-
-def scan(name: str, source: Source) -> ShardSummary:
-    """Check that a source of the recipe exists and can be read, and say how large it is.
-
-    Raises DataError naming the first missing, empty or unreadable shard. Remote shards are not contacted.
-    """
-    listing = list_source(name, source)
-    paths = [shard.url for shard in listing.tars] or [os.path.join(listing.root, file) for file in listing.files]
-    local = [path for path in paths if not is_url(path)]
-    for path in local[:1] if listing.files else local:
-        if not os.access(path, os.R_OK):
-            raise DataError(f"data.sources.{name}: {path} cannot be read; check its permissions")
-    sizes = [os.stat(path).st_size for path in local]
-    empty = next((path for path, size in zip(local, sizes) if size == 0), None)
-    if empty and listing.tars:
-        raise DataError(f"data.sources.{name}: {empty} is empty (0 bytes); write it again or leave it out")
-    samples = len(listing.files) or _indexed(listing)
-    return ShardSummary(listing.max_streams, sum(sizes) if len(local) == len(paths) else None, samples)
 
 
 def cut_tars(listing: Listing, limit: int = 1000) -> tuple[int, list[str]]:

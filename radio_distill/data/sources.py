@@ -11,7 +11,6 @@ import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from functools import lru_cache
 from itertools import pairwise
 from math import ceil, gcd, lcm
 from urllib.parse import urlparse
@@ -20,7 +19,7 @@ from urllib.request import url2pathname
 from ..config.recipe import Source
 from ..config.secrets import without_secrets
 from ..errors import DataError
-from .files import TWICE, LeftOut, Walk, is_tar
+from .files import TWICE, LeftOut, Walk, is_tar, tell_once
 from .seeding import stable_hash
 
 __all__ = ["MAX_STREAMS", "Listing", "Shard", "choose_streams", "is_url", "list_source", "tell"]
@@ -222,12 +221,7 @@ def _identity(tar: str) -> object:
 def tell(found: str, left_out: LeftOut) -> None:
     """Say what was left out, once a process; as a warning where images may be among it."""
     if left_out:
-        _tell_once(f"{found}; left out: {left_out}", logging.WARNING if left_out.has_images else logging.INFO)
-
-
-@lru_cache(maxsize=256)
-def _tell_once(text: str, level: int) -> None:
-    log.log(level, "%s", text)
+        tell_once(f"{found}; left out: {left_out}", logging.WARNING if left_out.has_images else logging.INFO)
 
 
 def _short_names(urls: list[str]) -> list[str]:

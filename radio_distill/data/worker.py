@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from itertools import count
 from typing import Any
 
-from torch.utils.data import IterableDataset, get_worker_info
+from torch.utils.data import IterableDataset
 
 from ..config.recipe import Data, Partition
 from ..errors import DataError
 from .packs import Filler, PackCanvas, PackCutter
+from .processes import turn
 from .stream import Bad, Feed, Sample, Stream, attempt
 from .views import Canvas, ViewCutter, ViewsAt
 
@@ -68,8 +69,7 @@ class PartReader(IterableDataset[Part | DataError]):
         self._streams, self._indices, self._quota, self._states = streams, indices, quota, states
 
     def __iter__(self) -> Iterator[Part | DataError]:
-        info = get_worker_info()
-        worker, workers = (info.id, info.num_workers) if info else (0, 1)
+        worker, workers = turn()
         block = len(self._indices) // workers
         streams = [self._stream(index) for index in self._indices[worker * block : (worker + 1) * block]]
         watch = _Watch(self._data.max_bad)

@@ -8,13 +8,13 @@ Shapes: B images of a batch, C channels, H W pixels or cells.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils.data import IterableDataset, get_worker_info
 
-from ..data.processes import read_in_processes
+from ..data.processes import InTurns, read_in_processes
 from ..errors import DataError
 from ..types import VisionModel, VisionOutput
 from .datasets.base import Dataset
@@ -145,9 +145,10 @@ def encode_batches(
     """
     fit = resize.fit(opened.model)
     window = context.batch * (1 if fit.fixed or fit.rule != "short_side" else WINDOW)
-    reader = Reader(dataset, fit, [list(indices[i : i + window]) for i in range(0, len(indices), window)])
-    several = len(reader.windows) > 1  # of one, nothing could be read beside computing, and processes take seconds to start
-    read, stop = read_in_processes(reader, min(context.workers, len(reader.windows)) * several)
+    windows = [list(indices[i : i + window]) for i in range(0, len(indices), window)]
+    several = len(windows) > 1  # of one, nothing could be read beside computing, and processes take seconds to start
+    reader = InTurns(windows, partial(_groups, dataset, fit))
+    read, stop = read_in_processes(reader, min(context.workers, len(windows)) * several)
     try:
         yield from _one_ahead(_encode(opened.model, _noted(groups, unread), context, maps) for groups in read)
     finally:
@@ -165,29 +166,22 @@ class Group(NamedTuple):
     """Index in the data set of those that could not be read, and why."""
 
 
-class Reader(IterableDataset[list[Group]]):
-    """Windows of a list of images, grouped by size; several workers take turns."""
+def _groups(dataset: Dataset[Any], fit: Fit, window: list[int]) -> list[Group]:
+    """The images of a window, grouped by size."""
+    unread: dict[int, str] = {}
+    images = [_image(dataset, fit, i, unread) for i in window]
+    by_size: dict[torch.Size, list[int]] = {}
+    for position, image in enumerate(images):
+        by_size.setdefault(image.shape, []).append(position)
+    return [Group(positions, torch.stack([images[p] for p in positions]), unread) for positions in by_size.values()]
 
-    def __init__(self, dataset: Dataset[Any], fit: Fit, windows: list[list[int]]) -> None:
-        self.dataset, self.fit, self.windows = dataset, fit, windows
 
-    def __iter__(self) -> Iterator[list[Group]]:
-        worker = get_worker_info()
-        first, step = (worker.id, worker.num_workers) if worker else (0, 1)
-        for window in self.windows[first::step]:
-            unread: dict[int, str] = {}
-            images = [self._image(i, unread) for i in window]
-            by_size: dict[torch.Size, list[int]] = {}
-            for position, image in enumerate(images):
-                by_size.setdefault(image.shape, []).append(position)
-            yield [Group(positions, torch.stack([images[p] for p in positions]), unread) for positions in by_size.values()]
-
-    def _image(self, index: int, unread: dict[int, str]) -> Tensor:
-        found = [torch.zeros(3, *self.fit.square, dtype=torch.uint8)]
-        why = fault_of(self.dataset, index, lambda sample: found.append(self.fit(sample.image_3HW)))
-        if why is not None:
-            unread[index] = why
-        return found[-1]
+def _image(dataset: Dataset[Any], fit: Fit, index: int, unread: dict[int, str]) -> Tensor:
+    found = [torch.zeros(3, *fit.square, dtype=torch.uint8)]
+    why = fault_of(dataset, index, lambda sample: found.append(fit(sample.image_3HW)))
+    if why is not None:
+        unread[index] = why
+    return found[-1]
 
 
 def _noted(groups: list[Group], unread: dict[int, str]) -> list[Group]:

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from ..plan.cost import count_flops
-from ..types import Result
+from ..types import Result, VisionOutput
 from .encode import precision
 from .models import NamedModel
 from .sizes import image_size, seen
 from .task import Context
 
-__all__ = ["COST", "HEAD", "NOTE", "cost_of", "cost_rows", "device_name", "seconds_per_image"]
+__all__ = ["COST", "HEAD", "NOTE", "cost_of", "cost_rows", "device_name", "seconds_per_image", "timed"]
 
 COST = "cost"
 """Name of the task that such results belong to."""
@@ -86,20 +86,25 @@ CELLS = {"tokens": ".0f", "parameters": ".4g", "compute": ".4g", "time": ".4g"}
 HEAD = ("model", "px", "tokens", "parameters, M", "GFLOP", "ms", "measured on")
 
 
-@torch.no_grad()
 def seconds_per_image(opened: NamedModel, side: int, context: Context) -> float:
     """Median time of a forward pass of square images, divided by their number."""
     height, width = image_size(opened.model, side, side)
     images = _noise(min(context.batch, 8), height, width, context.device)
+    return timed(opened, images, context, warmup=1, runs=RUNS)[0] / len(images)
+
+
+@torch.no_grad()
+def timed(opened: NamedModel, images_B3HW: Tensor, context: Context, *, warmup: int, runs: int) -> tuple[float, VisionOutput]:
+    """Median seconds of `runs` forward passes, every one waited for, after `warmup` that do not count; and the last output."""
     times = []
-    for _ in range(1 + RUNS):
+    for _ in range(warmup + runs):
         start = time.perf_counter()
         with torch.autocast(context.device.type, torch.bfloat16, enabled=precision(context) == "bf16"):
-            opened.model.encode(images)
+            out = opened.model.encode(images_B3HW)
         if context.device.type == "cuda":
             torch.cuda.synchronize(context.device)
         times.append(time.perf_counter() - start)
-    return median(times[1:]) / len(images)
+    return median(times[warmup:]), out
 
 
 def _noise(count: int, height: int, width: int, device: torch.device) -> Tensor:

@@ -21,10 +21,10 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..files import appearing
+from ..train.agree import gather
 from .features import Ranks
 
 __all__ = ["KEEPS_NOTHING", "ProbeFiles", "Progress"]
@@ -61,7 +61,7 @@ class Progress:
     def __init__(self, path: Path | None, *, every_s: float, ranks: Ranks) -> None:
         self.path, self.every_s, self.ranks = path, every_s, ranks
         self._started = self._saved = time.monotonic()
-        self._found = None if path is None else _agreed(_read(path), ranks)
+        self._found = None if path is None else _agreed(_read(path))
         self.step = 0 if self._found is None else int(self._found["step"])
 
     def restore(
@@ -89,12 +89,7 @@ class Progress:
         if self.path is None or (self.ranks.world > 1 and self.every_s and step % 10 and step < steps):
             return False
         now = time.monotonic()
-        due = now - (self._started if step == steps else self._saved) >= self.every_s
-        if self.ranks.world > 1:
-            told = [due]
-            dist.broadcast_object_list(told)
-            due = told[0]
-        return due
+        return gather(now - (self._started if step == steps else self._saved) >= self.every_s)[0]
 
     def save(
         self,
@@ -114,9 +109,7 @@ class Progress:
             "cuda_rng": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
             "losses": torch.stack([*losses]).cpu(),
         }
-        everyone = [own] * self.ranks.world
-        if self.ranks.world > 1:
-            dist.all_gather_object(everyone, own)
+        everyone = gather(own)
         if self.ranks.rank == 0 and self.path is not None:
             state = {
                 "step": step,
@@ -160,13 +153,9 @@ def _read(path: Path) -> dict[str, Any] | None:
         return None
 
 
-def _agreed(found: dict[str, Any] | None, ranks: Ranks) -> dict[str, Any] | None:
+def _agreed(found: dict[str, Any] | None) -> dict[str, Any] | None:
     """What all ranks have found alike; None when some see another file, or none."""
-    if ranks.world == 1:
-        return found
-    steps: list[Any] = [None] * ranks.world
-    dist.all_gather_object(steps, None if found is None else found["step"])
-    return found if len(set(steps)) == 1 else None
+    return found if len(set(gather(None if found is None else found["step"]))) == 1 else None
 
 
 def _forget_old(root: Path) -> None:

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from ..errors import DataError, RadioDistillError
 from ..files import digest_of
 from ..results import append, read
+from ..train.agree import gather
 from ..types import Result
 from ..version import __version__
 from .encode import precision
@@ -175,12 +176,12 @@ def _fails_everywhere(what: str, context: Context) -> bool:
 
 def _before(out: Path, known: Mapping[str, Any], context: Context) -> list[Result]:
     """The results that are there, as the first rank reads them: others may find a line half written, or an older file."""
-    told: list[Any] = [None]
-    if context.ranks.rank == 0:
-        told = [[r for r in read(out) if all(getattr(r, key) == value for key, value in known.items())]]
-    if context.ranks.world > 1:
-        dist.broadcast_object_list(told)
-    return told[0]  # type: ignore[no-any-return]
+    found = [r for r in read(out) if _has(r, known)] if context.ranks.rank == 0 else []
+    return gather(found)[0]
+
+
+def _has(result: Result, known: Mapping[str, Any]) -> bool:
+    return all(getattr(result, key) == value for key, value in known.items())
 
 
 def _measure_cost(task: Task, opened: NamedModel, context: Context, out: Path) -> None:
@@ -195,7 +196,7 @@ def _measure_cost(task: Task, opened: NamedModel, context: Context, out: Path) -
         "resolution": seen(opened.model, side, side).network[0],
         "precision": precision(context),
     }
-    if any(all(getattr(r, key) == value for key, value in known.items()) for r in read(out)):
+    if any(_has(r, known) for r in read(out)):
         return
     costs = cost_of(opened, side, context)
     facts = ", ".join(f"{r.value:.4g} {r.unit}" for r in costs)

@@ -17,6 +17,7 @@ from ..config.cards import Fields
 from ..config.numbers import Share
 from ..data.identity import Identity
 from ..errors import DataError
+from ..train.agree import gather
 from .features import ALONE, FeatureCache, Ranks
 from .progress import KEEPS_NOTHING, ProbeFiles, Progress
 from .usable import usable
@@ -103,11 +104,7 @@ class Context:
             answer = dataset.identify()
         except DataError as error:
             answer = str(error)
-        answers = [answer] * self.ranks.world
-        if self.ranks.world > 1:
-            import torch.distributed as dist
-
-            dist.all_gather_object(answers, answer)
+        answers = gather(answer)
         for told in answers:
             if isinstance(told, str):
                 raise DataError(told)
@@ -153,8 +150,8 @@ class Task(Fields):
         return ()
 
     def size(self, context: Context) -> int:
-        """Side in pixels that results are filed under."""
-        return context.resolution or 0
+        """Side in pixels that results are filed under: the task's `resolution`, where it has such a field, or the one asked for."""
+        return context.resolution or getattr(self, "resolution", 0)
 
     @abstractmethod
     def run(self, opened: NamedModel, context: Context) -> Iterable[Score]:

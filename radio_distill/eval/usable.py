@@ -9,15 +9,14 @@ from __future__ import annotations
 import logging
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import torch.distributed as dist
-from torch.utils.data import IterableDataset, get_worker_info
-
-from ..data.processes import read_in_processes
+from ..data.processes import InTurns, read_in_processes
 from ..errors import DataError
 from ..files import digest_of, replace_text
+from ..train.agree import gather
 from ..version import __version__
 from .datasets.base import TOY, Dataset, Subset
 
@@ -88,18 +87,12 @@ def fault_of(dataset: Dataset[S], index: int, use: Callable[[S], object]) -> str
 def _known_or_found(key: str, dataset: Dataset[Any], context: Context, look: Look | None) -> dict[int, str]:
     """The bad items, looked for on all ranks unless it is on record that there are none."""
     marker, ranks = context.cache.root.parent / "usable" / key, context.ranks
-    known = [marker.is_file()]  # as the first rank sees it
-    if ranks.world > 1:
-        dist.broadcast_object_list(known)
-    if known[0]:
+    if gather(marker.is_file())[0]:  # as the first rank sees it
         return {}
     start = time.monotonic()
     bad = _find(dataset, range(ranks.rank, len(dataset), ranks.world), context, look)
     log.info("%s/%s: read all %d once, in %.1f s", dataset.name, dataset.split, len(dataset), time.monotonic() - start)
-    if ranks.world > 1:
-        everyone: list[dict[int, str]] = [{}] * ranks.world
-        dist.all_gather_object(everyone, bad)
-        bad = dict(sorted(item for found in everyone for item in found.items()))
+    bad = dict(sorted(item for found in gather(bad) for item in found.items()))
     if not bad and ranks.rank == 0:
         marker.parent.mkdir(parents=True, exist_ok=True)
         replace_text(marker, f"{dataset.name}/{dataset.split}\n")
@@ -108,7 +101,9 @@ def _known_or_found(key: str, dataset: Dataset[Any], context: Context, look: Loo
 
 def _find(dataset: Dataset[Any], own: range, context: Context, look: Look | None) -> dict[int, str]:
     windows = [own[i : i + WINDOW] for i in range(0, len(own), WINDOW)]
-    found, stop = read_in_processes(_Looks(dataset, windows, look or _nothing), min(context.workers, len(windows)))
+    found, stop = read_in_processes(
+        InTurns(windows, partial(_faults, dataset, look or _nothing)), min(context.workers, len(windows))
+    )
     bad: dict[int, str] = {}
     try:
         for part in found:
@@ -120,18 +115,10 @@ def _find(dataset: Dataset[Any], own: range, context: Context, look: Look | None
     return bad
 
 
-class _Looks(IterableDataset[dict[int, str]]):
-    """The bad items of every window; several processes take turns."""
-
-    def __init__(self, dataset: Dataset[Any], windows: Sequence[range], look: Look) -> None:
-        self.dataset, self.windows, self.look = dataset, windows, look
-
-    def __iter__(self) -> Iterator[dict[int, str]]:
-        worker = get_worker_info()
-        first, step = (worker.id, worker.num_workers) if worker else (0, 1)
-        for window in self.windows[first::step]:
-            faults = {i: fault_of(self.dataset, i, self.look) for i in window}
-            yield {i: why for i, why in faults.items() if why is not None}
+def _faults(dataset: Dataset[Any], look: Look, window: range) -> dict[int, str]:
+    """The bad items of a window."""
+    faults = {i: fault_of(dataset, i, look) for i in window}
+    return {i: why for i, why in faults.items() if why is not None}
 
 
 def _nothing(sample: object) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from radio_distill.config.recipe import Source
 from radio_distill.data.reading import read_shard
-from radio_distill.data.shards import ShardSummary, cut_tars, make_shards, scan
+from radio_distill.data.shards import count_samples, cut_tars, make_shards
 from radio_distill.data.sources import list_source
 from radio_distill.errors import DataError
 
@@ -146,20 +146,20 @@ def test_a_cut_archive_is_not_copied(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_scan_counts_without_decoding(folder: Path, tmp_path: Path) -> None:
-    size = sum(p.stat().st_size for p in folder.rglob("*.jpg"))
-    assert scan("x", Source(path=str(folder))) == ShardSummary(shards=23, bytes=size, samples=23)
-    paths = make_shards(folder, tmp_path / "out", count=8)
-    size = sum(p.stat().st_size for p in paths)
-    assert scan("x", Source(path=str(tmp_path / "out"))) == ShardSummary(shards=3, bytes=size, samples=23)
+def test_samples_are_counted_without_decoding(folder: Path, tmp_path: Path) -> None:
+    def count(path: str | Path) -> int | None:
+        return count_samples(list_source("x", Source(path=str(path))))
+
+    make_shards(folder, tmp_path / "out", count=8)
+    assert count(folder) == count(tmp_path / "out") == 23
     (tmp_path / "out/index.json").unlink()
-    assert scan("x", Source(path=str(tmp_path / "out"))).samples is None
-    assert scan("x", Source(path="https://example.invalid/{000..009}.tar")) == ShardSummary(10, None, None)
+    assert count(tmp_path / "out/000000.tar") == 7
+    assert count("https://example.invalid/{000..009}.tar") is None
 
 
-def test_scan_names_what_is_wrong(tmp_path: Path) -> None:
+def test_a_shard_without_a_byte_is_named(tmp_path: Path) -> None:
     (tmp_path / "x.tar").touch()
-    with pytest.raises(DataError, match=r"data.sources.web: .*x.tar is empty \(0 bytes\); write it again"):
-        scan("web", Source(path=str(tmp_path)))
+    with pytest.raises(DataError, match=r"data.sources.web: .*mend that shard or leave it out"):
+        count_samples(list_source("web", Source(path=str(tmp_path))))
     with pytest.raises(DataError, match=r"data.sources.web: .*y.tar does not exist; expected a folder, a tar or a URL"):
-        scan("web", Source(path=str(tmp_path / "y.tar")))
+        list_source("web", Source(path=str(tmp_path / "y.tar")))

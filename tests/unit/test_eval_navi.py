@@ -161,7 +161,7 @@ def test_images_without_depth_or_camera_and_missing_annotations_are_found_at_the
     with pytest.raises(DataError, match=r"annotations.json has no view 000, which is in images/"):
         views(root)
     (folder / "annotations.json").write_text("[{")
-    with pytest.raises(DataError, match=r"annotations.json is damaged"):
+    with pytest.raises(DataError, match=r"annotations.json is not a list of views"):
         views(root)
     (folder / "annotations.json").unlink()
     with pytest.raises(DataError, match=r"wild_set/annotations.json is missing"):

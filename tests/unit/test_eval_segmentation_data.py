@@ -209,7 +209,7 @@ def test_compressed_run_lengths_are_the_same_mask() -> None:
         (changed(images=[{"id": "9", "file_name": "a.jpg"}]), "image 9 has id '9', expected a whole number"),
         (changed(images=[*COCO["images"], {**COCO["images"][0], "id": 1, "file_name": "x.jpg"}]), r"1 of 4 images are not in .*x.jpg"),
         (changed(images=[], annotations=[]), "lists no images"),
-        ({"images": []}, "expected images, annotations and categories, found images"),
+        ({"images": []}, r"no.* a COCO annotation file of images, annotations, categories \(it lacks 'annotations'\)"),
         ([1], "not a COCO annotation file"),
     ],
 )  # fmt: skip

@@ -111,19 +111,19 @@ def test_annotations_that_are_damaged_are_named(root):
     facts = json.loads(path.read_text())
     for changed, message in (
         ({**facts, "trg_bndbox": [5, 5, 5, 5]}, "trg_bndbox is empty"),
-        ({k: v for k, v in facts.items() if k != "category"}, "is not as expected .*category"),
+        ({k: v for k, v in facts.items() if k != "category"}, "is not a pair's annotation .*category"),
     ):
         path.write_text(json.dumps(changed))
         with pytest.raises(DataError, match=message):
             pairs(root)
     path.write_text("{")
-    with pytest.raises(DataError, match=r":cat.json is damaged"):
+    with pytest.raises(DataError, match=r":cat.json is not a pair's annotation"):
         pairs(root)
     path.write_text(json.dumps(facts))
     image = root / "SPair-71k" / "ImageAnnotation" / "cat" / "2008_000001.json"
     image.write_text(json.dumps({"image_width": 80, "image_height": 40, "kps": {"0": [1], "7": None}}))
     data = pairs(root)
-    with pytest.raises(DataError, match=r"2008_000001.json is not as expected"):
+    with pytest.raises(DataError, match=r"2008_000001.json is not an image's annotation"):
         data[2]
 
 

@@ -30,8 +30,8 @@ from radio_distill.config.recipe import Student as Spec
 from radio_distill.config.vlm_recipe import VlmSource
 from radio_distill.data.decode import read_pixels
 from radio_distill.data.reading import ShardError, whole_samples
-from radio_distill.data.shards import scan
-from radio_distill.data.sources import Shard
+from radio_distill.data.shards import count_samples
+from radio_distill.data.sources import Shard, list_source
 from radio_distill.errors import RadioDistillError
 from radio_distill.eval.datasets.instances import CocoInstances, decode_mask
 from radio_distill.eval.outside_models import hf_teacher, is_radio
@@ -225,7 +225,7 @@ def shards_with_index(folder: Path) -> None:
 
 
 def read_index(folder: Path) -> Any:
-    return scan("x", Source(path=str(folder))).samples
+    return count_samples(list_source("x", Source(path=str(folder))))
 
 
 def weights_of(net: torch.nn.Module) -> dict[str, bytes]:

@@ -7,23 +7,20 @@ import logging
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Container, Sequence
-from functools import lru_cache
 from itertools import chain
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from ...config.messages import did_you_mean
-from ...data.files import LeftOut, list_folder
+from ...data.files import LeftOut, list_folder, tell_once
 from ...data.identity import Identity, identify
 from ...errors import DataError
 from ...loaders import check_call, import_named, is_named
 from .registry import READERS, TOY_READERS
 
-__all__ = ["TOY", "Dataset", "Subset", "missing", "not_read", "notes_of", "open_dataset", "tell"]
+__all__ = ["TOY", "Dataset", "Subset", "missing", "not_read", "notes_of", "open_dataset"]
 
 S = TypeVar("S")
-
-log = logging.getLogger(__name__)
 
 TOY = "toy"
 """The root that stands for generated scenes."""
@@ -140,14 +137,8 @@ def notes_of(dataset: Dataset[Any], left_out: LeftOut) -> list[str]:
     if not left_out:
         return []
     note = f"left out: {left_out}"
-    tell(f"{dataset.name}/{dataset.split}: {note}", logging.WARNING if left_out.has_images else logging.INFO)
+    tell_once(f"{dataset.name}/{dataset.split}: {note}", logging.WARNING if left_out.has_images else logging.INFO)
     return [note]
-
-
-@lru_cache(maxsize=256)
-def tell(text: str, level: int) -> None:
-    """Log a line once, however often the set is opened."""
-    log.log(level, "%s", text)
 
 
 def _reader(place: str) -> Callable[..., Dataset[Any]]:

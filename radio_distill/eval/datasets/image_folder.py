@@ -6,9 +6,9 @@ import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from ...data.files import IMAGE_SUFFIXES, list_folder
+from ...data.files import IMAGE_SUFFIXES, list_folder, tell_once
 from ...errors import DataError
-from .base import missing, not_read, notes_of, tell
+from .base import missing, not_read, notes_of
 from .pixels import decode_rgb
 from .samples import Labelled, LabelledImage
 
@@ -38,7 +38,7 @@ class ImageFolder(Labelled):
         self.notes = notes_of(self, not_read(self._root, set(self._files), "images beside the folders of classes"))
         if empty := sorted(set(found.folders) - {file.partition("/")[0] for file in self._files}):
             self.notes.append(f"{len(empty)} classes without images ({empty[0]})")
-            tell(f"{name}/{split}: {self.notes[-1]}", logging.INFO)
+            tell_once(f"{name}/{split}: {self.notes[-1]}", logging.INFO)
         self._label: Mapping[str, int] = {of_class: i for i, of_class in enumerate(self.classes)}
 
     def _check(self, train: Path) -> None:

@@ -10,10 +10,10 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from ...data.files import LeftOut, is_hidden, list_folder
+from ...data.files import LeftOut, is_hidden, list_folder, tell_once
 from ...data.identity import stamps
 from ...errors import DataError
-from .base import missing, notes_of, tell
+from .base import missing, notes_of
 from .image_folder import ImageFolder, split_folder
 from .imagenet_labels import CLASSES, class_names, labels_of_names, wnids
 from .imagenet_parquet import ParquetPlace, places_in_parquet
@@ -45,7 +45,7 @@ def open_imagenet(root: Path, split: str) -> Labelled:
     if found is None:
         raise missing(root / "imagenet1k" / split, dataset="imagenet1k", layout=LAYOUT, source=SOURCE)
     if len(found) != COUNTS[split]:
-        tell(f"imagenet1k/{split} has {len(found)} images here, and {COUNTS[split]} when it is whole", logging.WARNING)
+        tell_once(f"imagenet1k/{split} has {len(found)} images here, and {COUNTS[split]} when it is whole", logging.WARNING)
     return found
 
 
@@ -83,12 +83,12 @@ class Folders(ImageFolder):
         super().__init__(root, split, name="imagenet1k")
         self._label, how = labels_of_names(self.classes, self._root)
         self.notes = [*self.notes, (named := f"folders of {len(self.classes):,} classes are named by {how}")]
-        tell(f"imagenet1k/{split}: {named}", logging.INFO)
+        tell_once(f"imagenet1k/{split}: {named}", logging.INFO)
         if len(self.classes) < CLASSES:
             absent = min(set(range(CLASSES)) - set(self._label.values()))
             few = f"{CLASSES - len(self.classes)} of {CLASSES:,} classes have no folder, such as {wnids()[absent]}"
             self.notes.append(f"{few} ({class_names()[absent]}); guesses are among all")
-            tell(f"imagenet1k/{split}: {self.notes[-1]}", logging.WARNING)
+            tell_once(f"imagenet1k/{split}: {self.notes[-1]}", logging.WARNING)
         self.complete = len(self) == COUNTS[split]
         self.classes = class_names()
 

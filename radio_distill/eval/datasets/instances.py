@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ...errors import DataError, RadioDistillError
-from ...files import parse_json
+from ...files import json_file
 from ...toyworld import CLASSES, ToySample
 from .base import Dataset, missing, not_read, notes_of
 from .pixels import read_rgb
@@ -270,15 +270,9 @@ def _box(mask_HW: np.ndarray) -> Tensor:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        content = parse_json(path.read_text(encoding="utf-8"))
-        if {"images", "annotations", "categories"} <= content.keys():
-            return content
-    except (ValueError, AttributeError) as error:
-        raise DataError(f"{path} is not a COCO annotation file ({error}); copy it again") from error
-    raise DataError(
-        f"{path} is not a COCO annotation file: expected images, annotations and categories, found {', '.join(content)}"
-    )
+    keys, advice = ("images", "annotations", "categories"), "copy it again, or take the file of the instances"
+    with json_file(path, f"a COCO annotation file of {', '.join(keys)}", advice=advice, error=DataError) as content:
+        return {key: content[key] for key in keys}
 
 
 def _mask_library() -> Any:

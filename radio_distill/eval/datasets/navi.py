@@ -17,7 +17,7 @@ import torch
 
 from ...data.files import LeftOut, is_hidden, stems
 from ...errors import DataError
-from ...files import parse_json
+from ...files import parse_json, written_as
 from .base import S, missing, not_read, notes_of
 from .navi_files import COPY, Camera, of_view, read_camera, read_photograph
 from .object_views import ObjectView, Sized, ViewPair, crop_to_object, relative_pose
@@ -172,9 +172,7 @@ def _collections(folder: Path) -> list[str]:
 def _annotations(folder: Path) -> dict[str, dict[str, Any]]:
     """Annotations of a collection by view."""
     path = folder / "annotations.json"
-    try:
+    if not path.is_file():
+        raise missing(path, dataset="navi", layout=LAYOUT, source=SOURCE)
+    with written_as(path, "a list of views with filename, image_size, camera", advice="unpack the set again", error=DataError):
         return {Path(a["filename"]).stem: a for a in parse_json(path.read_text(encoding="utf-8"))}
-    except FileNotFoundError as error:
-        raise missing(path, dataset="navi", layout=LAYOUT, source=SOURCE) from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path} is damaged ({error!r}); expected a list of views with filename, image_size, camera") from error

@@ -46,7 +46,33 @@ class SegmentationSample(NamedTuple):
     """uint8 class ids; 255 does not count."""
 
 
-class Ade20k(Dataset[SegmentationSample]):
+class Pairs(Dataset[SegmentationSample]):
+    """An image in one folder and its map of classes in another, under the same name."""
+
+    images: Path
+    maps: Path
+    names: Sequence[str]
+
+    @property
+    def keys(self) -> Sequence[str]:
+        return self.names
+
+    def files(self, index: int) -> Sequence[Path]:
+        return self.images / f"{self.names[index]}.jpg", self.maps / f"{self.names[index]}.png"
+
+    def labels(self, stored_HW: Tensor) -> Tensor:
+        """Class ids of what a map's file holds."""
+        return stored_HW
+
+    def __getitem__(self, index: int) -> SegmentationSample:
+        photo, path = self.files(index)
+        image = read_rgb(photo)
+        labels_HW = self.labels(read_labels(path, image))
+        known_labels(labels_HW, len(self.classes), str(path), ignore=IGNORE)
+        return SegmentationSample(image, labels_HW)
+
+
+class Ade20k(Pairs):
     """20,210 and 2,000 images, 150 classes; a label file says 0 for "ignore" and class + 1 otherwise."""
 
     name = "ade20k"
@@ -56,38 +82,21 @@ class Ade20k(Dataset[SegmentationSample]):
         """split: `training` or `validation`."""
         self.split = split
         base = root / "ADEChallengeData2016"
-        self.images, self.annotations = base / "images" / split, base / "annotations" / split
-        for folder in (self.images, self.annotations):
-            if not folder.is_dir():
-                raise missing(
-                    folder,
-                    dataset="ADE20k",
-                    layout=ADE_LAYOUT,
-                    source="Get ADEChallengeData2016 from the ADE20K pages of MIT CSAIL.",
-                )
-        images, labelled = set(stems(self.images, ".jpg")), set(stems(self.annotations, ".png"))
+        self.images, self.maps = base / "images" / split, base / "annotations" / split
+        source = "Get ADEChallengeData2016 from the ADE20K pages of MIT CSAIL."
+        _check_there((self.images, self.maps), dataset="ADE20k", layout=ADE_LAYOUT, source=source)
+        images, labelled = set(stems(self.images, ".jpg")), set(stems(self.maps, ".png"))
         _check_pairs("ADE20k", self.images, images, labelled)
-        self._keys = sorted(images)
+        self.names = sorted(images)
         photos = not_read(self.images, {f"{key}.jpg" for key in images}, "images that are no .jpg", root=base)
-        maps = not_read(self.annotations, {f"{key}.png" for key in images}, "annotations without an image", root=base)
+        maps = not_read(self.maps, {f"{key}.png" for key in images}, "annotations without an image", root=base)
         self.notes = notes_of(self, photos + maps)
 
-    @property
-    def keys(self) -> Sequence[str]:
-        return self._keys
-
-    def files(self, index: int) -> Sequence[Path]:
-        key = self._keys[index]
-        return self.images / f"{key}.jpg", self.annotations / f"{key}.png"
-
-    def __getitem__(self, index: int) -> SegmentationSample:
-        key = self._keys[index]
-        image = read_rgb(self.images / f"{key}.jpg")
-        path = self.annotations / f"{key}.png"
-        return SegmentationSample(image, _checked(labels_from_raw(read_labels(path, image)).byte(), len(self.classes), path))
+    def labels(self, stored_HW: Tensor) -> Tensor:
+        return labels_from_raw(stored_HW).byte()
 
 
-class Voc2012(Dataset[SegmentationSample]):
+class Voc2012(Pairs):
     """1,464 and 1,449 images, 21 classes with the background; palette files, 255 on borders."""
 
     name = "voc2012"
@@ -95,40 +104,18 @@ class Voc2012(Dataset[SegmentationSample]):
 
     def __init__(self, root: Path, split: str) -> None:
         """split: a list of ImageSets/Segmentation: `train`, `val`."""
-        self.split, self.base = split, root / "VOCdevkit" / "VOC2012"
-        listed = self.base / "ImageSets" / "Segmentation" / f"{split}.txt"
-        for path in (listed, self.base / "JPEGImages", self.base / "SegmentationClass"):
-            if not path.exists():
-                raise missing(
-                    path,
-                    dataset="VOC2012",
-                    layout=VOC_LAYOUT,
-                    source="Get VOCtrainval_11-May-2012.tar from the PASCAL VOC pages.",
-                )
-        self._keys = sorted(listed.read_text(encoding="utf-8-sig").split())
+        self.split, base = split, root / "VOCdevkit" / "VOC2012"
+        self.images, self.maps = base / "JPEGImages", base / "SegmentationClass"
+        listed = base / "ImageSets" / "Segmentation" / f"{split}.txt"
+        source = "Get VOCtrainval_11-May-2012.tar from the PASCAL VOC pages."
+        _check_there((listed, self.images, self.maps), dataset="VOC2012", layout=VOC_LAYOUT, source=source)
+        self.names = sorted(listed.read_text(encoding="utf-8-sig").split())
         self.tables = (listed,)
-        images, labelled = set(stems(self.base / "JPEGImages", ".jpg")), set(stems(self.base / "SegmentationClass", ".png"))
-        wanted = set(self._keys)
-        _check_pairs("VOC2012", self.base / "JPEGImages", wanted, images)
-        _check_pairs("VOC2012", self.base / "SegmentationClass", wanted, wanted & labelled)
-        unlisted = f"images that {split}.txt does not list"
-        self.notes = notes_of(
-            self, not_read(self.base / "JPEGImages", {f"{key}.jpg" for key in wanted}, unlisted, root=self.base)
-        )
-
-    @property
-    def keys(self) -> Sequence[str]:
-        return self._keys
-
-    def files(self, index: int) -> Sequence[Path]:
-        key = self._keys[index]
-        return self.base / "JPEGImages" / f"{key}.jpg", self.base / "SegmentationClass" / f"{key}.png"
-
-    def __getitem__(self, index: int) -> SegmentationSample:
-        key = self._keys[index]
-        image = read_rgb(self.base / "JPEGImages" / f"{key}.jpg")
-        path = self.base / "SegmentationClass" / f"{key}.png"
-        return SegmentationSample(image, _checked(read_labels(path, image), len(self.classes), path))
+        images, labelled, wanted = set(stems(self.images, ".jpg")), set(stems(self.maps, ".png")), set(self.names)
+        _check_pairs("VOC2012", self.images, wanted, images)
+        _check_pairs("VOC2012", self.maps, wanted, wanted & labelled)
+        photos = {f"{key}.jpg" for key in wanted}
+        self.notes = notes_of(self, not_read(self.images, photos, f"images that {split}.txt does not list", root=base))
 
 
 class ToySegmentation(ToyDataset[SegmentationSample]):
@@ -138,6 +125,11 @@ class ToySegmentation(ToyDataset[SegmentationSample]):
 
     def sample(self, scene: ToySample) -> SegmentationSample:
         return SegmentationSample(toy_image(scene), torch.from_numpy(scene.segmentation_HW))
+
+
+def _check_there(paths: Sequence[Path], **about: str) -> None:
+    if absent := [path for path in paths if not path.exists()]:
+        raise missing(absent[0], **about)
 
 
 def _check_pairs(dataset: str, folder: Path, wanted: set[str], found: set[str]) -> None:
@@ -150,8 +142,3 @@ def _check_pairs(dataset: str, folder: Path, wanted: set[str], found: set[str]) 
         )
     if not wanted:
         raise DataError(f"{dataset}: {folder} lists no images; unpack the data set again")
-
-
-def _checked(labels_HW: Tensor, classes: int, path: Path) -> Tensor:
-    known_labels(labels_HW, classes, str(path), ignore=IGNORE)
-    return labels_HW

@@ -20,7 +20,7 @@ from torchvision.transforms.v2.functional import InterpolationMode, resize
 
 from ...data.files import stems
 from ...errors import DataError
-from ...files import parse_json
+from ...files import json_file
 from .base import Dataset, missing, not_read, notes_of
 from .keypoint_pairs import KeypointPair, KeypointPairs, SquareImage
 from .object_views import Sized
@@ -34,6 +34,8 @@ SPair-71k/PairAnnotation/test/*.json
 SPair-71k/ImageAnnotation/CLASS/IMAGE.json
 SPair-71k/JPEGImages/CLASS/IMAGE.jpg"""
 SOURCE = "SPair-71k is public (cvlab.postech.ac.kr/research/SPair-71k)."
+
+AGAIN = "unpack the set again"
 
 SPLITS = {"train": "trn", "val": "val", "test": "test"}
 PARTS = (("JPEGImages", "jpg"), ("ImageAnnotation", "json"))
@@ -104,16 +106,11 @@ class SPair(KeypointPairs):
     def _keypoints(self, category: str, name: str) -> Tensor:
         """Keypoints (K, 3) in whole pixels of the resized square, as the reference has them."""
         path = self.root / "ImageAnnotation" / category / f"{name}.json"
-        facts = _json(path)
-        try:
+        expected = "an image's annotation with image_width, image_height and kps, [x, y] or null by number"
+        with json_file(path, expected, advice=AGAIN, error=DataError) as facts:
             longest = max(int(facts["image_width"]), int(facts["image_height"]))
             points = [facts["kps"][str(i)] for i in range(len(facts["kps"]))]
             rows = [(int(p[0]), int(p[1]), 1) if p else (0, 0, 0) for p in points]
-        except (KeyError, TypeError, ValueError, IndexError) as error:
-            raise DataError(
-                f"{path} is not as expected ({error!r}): image_width, image_height and kps with [x, y] or null by number; "
-                "unpack the set again"
-            ) from error
         keypoints = torch.tensor(rows).view(-1, 3)
         keypoints[:, :2] = (keypoints[:, :2] * self.side / longest).long()
         return keypoints
@@ -155,16 +152,13 @@ class _Pair:
 
 
 def _read(path: Path) -> _Pair:
-    facts = _json(path)
-    try:
+    expected = (
+        "a pair's annotation with category, filename NUMBER-FIRST-SECOND:CLASS, trg_bndbox, trg_imsize, viewpoint_variation"
+    )
+    with json_file(path, expected, advice=AGAIN, error=DataError) as facts:
         pair = _Pair(facts)
-    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
-        raise DataError(
-            f"{path} is not as expected ({error!r}): category, filename NUMBER-FIRST-SECOND:CLASS, trg_bndbox, trg_imsize, "
-            "viewpoint_variation; unpack the set again"
-        ) from error
     if pair.box_scale <= 0:
-        raise DataError(f"{path}: trg_bndbox is empty, expected [left, top, right, bottom]; unpack the set again")
+        raise DataError(f"{path}: trg_bndbox is empty, expected [left, top, right, bottom]; {AGAIN}")
     return pair
 
 
@@ -172,10 +166,3 @@ def _draw(pairs: list[_Pair]) -> list[_Pair]:
     chosen = list(pairs)
     random.Random(PAIR_SEED).shuffle(chosen)
     return chosen[:PAIRS_PER_CLASS]
-
-
-def _json(path: Path) -> Any:
-    try:
-        return parse_json(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DataError(f"{path} is damaged ({error}); unpack the set again") from error

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
+from torchvision.ops import box_convert
 
 __all__ = ["from_corners", "giou", "inverse_sigmoid", "to_corners"]
 
 
-def to_corners(boxes: Tensor) -> Tensor:
-    """cx, cy, w, h -> x0, y0, x1, y1."""
-    centre, half = boxes[..., :2], boxes[..., 2:] / 2
-    return torch.cat([centre - half, centre + half], -1)
-
-
-def from_corners(corners: Tensor) -> Tensor:
-    """x0, y0, x1, y1 -> cx, cy, w, h."""
-    first, last = corners[..., :2], corners[..., 2:]
-    return torch.cat([(first + last) / 2, last - first], -1)
+to_corners = partial(box_convert, in_fmt="cxcywh", out_fmt="xyxy")
+"""cx, cy, w, h -> x0, y0, x1, y1."""
+from_corners = partial(box_convert, in_fmt="xyxy", out_fmt="cxcywh")
 
 
 def giou(a: Tensor, b: Tensor) -> Tensor:

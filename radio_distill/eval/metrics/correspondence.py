@@ -10,12 +10,11 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
 from ...errors import DataError
-from .means import Means
+from .means import MeanMeter
 
 __all__ = ["CorrespondenceMeter", "Matches", "check_points", "match", "errors"]
 
@@ -72,21 +71,17 @@ def errors(matches: Matches, pose_34: Tensor, intrinsics_33: Tensor) -> tuple[Te
     return (moved - matches.points_1_P3).norm(dim=1), (pixels_moved - pixels).norm(dim=1)
 
 
-class CorrespondenceMeter:
+class CorrespondenceMeter(MeanMeter):
     """Recall over all matches of all pairs; `correspondence` is the paper's Table 4 number."""
 
     def __init__(self, *, metres: tuple[float, ...] = (0.01, 0.02, 0.05), pixels: tuple[float, ...] = (5, 25, 50)) -> None:
         self._metres, self._pixels = metres, pixels
-        self._means = Means()
+        super().__init__()
 
     def update(self, errors_m_P: Tensor, errors_px_P: Tensor) -> None:
         """Count the matches of a pair, or of several."""
         self._means.update({f"recall@{t:g}m": 100 * (errors_m_P < t).double() for t in self._metres})
         self._means.update({f"recall@{t:g}px": 100 * (errors_px_P < t).double() for t in self._pixels})
-
-    def reduce(self, group: dist.ProcessGroup | None = None) -> None:
-        """Add up all ranks; all must call it."""
-        self._means.reduce(group)
 
     def compute(self) -> dict[str, float]:
         """Percent; `correspondence` is the mean of the recalls in metres."""

@@ -10,11 +10,10 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from .checks import same_size
-from .means import Means
+from .means import MeanMeter
 
 __all__ = ["DepthMeter", "depth_scores", "match_scale_and_shift", "depth_loss", "sigma_loss", "gradient_loss"]
 
@@ -55,21 +54,14 @@ def match_scale_and_shift(prediction_B1HW: Tensor, target_B1HW: Tensor) -> Tenso
     return scale * (prediction - mean_p) + mean_t
 
 
-class DepthMeter:
+class DepthMeter(MeanMeter):
     """Scale-aware (`sa_`) and scale-invariant (`si_`) scores over a set; `depth` is the paper's Table 4 number."""
-
-    def __init__(self) -> None:
-        self._means = Means()
 
     def update(self, prediction_B1HW: Tensor, target_B1HW: Tensor) -> None:
         """Count a batch of depth maps; targets that are 0 do not count."""
         matched = match_scale_and_shift(prediction_B1HW, target_B1HW)
         self._means.update({f"sa_{name}": x for name, x in depth_scores(prediction_B1HW, target_B1HW).items()})
         self._means.update({f"si_{name}": x for name, x in depth_scores(matched, target_B1HW).items()})
-
-    def reduce(self, group: dist.ProcessGroup | None = None) -> None:
-        """Add up all ranks; all must call it."""
-        self._means.reduce(group)
 
     def compute(self) -> dict[str, float]:
         """Fractions for d1, d2, d3, target units for rmse, percent for `depth`: the mean of the scale-invariant thresholds."""

@@ -8,12 +8,11 @@ Shapes: C channels, h w feature grid, K keypoints.
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
 from ...errors import DataError
-from .means import Means
+from .means import MeanMeter
 
 __all__ = ["PckMeter", "check_rows", "keypoint_errors"]
 
@@ -53,21 +52,17 @@ def check_rows(keypoints_i_K3: Tensor, keypoints_j_K3: Tensor) -> None:
         )
 
 
-class PckMeter:
+class PckMeter(MeanMeter):
     """PCK pooled over the pairs of a class, then averaged over classes."""
 
     def __init__(self, threshold: float = 0.1) -> None:
         self._name = f"pck@{threshold:g}"
         self._threshold = threshold
-        self._means = Means()
+        super().__init__()
 
     def update(self, category: str, errors_V: Tensor) -> None:
         """Count the keypoints of a pair of images of a class."""
         self._means.update({category: 100 * (errors_V < self._threshold).double()})
-
-    def reduce(self, group: dist.ProcessGroup | None = None) -> None:
-        """Add up all ranks; all must call it."""
-        self._means.reduce(group)
 
     def compute(self) -> dict[str, float]:
         """Percent: `pck@0.1` is the mean over the classes that have a visible keypoint, `pck@0.1_CLASS` one of them."""

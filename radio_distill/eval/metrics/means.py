@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TypeVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from ...train.agree import gather
 from .checks import not_empty
 
-__all__ = ["Means", "add_up"]
-
-T = TypeVar("T")
+__all__ = ["MeanMeter", "Means", "add_up"]
 
 
 class Means:
@@ -32,11 +29,9 @@ class Means:
             self._sums[name] = self._sums.get(name, 0.0) + x.detach().sum(dtype=torch.float64)
             self._counts[name] = self._counts.get(name, 0) + x.numel()
 
-    def reduce(self, group: dist.ProcessGroup | None = None) -> None:
+    def reduce(self) -> None:
         """Add up all ranks; all must call it, once. Names may differ between ranks (a class that only one of them saw)."""
-        if not dist.is_initialized():
-            return
-        everyone = _of_all_ranks({name: (float(self._sums[name]), self._counts[name]) for name in self._sums}, group)
+        everyone = gather({name: (float(self._sums[name]), self._counts[name]) for name in self._sums})
         names = {name: None for rank in everyone for name in rank}
         self._sums = {n: sum(rank[n][0] for rank in everyone if n in rank) for n in names}
         self._counts = {n: sum(rank[n][1] for rank in everyone if n in rank) for n in names}
@@ -51,13 +46,17 @@ class Means:
         return {name: float(self._sums[name]) / count for name, count in self._counts.items() if count}
 
 
-def add_up(sums: Tensor, group: dist.ProcessGroup | None = None) -> None:
+class MeanMeter:
+    """Base of the meters whose numbers are made of means."""
+
+    def __init__(self) -> None:
+        self._means = Means()
+
+    def reduce(self) -> None:
+        """Add up all ranks; all must call it."""
+        self._means.reduce()
+
+
+def add_up(sums: Tensor) -> None:
     """Replace sums by those of all ranks, in place, whatever their device; all must call it."""
-    if dist.is_initialized():
-        sums.copy_(torch.stack(_of_all_ranks(sums.cpu(), group)).sum(0))
-
-
-def _of_all_ranks(mine: T, group: dist.ProcessGroup | None) -> list[T]:
-    everyone: list = [None] * dist.get_world_size(group)
-    dist.all_gather_object(everyone, mine, group=group)
-    return everyone
+    sums.copy_(torch.stack(gather(sums.cpu())).sum(0))

@@ -10,12 +10,11 @@ Shapes: B images, K classes, H W pixels; label 255 does not count.
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
 from .checks import known_labels, not_empty, same_size
-from .means import Means, add_up
+from .means import MeanMeter, add_up
 from .segmentation import IGNORE, Confusion
 
 __all__ = ["SemsegMeter", "SaliencyMeter", "NormalsMeter", "DepthMeter", "EdgeMeter", "balanced_bce"]
@@ -44,9 +43,9 @@ class SemsegMeter:
             label = torch.where(has_parts[:, None, None], label, IGNORE)
         self._confusion.update(logits_BKHW.argmax(1), label)
 
-    def reduce(self, group: dist.ProcessGroup | None = None) -> None:
+    def reduce(self) -> None:
         """Add up all ranks; all must call it."""
-        self._confusion.reduce(group)
+        self._confusion.reduce()
 
     def compute(self) -> dict[str, float]:
         """Percent."""
@@ -75,9 +74,9 @@ class SaliencyMeter:
                 found = value > threshold
                 self._counts_23T[i, :, t] += torch.stack([(found & positive).sum(), found.sum(), positive.sum()])
 
-    def reduce(self, group: dist.ProcessGroup | None = None) -> None:
+    def reduce(self) -> None:
         """Add up all ranks; all must call it."""
-        add_up(self._counts_23T, group)
+        add_up(self._counts_23T)
 
     def compute(self) -> dict[str, float]:
         """Percent. Raises DataError when no salient pixel is labelled."""
@@ -89,11 +88,8 @@ class SaliencyMeter:
         return {"maxF": best[0], "maxF_strict": best[1]}
 
 
-class NormalsMeter:
+class NormalsMeter(MeanMeter):
     """Mean angle over all valid pixels, degrees; a target of zeros or 255 is not annotated."""
-
-    def __init__(self) -> None:
-        self._means = Means()
 
     def update(self, prediction_B3HW: Tensor, target_B3HW: Tensor) -> None:
         """Count a batch; neither side needs unit length."""
@@ -103,20 +99,13 @@ class NormalsMeter:
         cosine = F.cosine_similarity(prediction_B3HW.double(), target, dim=1)[valid]
         self._means.update({"mean_deg": cosine.clamp(-1, 1).acos().rad2deg()})
 
-    def reduce(self, group: dist.ProcessGroup | None = None) -> None:
-        """Add up all ranks; all must call it."""
-        self._means.reduce(group)
-
     def compute(self) -> dict[str, float]:
         """Degrees."""
         return self._means.compute("normals")
 
 
-class DepthMeter:
+class DepthMeter(MeanMeter):
     """Depth errors over all valid pixels of the set (not per image); predictions below 0 are taken as 0."""
-
-    def __init__(self) -> None:
-        self._means = Means()
 
     def update(self, prediction_B1HW: Tensor, target_B1HW: Tensor) -> None:
         """Count a batch, metres."""
@@ -134,17 +123,13 @@ class DepthMeter:
             }
         )
 
-    def reduce(self, group: dist.ProcessGroup | None = None) -> None:
-        """Add up all ranks; all must call it."""
-        self._means.reduce(group)
-
     def compute(self) -> dict[str, float]:
         """rmse in metres, log_rmse, abs_rel, sq_rel."""
         means = self._means.compute("depth")
         return {name: x**0.5 if name.endswith("rmse") else x for name, x in means.items()}
 
 
-class EdgeMeter:
+class EdgeMeter(MeanMeter):
     """Balanced cross-entropy of edges over all valid pixels; the published one takes the probability as a logit.
 
     positive_weight: 0.925 for PascalContext, 0.88 for NYUDv2.
@@ -152,7 +137,7 @@ class EdgeMeter:
 
     def __init__(self, positive_weight: float) -> None:
         self._weight = positive_weight
-        self._means = Means()
+        super().__init__()
 
     def update(self, logits_B1HW: Tensor, label_B1HW: Tensor) -> None:
         """Count a batch; labels are 0, 1 or 255."""
@@ -163,10 +148,6 @@ class EdgeMeter:
         self._means.update(
             {"loss": _balanced(logits.sigmoid(), label, self._weight), "loss_strict": _balanced(logits, label, self._weight)}
         )
-
-    def reduce(self, group: dist.ProcessGroup | None = None) -> None:
-        """Add up all ranks; all must call it."""
-        self._means.reduce(group)
 
     def compute(self) -> dict[str, float]:
         """Nats."""

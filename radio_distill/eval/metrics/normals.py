@@ -11,12 +11,11 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
 from .checks import same_size
-from .means import Means
+from .means import MeanMeter
 
 __all__ = ["NormalsMeter", "normal_scores", "angular_loss"]
 
@@ -35,19 +34,12 @@ def normal_scores(prediction_BCHW: Tensor, target_B3HW: Tensor, valid_B1HW: Tens
     return scores | {"rmse": ((angle * valid).square().sum(1) / num_valid).sqrt()}
 
 
-class NormalsMeter:
+class NormalsMeter(MeanMeter):
     """Scores over a set; `normals` is the paper's Table 4 number."""
-
-    def __init__(self) -> None:
-        self._means = Means()
 
     def update(self, prediction_BCHW: Tensor, target_B3HW: Tensor, valid_B1HW: Tensor) -> None:
         """Count a batch of normal maps where `valid` is non-zero."""
         self._means.update(normal_scores(prediction_BCHW, target_B3HW, valid_B1HW))
-
-    def reduce(self, group: dist.ProcessGroup | None = None) -> None:
-        """Add up all ranks; all must call it."""
-        self._means.reduce(group)
 
     def compute(self) -> dict[str, float]:
         """Fractions for d1, d2, d3, degrees for rmse, percent for `normals`: the mean of the three thresholds."""

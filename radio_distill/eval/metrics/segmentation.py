@@ -9,7 +9,6 @@ Shapes: K classes; labels and predictions have any one shape.
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from .checks import known_labels, not_empty, same_size
@@ -64,9 +63,9 @@ class Confusion:
         known_labels(prediction_N, self.classes, "predicted labels")
         return prediction_N, label_N
 
-    def reduce(self, group: dist.ProcessGroup | None = None) -> None:
+    def reduce(self) -> None:
         """Add up all ranks; all must call it."""
-        add_up(self.counts_KK, group)
+        add_up(self.counts_KK)
 
     @property
     def iou_K(self) -> Tensor:

@@ -5,14 +5,15 @@ Both are the same whatever the number of ranks and worker processes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator
+from functools import partial
 from itertools import count
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
-from torch.utils.data import IterableDataset, get_worker_info
+from torch.utils.data import IterableDataset
 
-from ...data.processes import read_in_processes
+from ...data.processes import InTurns, read_in_processes, turn
 from ...errors import DataError
 from ..datasets.base import Dataset
 from ..task import Context
@@ -54,7 +55,7 @@ def training_batches(
 def each_item(dataset: Dataset[S], context: Context) -> Generator[Item[S], None, None]:
     """This rank's items, each once, in order."""
     own = range(context.ranks.rank, len(dataset), context.ranks.world)
-    items, stop = read_in_processes(_Items(dataset, own), min(context.workers, len(own)))
+    items, stop = read_in_processes(InTurns(own, partial(_item, dataset)), min(context.workers, len(own)))
     try:
         yield from items
     finally:
@@ -78,8 +79,7 @@ class _Draws(IterableDataset[list[Any]]):
         self.seed, self.shuffle, self.first = seed, shuffle, first
 
     def __iter__(self) -> Iterator[list[Any]]:
-        worker = get_worker_info()
-        first, step = (worker.id, worker.num_workers) if worker else (0, 1)
+        first, step = turn()
         epoch, order = -1, np.empty(0, int)
         for number in count(self.first + first, step):
             items = []
@@ -94,12 +94,5 @@ class _Draws(IterableDataset[list[Any]]):
             yield items
 
 
-class _Items(IterableDataset[Item[Any]]):
-    def __init__(self, dataset: Dataset[Any], indices: Sequence[int]) -> None:
-        self.dataset, self.indices = dataset, indices
-
-    def __iter__(self) -> Iterator[Item[Any]]:
-        worker = get_worker_info()
-        first, step = (worker.id, worker.num_workers) if worker else (0, 1)
-        for index in self.indices[first::step]:
-            yield Item(index, self.dataset[index])
+def _item(dataset: Dataset[S], index: int) -> Item[S]:
+    return Item(index, dataset[index])

@@ -48,9 +48,6 @@ class Correspondence(Task):
     pairs: Positive | None = None
     """At most so many pairs are scored, spread evenly over the list; null: all."""
 
-    def size(self, context: Context) -> int:
-        return context.resolution or self.resolution
-
     def datasets(self, context: Context) -> Sequence[Dataset[ViewPair]]:
         views: Sized[ViewPair] = open_dataset(self.dataset, "test", context.root, kind="view_pairs")  # type: ignore[assignment]
         return [views.at(self.size(context)).limited(self.pairs).limited(context.limit)]

@@ -6,6 +6,7 @@ Shapes: S side of the square that the model sees.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from ...config.numbers import Count, Positive, Rate, Scale, Side, Weight
 from ...tensors import all_reduce
+from ...train.agree import gather
 from ..datasets.base import Dataset, Subset, open_dataset
 from ..datasets.instances import InstanceSample
 from ..detection.data import Jitter, Whole
@@ -91,10 +93,10 @@ class Detection(Task):
         for sample, detections in self.detections(detector, opened, test, context):
             truth.add(sample)
             found += coco_rows(sample.image_id, detections)
-        images, annotations = _of_all_ranks(truth.images), _of_all_ranks(truth.annotations)
+        images, annotations, found = ([*chain(*gather(rows))] for rows in (truth.images, truth.annotations, found))
         categories = [{"id": i, "name": name} for i, name in enumerate(test.classes)]
         ground_truth = {"images": images, "annotations": annotations, "categories": categories}
-        for name, value in box_ap(ground_truth, _of_all_ranks(found)).items():
+        for name, value in box_ap(ground_truth, found).items():
             yield Score(PUBLISHED.get(name, name), value, headline=name in PUBLISHED)
 
     def fit_detector(self, opened: NamedModel, train: Dataset[InstanceSample], context: Context) -> Detector:
@@ -196,11 +198,3 @@ def coco_rows(image_id: int, found: Detections) -> list[dict[str, Any]]:
         {"image_id": image_id, "category_id": label, "bbox": box, "score": score}
         for label, box, score in zip(found.labels_N.tolist(), boxes, found.scores_N.tolist())
     ]
-
-
-def _of_all_ranks(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    if not dist.is_initialized():
-        return rows
-    everyone: list[list[dict[str, Any]]] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(everyone, rows)
-    return [row for part in everyone for row in part]

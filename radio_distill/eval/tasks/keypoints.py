@@ -39,9 +39,6 @@ class Keypoints(Task):
     pairs: Positive | None = None
     """At most so many pairs are scored, spread evenly over the list; null: all."""
 
-    def size(self, context: Context) -> int:
-        return context.resolution or self.resolution
-
     def datasets(self, context: Context) -> Sequence[Dataset[KeypointPair]]:
         pairs: Sized[KeypointPair] = open_dataset(self.dataset, "test", context.root, kind="keypoint_pairs")  # type: ignore[assignment]
         return [pairs.at(self.size(context)).limited(self.pairs).limited(context.limit)]

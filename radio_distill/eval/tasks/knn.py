@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any, Literal
+from collections.abc import Iterable
+from typing import Literal
 
 from ...config.numbers import Positive, Scale
-from ..datasets import open_dataset
-from ..datasets.base import Dataset
 from ..datasets.samples import labels_of
 from ..metrics.checks import known_labels
 from ..metrics.knn import PART, knn_guesses
 from ..models import NamedModel
 from ..task import Context, Score
 from ..worst_classes import save_worst
-from .summaries import SummaryTask, parts_of, readable
+from .summaries import Classifier, parts_of, readable
 
 __all__ = ["Knn"]
 
 
-class Knn(SummaryTask):
+class Knn(Classifier):
     """Every image of `val` takes the class that its neighbours in `train` vote for."""
 
     kind: Literal["knn"]
@@ -27,10 +25,6 @@ class Knn(SummaryTask):
     """Neighbours."""
     temperature: Scale = 0.07
     """A neighbour votes with weight exp(cosine / temperature)."""
-
-    def datasets(self, context: Context) -> Sequence[Dataset[Any]]:
-        splits = [open_dataset(self.dataset, split, context.root, kind="labelled") for split in ("val", "train")]
-        return [dataset.limited(context.limit) for dataset in splits]
 
     def run(self, opened: NamedModel, context: Context) -> Iterable[Score]:
         whole = self.datasets(context)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from itertools import islice
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
@@ -12,8 +12,6 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ...config.numbers import Positive, Rate, Weight
-from ..datasets import open_dataset
-from ..datasets.base import Dataset
 from ..datasets.samples import labels_of
 from ..metrics.means import Means
 from ..metrics.zero_shot import topk_hits
@@ -21,14 +19,14 @@ from ..models import NamedModel
 from ..probes.fit import fit
 from ..task import Context, Score
 from ..worst_classes import save_worst
-from .summaries import SummaryTask
+from .summaries import Classifier
 
 __all__ = ["LinearProbe"]
 
 Batch = tuple[Tensor, Tensor]
 
 
-class LinearProbe(SummaryTask):
+class LinearProbe(Classifier):
     """BatchNorm without parameters (summaries of models differ in scale), then one linear layer."""
 
     kind: Literal["linear_probe"]
@@ -40,10 +38,6 @@ class LinearProbe(SummaryTask):
     """Learning rate of AdamW."""
     weight_decay: Weight = 1e-2
     """Of AdamW."""
-
-    def datasets(self, context: Context) -> Sequence[Dataset[Any]]:
-        splits = [open_dataset(self.dataset, split, context.root, kind="labelled") for split in ("val", "train")]
-        return [dataset.limited(context.limit) for dataset in splits]
 
     def run(self, opened: NamedModel, context: Context) -> Iterable[Score]:
         whole = self.datasets(context)

@@ -14,25 +14,18 @@ from ..metrics.retrieval import recalls
 from ..models import NamedModel
 from ..task import Context, Score
 from ..text_head import speaking
-from .summaries import SummaryTask
+from .summaries import TextTask
 
 __all__ = ["Retrieval"]
 
 
-class Retrieval(SummaryTask):
-    """The text tower is that of a teacher; a student is compared through its adaptor of that teacher."""
+class Retrieval(TextTask):
+    """Captions are used as they are; every one of an image's is right."""
 
     kind: Literal["retrieval"]
-    adaptors: dict[str, str]
-    """Name of a student's adaptor -> teacher card with its text tower; the first that the student has counts."""
 
     def datasets(self, context: Context) -> Sequence[Dataset[Any]]:
         return [open_dataset(self.dataset, "test", context.root, kind="captioned").limited(context.limit)]
-
-    def reads_besides(self, opened: NamedModel) -> Sequence[str]:
-        from ...teachers.text import tower_digest
-
-        return [tower_digest(speaking(opened, self.adaptors)[1])]
 
     def run(self, opened: NamedModel, context: Context) -> Iterable[Score]:
         from ...teachers.text import load_text_tower

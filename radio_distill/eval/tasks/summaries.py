@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Literal, TypeVar
 
@@ -12,13 +12,14 @@ from torch import Tensor
 from ...config.numbers import Side
 from ...errors import DataError
 from ...types import VisionModel, VisionOutput
-from ..datasets.base import Dataset, Subset
+from ..datasets.base import Dataset, Subset, open_dataset
 from ..encode import Resize, Rule, features_of
 from ..feature_files import Features
 from ..models import NamedModel
 from ..task import Context, Task
+from ..text_head import speaking
 
-__all__ = ["SummaryTask", "parts_of", "readable"]
+__all__ = ["Classifier", "SummaryTask", "TextTask", "parts_of", "readable"]
 
 log = logging.getLogger(__name__)
 
@@ -34,9 +35,6 @@ class SummaryTask(Task):
     """How images become images of that size."""
     without_summary: Literal["refuse", "mean"] = "refuse"
     """What becomes of a model that has no summary. `mean`: it is compared by the mean of its map."""
-
-    def size(self, context: Context) -> int:
-        return context.resolution or self.resolution
 
     def passes(self, context: Context) -> float:
         return float(sum(len(d) for d in self.datasets(context)))
@@ -65,6 +63,27 @@ class SummaryTask(Task):
     def _features(self, opened: NamedModel, dataset: Dataset[Any], context: Context) -> Features:
         resize = Resize(self.resize, self.size(context))
         return features_of(opened, dataset, resize, context, maps=False, half=True, max_bad=self.max_bad)
+
+
+class Classifier(SummaryTask):
+    """A task that scores `val` by what it has learned from `train`."""
+
+    def datasets(self, context: Context) -> Sequence[Dataset[Any]]:
+        splits = [open_dataset(self.dataset, split, context.root, kind="labelled") for split in ("val", "train")]
+        return [dataset.limited(context.limit) for dataset in splits]
+
+
+class TextTask(SummaryTask):
+    """A task that compares images with texts. The text tower is that of a teacher; a student is compared through its adaptor of that
+    teacher."""
+
+    adaptors: dict[str, str]
+    """Name of a student's adaptor -> teacher card with its text tower; the first that the student has counts."""
+
+    def reads_besides(self, opened: NamedModel) -> Sequence[str]:
+        from ...teachers.text import tower_digest
+
+        return [tower_digest(speaking(opened, self.adaptors)[1])]
 
 
 class MeanOfMap:

@@ -76,9 +76,6 @@ class SurfaceTask(Task):
     test_images: Positive | None = None
     """At most so many views are scored; null: all."""
 
-    def size(self, context: Context) -> int:
-        return context.resolution or self.resolution
-
     def datasets(self, context: Context) -> Sequence[Dataset[ObjectView]]:
         return [self._views("test", self.test_images, context), self._views("train", self.train_images, context)]
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable, Sequence
-from statistics import median
-from typing import ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -13,8 +11,7 @@ from torch import Tensor
 
 from ...config.numbers import Count, Positive, Side
 from ..datasets.base import Dataset
-from ..encode import precision
-from ..model_cost import device_name
+from ..model_cost import device_name, timed
 from ..models import NamedModel
 from ..sizes import factor_of, image_size
 from ..task import Context, Score, Task
@@ -40,13 +37,6 @@ class Noise(Dataset[Tensor]):
 
     def __getitem__(self, index: int) -> Tensor:
         return torch.rand(3, 1, 1)
-
-
-class Timing(NamedTuple):
-    tokens: int
-    """Cells of the map, and one for the summary."""
-    seconds: float
-    """Median of one forward pass."""
 
 
 class Throughput(Task):
@@ -79,23 +69,10 @@ class Throughput(Task):
     def run(self, opened: NamedModel, context: Context) -> Iterable[Score]:
         factors = (1,) if factor_of(opened.model) > 1 else self.factors
         for side, own in distinct(opened, [self.side * f for f in factors]):
-            timing = self.measure(opened, side, context)
-            milliseconds = 1000 * timing.seconds / self.images / timing.tokens
+            height, width = image_size(opened.model, side, side)
+            images = torch.rand(self.images, 3, height, width, device=context.device)
+            seconds, out = timed(opened, images, context, warmup=self.warmup, runs=self.runs)
+            tokens = out.features_BCHW.shape[-2:].numel() + 1  # cells of the map, and one for the summary
+            milliseconds = 1000 * seconds / self.images / tokens
             yield Score("ms_per_token", milliseconds, "ms", higher_is_better=False, headline=False, side=own)
-            yield Score("tokens", timing.tokens, "tokens", headline=False, side=own)
-
-    @torch.no_grad()
-    def measure(self, opened: NamedModel, side: int, context: Context) -> Timing:
-        """Time forward passes; every one is waited for."""
-        height, width = image_size(opened.model, side, side)
-        images = torch.rand(self.images, 3, height, width, device=context.device)
-        times = []
-        for _ in range(self.warmup + self.runs):
-            start = time.perf_counter()
-            with torch.autocast(context.device.type, torch.bfloat16, enabled=precision(context) == "bf16"):
-                out = opened.model.encode(images)
-            if context.device.type == "cuda":
-                torch.cuda.synchronize(context.device)
-            times.append(time.perf_counter() - start)
-        tokens = out.features_BCHW.shape[-2] * out.features_BCHW.shape[-1] + 1
-        return Timing(tokens, median(times[self.warmup :]))
+            yield Score("tokens", tokens, "tokens", headline=False, side=own)

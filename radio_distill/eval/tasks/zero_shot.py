@@ -17,27 +17,20 @@ from ..models import NamedModel
 from ..task import Context, Score
 from ..text_head import speaking
 from ..worst_classes import save_worst
-from .summaries import SummaryTask
+from .summaries import TextTask
 
 __all__ = ["ZeroShot"]
 
 
-class ZeroShot(SummaryTask):
-    """The text tower is that of a teacher; a student is compared through its adaptor of that teacher."""
+class ZeroShot(TextTask):
+    """Each class is the mean of its prompts."""
 
     kind: Literal["zero_shot"]
-    adaptors: dict[str, str]
-    """Name of a student's adaptor -> teacher card with its text tower; the first that the student has counts."""
     templates: tuple[str, ...] = ()
     """Prompts with `{}` in place of the class; none: the 80 of OpenAI that open_clip ships."""
 
     def datasets(self, context: Context) -> Sequence[Dataset[Any]]:
         return [open_dataset(self.dataset, "val", context.root, kind="labelled").limited(context.limit)]
-
-    def reads_besides(self, opened: NamedModel) -> Sequence[str]:
-        from ...teachers.text import tower_digest
-
-        return [tower_digest(speaking(opened, self.adaptors)[1])]
 
     def run(self, opened: NamedModel, context: Context) -> Iterable[Score]:
         (whole,) = self.datasets(context)
