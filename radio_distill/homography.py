@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["covered", "quad_to_quad", "sampling_grid", "square", "square_to_quad", "warp"]
+__all__ = ["covered", "sampling_grid", "square", "square_to_quad", "warp"]
 
 
 EDGE = 1e-6  # rounding of a float32 matrix: a view that is the base must be covered
@@ -42,14 +42,6 @@ def square(device: torch.device | str) -> Tensor:
     """The corners of [-1, 1]^2 in the order that `square_to_quad` takes them: (4, 2) of (x, y), float64, made on the device."""
     corner = torch.arange(4, device=device)
     return torch.stack([(corner % 3 > 0).double(), (corner > 1).double()], dim=1) * 2 - 1
-
-
-def quad_to_quad(from_B42: Tensor, to_B42: Tensor) -> Tensor:
-    """Matrices (B, 3, 3), float64, that take one convex quad to another, corner by corner.
-
-    A homography has no scale; here w is 1 at (-1, -1), the upper left corner of what the matrix is applied to.
-    """
-    return _scaled(square_to_quad(to_B42) @ _adjugate(square_to_quad(from_B42)))
 
 
 def sampling_grid(matrix_B33: Tensor, size: tuple[int, int], *, align_corners: bool = False) -> Tensor:
@@ -107,13 +99,3 @@ def _centres(n: int, device: torch.device, align_corners: bool) -> Tensor:
 
 def _cross(a_B2: Tensor, b_B2: Tensor) -> Tensor:
     return a_B2[:, :1] * b_B2[:, 1:] - a_B2[:, 1:] * b_B2[:, :1]
-
-
-def _adjugate(m_B33: Tensor) -> Tensor:
-    """The inverse up to scale, which a homography does not have; its rows are cross products of the columns."""
-    a, b, c = m_B33.unbind(2)
-    return torch.stack([b.cross(c, dim=1), c.cross(a, dim=1), a.cross(b, dim=1)], dim=1)
-
-
-def _scaled(m_B33: Tensor) -> Tensor:
-    return m_B33 / (m_B33[:, 2, 2] - m_B33[:, 2, 0] - m_B33[:, 2, 1])[:, None, None]

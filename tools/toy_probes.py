@@ -9,10 +9,11 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from toy_scenes import ToyScenes
 
 from radio_distill.teachers.base import Teacher
 from radio_distill.teachers.toy import TextTower
-from radio_distill.toyworld import CLASSES, SEGMENT_NAMES, ToyScenes
+from radio_distill.toyworld import CLASSES, SEGMENT_NAMES
 from radio_distill.types import VisionOutput
 
 __all__ = ["PROMPTS", "classify_zero_shot", "encode_all", "measure"]

@@ -27,13 +27,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from toy_probes import measure
+from toy_scenes import ToyScenes
 
 from radio_distill.config.cards import TeacherCard
 from radio_distill.config.load import load_card
 from radio_distill.teachers.base import Teacher
 from radio_distill.teachers.toy import TextTower, ToyViT, build, split_words
 from radio_distill.tensors import save_tensors
-from radio_distill.toyworld import ToyScenes, render, render_images, sample_scene
+from radio_distill.toyworld import render, render_images, sample_scene
 
 __all__ = ["train"]
 

@@ -67,10 +67,7 @@ class CurateRecipe(Fields):
 
 def load_curate_recipe(source: str | Path, overrides: Sequence[str] = ()) -> CurateRecipe:
     """Read the recipe of a curation with `key=value` overrides. Raises RecipeError listing every error."""
-    try:
-        path = find(source, {}, what="recipe")
-    except ValueError as error:
-        raise RecipeError(str(error)) from None
+    path = find(source, {}, what="recipe", error=RecipeError)
     return read(CurateRecipe, path, overrides, shipped={}, error=RecipeError, check=_check)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -50,33 +51,34 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = (), *, training: 
 
     `training` also asks for what only a training needs: `data.sources`. Raises RecipeError listing every error.
     """
-    return _load(
-        Recipe,
-        source,
-        overrides,
-        lambda recipe: [*check_recipe(recipe, load_card, training=training), *secret_problems(recipe)],
-    )
+    return _load(Recipe, source, overrides, partial(_check, training=training))
 
 
 def load_upsampler_recipe(source: str | Path, overrides: Sequence[str] = (), *, training: bool = False) -> UpsamplerRecipe:
     """The same for the recipe of an upsampler (`upsampler/dfn_clip_3x`)."""
-    return _load(
-        UpsamplerRecipe,
-        source,
-        overrides,
-        lambda recipe: [*check_upsampler(recipe, load_card, training=training), *secret_problems(recipe)],
-    )
+    return _load(UpsamplerRecipe, source, overrides, partial(_check, training=training))
 
 
 def load_vlm_recipe(source: str | Path, overrides: Sequence[str] = (), *, training: bool = False) -> VlmRecipe:
     """The same for the recipe of a VLM's stage (`vlm/llava15_sft`)."""
-    return _load(VlmRecipe, source, overrides, lambda recipe: [*check_vlm(recipe, training=training), *secret_problems(recipe)])
+    return _load(VlmRecipe, source, overrides, partial(_check, training=training))
 
 
 def load(source: str | Path, overrides: Sequence[str] = (), *, training: bool = False) -> Job:
     """The same for a recipe of any kind, whichever its keys say it is."""
-    loaders: dict[type[Job], Callable[..., Job]] = {UpsamplerRecipe: load_upsampler_recipe, VlmRecipe: load_vlm_recipe}
-    return loaders.get(kind_of(source), load_recipe)(source, overrides, training=training)
+    return _load(kind_of(source), source, overrides, partial(_check, training=training))
+
+
+def _check(recipe: Job, *, training: bool) -> list[Problem]:
+    """Everything that is wrong with a recipe of any kind."""
+    if isinstance(recipe, Recipe):
+        problems = check_recipe(recipe, load_card, training=training)
+    elif isinstance(recipe, UpsamplerRecipe):
+        problems = check_upsampler(recipe, load_card, training=training)
+    else:
+        assert isinstance(recipe, VlmRecipe)
+        problems = check_vlm(recipe, training=training)
+    return [*problems, *secret_problems(recipe)]
 
 
 def load_job(kind: type[J], source: str | Path) -> J:
@@ -103,10 +105,7 @@ def _load(kind: type[J], source: str | Path, overrides: Sequence[str], check: Ca
 
 
 def _find(source: str | Path) -> Path:
-    try:
-        return find(source, list_recipes(), what="recipe")
-    except ValueError as error:
-        raise RecipeError(str(error)) from None
+    return find(source, list_recipes(), what="recipe", error=RecipeError)
 
 
 def _kind(path: Path, *, otherwise: type[Job]) -> type[Job]:
@@ -123,10 +122,7 @@ def _kind_among(recipes: Mapping[str, Path], path: Path, *, otherwise: type[Job]
 def load_card(name: str | Path) -> TeacherCard:
     """Read a teacher card: the name of a shipped one (`dfn_clip`), or a path (`${VAR}` allowed). Raises CardError."""
     cards = shipped("teachers")
-    try:
-        path = find(expand(str(name)), cards, what="teacher card")
-    except ValueError as error:
-        raise CardError(str(error)) from None
+    path = find(expand(str(name)), cards, what="teacher card", error=CardError)
     try:
         return read(TeacherCard, path, shipped=cards, error=CardError, check=_check_card)
     except CardError as error:

@@ -13,7 +13,6 @@ from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic_core import PydanticCustomError, PydanticKnownError
 
 __all__ = [
-    "Bounded",
     "Count",
     "Decay",
     "Factor",
@@ -79,7 +78,5 @@ Std = Annotated[float, NOT_A_BOOL, FINITE, Field(ge=1e-3, le=10)]
 """Of a pixel channel in [0, 1]; 1/255 and 1 occur, 0 divides by zero and 58 is meant for pixels up to 255."""
 Real = Annotated[float, NOT_A_BOOL, FINITE, Field(ge=-1e9, le=1e9)]
 """A measured number of any sign."""
-Bounded = Annotated[int, NOT_A_BOOL, Field(ge=-(10**9), le=10**9)]
-"""The same, whole."""
 Free = Annotated[dict[str, Any], AfterValidator(_finite)]
 """Values that something else checks; their numbers are finite."""

@@ -67,15 +67,17 @@ def values_of(path: Path, *, shipped: Mapping[str, Path]) -> list[dict[str, Any]
     return [document.values for document in _chain(path, shipped, (), ())]
 
 
-def find(name: str | Path, shipped: Mapping[str, Path], *, what: str, beside: Path | None = None) -> Path:
-    """The file that a user means by a path or by the name of a shipped file. Raises ValueError, one line."""
+def find(
+    name: str | Path, shipped: Mapping[str, Path], *, what: str, error: type[RadioDistillError], beside: Path | None = None
+) -> Path:
+    """The file that a user means by a path or by the name of a shipped file. Raises `error`, one line."""
     path = (beside or Path()) / Path(name).expanduser()
     if path.suffix in (".yaml", ".yml") and path.is_file():
         return path
     if str(name) in shipped:
         return shipped[str(name)]
     beside_it = [str(Path(name).parent / other.name) for other in path.parent.glob("*.yaml")]
-    raise ValueError(f"no {what} {str(name)!r}" + did_you_mean(name, [*shipped, *beside_it]))
+    raise error(f"no {what} {str(name)!r}" + did_you_mean(name, [*shipped, *beside_it]))
 
 
 def display(path: Path) -> str:
@@ -108,8 +110,8 @@ def _chain(path: Path, shipped: Mapping[str, Path], inner: tuple[Path, ...], fil
         return [document]
     where = document.places[("extends",)]
     try:
-        outer = find(str(parent), shipped, what="file to extend", beside=path.parent)
-    except ValueError as error:
+        outer = find(str(parent), shipped, what="file to extend", error=RadioDistillError, beside=path.parent)
+    except RadioDistillError as error:
         document.problems.append(Problem(str(error), where=where))
         return [document]
     chain = (*inner, path.resolve())

@@ -36,7 +36,6 @@ __all__ = ["curate", "main", "memory_bytes"]
 
 log = logging.getLogger(__name__)
 
-DONE = "curated.json"
 RECIPE = "recipe.json"
 RANKS, SHARES = 44, 72
 """Bytes of an image: two clusterings and their order; the order, and what is taken of every image for which reason."""

@@ -128,13 +128,9 @@ def load_suite(name: str | Path, preset: str = PAPER, overrides: Sequence[str] =
 def _find(name: str | Path) -> Path:
     """The card of a shipped suite, or a file of the user's."""
     cards = shipped("eval")
+    path = find(name, {suite: cards[suite] for suite in suite_names()}, what="suite", error=CardError)
     if str(name) in suite_names():
-        return cards[str(name)]
-    try:
-        path = find(name, {}, what="suite")
-    except ValueError:
-        files = [str(path) for path in Path(name).parent.glob("*.yaml")]
-        raise CardError(f"no suite {str(name)!r}{did_you_mean(name, [*suite_names(), *files])}") from None
+        return path
     if path.stem in cards or not re.fullmatch(r"[A-Za-z0-9_-]+", path.stem):
         raise CardError(
             f"{path}: results are filed under the name of the file; expected letters, digits, - and _, and none of "

@@ -1,6 +1,5 @@
 """Generated scenes with complete ground truth: the data set of the demo and of the tests."""
 
-from .batch import ToyScenes
 from .objects import CLASSES, KEYPOINT_NAMES, PART_NAMES
 from .render import SEGMENT_NAMES, Keypoints, ToySample, render, render_images
 from .scene import Scene, sample_scene
@@ -14,7 +13,6 @@ __all__ = [
     "Keypoints",
     "Scene",
     "ToySample",
-    "ToyScenes",
     "render",
     "render_images",
     "sample_scene",

@@ -4,13 +4,13 @@ import pytest
 import torch
 from safetensors import safe_open
 from toy_probes import classify_zero_shot, encode_all
+from toy_scenes import ToyScenes
 
 from radio_distill.config.load import load_card
 from radio_distill.errors import TeacherError
 from radio_distill.paths import data_path
 from radio_distill.teachers.base import load_teacher
 from radio_distill.teachers.toy import load_text_tower
-from radio_distill.toyworld import ToyScenes
 
 NAMES = ("toy_clip", "toy_siglip", "toy_dino", "toy_sam")
 TEACHERS = {name: load_teacher(load_card(name)) for name in NAMES}

@@ -10,6 +10,7 @@ import tarfile
 import numpy as np
 import pytest
 from PIL import Image
+from toy_scenes import ToyScenes
 
 from radio_distill.errors import DataError
 from radio_distill.toyworld import (
@@ -17,7 +18,6 @@ from radio_distill.toyworld import (
     KEYPOINT_NAMES,
     PART_NAMES,
     SEGMENT_NAMES,
-    ToyScenes,
     render,
     render_images,
     sample_scene,

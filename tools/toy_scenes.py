@@ -1,4 +1,4 @@
-"""Many scenes of the toy world as arrays: a small data set in memory."""
+"""Many scenes of the toy world as arrays: a small data set in memory, for the toy teachers' training and their tests."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from .render import render
+from radio_distill.toyworld import render
 
 __all__ = ["ToyScenes"]
 
