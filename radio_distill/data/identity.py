@@ -53,7 +53,8 @@ def identify(names: Iterable[str], files: Iterable[str]) -> Identity:
     """
     paths = list(dict.fromkeys(files))
     with ThreadPoolExecutor(THREADS) as pool:
-        found = [fact for part in pool.map(_look, _parts(paths)) for fact in part]
+        parts = [paths[i : i + 4096] for i in range(0, len(paths), 4096)]
+        found = [fact for of_part in pool.map(_look, parts) for fact in of_part]
         chosen = sorted({i * len(paths) // SAMPLED for i in range(SAMPLED)}) if len(paths) > SAMPLED else range(len(paths))
         digests = pool.map(_read, [paths[i] for i in chosen], [found[i][0] for i in chosen])
     content, times = hashlib.sha256("\n".join(names).encode("utf-8", "surrogateescape")), hashlib.sha256()
@@ -79,10 +80,6 @@ def digest(items: Iterable[tuple[str, bytes]]) -> str:
 def stamps(paths: Sequence[str | os.PathLike[str]]) -> tuple[tuple[int, int], ...]:
     """Size in bytes and time of the last change (ns) of every file: what a copy in memory is good for."""
     return tuple(_look([os.fspath(path) for path in paths]))
-
-
-def _parts(paths: Sequence[str]) -> list[Sequence[str]]:
-    return [paths[i : i + 4096] for i in range(0, len(paths), 4096)]
 
 
 def _look(paths: Sequence[str]) -> list[tuple[int, int]]:

@@ -201,12 +201,11 @@ def _check_division(name: str, cell: Partition, streams: int, world_size: int) -
         problem = f"partitions.{name}.{cell.unit}={units} is no multiple of data.streams={streams}"
     else:
         problem = f"data.streams={streams} cannot be shared by the {world_size} ranks of partition {name!r}"
-    remedy = f"use data.streams={_nearest(fitting, streams)}" if fitting else f"use {cell.unit} that {world_size} ranks divide"
+    nearest = sorted(sorted(fitting, key=lambda v: abs(v - streams))[:2])
+    remedy = (
+        f"use data.streams={' or '.join(map(str, nearest))}" if nearest else f"use {cell.unit} that {world_size} ranks divide"
+    )
     raise DataError(f"{problem}; {remedy} (a saved position needs the number of streams it was made with)")
-
-
-def _nearest(candidates: list[int], value: int) -> str:
-    return " or ".join(map(str, sorted(sorted(candidates, key=lambda v: abs(v - value))[:2])))
 
 
 def _states(position: dict[str, Any] | None, header: dict[str, Any], mine: range) -> dict[int, dict[str, Any]]:

@@ -8,10 +8,9 @@ memory. Shards that come through a pipe or are compressed are read in one pass a
 from __future__ import annotations
 
 import lzma
-import os
 import zlib
 from collections.abc import Callable, Iterator
-from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 from ..config.secrets import without_secrets
@@ -45,7 +44,7 @@ class Raw(NamedTuple):
 def read_shard(shard: Shard) -> Iterator[Raw]:
     """Yield the samples of a shard in order. Raises ShardError where it cannot go on; what came before is good."""
     if not shard.url:
-        yield from (_file_sample(shard.root, file) for file in shard.files)
+        yield from (Raw(file, {file.rpartition(".")[2].lower(): Path(shard.root, file).read_bytes}) for file in shard.files)
         return
     try:
         seekable = not is_url(shard.url) and shard.url.lower().endswith(".tar")
@@ -69,15 +68,6 @@ def whole_samples(shard: Shard) -> list[Raw]:
             raise ShardError(f"{part.key}.{min(twice)} is in it twice; give every sample a name of its own")
         whole.parts.update(part.parts)
     return list(samples.values())
-
-
-def _file_sample(root: str, file: str) -> Raw:
-    return Raw(file, {file.rpartition(".")[2].lower(): partial(_read_file, os.path.join(root, file))})
-
-
-def _read_file(path: str) -> bytes:
-    with open(path, "rb") as file:
-        return file.read()
 
 
 def _group(shard: str, members: Iterator[tuple[str, Read]]) -> Iterator[Raw]:

@@ -191,7 +191,8 @@ def _expand(name: str, path: str) -> list[str]:
 
     if path.startswith("pipe:"):
         return list(expand_urls(path))
-    entries = [_local(entry) for entry in expand_urls(os.path.expanduser(os.path.expandvars(path)))]
+    found = expand_urls(os.path.expanduser(os.path.expandvars(path)))
+    entries = [url2pathname(urlparse(entry).path) if entry.startswith("file:") else entry for entry in found]
     for entry in entries:
         if is_url(entry):
             continue
@@ -204,10 +205,6 @@ def _expand(name: str, path: str) -> list[str]:
                 "(.gz, .bz2 and .xz are read; others through a pipe: 'pipe:zstd -dc a.tar.zst')"
             )
     return entries
-
-
-def _local(entry: str) -> str:
-    return url2pathname(urlparse(entry).path) if entry.startswith("file:") else entry
 
 
 def _identity(tar: str) -> object:

@@ -133,7 +133,8 @@ class FeatureCache:
         """Drop other features until `needed` bytes fit. Raises DataError when they cannot, in the cache or on its disk."""
         for gone in self.root.glob(f"{GONE}*"):  # somebody was killed while dropping it
             shutil.rmtree(gone, ignore_errors=True)
-        sizes = {path.parent: _size(path.parent) for path in self.root.glob(f"*/{FACTS}")}
+        folders = [path.parent for path in self.root.glob(f"*/{FACTS}")]
+        sizes = {folder: sum(p.stat().st_size for p in folder.iterdir()) for folder in folders}
         in_cache, on_disk = self.max_bytes - sum(sizes.values()), shutil.disk_usage(self.root).free
         for folder in sorted(sizes, key=lambda f: (f / FACTS).stat().st_mtime):
             if needed <= min(in_cache, on_disk):
@@ -287,7 +288,3 @@ def _runs(indices: list[int]) -> Iterator[tuple[int, int]]:
     starts = [i for i in indices if i - 1 not in known]
     ends = [i for i in indices if i + 1 not in known]
     return zip(starts, ends, strict=True)
-
-
-def _size(folder: Path) -> int:
-    return sum(p.stat().st_size for p in folder.iterdir())

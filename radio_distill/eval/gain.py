@@ -104,9 +104,9 @@ def gain(model: Row, baseline: Row) -> Gain:
     deltas = {task: _delta(task, model, baseline) for task in common}
     expected = _expected(model, baseline)
     groups = {
-        group: _group([t for t in names if t in deltas], [t for t in names if t not in deltas], deltas)
+        group: GroupGain(_average(deltas[t] for t in found), tuple(found), tuple(t for t in names if t not in deltas))
         for group, names in expected.items()
-        if any(t in deltas for t in names)
+        if (found := [t for t in names if t in deltas])
     }
     papers = dict.fromkeys(str(column.group) for column in published_tasks().values())
     counted = [group for group in groups if group in papers] or list(groups)
@@ -140,10 +140,6 @@ def _delta(task: str, model: Row, baseline: Row) -> Delta:
     sign = 1 if ours.higher_is_better else -1
     by_seed = {seed: 100 * sign * (value - theirs.mean) / theirs.mean for seed, value in sorted(ours.by_seed.items())}
     return Delta(fmean(by_seed.values()), by_seed)
-
-
-def _group(found: list[str], missing: list[str], deltas: Mapping[str, Delta]) -> GroupGain:
-    return GroupGain(_average(deltas[task] for task in found), tuple(found), tuple(missing))
 
 
 def _average(parts: Iterable[Delta]) -> Delta:

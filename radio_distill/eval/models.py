@@ -100,7 +100,9 @@ def _parse(name: str) -> tuple[str, str, dict[str, str]]:
         is_function = re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", body) and form not in BUILDERS
         form, rest = ("function" if is_function and not Path(body).exists() else ""), body
     if form == "" and not Path(rest).expanduser().exists():
-        raise RadioDistillError(f"model {name!r} is not known{_as_teacher(rest)}; expected {FORMS}")
+        is_card = rest.partition("+")[0] in shipped("teachers")
+        hint = f", did you mean 'teacher:{rest}'?" if is_card else ""
+        raise RadioDistillError(f"model {name!r} is not known{hint}; expected {FORMS}")
     options = dict(item.partition("=")[::2] for item in query.split("&")) if query else {}
     known = OPTIONS.get(form, ())
     for key in options:
@@ -108,11 +110,6 @@ def _parse(name: str) -> tuple[str, str, dict[str, str]]:
             expected = f"expected {', '.join(known)}" if known else "this form has none"
             raise RadioDistillError(f"model {name!r}: unknown option {key!r}; {expected}")
     return form, rest, options
-
-
-def _as_teacher(name: str) -> str:
-    """A hint for who wrote the name of a card alone."""
-    return f", did you mean 'teacher:{name}'?" if name.partition("+")[0] in shipped("teachers") else ""
 
 
 def _open(name: str, form: str, rest: str, options: dict[str, str], device: str) -> NamedModel:

@@ -6,7 +6,7 @@ Shapes: B batch, C channels, H W pixels, N tokens, p side of a patch.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -107,11 +107,7 @@ def _measure(name: str, trunk: Any, patch: int, size: tuple[int, int]) -> tuple[
 def is_radio(folder: Path) -> bool:
     """A RADIO model, of the reference's own class or of transformers'."""
     with json_file(folder / "config.json", "the config of a model", advice=AGAIN) as config:
-        return _is_radio(config)
-
-
-def _is_radio(config: Mapping[str, Any]) -> bool:
-    return config.get("model_type") == "radio" or ("args" in config and "adaptor_configs" in config)
+        return config.get("model_type") == "radio" or ("args" in config and "adaptor_configs" in config)
 
 
 def hf_teacher(folder: Path, *, trust_remote_code: bool = False) -> Teacher:

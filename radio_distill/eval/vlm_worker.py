@@ -35,13 +35,12 @@ def main(path: str) -> int:
         bootstrap_iters=0,
     )
     counts = results["n-samples"]
-    scores = {task: _numbers(results["results"][task]) | {"count": counts[task]["effective"]} for task in job["tasks"]}
+    scores: dict[str, dict[str, float]] = {}
+    for task in job["tasks"]:
+        scores[task] = {key: x for key, x in results["results"][task].items() if isinstance(x, int | float)}
+        scores[task]["count"] = counts[task]["effective"]
     Path(path).with_name("scores.json").write_text(json.dumps(scores))
     return 0
-
-
-def _numbers(result: dict[str, Any]) -> dict[str, float]:
-    return {key: value for key, value in result.items() if isinstance(value, int | float)}
 
 
 def _adapter(vlm: Vlm, batch: int, device: str) -> Any:

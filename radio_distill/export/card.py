@@ -216,7 +216,8 @@ def _teachers(facts: Facts) -> str:
         if origin is None:
             rows.append(f"| {name} | its card is not here | unknown |")
         else:
-            rows.append(f"| {name} | {origin.source} | {_linked(origin)} |")
+            licence = f"[{origin.licence}]({origin.licence_url})" if origin.licence_url else origin.licence
+            rows.append(f"| {name} | {origin.source} | {licence} |")
     text = "## Teachers and licences\n\n| teacher | weights | licence |\n|---|---|---|\n" + "\n".join(rows)
     if facts.start:
         text += f"\n\nThe first stage started from weights of `{facts.start}`; their licence holds as well."
@@ -231,10 +232,6 @@ def _teachers(facts: Facts) -> str:
             "outputs may be used for and how it must be named or passed on. Read them before you use or publish this student."
         )
     return text
-
-
-def _linked(origin: Origin) -> str:
-    return f"[{origin.licence}]({origin.licence_url})" if origin.licence_url else origin.licence
 
 
 def _data(facts: Facts) -> str:

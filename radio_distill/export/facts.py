@@ -122,7 +122,8 @@ def facts_of_export(path: Path) -> Facts:
 
 def _facts(values: Mapping[str, Any]) -> Facts:
     known = {name: values[name] for name in ("name", "step", "stages", "teachers", "start")}
-    results = [_known(r) for r in values["results"]]
+    fields_of_result = {f.name for f in fields(Result)}  # another version may have written more
+    results = [{key: r[key] for key in r.keys() & fields_of_result} for r in values["results"]]
     return typed(Facts, {**known, "results": results, "saved_again": values.get("saved_again", False)})
 
 
@@ -229,8 +230,3 @@ def _is_of(model: str, run: Path, step: int, newest: bool) -> bool:
     if at:
         return Path(name).name == run.name and number == str(step)
     return newest and Path(label).name == run.name
-
-
-def _known(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Without fields that this version's Result does not have."""
-    return {key: values[key] for key in values.keys() & {f.name for f in fields(Result)}}

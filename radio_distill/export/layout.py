@@ -58,11 +58,8 @@ def _teachers(arch: StudentArch) -> list[dict[str, Any]]:
         return [_teacher(name, adaptor, 0, 0 in arch.summary_idxs) for name, adaptor in owners]
     by_token = {a.token: a for a in arch.adaptors}
     tokens = range(arch.trunk.num_cls_tokens)
-    return [_teacher(_owner(by_token.get(i), i), by_token.get(i), i, i in arch.summary_idxs) for i in tokens]
-
-
-def _owner(adaptor: AdaptorArch | None, token: int) -> str:
-    return f"token_{token}" if adaptor is None else adaptor.name
+    owned = [(i, by_token.get(i)) for i in tokens]
+    return [_teacher(a.name if a else f"token_{i}", a, i, i in arch.summary_idxs) for i, a in owned]
 
 
 def _teacher(name: str, adaptor: AdaptorArch | None, token: int, use_summary: bool) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -24,12 +24,6 @@ Weights = Literal["pretrained", "random", "meta"]
 """`pretrained`: what the card names; `random`: the true architecture, untrained; `meta`: shapes only, no memory."""
 
 
-class TeacherNet(Protocol):
-    """What a family builds: normalised pixels (B,3,H,W) in, `VisionOutput` out; a frozen nn.Module in eval mode."""
-
-    def __call__(self, pixels_B3HW: Tensor) -> VisionOutput: ...
-
-
 FAMILIES: dict[str, str] = {
     "open_clip": "radio_distill.teachers.open_clip:build",
     "timm": "radio_distill.teachers.timm:build",
@@ -38,7 +32,8 @@ FAMILIES: dict[str, str] = {
     "run": "radio_distill.teachers.run:build",
     "toy": "radio_distill.teachers.toy:build",
 }
-"""Family -> `module:function`, called as build(card, weights) -> nn.Module that is a TeacherNet."""
+"""Family -> `module:function`, called as build(card, weights); gives a frozen nn.Module in eval mode: normalised pixels (B, 3, H, W) in,
+`VisionOutput` out."""
 
 
 class Teacher:

@@ -26,7 +26,7 @@ __all__ = ["TextTower", "fill", "load_text_tower", "open_text_tower", "tower_dig
 KINDS: dict[str, str] = {
     "open_clip": "radio_distill.teachers.text_open_clip:from_card",
     "transformers": "radio_distill.teachers.text_transformers:from_card",
-    "toy": "radio_distill.teachers.text_toy:from_card",
+    "toy": "radio_distill.teachers.toy:from_card",
     "classifier": "radio_distill.teachers.text_classifier:from_card",
 }
 """Kind -> `module:function`, called with the card."""

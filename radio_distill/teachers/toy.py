@@ -24,6 +24,7 @@ from ..errors import TeacherError
 from ..network.pool import MapPool
 from ..paths import data_path
 from ..types import VisionOutput
+from . import text_tower
 from .base import Weights
 from .pooling import map_pool
 
@@ -284,6 +285,13 @@ def load_text_tower(card: TeacherCard) -> TextTower:
     tower = TextTower(vocabulary, width=width, out=out)
     _load(tower, card, "text.")
     return tower.eval().requires_grad_(False)
+
+
+def from_card(card: TeacherCard) -> text_tower.TextTower:
+    """The text tower beside a toy teacher, as `load_text_tower` of text.py wants it. Raises TeacherError when the file is missing."""
+    net = load_text_tower(card)
+    config = {"vocabulary": list(net.vocabulary), "width": net.embed.embedding_dim, "out": net.project.out_features}
+    return text_tower.TextTower("toy", config, net, net.tokenize)
 
 
 def _network(card: TeacherCard) -> ToyViT:

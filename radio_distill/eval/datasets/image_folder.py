@@ -53,7 +53,10 @@ class ImageFolder(Labelled):
             )
 
     def _folder(self, root: Path, split: str) -> Path:
-        return split_folder(root, split) or _not_there(root / split)
+        if (found := split_folder(root, split)) is None:
+            source = "Any images sorted into one folder per class will do."
+            raise missing(root / split, dataset="image folder", layout=LAYOUT, source=source)
+        return found
 
     @property
     def keys(self) -> Sequence[str]:
@@ -74,7 +77,3 @@ class ImageFolder(Labelled):
 def split_folder(root: Path, split: str) -> Path | None:
     """The folder of a split under one of its names; None when there is none."""
     return next((root / name for name in ALIASES.get(split, (split,)) if (root / name).is_dir()), None)
-
-
-def _not_there(path: Path) -> Path:
-    raise missing(path, dataset="image folder", layout=LAYOUT, source="Any images sorted into one folder per class will do.")

@@ -61,7 +61,9 @@ class _Navi(Sized[S]):
         self.root = root / FOLDER
         if not self.root.is_dir():
             raise missing(self.root, dataset="navi", layout=LAYOUT, source=SOURCE)
-        found = {path.name: _collections(path) for path in _folders(self.root)}
+        folders = sorted(path for path in self.root.iterdir() if path.is_dir() and not is_hidden(path.name))
+        kinds = ("wild_set", "multiview")
+        found = {folder.name: sorted(p.name for p in folder.iterdir() if p.name.startswith(kinds)) for folder in folders}
         objects = {name: c for name, c in found.items() if "wild_set" in c and len(c) > 1}
         chosen = [(o, c) for o, cs in objects.items() for c in cs if (c == "wild_set") == (split == "test")]
         self.annotations = {(o, c): _annotations(self.root / o / c) for o, c in chosen}
@@ -159,14 +161,6 @@ class NaviPairs(_Navi[ViewPair]):
                     )
                 partner[place] = places[int(torch.multinomial(near[i].double(), 1, generator=generator))]
         return [partner[p] for p in self.places]
-
-
-def _folders(root: Path) -> list[Path]:
-    return sorted(path for path in root.iterdir() if path.is_dir() and not is_hidden(path.name))
-
-
-def _collections(folder: Path) -> list[str]:
-    return sorted(p.name for p in folder.iterdir() if p.name == "wild_set" or p.name.startswith("multiview"))
 
 
 def _annotations(folder: Path) -> dict[str, dict[str, Any]]:

@@ -22,7 +22,10 @@ class MultitaskHeads(nn.Module):
 
     def __init__(self, channels: int, outputs: Mapping[str, int]) -> None:
         super().__init__()
-        self.heads = nn.ModuleDict({name: _head(channels, out) for name, out in outputs.items()})
+        self.heads = nn.ModuleDict()
+        for name, out in outputs.items():
+            mixing = [nn.Conv2d(channels, channels, 3, padding=1), nn.BatchNorm2d(channels), nn.GELU()]
+            self.heads[name] = nn.Sequential(*mixing, nn.Conv2d(channels, out, 1))
 
     def forward(self, features_BCHW: Tensor, size: tuple[int, int]) -> dict[str, Tensor]:
         """Raw outputs (B, K, H, W) of every head, resized bilinearly to `size`."""
@@ -71,9 +74,3 @@ def _cross_entropy(logits_BKHW: Tensor, target_B1HW: Tensor, weight_K: Tensor | 
 
 def _mean(x_B1HW: Tensor, counts_B1HW: Tensor) -> Tensor:
     return (x_B1HW * counts_B1HW).sum() / counts_B1HW.sum().clamp(min=1)
-
-
-def _head(channels: int, out: int) -> nn.Module:
-    return nn.Sequential(
-        nn.Conv2d(channels, channels, 3, padding=1), nn.BatchNorm2d(channels), nn.GELU(), nn.Conv2d(channels, out, 1)
-    )

@@ -54,7 +54,8 @@ class SummaryTask(Task):
                 raise
             if self.without_summary == "mean":
                 log.info("%s has no summary: it is compared by the mean of its map", opened.label)
-                return self._features(_by_its_mean(opened), dataset, context)
+                facts = {**opened.facts, "summary": "mean of the map"}
+                return self._features(replace(opened, model=MeanOfMap(opened.model), facts=facts), dataset, context)
             raise DataError(
                 f"{opened.label} has no summary, and {type(self).__name__} compares summaries; leave this model out, or choose "
                 "a suite on feature maps"
@@ -98,10 +99,6 @@ class MeanOfMap:
     def encode(self, images_B3HW: Tensor) -> VisionOutput:
         features_BCHW = self.model.encode(images_B3HW).features_BCHW
         return VisionOutput(features_BCHW.mean((2, 3)), features_BCHW)
-
-
-def _by_its_mean(opened: NamedModel) -> NamedModel:
-    return replace(opened, model=MeanOfMap(opened.model), facts={**opened.facts, "summary": "mean of the map"})
 
 
 def parts_of(features: Features, rows: int) -> Iterator[Tensor]:
