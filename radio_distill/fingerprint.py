@@ -39,7 +39,16 @@ from .paths import PACKAGE, cache_dir, expand
 from .runs import artifact_folder
 from .weight_files import local_weights
 
-__all__ = ["Difference", "Fingerprint", "code_digest", "fingerprint", "fingerprints", "known_fingerprint", "weights_digest"]
+__all__ = [
+    "Difference",
+    "Fingerprint",
+    "code_digest",
+    "fingerprint",
+    "fingerprints",
+    "flat_map",
+    "known_fingerprint",
+    "weights_digest",
+]
 
 log = logging.getLogger(__name__)
 
@@ -132,7 +141,7 @@ def known_fingerprint(card: TeacherCard, *, weights: str | None = None, code: st
     facts = card.model_dump(mode="json", include=set(FACTS))
     facts["params"].pop(COSTS_ONLY, None)
     facts["output"].pop(READ_FROM_WEIGHTS, None)
-    return Fingerprint(_flat(facts), card.source, card.revision, weights, code)
+    return Fingerprint(flat_map(facts), card.source, card.revision, weights, code)
 
 
 def fingerprints(recipe: Job) -> dict[str, Fingerprint]:
@@ -170,10 +179,11 @@ def code_digest(target: str) -> str | None:
     return digest.hexdigest()
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat_map(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The values of nested maps by their dotted keys; a map without a key leaves nothing."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+        flat |= flat_map(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
     return flat
 
 

@@ -131,42 +131,37 @@ AnyRecipe = Recipe | UpsamplerRecipe
 
 def check_upsampler(recipe: UpsamplerRecipe, load_card: Callable[[str], TeacherCard], *, training: bool) -> list[Problem]:
     """Everything in the recipe that does not fit together; empty when it can be run."""
-    problems = [*check_network(recipe.network, ("network",)), *engine_problems(recipe)]
+    problems = [*check_network(recipe.network, ("network",)), *engine_problems(recipe), *_fitting(recipe, load_card)]
+    return [*problems, *ranges(recipe), *data_problems(recipe.data, recipe.partitions, training=training)]
+
+
+def _fitting(recipe: UpsamplerRecipe, load_card: Callable[[str], TeacherCard]) -> Iterator[Problem]:
     try:
         card = load_card(recipe.teacher)
-        problems += _size(recipe, card)
+        yield from _size(recipe, card)
         if recipe.loss.true_map and not card.input.resizable:
             text = f"'loss.true_map' is {recipe.loss.true_map}, but {card.name!r} takes {card.input.size} px only; remove it"
-            problems.append(Problem(text, ("loss", "true_map")))
+            yield Problem(text, ("loss", "true_map"))
     except CardError as error:
-        problems.append(Problem(f"teacher {recipe.teacher!r}: {error}".replace("\n", "\n    "), ("teacher",)))
+        yield Problem(f"teacher {recipe.teacher!r}: {error}".replace("\n", "\n    "), ("teacher",))
     if recipe.loss.seam != 1 and not sees_tiles(recipe.network.kind, recipe.network.inputs):
         text = f"'loss.seam' is {recipe.loss.seam}, but without tiles there are no seams; remove 'loss.seam'"
-        problems.append(Problem(text, ("loss", "seam")))
-    if recipe.downsampler.kernel % 2 == 0:
-        near = f"{recipe.downsampler.kernel - 1} or {recipe.downsampler.kernel + 1}"
-        problems.append(
-            Problem(
-                f"'downsampler.kernel' is {recipe.downsampler.kernel}, expected an odd number; use {near}",
-                ("downsampler", "kernel"),
-            )
-        )
+        yield Problem(text, ("loss", "seam"))
+    if (kernel := recipe.downsampler.kernel) % 2 == 0:
+        text = f"'downsampler.kernel' is {kernel}, expected an odd number; use {kernel - 1} or {kernel + 1}"
+        yield Problem(text, ("downsampler", "kernel"))
     if recipe.engine.placement.kind == "dedicated":
         text = "'engine.placement.kind' is 'dedicated', which only stages have: an upsampler's teacher runs on every rank; remove it"
-        problems.append(Problem(text, ("engine", "placement", "kind")))
+        yield Problem(text, ("engine", "placement", "kind"))
     if recipe.micro_batch is not None and recipe.micro_batch > recipe.images:
-        problems.append(
-            Problem(f"'micro_batch' is {recipe.micro_batch}, expected 1 to {recipe.images} (images), or null", ("micro_batch",))
-        )
+        text = f"'micro_batch' is {recipe.micro_batch}, expected 1 to {recipe.images} (images), or null"
+        yield Problem(text, ("micro_batch",))
     if not recipe.balance.ahead:
-        problems.append(
-            Problem("'balance.ahead' is false: the network needs its statistics before the first step", ("balance", "ahead"))
-        )
+        text = "'balance.ahead' is false: the network needs its statistics before the first step"
+        yield Problem(text, ("balance", "ahead"))
     if recipe.balance.window == 0 and recipe.balance.path is None:
-        problems.append(
-            Problem("'balance.window' is 0 and there is no 'balance.path': no statistics; give one", ("balance", "window"))
-        )
-    return [*problems, *ranges(recipe), *data_problems(recipe.data, recipe.partitions, training=training)]
+        text = "'balance.window' is 0 and there is no 'balance.path': no statistics; give one"
+        yield Problem(text, ("balance", "window"))
 
 
 def _size(recipe: UpsamplerRecipe, card: TeacherCard) -> Iterator[Problem]:

@@ -42,7 +42,7 @@ from ..data.tar import LocalTar
 from ..data.views import ViewSpec, draw_cut
 from ..errors import DataError
 from ..files import digest_of, parse_json, replace_text, typed, written_as
-from ..fingerprint import Fingerprint, fingerprints
+from ..fingerprint import Fingerprint, fingerprints, flat_map
 from ..paths import expand
 from ..types import VisionOutput
 
@@ -116,8 +116,8 @@ def differences(was: Header, now: Header) -> list[str]:
     """What the targets that a recipe wants (`now`) have otherwise than those of a cache; a cache may hold more than is wanted."""
     found = [
         f"{key}: {old} in the cache, {new} in the recipe"
-        for key, new in _flat(now.made).items()
-        if (old := _flat(was.made).get(key)) != new
+        for key, new in flat_map(now.made).items()
+        if (old := flat_map(was.made).get(key)) != new
     ]
     for name, values in now.teachers.items():
         if name not in was.teachers:
@@ -131,7 +131,7 @@ def differences(was: Header, now: Header) -> list[str]:
 def extras(was: Header, now: Header) -> list[str]:
     """What a cache holds that a recipe does not ask for."""
     more = [
-        *(key for key in _flat(was.made) if key not in _flat(now.made)),
+        *(key for key in flat_map(was.made) if key not in flat_map(now.made)),
         *(f"teachers.{t}" for t in was.teachers if t not in now.teachers),
     ]
     return [f"{key}: in the cache, not in the recipe" for key in more]
@@ -154,13 +154,6 @@ def _views(recipe: Recipe) -> dict[str, Any]:
     shifts = [draw_shift(random.Random(stable_hash("shift", i)), 1.0, 16, 224) for i in range(16)]
     code = digest_of(repr((cuts, shifts)))[:12]
     return {"crop": data.crop.model_dump(mode="json"), "shift_std": data.shift_std, "code_that_draws": code}
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return flat
 
 
 def tar_name(partition: str, view: int, source: str, index: int) -> str:

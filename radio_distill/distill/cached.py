@@ -15,6 +15,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -172,11 +173,11 @@ class CachedTeachers:
         return {name: _merged(stored[name], out, order) for name, out in computed.items()}
 
 
-class _Found:
+class _Found(NamedTuple):
     """What the cache holds of a batch."""
 
-    def __init__(self, tensors: dict[str, StoredRow], missing: list[int]) -> None:
-        self.tensors, self.missing = tensors, missing
+    tensors: dict[str, StoredRow]
+    missing: list[int]
 
 
 class _Shards:

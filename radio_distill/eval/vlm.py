@@ -72,18 +72,9 @@ def evaluate(
     label, protocol = _label(model, folder), _protocol(data, limit)
     if data == TOY:
         scores = score_toy(folder, kinds=chosen, limit=limit, batch=batch)
+        size = facts["image_size"]
         return [
-            _result(
-                f"toy_{kind}",
-                "accuracy",
-                100 * s.value,
-                s.questions,
-                label,
-                "toyworld",
-                facts["image_size"],
-                protocol,
-                "percent",
-            )
+            _result(f"toy_{kind}", "accuracy", 100 * s.value, s.questions, label, "toyworld", size, protocol, "percent")
             for kind, s in scores.items()
         ]
     columns = load_tables()["6"].columns

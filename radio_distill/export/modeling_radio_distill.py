@@ -21,6 +21,7 @@ from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -306,49 +307,20 @@ class RadioDistillModel(PreTrainedModel):
         """The nearest (height, width) in pixels that the model takes."""
         return self.radio_model.nearest_size(height, width)
 
-    @property
-    def model(self) -> Any:
-        return self.radio_model.model
-
-    @property
-    def input_conditioner(self) -> nn.Module:
-        return self.radio_model.input_conditioner
-
-    @property
-    def adaptors(self) -> nn.ModuleDict:
-        return self.radio_model.adaptors
-
-    @property
-    def summary_idxs(self) -> Tensor:
-        return self.radio_model.summary_idxs
-
-    @property
-    def blocks(self) -> nn.Module:
-        return self.model.blocks
-
-    @property
-    def embed_dim(self) -> int:
-        return self.radio_model.embed_dim
+    model: Any = property(attrgetter("radio_model.model"))
+    input_conditioner: Any = property(attrgetter("radio_model.input_conditioner"))
+    adaptors: Any = property(attrgetter("radio_model.adaptors"))
+    summary_idxs: Any = property(attrgetter("radio_model.summary_idxs"))
+    embed_dim: Any = property(attrgetter("radio_model.embed_dim"))
+    patch_size: Any = property(attrgetter("radio_model.patch_size"))
+    num_cls_tokens: Any = property(attrgetter("radio_model.num_cls_tokens"))
+    window_size: Any = property(attrgetter("radio_model.window_size"))
+    blocks: Any = property(attrgetter("model.blocks"))
+    num_summary_tokens: Any = property(attrgetter("model.patch_generator.num_skip"))
 
     @property
     def summary_dim(self) -> int:
         return self.embed_dim * len(self.summary_idxs)
-
-    @property
-    def patch_size(self) -> int:
-        return self.radio_model.patch_size
-
-    @property
-    def num_cls_tokens(self) -> int:
-        return self.radio_model.num_cls_tokens
-
-    @property
-    def num_summary_tokens(self) -> int:
-        return self.model.patch_generator.num_skip
-
-    @property
-    def window_size(self) -> int | None:
-        return self.radio_model.window_size
 
     @property
     def min_resolution_step(self) -> int:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..errors import CheckpointError
 from ..network.student import Student
-from .program import TOLERANCE, Flat, Tokens, flat_names, probes, program
+from .program import Flat, Tokens, check_same, flat_names, program
 
 __all__ = ["ONNX_DTYPES", "Errors", "write_onnx", "write_web"]
 
@@ -109,7 +109,7 @@ def _write_exact(network: Flat, path: Path, input_name: str) -> None:
     _separate_outputs(written.model)
     written.save(str(path), external_data=_bytes(network.student) > EXTERNAL_SIZE)
     if find_spec("onnxruntime") is not None:
-        _compare(network, path)
+        check_same(network, _session(path), "ONNX graph", "use another version of onnxscript, or the format torch")
 
 
 def _separate_outputs(model: Any) -> None:
@@ -124,19 +124,6 @@ def _separate_outputs(model: Any) -> None:
             own.name, own.shape, own.type = name, value.shape, value.type
             model.graph.append(node)
             model.graph.outputs[place] = own
-
-
-def _compare(network: Flat, path: Path) -> None:
-    run = _session(path)
-    for images in probes(network.student):
-        got = run(images)
-        for name, want in network(images).items():
-            if not torch.allclose(got[name], want, atol=TOLERANCE, rtol=TOLERANCE):
-                size = "x".join(map(str, images.shape[2:]))
-                raise CheckpointError(
-                    f"the ONNX graph gives other {name} than the student at {size} px; "
-                    "use another version of onnxscript, or the format torch"
-                )
 
 
 def _session(path: Path) -> Any:

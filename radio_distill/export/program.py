@@ -5,7 +5,7 @@ Shapes: B batch, C channels, H W, S class tokens + registers, L patches, D width
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -15,7 +15,7 @@ from ..errors import CheckpointError
 from ..network.output import VisionOutput
 from ..network.student import Student
 
-__all__ = ["Flat", "Tokens", "flat_names", "probes", "program", "write_program"]
+__all__ = ["Flat", "Tokens", "check_same", "flat_names", "probes", "program", "write_program"]
 
 TOLERANCE = 1e-4
 
@@ -88,13 +88,15 @@ def write_program(student: Student, folder: Path) -> None:
     """Write model.pt2; raises CheckpointError when the program computes something else than the student."""
     network = Flat(student)
     traced = program(network)
-    run = traced.module()
-    for images in probes(student):
+    check_same(network, traced.module(), "program", "use another version of torch")
+    torch.export.save(traced, folder / "model.pt2")
+
+
+def check_same(network: Flat, run: Callable[[Tensor], Mapping[str, Tensor]], what: str, advice: str) -> None:
+    """Raise CheckpointError where `run`, the network as a format has it, gives another output than the student."""
+    for images in probes(network.student):
         got = run(images)
         for name, want in network(images).items():
             if not torch.allclose(got[name], want, atol=TOLERANCE, rtol=TOLERANCE):
                 size = "x".join(map(str, images.shape[2:]))
-                raise CheckpointError(
-                    f"the program gives other {name} than the student at {size} px; use another version of torch"
-                )
-    torch.export.save(traced, folder / "model.pt2")
+                raise CheckpointError(f"the {what} gives other {name} than the student at {size} px; {advice}")
