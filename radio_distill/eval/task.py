@@ -151,7 +151,8 @@ class Task(Fields):
 
     def size(self, context: Context) -> int:
         """Side in pixels that results are filed under: the task's `resolution`, where it has such a field, or the one asked for."""
-        return context.resolution or getattr(self, "resolution", 0)
+        own: int = getattr(self, "resolution", 0)
+        return context.resolution or own
 
     @abstractmethod
     def run(self, opened: NamedModel, context: Context) -> Iterable[Score]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from pydantic import Field
@@ -17,7 +17,7 @@ from ..sizes import factor_of, image_size
 from ..task import Context, Score, Task
 from .sweeps import distinct
 
-__all__ = ["Throughput"]
+__all__ = ["Throughput", "Timing"]
 
 
 class Noise(Dataset[Tensor]):
@@ -37,6 +37,13 @@ class Noise(Dataset[Tensor]):
 
     def __getitem__(self, index: int) -> Tensor:
         return torch.rand(3, 1, 1)
+
+
+class Timing(NamedTuple):
+    tokens: int
+    """Cells of the map, and one for the summary."""
+    seconds: float
+    """Median of one forward pass."""
 
 
 class Throughput(Task):
@@ -69,10 +76,14 @@ class Throughput(Task):
     def run(self, opened: NamedModel, context: Context) -> Iterable[Score]:
         factors = (1,) if factor_of(opened.model) > 1 else self.factors
         for side, own in distinct(opened, [self.side * f for f in factors]):
-            height, width = image_size(opened.model, side, side)
-            images = torch.rand(self.images, 3, height, width, device=context.device)
-            seconds, out = timed(opened, images, context, warmup=self.warmup, runs=self.runs)
-            tokens = out.features_BCHW.shape[-2:].numel() + 1  # cells of the map, and one for the summary
-            milliseconds = 1000 * seconds / self.images / tokens
+            timing = self.measure(opened, side, context)
+            milliseconds = 1000 * timing.seconds / self.images / timing.tokens
             yield Score("ms_per_token", milliseconds, "ms", higher_is_better=False, headline=False, side=own)
-            yield Score("tokens", tokens, "tokens", headline=False, side=own)
+            yield Score("tokens", timing.tokens, "tokens", headline=False, side=own)
+
+    def measure(self, opened: NamedModel, side: int, context: Context) -> Timing:
+        """Time forward passes of an input of side x side; every one is waited for."""
+        height, width = image_size(opened.model, side, side)
+        images = torch.rand(self.images, 3, height, width, device=context.device)
+        seconds, out = timed(opened, images, context, warmup=self.warmup, runs=self.runs)
+        return Timing(out.features_BCHW.shape[-2:].numel() + 1, seconds)
