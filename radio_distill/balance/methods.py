@@ -21,8 +21,7 @@ from .balancer import Balancer
 from .hadamard import hadamard
 from .moments import Moments
 from .phi_s import axes_of, phi_s
-from .standardize import global_std, per_channel_std
-from .whiten import FLOOR, hca, pca, zca
+from .whiten import FLOOR, floored_std, hca, pca, zca
 
 __all__ = ["fit", "fit_on_first_rank", "import_method"]
 
@@ -104,16 +103,18 @@ def fit_on_first_rank(
 def _solve(
     kind: str, mean_C: Tensor, covariance_CC: Tensor, count: Tensor, previous: Balancer | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """W, its inverse and the offset of one method, float64."""
+    """W, its inverse and the offset of one method, float64; the standardisations are the PHI-S paper's eq. 5 and 6."""
     if kind in MATRICES:
         known = previous is not None and previous.kind == kind and kind != "zca"  # zca does not depend on order and signs
         like_CC = axes_of(previous.weight, rotated=kind in ROTATED) if previous is not None and known else None
         return *MATRICES[kind](covariance_CC, like_CC), mean_C
     if kind == "standardize":
-        std_C = per_channel_std(covariance_CC)
+        std_C = floored_std(covariance_CC.diagonal())
         return 1 / std_C, std_C, mean_C
     if kind == "global_standardize":
-        std_C = global_std(mean_C, covariance_CC, count).expand_as(mean_C)
+        # of all numbers of all channels around their common mean, unbiased
+        squares = (count - 1) * covariance_CC.trace() + count * (mean_C - mean_C.mean()).square().sum()
+        std_C = (squares / (count * len(mean_C) - 1)).sqrt().expand_as(mean_C)
         return 1 / std_C, std_C, mean_C.mean().expand_as(mean_C)
     return torch.ones_like(mean_C), torch.ones_like(mean_C), torch.zeros_like(mean_C)
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from .hadamard import hadamard
 from .phi_s import principal_axes
 
-__all__ = ["FLOOR", "hca", "pca", "zca"]
+__all__ = ["FLOOR", "floored_std", "hca", "pca", "zca"]
 
 FLOOR = 1e-6  # share of the mean variance; float32 covariances carry about 1e-7 (OURS)
 
@@ -43,4 +43,9 @@ def hca(covariance_CC: Tensor, like_CC: Tensor | None = None) -> tuple[Tensor, T
 
 def _axes_and_std(covariance_CC: Tensor, like_CC: Tensor | None) -> tuple[Tensor, Tensor]:
     eigenvalues_C, axes_CC = principal_axes(covariance_CC, like_CC)
-    return axes_CC, torch.maximum(eigenvalues_C, FLOOR * eigenvalues_C.mean()).sqrt()
+    return axes_CC, floored_std(eigenvalues_C)
+
+
+def floored_std(variances_C: Tensor) -> Tensor:
+    """Standard deviations of directions; those below FLOOR of the mean variance count as having that."""
+    return torch.maximum(variances_C, FLOOR * variances_C.mean()).sqrt()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..config.cards import TeacherCard
-from ..config.recipe import Balance, BalanceKind, Standardize
+from ..config.recipe import Balance, BalanceKind, BuiltInBalance
 from ..types import VisionOutput
 from . import Balancer, Dispersion, Moments, fit_on_first_rank
 
@@ -72,9 +72,8 @@ class StatisticsWindow:
             if name in self.dispersions:
                 balancer = replace(balancer, dispersion=self.dispersions[name].all_reduce())
             if name in self.summaries:
-                own = fit_on_first_rank(
-                    Standardize(kind="standardize"), self.summaries[name].all_reduce(), f"{name}, summaries"
-                )
+                standardize = BuiltInBalance(kind="standardize")
+                own = fit_on_first_rank(standardize, self.summaries[name].all_reduce(), f"{name}, summaries")
                 balancer = replace(balancer, summary_mean_C=own.mean_C, summary_std_C=own.inverse_weight)
             balancers[name] = balancer
         return balancers

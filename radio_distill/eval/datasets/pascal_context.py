@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +14,6 @@ from ...errors import DataError
 from ..metrics.checks import known_labels
 from ..metrics.segmentation import IGNORE
 from .borders import borders
-from .matlab import read_mat
 from .multitask import MultitaskFolder, MultitaskSample, plane, vectors
 from .pixels import read_labels, read_normals, read_rgb
 from .segmentation import VOC_CLASSES
@@ -112,6 +112,18 @@ class PascalContext(MultitaskFolder):
         if labels is None or labels.ndim != 2:
             raise DataError(f"{path} has no map of labels 'LabelMap'; expected the annotations of PascalContext's trainval")
         return labels  # type: ignore[no-any-return]
+
+
+def read_mat(path: Path) -> dict[str, Any]:
+    """The variables of a MATLAB file before version 7.3. Raises DataError without scipy, and for a damaged file."""
+    try:
+        from scipy.io import loadmat
+    except ImportError as error:
+        raise DataError(f'{path} is a MATLAB file and scipy is not installed; pip install "radio-distill[mat]"') from error
+    try:
+        return loadmat(path)  # type: ignore[no-any-return]
+    except Exception as error:  # scipy raises whatever it stumbles on: ValueError, KeyError, zlib.error, ...
+        raise DataError(f"{path} cannot be read as a MATLAB file ({error}); copy it again") from error
 
 
 def human_parts(path: Path, size: tuple[int, int]) -> NDArray[np.uint8]:
