@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -126,11 +125,11 @@ class Balancer:
         """The same balancer on `device`."""
         return self._map(lambda x: x.to(device))
 
-    def broadcast(self, group: dist.ProcessGroup | None = None) -> Balancer:
-        """The balancer of the group's first rank; all ranks must call it, with tensors of equal shapes."""
+    def broadcast(self) -> Balancer:
+        """The balancer of the first rank; all ranks must call it, with tensors of equal shapes."""
         received = self._map(Tensor.clone)
         for x in received.tensors().values():
-            broadcast(x, group)
+            broadcast(x)
         return received
 
     def tensors(self) -> dict[str, Tensor]:

@@ -79,25 +79,18 @@ def _spread(covariance_CC: Tensor) -> dict[str, str]:
     return {"first_share": f"{float(eigenvalues[-1] / total):.4g}", "effective_rank": f"{float(rank):.4g}"}
 
 
-def fit_on_first_rank(
-    method: BalanceKind,
-    moments: Moments,
-    name: str,
-    *,
-    previous: Balancer | None = None,
-    group: dist.ProcessGroup | None = None,
-) -> Balancer:
-    """`fit` on the group's first rank, broadcast to the others; all ranks call it with the same all-reduced moments.
+def fit_on_first_rank(method: BalanceKind, moments: Moments, name: str, *, previous: Balancer | None = None) -> Balancer:
+    """`fit` on the first rank, broadcast to the others; all ranks call it with the same all-reduced moments.
 
     Two machines may give eigenvectors that differ within repeated eigenvalues, so only one rank solves.
     """
     # what a function of the user's raises, every rank has to raise: all of them call it, and take the first one's answer
-    if not dist.is_initialized() or dist.get_rank(group) == 0 or method.kind == "custom":
+    if not dist.is_initialized() or dist.get_rank() == 0 or method.kind == "custom":
         balancer = fit(method, moments, name, previous=previous)
     else:
         _check(method, moments, name)  # whatever the first rank raises is raised everywhere: nobody waits for it
         balancer = _shapes(method, moments, name)
-    return balancer.broadcast(group)
+    return balancer.broadcast()
 
 
 def _solve(

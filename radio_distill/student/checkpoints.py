@@ -9,7 +9,7 @@ import argparse
 import json
 import pickle
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +71,7 @@ def load_saved(folder: Path) -> Student:
         return student_from_arch(StudentArch.from_dict(values), state)
 
 
-def load_reference(path: Path, adaptor_names: Sequence[str] | None = None, *, ema: bool = True) -> Student:
+def load_reference(path: Path, *, ema: bool = True) -> Student:
     """Load the reference's training checkpoint (`.pth.tar`): weights and an argparse.Namespace, no other objects.
 
     `ema`: prefer the EMA weights where there are any. Raises CheckpointError.
@@ -88,10 +88,10 @@ def load_reference(path: Path, adaptor_names: Sequence[str] | None = None, *, em
         )
     with written_as(path, "a training checkpoint of the reference", advice="get it again"):
         args = checkpoint["args"]
-        return student_from_reference(args if isinstance(args, Mapping) else vars(args), state, adaptor_names)
+        return student_from_reference(args if isinstance(args, Mapping) else vars(args), state)
 
 
-def student_from_hf(folder: Path, adaptor_names: Sequence[str] | None = None) -> Student:
+def student_from_hf(folder: Path) -> Student:
     """Load a Hugging Face folder (config.json, model*.safetensors): an export, the reference's class or transformers' `radio`."""
     files = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
     there = {"config.json": (folder / "config.json").is_file(), "model.safetensors": bool(files)}
@@ -107,7 +107,7 @@ def student_from_hf(folder: Path, adaptor_names: Sequence[str] | None = None) ->
             check_written(file)
     state = {key: value for file in files for key, value in read_tensors(file).items()}
     with json_file(folder / "config.json", "the config of a RADIO model", advice="copy the whole folder again") as config:
-        return student_from_hf_state(config, state, adaptor_names)
+        return student_from_hf_state(config, state)
 
 
 def is_vlm(folder: Path) -> bool:

@@ -37,29 +37,24 @@ class Entry:
     upsample: int
 
 
-def student_from_reference(
-    args: Mapping[str, Any], state: Mapping[str, Tensor], adaptor_names: Sequence[str] | None = None
-) -> Student:
+def student_from_reference(args: Mapping[str, Any], state: Mapping[str, Tensor]) -> Student:
     """Build the student of a reference training checkpoint: its `args` (as a mapping) and its state dict.
 
-    `adaptor_names` chooses adaptors; None: all that are there. Spectral reparametrisation and DAMP are folded, half
-    precision becomes fp32. Raises CheckpointError for what is missing or cannot be represented; logs tensors not used.
+    Spectral reparametrisation and DAMP are folded, half precision becomes fp32. Raises CheckpointError for what is missing or cannot be represented; logs tensors not used.
     """
     plain = fold_state(unwrapped(state, "base_model."), eps=_spectral_eps(args))
     ours = canonical({from_reference(key): value for key, value in plain.items()})
     trunk = _trunk_from_args(args, ours)
     entries = _entries(args)
     ours = _name_heads(ours, entries)
-    return _assemble(ours, trunk, _adaptors(ours, entries, adaptor_names), _summary_idxs(args))
+    return _assemble(ours, trunk, _adaptors(ours, entries), _summary_idxs(args))
 
 
-def student_from_hf_state(
-    config: Mapping[str, Any], state: Mapping[str, Tensor], adaptor_names: Sequence[str] | None = None
-) -> Student:
+def student_from_hf_state(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> Student:
     """Build the student of a Hugging Face folder (ours, the reference's class or transformers'): its config.json and tensors."""
     ours = canonical(fold_state(unwrapped(state, "radio_model.")))
     if "student" in config:
-        return _from_our_config(config["student"], ours, adaptor_names)
+        return _from_our_config(config["student"], ours)
     if "args" not in config:
         trunk, entries = _trunk_from_native(config, ours), {}
     else:
@@ -70,7 +65,7 @@ def student_from_hf_state(
         entries[name] = Entry(index, head["head_idx"], head["feature"].get("upsample_factor") or 1)
     stored = ours.get("summary_idxs")
     summary_idxs = _summary_idxs(config["args"]) if stored is None else stored.tolist()
-    return _assemble(ours, trunk, _adaptors(ours, entries, adaptor_names), summary_idxs)
+    return _assemble(ours, trunk, _adaptors(ours, entries), summary_idxs)
 
 
 def student_from_arch(arch: StudentArch, state: Mapping[str, Tensor]) -> Student:
@@ -103,17 +98,14 @@ def student_from_arch(arch: StudentArch, state: Mapping[str, Tensor]) -> Student
     return student
 
 
-def _from_our_config(values: Mapping[str, Any], state: Mapping[str, Tensor], adaptor_names: Sequence[str] | None) -> Student:
+def _from_our_config(values: Mapping[str, Any], state: Mapping[str, Tensor]) -> Student:
     """The architecture as the exporter wrote it, which says more than the other layouts can."""
     arch = StudentArch.from_dict(values)
     stored = {a.name: a for a in arch.adaptors}
-    if missing := [name for name in adaptor_names or () if name not in stored]:
-        raise CheckpointError(f"no adaptor {missing[0]!r} in this checkpoint; it has {', '.join(stored) or 'none'}")
     saved = {key.split(".")[1] for key in state if key.startswith("adaptors.")}
     for name in stored.keys() - saved:
         log.warning("adaptor %s was not saved with this model; the student comes without it", name)
-    wanted = saved if adaptor_names is None else saved & set(adaptor_names)
-    chosen = {name: adaptor for name, adaptor in stored.items() if name in wanted}
+    chosen = {name: adaptor for name, adaptor in stored.items() if name in saved}
     if arch.trunk.layer_scale is None:  # transformers' own class trains one, and saves it
         state = fold_layer_scale(state)
     kept = {key: x for key, x in state.items() if not key.startswith("adaptors.") or key.split(".")[1] in chosen}
@@ -287,14 +279,9 @@ def _name_heads(state: dict[str, Tensor], entries: Mapping[str, Entry]) -> dict[
     return out
 
 
-def _adaptors(
-    state: Mapping[str, Tensor], entries: Mapping[str, Entry], wanted: Sequence[str] | None
-) -> tuple[AdaptorArch, ...]:
-    stored = dict.fromkeys(key.split(".")[1] for key in state if key.startswith("adaptors."))
-    if missing := [name for name in wanted or () if name not in stored or name not in entries]:
-        raise CheckpointError(f"no adaptor {missing[0]!r} in this checkpoint; it has {', '.join(stored) or 'none'}")
-    names = [name for name in entries if name in stored and (wanted is None or name in wanted)]
-    return tuple(_adaptor(state, name, entries[name]) for name in names)
+def _adaptors(state: Mapping[str, Tensor], entries: Mapping[str, Entry]) -> tuple[AdaptorArch, ...]:
+    stored = {key.split(".")[1] for key in state if key.startswith("adaptors.")}
+    return tuple(_adaptor(state, name, entry) for name, entry in entries.items() if name in stored)
 
 
 def _adaptor(state: Mapping[str, Tensor], name: str, entry: Entry) -> AdaptorArch:

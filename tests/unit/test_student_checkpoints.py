@@ -137,13 +137,6 @@ def test_ema_weights_are_preferred(tmp_path: Path) -> None:
     same(ema, load_student(path))
 
 
-def test_adaptors_can_be_chosen() -> None:
-    args, state = reference(make())
-    assert list(student_from_reference(args, state, ["dino"]).adaptors) == ["dino"]
-    with pytest.raises(CheckpointError, match="no adaptor 'dinov3' in this checkpoint; it has clip, sam, dino"):
-        student_from_reference(args, state, ["dinov3"])
-
-
 def test_raw_training_weights_are_folded() -> None:
     student = make()
     parametrise(student, Spec(spectral=True, damp=0.1))
