@@ -30,6 +30,8 @@ __all__ = ["ToyProtocol", "evaluate"]
 
 TRAIN_SEED, TEST_SEED = 71_000, 72_000
 """Far from the seeds that training data and toy teachers are made with."""
+BATCH = 32
+"""Images of a forward pass."""
 
 
 @dataclass(frozen=True)
@@ -93,12 +95,12 @@ def evaluate(model: VisionModel, name: str, protocol: ToyProtocol, *, resolution
 
 @torch.no_grad()
 def heads_knn(
-    student: Student, train: Scenes, test: Scenes, size: tuple[int, int], *, classes: int, k: int, batch: int = 32
+    student: Student, train: Scenes, test: Scenes, size: tuple[int, int], *, classes: int, k: int
 ) -> dict[str, float]:
     """kNN top-1 on the summaries that the heads predict, by teacher: to be compared with the teacher's own."""
 
     def summaries(images_N3SS: Tensor) -> dict[str, Tensor]:
-        parts = [student.encode_adaptors(_resized(part, size)) for part in images_N3SS.split(batch)]
+        parts = [student.encode_adaptors(_resized(part, size)) for part in images_N3SS.split(BATCH)]
         heads = [a.name for a in student.arch.adaptors if a.summary_dim]
         return {h: torch.cat([s for p in parts if (s := p[h].summary_BC) is not None]).float() for h in heads}
 
@@ -107,7 +109,7 @@ def heads_knn(
 
 
 @torch.no_grad()
-def fidelity(student: Student, images_N3SS: Tensor, size: tuple[int, int], *, batch: int = 32) -> dict[str, float]:
+def fidelity(student: Student, images_N3SS: Tensor, size: tuple[int, int]) -> dict[str, float]:
     """Target variance over error (FeatSharp, eq. 7) of every adaptor named like a toy teacher, in raw units, on held-out scenes.
 
     Targets are the teacher's map resized to the student's grid; the variance is taken around their mean over all images.
@@ -119,7 +121,7 @@ def fidelity(student: Student, images_N3SS: Tensor, size: tuple[int, int], *, ba
     if not teachers:
         return {}
     sums = {name: HeadFidelity(teacher.card.output.features) for name, teacher in teachers.items()}
-    for part in images_N3SS.split(batch):
+    for part in images_N3SS.split(BATCH):
         pixels = _resized(part, size)
         predictions = student.encode_adaptors(pixels)
         for name, teacher in teachers.items():
@@ -141,11 +143,9 @@ def scenes(seed: int, count: int, size: int) -> Scenes:
 
 
 @torch.no_grad()
-def encode(model: VisionModel, images_N3SS: Tensor, size: tuple[int, int], *, batch: int = 32) -> VisionOutput:
+def encode(model: VisionModel, images_N3SS: Tensor, size: tuple[int, int]) -> VisionOutput:
     """Outputs of all images, fp32."""
-    outputs = []
-    for part in images_N3SS.split(batch):
-        outputs.append(model.encode(_resized(part, size)))
+    outputs = [model.encode(_resized(part, size)) for part in images_N3SS.split(BATCH)]
     summaries = [o.summary_BC for o in outputs if o.summary_BC is not None]
     return VisionOutput(
         torch.cat(summaries).float() if summaries else None, torch.cat([o.features_BCHW for o in outputs]).float()

@@ -14,6 +14,9 @@ from .fit import fit
 
 __all__ = ["fit_cached", "predict_cached", "segmentation_head", "segmentation_loss"]
 
+BATCH = 32
+"""Maps of a step, or of a forward pass, where they are kept."""
+
 
 def segmentation_head(channels: int, classes: int) -> nn.Module:
     """The head, with weights drawn from N(0, 0.01^2) (mmsegmentation); training is convex, the start does not decide the end."""
@@ -37,34 +40,25 @@ def resize_logits(logits_NKHW: Tensor, size: tuple[int, int] | torch.Size) -> Te
     return F.interpolate(logits_NKHW.float(), size=tuple(size), mode="bilinear", align_corners=False)
 
 
-def fit_cached(
-    features_NCHW: Tensor,
-    labels_NYX: Tensor,
-    *,
-    classes: int,
-    steps: int = 400,
-    batch: int = 32,
-    lr: float = 1e-2,
-    seed: int = 0,
-) -> nn.Module:
+def fit_cached(features_NCHW: Tensor, labels_NYX: Tensor, *, classes: int, steps: int) -> nn.Module:
     """Train a head on features that are kept, without augmentation: a quick look at a map, not the paper's protocol."""
-    generator = torch.Generator().manual_seed(seed)
-    torch.manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
     head = segmentation_head(features_NCHW.shape[1], classes)
-    drawn = (torch.randint(len(features_NCHW), (batch,), generator=generator) for _ in range(steps))
+    drawn = (torch.randint(len(features_NCHW), (BATCH,), generator=generator) for _ in range(steps))
     warmup = max(1, steps // 50)
     fit(
         head,
         ((features_NCHW[i].float(), labels_NYX[i]) for i in drawn),
         segmentation_loss,
         steps=steps,
-        optimizer=torch.optim.AdamW(head.parameters(), lr=lr, weight_decay=0.0),
+        optimizer=torch.optim.AdamW(head.parameters(), lr=1e-2, weight_decay=0.0),
         factor=lambda s: min((s + 1) / warmup, (steps - s) / (steps - warmup)),
     )
     return head
 
 
 @torch.no_grad()
-def predict_cached(head: nn.Module, features_NCHW: Tensor, size: tuple[int, int], *, batch: int = 32) -> Tensor:
+def predict_cached(head: nn.Module, features_NCHW: Tensor, size: tuple[int, int]) -> Tensor:
     """Class of every pixel, (N, Y, X) uint8."""
-    return torch.cat([resize_logits(head(x.float()), size).argmax(1).byte() for x in features_NCHW.split(batch)])
+    return torch.cat([resize_logits(head(x.float()), size).argmax(1).byte() for x in features_NCHW.split(BATCH)])
