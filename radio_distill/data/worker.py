@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from itertools import count
 from typing import Any
 
@@ -40,63 +40,62 @@ class Part:
     """Of a native partition: images of each pack."""
 
 
+@dataclass(eq=False)
 class PartReader(IterableDataset[Part | DataError]):
     """Endless parts of one rank's batches; worker w of W runs the w-th of W blocks of the rank's streams.
 
     An error is yielded, not raised: it has to arrive in the training process with its message and nothing else.
     """
 
-    def __init__(
-        self,
-        feeds: tuple[Feed, ...],
-        views: ViewsAt,
-        data: Data,
-        *,
-        name: str,
-        partition: Partition,
-        patch: int,
-        seed: int,
-        streams: int,
-        indices: range,
-        quota: int,
-        states: dict[int, dict[str, Any]],
-        step: int,
-    ) -> None:
-        """Prepare the streams `indices` of `streams`, each giving `quota` images (or packs) a step, from `states` where given, at
-        `step`. patch: of the partition's grids."""
-        self._feeds, self._views, self._data, self._step = feeds, views, data, step
-        self._name, self._partition, self._patch, self._seed = name, partition, patch, seed
-        self._streams, self._indices, self._quota, self._states = streams, indices, quota, states
+    feeds: tuple[Feed, ...]
+    views: ViewsAt
+    data: Data
+    _: KW_ONLY
+    name: str
+    partition: Partition
+    patch: int
+    """Side in pixels of a cell of the partition's grids."""
+    seed: int
+    streams: int
+    """Of all ranks."""
+    indices: range
+    """This rank's streams."""
+    quota: int
+    """Images (or packs) of a stream in a step."""
+    states: dict[int, dict[str, Any]]
+    """Where a stream goes on, where it is not at its beginning."""
+    step: int
+    """The first."""
 
     def __iter__(self) -> Iterator[Part | DataError]:
         worker, workers = turn()
-        block = len(self._indices) // workers
-        streams = [self._stream(index) for index in self._indices[worker * block : (worker + 1) * block]]
-        watch = _Watch(self._data.max_bad)
-        read = self._packs(streams, watch) if self._partition.is_native else self._squares(streams, watch)
+        block = len(self.indices) // workers
+        streams = [self._stream(index) for index in self.indices[worker * block : (worker + 1) * block]]
+        watch = _Watch(self.data.max_bad)
+        read = self._packs(streams, watch) if self.partition.is_native else self._squares(streams, watch)
         try:
-            for step in count(self._step):
+            for step in count(self.step):
                 yield read(step)
         except DataError as error:
             yield error
 
     def _stream(self, index: int) -> Stream:
-        return Stream(self._feeds, index, self._streams, seed=self._seed, order=self._name, data=self._data)
+        return Stream(self.feeds, index, self.streams, seed=self.seed, order=self.name, data=self.data)
 
     def _squares(self, streams: list[Stream], watch: _Watch) -> Callable[[int], Part]:
         """What reads a step of images of one size."""
-        cutter = ViewCutter(self._data, size=self._partition.size)
+        cutter = ViewCutter(self.data, size=self.partition.size)
         for stream in streams:
-            if stream.index in self._states:
-                stream.load(self._states[stream.index])
+            if stream.index in self.states:
+                stream.load(self.states[stream.index])
 
         def read(step: int) -> Part:
-            canvases = cutter.blank(self._views(step), len(streams) * self._quota)
+            canvases = cutter.blank(self.views(step), len(streams) * self.quota)
             samples: list[Sample] = []
             bad: list[Bad] = []
             for number, stream in enumerate(streams, start=1):
                 stream.begin(step)
-                while len(samples) < number * self._quota:
+                while len(samples) < number * self.quota:
                     sample = next(stream)
                     failure = _cut(cutter, sample, canvases, len(samples))
                     bad.extend(_noted(stream, failure, watch))
@@ -109,15 +108,15 @@ class PartReader(IterableDataset[Part | DataError]):
 
     def _packs(self, streams: list[Stream], watch: _Watch) -> Callable[[int], Part]:
         """What reads a step of packs."""
-        tokens = self._partition.tokens
+        tokens = self.partition.tokens
         assert tokens is not None
-        filler = Filler(PackCutter(self._data, self._partition, self._patch), tokens, self._quota)
+        filler = Filler(PackCutter(self.data, self.partition, self.patch), tokens, self.quota)
         for stream in streams:
-            if stream.index in self._states:
-                filler.load(stream, self._states[stream.index])
+            if stream.index in self.states:
+                filler.load(stream, self.states[stream.index])
 
         def read(step: int) -> Part:
-            packed, bad = filler.blank(self._views(step), len(streams)), []
+            packed, bad = filler.blank(self.views(step), len(streams)), []
             for stream in streams:
                 filler.fill(stream, step, packed, lambda failure, s=stream: bad.extend(_noted(s, failure, watch)))  # type: ignore[misc]
             canvases = [canvas._replace(pixels_NP=canvas.pixels_NP[: packed.patches]) for canvas in packed.canvases]

@@ -6,6 +6,7 @@ Both are the same whatever the number of ranks and worker processes.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass
 from functools import partial
 from itertools import count
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -62,21 +63,17 @@ def each_item(dataset: Dataset[S], context: Context) -> Generator[Item[S], None,
         stop()
 
 
+@dataclass(eq=False)
 class _Draws(IterableDataset[list[Any]]):
     """Draw k of a training is item k mod n of the epoch's permutation, augmented by a generator of its own."""
 
-    def __init__(
-        self,
-        dataset: Dataset[Any],
-        transform: Transform[Any, Any],
-        batch: int,
-        share: range,
-        seed: int,
-        shuffle: bool,
-        first: int,
-    ) -> None:
-        self.dataset, self.transform, self.batch, self.share = dataset, transform, batch, share
-        self.seed, self.shuffle, self.first = seed, shuffle, first
+    dataset: Dataset[Any]
+    transform: Transform[Any, Any]
+    batch: int
+    share: range
+    seed: int
+    shuffle: bool
+    first: int
 
     def __iter__(self) -> Iterator[list[Any]]:
         first, step = turn()
