@@ -230,12 +230,7 @@ def _toy(arguments: argparse.Namespace) -> str:
     from .toy import ToyProtocol, evaluate
 
     protocol = ToyProtocol() if arguments.limit is None else ToyProtocol(train=arguments.limit, test=arguments.limit)
-    results = [
-        r
-        for name in arguments.model
-        for r in _kept(arguments, evaluate(load_model(name), name, protocol, resolution=arguments.resolution))
-    ]
-    return table(results)
+    return _each(arguments, lambda name: evaluate(load_model(name), name, protocol, resolution=arguments.resolution))
 
 
 def _fidelity(arguments: argparse.Namespace) -> str:
@@ -307,15 +302,13 @@ def _upsamplers(arguments: argparse.Namespace, names: Sequence[str]) -> str:
 def _vlm(arguments: argparse.Namespace) -> str:
     from .vlm import evaluate
 
-    results = [
-        r
-        for model in arguments.model
-        for r in _kept(
-            arguments,
-            evaluate(model, data=arguments.data, limit=arguments.limit, tasks=arguments.task or (), batch=arguments.batch or 8),
-        )
-    ]
-    return table(results)
+    options = {"data": arguments.data, "limit": arguments.limit, "tasks": arguments.task or (), "batch": arguments.batch or 8}
+    return _each(arguments, lambda name: evaluate(name, **options))
+
+
+def _each(arguments: argparse.Namespace, measure: Callable[[str], Sequence[Result]]) -> str:
+    """The table of what `measure` gives for every model."""
+    return table([r for name in arguments.model for r in _kept(arguments, measure(name))])
 
 
 def _kept(arguments: argparse.Namespace, results: Sequence[Result]) -> Sequence[Result]:
