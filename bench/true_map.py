@@ -25,7 +25,7 @@ from radio_distill.align import detail, resize_map
 from radio_distill.balance import Balancer, Moments, fit
 from radio_distill.config.jitter import Jitter
 from radio_distill.config.load import load_card
-from radio_distill.config.recipe import PhiS
+from radio_distill.config.recipe import BuiltInBalance
 from radio_distill.data.held_out import HeldOut
 from radio_distill.data.jitter import draw_matrices, warp_views
 from radio_distill.homography import warp
@@ -66,7 +66,7 @@ def main() -> None:
     moments = Moments(teacher.card.output.features)
     for images in batches(fitted, size):
         moments.update(teacher.forward(teacher.normalize(images)).features_BCHW.float())
-    balancer = fit(PhiS(), moments, options.teacher)
+    balancer = fit(BuiltInBalance(), moments, options.teacher)
     sums: dict[str, list[Tensor]] = {}
     for i, images in enumerate(crops(fitted, size)):
         for name, (x, y) in pairs(teacher, balancer, images, size, Jitter(views=2), seed=i * BATCH)._asdict().items():
