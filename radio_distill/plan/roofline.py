@@ -48,7 +48,7 @@ UPSAMPLER_ROWS = 34
 """Of an upsampled map in fp32: a block of local attention and MLP."""
 
 AROUND = {"teacher": 40, "target": 25, "upsampler": 180, "student": 120, "teacher of the student": 110, "update": 700}
-"""Kernels outside of blocks, counted on pretended GPUs: of a teacher's or the student's forward (embedding, norms, heads and their backward
+"""Kernels outside of blocks, rough guesses that no test holds: of a teacher's or the student's forward (embedding, norms, heads and their backward
 pass), of a target (balancer, resize, checks), of the losses and heads of each teacher, and of the optimizer with its norms."""
 
 

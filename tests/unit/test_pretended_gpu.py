@@ -1,16 +1,28 @@
 """Every shipped recipe's step on pretended GPUs: nothing would be refused there, and the host never waits within a step."""
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
 from conftest import REPO
-from fake_cuda import CUDA, Watch
+from fake_cuda import CUDA, Watch, _backward
 from pretended_steps import pretended_gpu
+from torch import nn
+from traced import Trace, fused_attention
 
+from radio_distill.compiling import blocks_of
+from radio_distill.config.load import load_card, load_recipe
 from radio_distill.distill.loop import prepare, train_step
 from radio_distill.errors import TrainingError
+from radio_distill.network.vit import Trunk
+from radio_distill.plan.kernels import SPECTRAL_BYTES, WEIGHT_BYTES, student_blocks, teacher_blocks
+from radio_distill.student.names import student_of
+from radio_distill.student.spectral import apply_spectral
+from radio_distill.teachers.arch import Arch
+from radio_distill.teachers.fp8 import use_fp8
 from radio_distill.train import agree
 from radio_distill.upsamplers.train import one_step
 
@@ -100,3 +112,63 @@ def test_what_is_not_finite_on_a_gpu_is_told_one_step_later_and_before_anything_
         train_step(training, 2, batches)
     with pytest.raises(TrainingError, match="non-finite value at step 2"):
         training.settle()
+
+
+@contextmanager
+def eight_bits(blocks: nn.Module) -> Iterator[None]:
+    """Linears by 8-bit products; others use these blocks, too."""
+    done, _ = use_fp8(blocks)
+    yield
+    for name in done:
+        parent, _, own = name.rpartition(".")
+        setattr(blocks.get_submodule(parent), own, blocks.get_submodule(name).exact)
+
+
+@pytest.mark.parametrize("name", ["dfn_clip", "siglip", "dinov2_g_reg", "sam_h"])
+def test_plan_counts_kernels_and_bytes_of_teachers_as_their_traces_do(gpu, name):
+    card = load_card(name)
+    arch, model = Arch(**card.params["arch"]), card.params["model"]
+    grid, images = 64 if arch.windows else 27, 8
+    shape = (images, grid, grid, arch.width) if arch.windows else (images, grid**2, arch.width)
+    facts = {"quick_gelu": "quickgelu" in model, "scaled": "dinov2" in model}
+    blocks = nn.ModuleList(blocks_of(gpu.load_teacher(card).net.to(torch.bfloat16)))
+    for fp8 in (False, True):
+        for index, num_global in enumerate((0, 1) if arch.windows else (0,)):
+            one = arch.model_copy(
+                update={"depth": 1, "windows": arch.windows and arch.windows.model_copy(update={"num_global": num_global})}
+            )
+            x = torch.zeros(shape, device=CUDA, dtype=torch.bfloat16)
+            with torch.no_grad(), eight_bits(blocks) if fp8 else nullcontext(), fused_attention(), Trace() as trace:
+                out = blocks[index](x)
+            for compiled, found in ((False, trace.as_written()), (True, trace.joined(out))):
+                planned = teacher_blocks(one, grid, compiled=compiled, fp8=fp8, **facts)
+                rough = arch.windows is not None
+                assert planned.kernels == pytest.approx(found.kernels, rel=0.2 if rough else 0.01), (index, compiled, fp8)
+                assert planned.rows * x.nbytes == pytest.approx(found.bytes, rel=0.12 if rough else 0.01), (
+                    index,
+                    compiled,
+                    fp8,
+                )
+
+
+@pytest.mark.parametrize("spectral", [False, True])
+def test_plan_counts_kernels_and_bytes_of_the_student_as_a_trace_does(gpu, spectral):
+    with torch.device(CUDA):
+        trunk = Trunk(replace(student_of(load_recipe("stage1")).trunk, depth=1))
+    if spectral:
+        apply_spectral(trunk)
+    block = trunk.blocks[0]
+    block.drop_path1 = block.drop_path2 = nn.Identity()
+    x = torch.zeros(8, 737, 1024, device=CUDA, requires_grad=True)
+    with fused_attention(), Trace() as trace:
+        with torch.autocast("cuda", torch.bfloat16):
+            y = block(x)
+        _backward(y, torch.ones_like(y))  # which is made of y, so that nothing backward lies before it
+    grads = [p.grad for p in (x, *block.parameters()) if p.grad is not None]
+    weights = sum(p.numel() for p in block.parameters() if p.ndim > 1)
+    for compiled, found in ((False, trace.as_written()), (True, trace.joined(y, *grads))):
+        planned = student_blocks(4, 1, gated=False, compiled=compiled, spectral=spectral, half=True)
+        moved = planned.rows * 2 * x.numel() + weights * (WEIGHT_BYTES + (SPECTRAL_BYTES[compiled] if spectral else 0))
+        # to join them says nothing of a norm of a whole weight, for which it must be read before it is scaled
+        assert planned.kernels == pytest.approx(found.kernels, rel=0.03, abs=12 if spectral else 0), compiled
+        assert moved == pytest.approx(found.bytes, rel=0.2 if spectral else 0.05), compiled
