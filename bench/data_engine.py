@@ -30,7 +30,7 @@ from radio_distill.config.load import load_recipe
 from radio_distill.config.recipe import Source
 from radio_distill.curate.embed import MIDDLE, _embed, _vectors
 from radio_distill.curate.embeddings import EmbeddingFolder, Header
-from radio_distill.curate.kmeans import assign
+from radio_distill.curate.points import assign
 from radio_distill.data.once import Once, ShardView
 from radio_distill.data.sources import list_source
 from radio_distill.data.views import ViewSpec

@@ -94,6 +94,7 @@ def _add_commands_for_data(commands: Any) -> None:
     embed.add_argument("--size", type=_positive, default=224, help="side in pixels (224), rounded to what the model takes")
     embed.add_argument("--batch", type=_positive, default=64, help="images in a forward pass (64)")
     embed.add_argument("--workers", type=int, default=4, help="loader processes (4); 0: none")
+    embed.add_argument("--ray", metavar="ADDRESS", help="run on a Ray cluster: HOST:PORT, or auto (docs/scale.md)")
     curate = _add(commands, "curate", "which images are worth seeing: no near-duplicates, a balanced sample, a keep-list")
     curate.add_argument("recipe", help="recipe of a curation, a YAML file (docs/data.md)")
     curate.add_argument("overrides", nargs="*", metavar="key=value", help="fields of the recipe: count=1000000")
@@ -325,7 +326,7 @@ def _embed(arguments: argparse.Namespace) -> int:
     from .curate.embed import embed
 
     a = arguments
-    return embed(a.source, a.out, model=a.model, size=a.size, batch=a.batch, workers=max(0, a.workers))
+    return embed(a.source, a.out, model=a.model, size=a.size, batch=a.batch, workers=max(0, a.workers), ray=a.ray)
 
 
 def _curate(arguments: argparse.Namespace) -> int:

@@ -63,6 +63,8 @@ class CurateRecipe(Fields):
     """On the page, at most."""
     seed: Seed = 0
     """Of everything that is drawn at random."""
+    ray: str | None = None
+    """Run on a Ray cluster (extra `ray`): its HOST:PORT, or `auto` on a machine of it. null: this machine alone. The result is the same."""
 
 
 def load_curate_recipe(source: str | Path, overrides: Sequence[str] = ()) -> CurateRecipe:

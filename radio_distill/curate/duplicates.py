@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from .kmeans import PRODUCTS
+from .blocks import PRODUCTS
 
 __all__ = ["duplicates"]
 

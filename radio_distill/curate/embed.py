@@ -1,7 +1,7 @@
 """`radio-distill embed SHARDS OUT --model M`: one vector for every image of a source, by any model of the tables.
 
-Under torchrun or srun every rank takes its share of the shards. A shard's file appears when it is whole, so the same command goes
-on where a killed one has stopped.
+Under torchrun or srun every rank takes its share of the shards, and on a Ray cluster every task. A shard's file appears when it is whole, so the same
+command goes on where a killed one has stopped.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import logging
 import os
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,6 +28,7 @@ from ..eval.models import open_model
 from ..train.distributed import place_of_process
 from ..types import VisionModel
 from .embeddings import EmbeddingFolder, Header
+from .on_ray import in_folder, on_ray
 
 __all__ = ["embed"]
 
@@ -37,9 +39,32 @@ MIDDLE = Data(crop=Crop(scale=(1.0, 1.0), ratio=(1.0, 1.0), flip=0.0), min_side=
 QUIET_S = 30
 
 
-def embed(source: str, out: str, *, model: str, size: int = 224, batch: int = 64, workers: int = 4) -> int:
-    """Write the embeddings of all images. size: side in pixels, rounded to what the model takes. Raises RadioDistillError."""
-    rank, ranks, local_rank = place_of_process(os.environ)
+def embed(
+    source: str, out: str, *, model: str, size: int = 224, batch: int = 64, workers: int = 4, ray: str | None = None
+) -> int:
+    """Write the embeddings of all images. size: side in pixels, rounded to what the model takes. ray: address of a Ray cluster to run on.
+
+    Raises RadioDistillError.
+    """
+    share = partial(_embed_share, source, out, model=model, size=size, batch=batch, workers=workers)
+    if ray is None:
+        share(place_of_process(os.environ))
+    else:
+        with on_ray(ray, cores=max(1, workers)) as cluster:
+            shards = list_source("embed", Source(path=source), told=False).shards(1)
+            ranks = min(cluster.tasks, len(shards))
+            tasks = [cluster.run(in_folder, os.getcwd(), share, (rank, ranks, 0)) for rank in range(ranks)]
+            for task in tasks:
+                cluster.get(task)
+    log.info("wrote %s", out)
+    return 0
+
+
+def _embed_share(
+    source: str, out: str, place: tuple[int, int, int], *, model: str, size: int, batch: int, workers: int
+) -> None:
+    """Those of one rank. place: rank, ranks, and rank on its machine."""
+    rank, ranks, local_rank = place
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     opened, listing = open_model(model, device=str(device)), list_source("embed", Source(path=source))
     side, shards, folder = opened.model.nearest_size(size, size)[0], listing.shards(1), EmbeddingFolder(Path(out))
@@ -73,8 +98,6 @@ def embed(source: str, out: str, *, model: str, size: int = 224, batch: int = 64
         min(workers, len(todo)),
         device,
     )
-    log.info("wrote %s", out)
-    return 0
 
 
 def _embed(

@@ -7,6 +7,9 @@ FOLDER/000000.safetensors    of the first shard: `embeddings` (n, D) fp16, of le
 from __future__ import annotations
 
 import json
+import platform
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +24,7 @@ from ..errors import DataError
 from ..files import appearing, json_file, replace_text, typed, written_as
 from ..tensors import save_tensors
 
-__all__ = ["EmbeddingFolder", "Embeddings", "Header"]
+__all__ = ["EmbeddingFolder", "Header"]
 
 HEADER = "embeddings.json"
 AGAIN = "make it again with `radio-distill embed`"
@@ -42,16 +45,6 @@ class Header:
     """Number and hash of the names in the source."""
     shards: list[str]
     """Names of the source's shards, in their order."""
-
-
-@dataclass(frozen=True)
-class Embeddings:
-    """All embeddings of a source, in its order; names stay on disk."""
-
-    x_ND: NDArray[np.float16]
-    """Of length 1."""
-    shard_N: NDArray[np.int32]
-    """In which shard each image is."""
 
 
 class EmbeddingFolder:
@@ -94,41 +87,54 @@ class EmbeddingFolder:
         with appearing(self.file(shard)) as temporary:
             save_tensors(temporary, {"embeddings": x_ND, "keys": names})
 
-    def count(self, header: Header) -> int:
-        """How many there are. Raises DataError when a shard has none yet, or its file is damaged."""
+    def counts(self, header: Header) -> NDArray[np.int64]:
+        """How many there are of each shard. Raises DataError when a shard has none yet, or its file is damaged."""
         missing = [i for i in range(len(header.shards)) if not self.file(i).is_file()]
         if missing:
             raise DataError(
                 f"{self.path} lacks {len(missing)} of {len(header.shards)} shards; run the same `radio-distill embed` again"
             )
-        total = 0
+        counts = np.empty(len(header.shards), np.int64)
         for i in range(len(header.shards)):
-            with (
-                written_as(self.file(i), "a file of embeddings", advice=AGAIN, error=DataError),
-                safe_open(self.file(i), "np") as file,
-            ):
-                total += file.get_slice("embeddings").get_shape()[0]
-        return total
+            with self._opened(i) as file:
+                counts[i] = file.get_slice("embeddings").get_shape()[0]
+        return counts
 
-    def load(self) -> Embeddings:
-        """All of them; takes 2 bytes a number. Raises DataError."""
+    def load(self) -> NDArray[np.float16]:
+        """(N, D) all of them, in the order of the source; takes 2 bytes a number. Raises DataError."""
         header = self.header()
-        total, at = self.count(header), 0
-        x_ND, shard_N = np.empty((total, header.width), np.float16), np.empty(total, np.int32)
-        for i in range(len(header.shards)):
-            part = self._tensor(i, "embeddings")
-            x_ND[at : at + len(part)], shard_N[at : at + len(part)] = part, i
-            at += len(part)
-        return Embeddings(x_ND, shard_N)
+        counts, at = self.counts(header), 0
+        x_ND = np.empty((int(counts.sum()), header.width), np.float16)
+        for i, count in enumerate(counts):
+            x_ND[at : at + count] = self._tensor(i, "embeddings")
+            at += count
+        return x_ND
+
+    def slices(self, wanted: Sequence[tuple[int, int, int]]) -> NDArray[np.float16]:
+        """(n, D) some of them: shard, first and last but one of each slice. Raises DataError."""
+        parts = []
+        for shard, start, stop in wanted:
+            if not self.file(shard).is_file():
+                raise DataError(
+                    f"{platform.node()} has no {self.file(shard)}; all machines of the cluster must have the folder under the same name"
+                )
+            with self._opened(shard) as file:
+                parts.append(file.get_slice("embeddings")[start:stop])
+        return np.concatenate(parts)
 
     def keys(self, shard: int) -> list[str]:
         """The names of a shard's images, in order, as reading.py gives them."""
         return bytes(self._tensor(shard, "keys")).decode("utf-8", "surrogateescape").split("\0")[:-1]
 
     def _tensor(self, shard: int, name: str) -> NDArray[Any]:
+        with self._opened(shard) as file:
+            found: NDArray[Any] = file.get_tensor(name)
+            return found
+
+    @contextmanager
+    def _opened(self, shard: int) -> Iterator[Any]:
         with (
             written_as(self.file(shard), "a file of embeddings", advice=AGAIN, error=DataError),
             safe_open(self.file(shard), "np") as file,
         ):
-            found: NDArray[Any] = file.get_tensor(name)
-            return found
+            yield file

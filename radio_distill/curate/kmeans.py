@@ -1,4 +1,4 @@
-"""k-means on unit vectors, by blocks: memory is that of the centroids and of one block, whatever the number of points.
+"""k-means on unit vectors: memory is that of the centroids and of one block, whatever the number of points.
 
 Lloyd's algorithm with squared Euclidean distances and sums in float64. Assignment, where all the work is, is a matrix product in PyTorch, on a GPU
 where there is one. On a CPU core it takes a third of the time of faiss's flat index (bench/data_engine.py).
@@ -10,30 +10,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-__all__ = ["PRODUCTS", "Assigned", "Clusters", "assign", "kmeans", "kmeans_bytes", "resampled_kmeans"]
+from .blocks import BLOCK, rows_beside
+from .points import Assigned, Points
 
-Points = NDArray[Any]
-"""(N, D), fp16 or fp32."""
-BLOCK = 8192
-"""Points that are compared with all centroids at a time: fewer where there are many centroids (PRODUCTS)."""
-PRODUCTS = 64_000_000
-"""Numbers of a block of products at most: 256 MB."""
+__all__ = ["Clusters", "kmeans", "kmeans_bytes", "resampled_kmeans"]
+
 PLUS_PLUS = 10_000
 """More centroids are not drawn by k-means++, which looks at all points once for each of them."""
-
-
-class Assigned(NamedTuple):
-    """The nearest centroid of every point."""
-
-    label_N: NDArray[np.int32]
-    distance_N: NDArray[np.float32]
-    """Squared."""
 
 
 class Clusters(NamedTuple):
@@ -47,57 +36,28 @@ class Clusters(NamedTuple):
         return np.bincount(self.assigned.label_N, minlength=len(self.centroids_KD))
 
 
-def assign(points: Points, centroids_KD: NDArray[np.float32]) -> Assigned:
-    """The nearest centroid of every point."""
-    label_N, distance_N = np.empty(len(points), np.int32), np.empty(len(points), np.float32)
-    nearest = _nearest_to(centroids_KD)
-    rows = _rows(len(centroids_KD))
-    for start in range(0, len(points), rows):
-        block = slice(start, start + rows)
-        label_N[block], distance_N[block] = nearest(np.ascontiguousarray(points[block], dtype=np.float32))
-    return Assigned(label_N, distance_N)
-
-
-def _nearest_to(centroids_KD: NDArray[np.float32]) -> Callable[[NDArray[np.float32]], tuple[Any, Any]]:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    centroids = torch.from_numpy(centroids_KD).to(device)
-    squares_K = centroids.square().sum(1)
-
-    def nearest(block_BD: NDArray[np.float32]) -> tuple[Any, Any]:
-        x_BD = torch.from_numpy(block_BD).to(device)
-        least_B, label_B = torch.addmm(squares_K, x_BD, centroids.T, alpha=-2).min(1)
-        return label_B.cpu().numpy(), (least_B + x_BD.square().sum(1)).clamp_min(0).cpu().numpy()
-
-    return nearest
-
-
 def kmeans(points: Points, k: int, *, iterations: int, rng: np.random.Generator) -> Clusters:
     """Cluster points: k-means++ (or, for many centroids, distinct points), then Lloyd's iterations until nothing moves.
 
     A centroid without points moves to the point that is farthest from its own. k: at most the number of points.
     """
     centroids_KD = _first(points, k, rng)
-    assigned = assign(points, centroids_KD)
+    assigned = points.assign(centroids_KD)
     for _ in range(iterations):
         moved_KD = _means(points, assigned, centroids_KD)
         if np.array_equal(moved_KD, centroids_KD):
             break
         centroids_KD = moved_KD
-        assigned = assign(points, centroids_KD)
+        assigned = points.assign(centroids_KD)
     return Clusters(centroids_KD, assigned)
 
 
 def kmeans_bytes(points: int, width: int, k: int) -> int:
     """The most that `kmeans` takes at a time besides its points."""
     start = min(points, 50 * k if k <= PLUS_PLUS else k)
-    assigning = 4 * _rows(k) * (k + width)
+    assigning = 4 * rows_beside(k) * (k + width)
     moving = 16 * k * width + 12 * BLOCK * width  # sums and means in float64
     return max(6 * start * width, 16 * points + 8 * k * width + max(assigning, moving))
-
-
-def _rows(k: int) -> int:
-    """Points that are compared with k centroids at a time."""
-    return max(1, min(BLOCK, PRODUCTS // k))
 
 
 def resampled_kmeans(
@@ -124,8 +84,8 @@ def resampled_kmeans(
         if len(chosen) <= k:
             return before
         rng = np.random.default_rng([*seed, number])
-        centroids_KD = kmeans(points[chosen], k, iterations=iterations, rng=rng).centroids_KD
-        return Clusters(centroids_KD, assign(points, centroids_KD))
+        centroids_KD = kmeans(points.subset(chosen), k, iterations=iterations, rng=rng).centroids_KD
+        return Clusters(centroids_KD, points.assign(centroids_KD))
 
     clusters = remember("round 0", first)
     for number in range(1, rounds + 1):
@@ -144,10 +104,10 @@ def _nearest_of_each(clusters: Clusters, count: int) -> NDArray[np.int64]:
 
 def _first(points: Points, k: int, rng: np.random.Generator) -> NDArray[np.float32]:
     if k > PLUS_PLUS:
-        return points[np.sort(rng.choice(len(points), k, replace=False))].astype(np.float32)
+        return points.rows(np.sort(rng.choice(len(points), k, replace=False)))
     # D^2 sampling on at most 50 points a centroid
     chosen = np.sort(rng.choice(len(points), min(len(points), 50 * k), replace=False))
-    x_SD = torch.from_numpy(points[chosen].astype(np.float32))
+    x_SD = torch.from_numpy(points.rows(chosen))
     square_S, least_S = x_SD.square().sum(1), torch.full((len(chosen),), torch.inf)
     picked = [int(rng.integers(len(chosen)))]
     for _ in range(k - 1):
@@ -166,14 +126,10 @@ def _first(points: Points, k: int, rng: np.random.Generator) -> NDArray[np.float
 def _means(points: Points, assigned: Assigned, centroids_KD: NDArray[np.float32]) -> NDArray[np.float32]:
     """The means of the clusters; sums in float64."""
     k = len(centroids_KD)
-    sums_KD, counts_K = torch.zeros(centroids_KD.shape, dtype=torch.float64), np.bincount(assigned.label_N, minlength=k)
-    for start in range(0, len(points), BLOCK):
-        block = slice(start, start + BLOCK)
-        labels = torch.from_numpy(assigned.label_N[block]).long()
-        sums_KD.index_add_(0, labels, torch.from_numpy(points[block].astype(np.float64)))
+    counts_K = np.bincount(assigned.label_N, minlength=k)
     empty = np.flatnonzero(counts_K == 0)
-    means_KD = (sums_KD / torch.from_numpy(np.maximum(counts_K, 1))[:, None]).numpy().astype(np.float32)
+    means_KD = (points.sums(assigned.label_N, k) / np.maximum(counts_K, 1)[:, None]).astype(np.float32)
     if len(empty):
         farthest = np.argpartition(-assigned.distance_N, len(empty) - 1)[: len(empty)]
-        means_KD[empty] = points[np.sort(farthest)].astype(np.float32)
+        means_KD[empty] = points.rows(np.sort(farthest))
     return means_KD

@@ -21,7 +21,8 @@ from ..data.sources import is_url, list_source
 from ..errors import DataError
 from ..eval.report import STYLE
 from ..files import replace_text
-from .embeddings import EmbeddingFolder, Embeddings, Header
+from .embeddings import EmbeddingFolder, Header
+from .points import Points
 from .sampling import Ints
 
 __all__ = ["Found", "write_page"]
@@ -40,7 +41,9 @@ OWN_STYLE = """
 class Found(NamedTuple):
     """What a curation decided of every image."""
 
-    embeddings: Embeddings
+    points: Points
+    shard_N: NDArray[np.int32]
+    """In which shard each image is."""
     labels: list[NDArray[np.int32]]
     """By level, the finest first: of images, of the clusters below, ..."""
     repeats: Ints
@@ -74,7 +77,7 @@ def write_page(path: Path, recipe: CurateRecipe, folder: EmbeddingFolder, header
     pairs = _some(np.flatnonzero(found.repeats >= 0), PAIRS, rng)
     near = _some(np.flatnonzero(found.retrieved), PAIRS, rng)
     wanted = np.unique(np.concatenate([*members.values(), pairs, found.repeats[pairs], near]).astype(np.int64))
-    pictures, missing = _pictures(folder, header, found.embeddings, wanted if recipe.pictures else wanted[:0])
+    pictures, missing = _pictures(folder, header, found.shard_N, wanted if recipe.pictures else wanted[:0])
     body = [f"<h1>{escape(recipe.name)}</h1>", _summary(recipe, header, found), _distribution(before, after)]
     body.append(f"<p>{escape(missing)}</p>" if missing else "")
     body.append(
@@ -86,8 +89,7 @@ def write_page(path: Path, recipe: CurateRecipe, folder: EmbeddingFolder, header
         for c in shown
     ]
     if len(pairs):
-        x = found.embeddings.x_ND
-        cosines = (x[pairs].astype(np.float32) * x[found.repeats[pairs]].astype(np.float32)).sum(1)
+        cosines = _cosines(found.points, pairs, found.repeats[pairs])
         cells = "".join(
             f'<span class="pair">{_row([(found.repeats[i], True), (i, False)], pictures)}<small>cosine {cosine:.3f}</small></span>'
             for i, cosine in sorted(zip(pairs, cosines), key=lambda pair: pair[1])
@@ -161,19 +163,26 @@ def _some(values: Ints, count: int, rng: np.random.Generator) -> Ints:
     return values if len(values) <= count else np.sort(rng.choice(values, count, replace=False))
 
 
+def _cosines(points: Points, these: Ints, those: Ints) -> NDArray[np.float32]:
+    both, where = np.unique(np.concatenate([these, those]), return_inverse=True)
+    x = points.rows(both)
+    cosines: NDArray[np.float32] = (x[where[: len(these)]] * x[where[len(these) :]]).sum(1)
+    return cosines
+
+
 def _pictures(
-    folder: EmbeddingFolder, header: Header, embeddings: Embeddings, wanted: Sequence[int] | Ints
+    folder: EmbeddingFolder, header: Header, shard_N: NDArray[np.int32], wanted: Sequence[int] | Ints
 ) -> tuple[dict[int, str], str]:
     """JPEGs of some images, by index; and why there are none."""
     found: dict[int, str] = {}
     try:
         shards = list_source("page", Source(path=header.source)).shards(1)
-        starts = np.searchsorted(embeddings.shard_N, np.arange(len(header.shards) + 1))
-        for number in np.unique(embeddings.shard_N[np.asarray(wanted, np.int64)]) if len(wanted) else ():
+        starts = np.searchsorted(shard_N, np.arange(len(header.shards) + 1))
+        for number in np.unique(shard_N[np.asarray(wanted, np.int64)]) if len(wanted) else ():
             if is_url(shards[number].url):
                 return found, "The source is remote, so there are no pictures."
             names = folder.keys(number)
-            mine = {names[i - starts[number]]: int(i) for i in wanted if embeddings.shard_N[i] == number}
+            mine = {names[i - starts[number]]: int(i) for i in wanted if shard_N[i] == number}
             for raw in read_shard(shards[number]):
                 if raw.key in mine and raw.image is not None:
                     found[mine.pop(raw.key)] = _jpeg(raw.image())

@@ -12,13 +12,13 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from ..config.curate_recipe import CurateRecipe, Retrieve, load_curate_recipe
@@ -26,11 +26,15 @@ from ..data.keep import write_keep_list
 from ..errors import DataError, RecipeError
 from ..files import appearing, replace_text
 from ..paths import expand
-from .duplicates import duplicates
-from .embeddings import EmbeddingFolder, Embeddings, Header
-from .kmeans import PRODUCTS, Assigned, Clusters, kmeans_bytes, resampled_kmeans
+from .blocks import PRODUCTS
+from .embeddings import EmbeddingFolder, Header
+from .kmeans import Clusters, kmeans_bytes, resampled_kmeans
+from .nearest import SEEDS
+from .on_ray import on_ray
 from .page import Found, write_page
+from .points import Assigned, Held, Points
 from .sampling import Ints, take_balanced
+from .spread import Cluster, Spread, part_of
 
 __all__ = ["curate", "main", "memory_bytes"]
 
@@ -43,8 +47,6 @@ BEFORE = 600_000_000
 """Python and PyTorch."""
 NEAREST = 10
 """Points of a cluster that are clustered again, where the recipe does not say (Vo et al.)."""
-SEEDS = 1024
-"""Seeds that are compared with a block of images at a time."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -56,53 +58,71 @@ def main(argv: Sequence[str]) -> int:
 
 def curate(recipe: CurateRecipe) -> Path:
     """Do it, or go on with it; returns the folder of the result. Raises DataError or RecipeError."""
-    out, folder = Path(expand(recipe.out or f"curated/{recipe.name}")), EmbeddingFolder(Path(expand(recipe.embeddings)))
+    out, folder = (
+        Path(expand(recipe.out or f"curated/{recipe.name}")),
+        EmbeddingFolder(Path(expand(recipe.embeddings)).absolute()),
+    )
     header = folder.header()
-    total = folder.count(header)
+    counts = folder.counts(header)
+    total = int(counts.sum())
     _begin(out, recipe, header)
     if (out / "keep").exists():
         log.info("%s is complete", out)
         return out
     if recipe.levels[0] >= total:
         raise RecipeError(f"levels[0] is {recipe.levels[0]} and there are {total} images; expected fewer clusters than images")
-    log.info(
-        "%s images, %d numbers each: %.2f GB of memory at most",
-        f"{total:,}",
-        header.width,
-        max(memory_bytes(total, header.width, recipe, before=resident_bytes()), _peak_bytes()) / 1e9,
-    )
-    embeddings = folder.load()
-    clusters = cluster(embeddings, recipe, out / "clusters")
-    labels = [each.assigned.label_N for each in clusters]
-    repeats = np.full(total, -1, np.int64)
-    if recipe.duplicates is not None:
-        repeats = duplicates(embeddings.x_ND, labels[0], recipe.duplicates)
-    available = np.where(repeats < 0, recipe.repeats, 0)
-    retrieved = np.zeros(total, np.int64)
-    if recipe.retrieve is not None:
-        retrieved = retrieve(embeddings, recipe.retrieve, available > 0, round(recipe.count * recipe.retrieve.share), header)
-    rng = np.random.default_rng([recipe.seed, len(recipe.levels)])
-    balanced = take_balanced(labels, available - retrieved, recipe.count - int(retrieved.sum()), rng)
-    found = Found(embeddings, labels, repeats, retrieved, balanced)
-    _tell(found, recipe.count)
-    write_page(out / "page.html", recipe, folder, header, found)
-    _write(out, folder, header, embeddings, found.taken)
+    with on_ray(recipe.ray) if recipe.ray else nullcontext() as machines:
+        _curate(recipe, out, folder, header, counts, machines)
     return out
 
 
+def _curate(
+    recipe: CurateRecipe, out: Path, folder: EmbeddingFolder, header: Header, counts: Ints, machines: Cluster | None
+) -> None:
+    total, width = int(counts.sum()), header.width
+    needed = memory_bytes(total, width, recipe, before=resident_bytes())
+    log.info("%s images, %d numbers each: %.2f GB of memory at most", f"{total:,}", width, max(needed, _peak_bytes()) / 1e9)
+    points: Points
+    if machines is None:
+        points = Held(folder.load())
+    else:
+        log.info("%d tasks at a time hold %.2f GB of vectors; here are the labels", machines.tasks, 2e-9 * total * width)
+        points = Spread.read(machines, folder, counts, width=width, size=part_of(recipe.levels[0], width))
+    shard_N = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
+    clusters = cluster(points, recipe, out / "clusters")
+    labels = [each.assigned.label_N for each in clusters]
+    repeats = np.full(total, -1, np.int64)
+    if recipe.duplicates is not None:
+        repeats = points.duplicates(labels[0], recipe.duplicates)
+    available = np.where(repeats < 0, recipe.repeats, 0)
+    retrieved = np.zeros(total, np.int64)
+    if recipe.retrieve is not None:
+        retrieved = retrieve(points, recipe.retrieve, available > 0, round(recipe.count * recipe.retrieve.share), header)
+    rng = np.random.default_rng([recipe.seed, len(recipe.levels)])
+    balanced = take_balanced(labels, available - retrieved, recipe.count - int(retrieved.sum()), rng)
+    found = Found(points, shard_N, labels, repeats, retrieved, balanced)
+    _tell(found, recipe.count)
+    write_page(out / "page.html", recipe, folder, header, found)
+    _write(out, folder, header, shard_N, found.taken)
+
+
 def memory_bytes(images: int, width: int, recipe: CurateRecipe, *, before: int = BEFORE) -> int:
-    """The most that a process takes that curates: what it takes `before`, the embeddings, and what the largest of the steps needs."""
+    """The most that a process takes that curates: what it takes `before`, the embeddings, and what the largest of the steps needs.
+
+    With `ray` the embeddings lie in the cluster; of them this process has the sums of a part at most.
+    """
     k = recipe.levels[0]
     chosen = min(images, k * nearest_of(images, k, recipe))
+    vector, passing = (0, 8 * min(images, part_of(k, width)) * width) if recipe.ray else (2 * width, 0)
     steps = [
-        kmeans_bytes(images, width, k),
+        kmeans_bytes(images, width, k) + passing,
         RANKS * images,  # the nearest of every cluster are looked for
-        8 * images + 2 * chosen * width + kmeans_bytes(chosen, width, k),
+        8 * images + vector * chosen + kmeans_bytes(chosen, width, k) + passing,
         SHARES * images,  # repeats and shares of every image
     ]
     if recipe.retrieve is not None:
         steps.append(SHARES * images + 3 * 4 * PRODUCTS + PRODUCTS // SEEDS * width * 6)
-    return before + images * (2 * width + 4) + max(steps)
+    return before + images * (vector + 4) + max(steps)
 
 
 def nearest_of(images: int, k: int, recipe: CurateRecipe) -> int:
@@ -110,10 +130,9 @@ def nearest_of(images: int, k: int, recipe: CurateRecipe) -> int:
     return recipe.resample.nearest or min(NEAREST, max(1, images // k // 2))
 
 
-def cluster(embeddings: Embeddings, recipe: CurateRecipe, folder: Path) -> list[Clusters]:
+def cluster(points: Points, recipe: CurateRecipe, folder: Path) -> list[Clusters]:
     """The clusters of every level; those of a level are the points of the next."""
     found: list[Clusters] = []
-    points: NDArray[np.float16] | NDArray[np.float32] = embeddings.x_ND
     for level, k in enumerate(recipe.levels):
         clusters = resampled_kmeans(
             points,
@@ -125,7 +144,7 @@ def cluster(embeddings: Embeddings, recipe: CurateRecipe, folder: Path) -> list[
             remember=partial(_remember, folder, f"level {level}"),
         )
         found.append(clusters)
-        points = clusters.centroids_KD
+        points = Held(clusters.centroids_KD)
     return found
 
 
@@ -142,7 +161,7 @@ def _peak_bytes() -> int:
     return peak if sys.platform == "darwin" else 1024 * peak
 
 
-def retrieve(embeddings: Embeddings, wish: Retrieve, is_free_N: NDArray[np.bool_], count: int, header: Header) -> Ints:
+def retrieve(points: Points, wish: Retrieve, is_free_N: NDArray[np.bool_], count: int, header: Header) -> Ints:
     """(N,) 1 for the images nearest the seeds: the nearest of every seed, then the second nearest of every seed, until `count` are found.
 
     Raises DataError when the seeds' embeddings are of another model.
@@ -154,11 +173,11 @@ def retrieve(embeddings: Embeddings, wish: Retrieve, is_free_N: NDArray[np.bool_
             f"the seeds in {wish.seeds} were embedded by {theirs.model} at {theirs.size} px and the images by {header.model} at {header.size} px; "
             "embed both with the same model"
         )
-    seeds_SD, taken = folder.load().x_ND, np.zeros(len(is_free_N), np.int64)
+    seeds_SD, taken = folder.load(), np.zeros(len(is_free_N), np.int64)
     free = np.flatnonzero(is_free_N)
     depth = min(len(free), max(1, 4 * -(-count // max(1, len(seeds_SD)))))
     nearest_SR = np.concatenate(
-        [_nearest(seeds_SD[i : i + SEEDS], embeddings.x_ND, free, depth) for i in range(0, len(seeds_SD), SEEDS)]
+        [points.nearest(seeds_SD[i : i + SEEDS], free, depth).index_SR.numpy() for i in range(0, len(seeds_SD), SEEDS)]
     )
     for rank in nearest_SR.T:  # the same rank of all seeds
         fresh = np.unique(rank[taken[rank] == 0])
@@ -166,24 +185,10 @@ def retrieve(embeddings: Embeddings, wish: Retrieve, is_free_N: NDArray[np.bool_
     return taken
 
 
-def _nearest(seeds_SD: NDArray[np.float16], x_ND: NDArray[np.float16], free: Ints, depth: int) -> Ints:
-    """The `depth` images of the largest cosine with every seed, the nearest first; by blocks of images."""
-    seeds = torch.from_numpy(seeds_SD.astype(np.float32))
-    best = torch.full((len(seeds), depth), -torch.inf)
-    where = torch.zeros(len(seeds), depth, dtype=torch.int64)
-    rows = max(depth, PRODUCTS // SEEDS)
-    for start in range(0, len(free), rows):
-        index = free[start : start + rows]
-        products = seeds @ torch.from_numpy(x_ND[index].astype(np.float32)).T
-        best, order = torch.cat([best, products], 1).topk(depth, 1)
-        where = torch.cat([where, torch.from_numpy(index).expand(len(seeds), -1)], 1).gather(1, order)
-    return where.numpy()
-
-
 def _begin(out: Path, recipe: CurateRecipe, header: Header) -> None:
     """Record the recipe, or refuse another one than the folder was begun with."""
     facts: dict[str, Any] = {
-        "recipe": recipe.model_dump(mode="json", exclude={"out", "embeddings", "pictures"}),
+        "recipe": recipe.model_dump(mode="json", exclude={"out", "embeddings", "pictures", "ray"}),
         "model": header.model,
     }
     facts |= {"size": header.size, "contents": header.contents}
@@ -226,10 +231,10 @@ def _tell(found: Found, wanted: int) -> None:
         log.warning("count is %d and there are no more than %d", wanted, int(taken.sum()))
 
 
-def _write(out: Path, folder: EmbeddingFolder, header: Header, embeddings: Embeddings, taken: Ints) -> None:
+def _write(out: Path, folder: EmbeddingFolder, header: Header, shard_N: NDArray[np.int32], taken: Ints) -> None:
     """The keep-list, a file for each shard."""
     weights: list[dict[str, float]] = []
-    starts = np.searchsorted(embeddings.shard_N, np.arange(len(header.shards) + 1))
+    starts = np.searchsorted(shard_N, np.arange(len(header.shards) + 1))
     most = max(1, int(taken.max(initial=1)))
     for shard, (start, stop) in enumerate(pairwise(starts)):
         names = folder.keys(shard)

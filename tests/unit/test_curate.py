@@ -1,38 +1,27 @@
 """Curation: k-means against a slow one, sampling against its definition, duplicates, keep-lists, and the whole command resumed."""
 
 import importlib.util
-import json
 import logging
 from unittest import mock
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from made_curation import blobs, embedded, kept_of, recipe_of
 
 from radio_distill.cli import main
 from radio_distill.config.curate_recipe import CurateRecipe, Retrieve
+from radio_distill.curate import blocks
 from radio_distill.curate import kmeans as kmeans_module
 from radio_distill.curate.duplicates import duplicates
-from radio_distill.curate.embeddings import EmbeddingFolder, Header
+from radio_distill.curate.embeddings import EmbeddingFolder
 from radio_distill.curate.kmeans import kmeans, resampled_kmeans
+from radio_distill.curate.points import Held
 from radio_distill.curate.run import curate, memory_bytes
 from radio_distill.curate.sampling import share_out, take_balanced
 from radio_distill.errors import DataError, RecipeError
 from radio_distill.toyworld import write_toyworld
-
-
-def blobs(sizes, *, width=8, spread=0.02, seed=0):
-    """Unit vectors around so many random directions, and which direction each belongs to."""
-    rng = np.random.default_rng(seed)
-    centres = rng.normal(size=(len(sizes), width))
-    labels = np.repeat(np.arange(len(sizes)), sizes)
-    x = centres[labels] / np.linalg.norm(centres[labels], axis=1, keepdims=True) + spread * rng.normal(
-        size=(len(labels), width)
-    )
-    order = rng.permutation(len(labels))
-    return (x / np.linalg.norm(x, axis=1, keepdims=True))[order].astype(np.float16), labels[order]
 
 
 def slow_lloyd(x, centroids, iterations):
@@ -48,8 +37,8 @@ def slow_lloyd(x, centroids, iterations):
 def test_kmeans_is_lloyds_algorithm_on_2000_points():
     x, _ = blobs([400] * 5, spread=0.3)
     first = x[:12].astype(np.float32)
-    with mock.patch.object(kmeans_module, "_first", return_value=first), mock.patch.object(kmeans_module, "BLOCK", 300):
-        found = kmeans(x, 12, iterations=6, rng=np.random.default_rng(0))
+    with mock.patch.object(kmeans_module, "_first", return_value=first), mock.patch.object(blocks, "BLOCK", 300):
+        found = kmeans(Held(x), 12, iterations=6, rng=np.random.default_rng(0))
     centroids, label, distance = slow_lloyd(x, first, 6)
     assert np.allclose(found.centroids_KD, centroids, atol=1e-5)
     assert (found.assigned.label_N == label).all()
@@ -59,9 +48,9 @@ def test_kmeans_is_lloyds_algorithm_on_2000_points():
 
 def test_plus_plus_finds_separate_clusters_and_copies_are_no_trouble():
     x, _ = blobs([300, 100, 20, 5])
-    found = kmeans(x, 4, iterations=20, rng=np.random.default_rng(0))
+    found = kmeans(Held(x), 4, iterations=20, rng=np.random.default_rng(0))
     assert sorted(found.sizes_K) == [5, 20, 100, 300]
-    same = kmeans(np.repeat(x[:3], 10, 0), 8, iterations=3, rng=np.random.default_rng(0))
+    same = kmeans(Held(np.repeat(x[:3], 10, 0)), 8, iterations=3, rng=np.random.default_rng(0))
     assert same.assigned.distance_N.max() < 1e-5
 
 
@@ -69,7 +58,7 @@ def test_a_centroid_without_points_moves_to_the_farthest_point():
     x, _ = blobs([50, 50])
     first = np.stack([x[0], x[0] * -3]).astype(np.float32)  # nothing is near the second
     with mock.patch.object(kmeans_module, "_first", return_value=first):
-        assert (kmeans(x, 2, iterations=10, rng=np.random.default_rng(0)).sizes_K == [50, 50]).all()
+        assert (kmeans(Held(x), 2, iterations=10, rng=np.random.default_rng(0)).sizes_K == [50, 50]).all()
 
 
 def test_resampling_gives_rare_regions_more_centroids():
@@ -78,7 +67,7 @@ def test_resampling_gives_rare_regions_more_centroids():
     x = np.concatenate([dense + 0.1 * rng.normal(size=(3000, 8)), rare + 0.1 * rng.normal(size=(100, 8))]).astype(np.float16)
     counts = []
     for rounds in (0, 5):
-        found = resampled_kmeans(x, 40, iterations=10, rounds=rounds, nearest=2, seed=(0,))
+        found = resampled_kmeans(Held(x), 40, iterations=10, rounds=rounds, nearest=2, seed=(0,))
         counts.append(len(np.unique(found.assigned.label_N[3000:])))
     assert counts[1] > counts[0]
 
@@ -119,24 +108,6 @@ def test_duplicates_are_those_of_a_loop_over_all_pairs():
     assert 0 < (found >= 0).sum() < len(x)
 
 
-def embedded(folder, x, *, shards=4, model="m"):
-    """A folder of embeddings of images that do not exist."""
-    names = [f"{i:03d}.tar" for i in range(shards)]
-    made = EmbeddingFolder(folder)
-    made.begin(Header(model, 224, x.shape[1], str(folder / "gone"), f"{shards} shards, 0", names))
-    for i, part in enumerate(np.array_split(np.arange(len(x)), shards)):
-        made.write(i, list(torch.from_numpy(x[part])), [f"{names[i]}/{n}" for n in part], x.shape[1])
-    return folder
-
-
-def kept_of(out):
-    return {
-        int(key.split("/")[1]): weight
-        for path in sorted((out / "keep").glob("0*.json"))
-        for key, weight in json.loads(path.read_text()).items()
-    }
-
-
 def entropy(labels):
     p = np.bincount(labels) / len(labels)
     return -(p[p > 0] * np.log2(p[p > 0])).sum()
@@ -147,11 +118,6 @@ def zipf(tmp_path):
     """Twelve classes whose frequencies fall as Zipf's."""
     x, labels = blobs([600 // rank for rank in range(1, 13)], width=16, spread=0.15)
     return embedded(tmp_path / "embedded", x), labels
-
-
-def recipe_of(folder, out, **settings):
-    common = {"name": "z", "levels": (60, 12), "iterations": 10, "resample": {"rounds": 2}, "pictures": 0}
-    return CurateRecipe(**{"embeddings": str(folder), "out": str(out), "count": 300, **common, **settings})
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
@@ -186,7 +152,7 @@ def test_a_killed_curation_goes_on_and_gives_the_same(zipf, tmp_path):
 
 def test_images_near_the_seeds_come_first_and_duplicates_never(zipf, tmp_path):
     folder, labels = zipf
-    x = EmbeddingFolder(folder).load().x_ND
+    x = EmbeddingFolder(folder).load()
     rare = np.flatnonzero(labels == 11)[:5]
     seeds = embedded(tmp_path / "seeds", x[rare], shards=1)
     wish = Retrieve(seeds=str(seeds), share=0.1)
@@ -244,9 +210,9 @@ def test_embeddings_go_on_after_a_kill_and_refuse_another_model(tmp_path, capfd,
         EmbeddingFolder(tmp_path / "out").load()
     assert main(["embed", str(scenes), out, *arguments]) == 0
     ours, theirs = (EmbeddingFolder(tmp_path / name) for name in ("out", "whole"))
-    assert np.allclose(ours.load().x_ND, theirs.load().x_ND, atol=1e-3)  # of smaller batches
+    assert np.allclose(ours.load(), theirs.load(), atol=1e-3)  # of smaller batches
     assert [ours.keys(i) for i in range(3)] == [theirs.keys(i) for i in range(3)]
-    assert np.allclose(np.linalg.norm(ours.load().x_ND.astype(np.float32), axis=1), 1, atol=1e-3)
+    assert np.allclose(np.linalg.norm(ours.load().astype(np.float32), axis=1), 1, atol=1e-3)
     assert main(["embed", str(scenes), out, *arguments[:-1], "0", "--model", "teacher:toy_dino"]) == 2
     assert "holds other embeddings (model: teacher:toy_clip" in capfd.readouterr().err
 

@@ -218,3 +218,21 @@ def test_a_licence_that_nobody_stated_is_noted(licence, tmp_path):
         found.notes
     )
     assert not any("licence" in note for note in plan(load_recipe("toy/stage1"), world_size=1).notes)
+
+
+@pytest.mark.parametrize(
+    ("name", "student"),
+    [
+        ("toy/stage3_featsharp", None),
+        ("stage3_featsharp", "ViT-L"),
+        ("stage3_featsharp", "ViT-B"),
+        ("stage1", "ViT-L"),
+    ],
+)
+def test_what_a_cache_saves_at_most_is_the_teachers_share(repo, name, student):
+    overrides = ["student.model=vit_base_patch16_224"] if student == "ViT-B" else []
+    partitions = plan(load_recipe(name, overrides), world_size=1).partitions
+    alone = sum(p.student_flop * p.images for p in partitions)
+    both = sum(p.total_flop * p.images for p in partitions)
+    row = f"| {name} | {student or 'toy'} | {1 - alone / both:.0%} | {both / alone:.1f}x |".replace("%", " %")
+    assert row in (repo / "docs/data.md").read_text()
