@@ -1,5 +1,6 @@
 """The example's two networks at their true size, from files written here in the formats of the packages; nothing of these is imported."""
 
+import shlex
 import tarfile
 from pathlib import Path
 
@@ -8,12 +9,15 @@ import pytest
 import timm
 import torch
 import torchvision
+from docs_blocks import blocks
 
-from radio_distill.config.load import load_card
+from radio_distill.cli import main
+from radio_distill.config.load import load_card, load_recipe
 from radio_distill.errors import TeacherError
 from radio_distill.listing import how_to_get
 from radio_distill.plan.memory import teacher_parameters
 from radio_distill.teachers.base import Teacher, load_teacher
+from radio_distill.toyworld import write_toyworld
 from radio_distill.weight_files import local_weights
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "real_teachers"
@@ -156,3 +160,21 @@ def test_images_are_held_out_once_and_for_all(packages: Path, tmp_path: Path) ->
         run.pack(photos, tmp_path / "fewer")
     with pytest.raises(RecipeError, match="no setting 'image'; expected images=FOLDER or run=FOLDER"):
         run.settings(["image=x"])
+
+
+def test_the_readmes_curation_runs(packages: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With random weights and few scenes; tests/run/test_data_docs.py trains from such a curation and a cache."""
+    net = randomised(timm.create_model("tf_efficientnet_lite0", pretrained=False))
+    torch.save({theirs(name): x for name, x in net.state_dict().items()}, file_of(packages, "efficientnet_lite0.yaml"))
+    for file in (*EXAMPLE.glob("*.yaml"), EXAMPLE / "networks.py"):
+        (tmp_path / file.name).write_text(file.read_text())
+    monkeypatch.chdir(tmp_path)
+    write_toyworld(tmp_path / "PHOTOS", count=24, size=64, seed=0, shards=2)
+    (block,) = (text for kind, text in blocks((EXAMPLE / "README.md").read_text()) if kind == "bash" and "curate" in text)
+    commands = [shlex.split(line, comments=True)[1:] for line in block.splitlines()]
+    assert [words[0] for words in commands] == ["embed", "curate", "cache", "train", "train"]
+    assert main([*commands[0], "--size", "64"]) == 0
+    assert main([*commands[1], "count=8", "levels=[6, 2]"]) == 0
+    assert "24" in Path("runs/curated/page.html").read_text()
+    for words in commands[2:]:  # the recipe that they name takes what they set
+        load_recipe(words[1], [item for item in words[2:] if "=" in item], training=words[0] == "train")
