@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from .config.cards import TeacherCard
 from .config.checks import NO_IMAGES, patch_size
-from .config.load import cards_of, list_recipes, load_card, load_upsampler_recipe
+from .config.load import list_recipes, load_upsampler_recipe
 from .config.recipe import Debias, ImageJob, Job, Recipe, Trained
 from .config.secrets import without_secrets
 from .config.sizes import side_of
@@ -75,10 +75,11 @@ def examine_recipe(recipe: AnyRecipe, *, open_sources: bool = False) -> Iterator
 
     open_sources: run its commands and open its URLs, too.
     """
+    from .plan.code import named_cards
     from .runs import latest
 
     resumed = latest(run_path(recipe))
-    cards = cards_of(recipe) if isinstance(recipe, Recipe) else {recipe.teacher: load_card(recipe.teacher)}
+    cards = named_cards(recipe)
     teachers_run = not isinstance(recipe, Recipe) or recipe.cache.read is None or recipe.cache.miss == "online"
     if isinstance(recipe, Recipe) and recipe.cache.read is not None:
         yield _cache(recipe.cache.read)

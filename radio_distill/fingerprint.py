@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .config.cards import TeacherCard
-from .config.load import cards_of, code_of, load_card
+from .config.load import cards_of, code_of, upsampler_cards
 from .config.recipe import Debias, Job, Recipe, Trained
 from .config.upsampler_recipe import UpsamplerRecipe
 from .errors import RadioDistillError
@@ -149,7 +149,7 @@ def fingerprints(recipe: Job) -> dict[str, Fingerprint]:
     user's that it names (`loss.terms.gram`)."""
     found = {key: Fingerprint({}, target, None, code=code_digest(target)) for key, target in code_of(recipe).items()}
     if isinstance(recipe, UpsamplerRecipe):
-        return found | {"teacher": fingerprint(load_card(recipe.teacher))}
+        return found | {name: fingerprint(card) for name, card in upsampler_cards(recipe).items()}
     if not isinstance(recipe, Recipe):
         return found
     found |= {name: fingerprint(card) for name, card in cards_of(recipe).items()}

@@ -35,11 +35,12 @@ def made(teacher: str = "toy_clip", *, steps: int = 100, seed: int = 0, **networ
     for name, parameter in sharpener.named_parameters():
         if "bias_buffer" in name or "gamma" in name:
             torch.nn.init.normal_(parameter, std=0.1)
-    downsampler = form_of(spec.reference).downsampler(Downsampler(kernel=3), card.output.features)
+    reduction = Downsampler(kernel=3, kind="simple" if spec.kind == "any" else "attention")
+    downsampler = form_of(spec.reference).downsampler(reduction, card.output.features)
     facts = provenance(recipe="made", step=steps, images=steps)
     for module in (sharpener, downsampler):
         module.eval().requires_grad_(False)
-    return SavedUpsampler(sharpener, downsampler, spec, card, card.input.size, Downsampler(kernel=3), facts)
+    return SavedUpsampler(sharpener, downsampler, spec, card, card.input.size, reduction, facts)
 
 
 def make(folder: Path, teacher: str = "toy_clip", **options: object) -> str:

@@ -18,7 +18,7 @@ from radio_distill.config.cards import TeacherCard
 from radio_distill.config.load import load_recipe, load_upsampler_recipe
 from radio_distill.config.recipe import Debias, Trained
 from radio_distill.config.upsampler import Network
-from radio_distill.config.upsampler_recipe import VIEWS, Downsampler
+from radio_distill.config.upsampler_recipe import ONE, VIEWS, Downsampler
 from radio_distill.data.views import ViewSpec
 from radio_distill.distill.build import build_start, build_teacher_side
 from radio_distill.distill.targets import views_at
@@ -107,12 +107,12 @@ class Gpu:
         """The same of an upsampler's training."""
         recipe = load_upsampler_recipe(name, [f"run={self.folder / name.replace('/', '_')}", *overrides])
         inputs = upsampler_train.Inputs(recipe, self.world)
-        statistics = balancer(inputs.teacher.card.output.features)
+        statistics = {name: balancer(teacher.card.output.features) for name, teacher in inputs.teachers.items()}
         with torch.device(CUDA):
             training = upsampler_train.assemble(recipe, self.world, RunFolder(recipe, is_main=True), inputs, statistics)
-        spec = ViewSpec(upsampler_train.BASE, recipe.partitions[VIEWS].size, inputs.teacher.patch_size)
+        specs = [ViewSpec(ONE, recipe.image_size, inputs.teachers[ONE].patch_size)]
         images = recipe.partitions[VIEWS].micro_batch or recipe.images // RANKS
-        return training, [batch_of(VIEWS, images, [spec])] * inputs.micro_steps
+        return training, [batch_of(VIEWS, images, specs)] * inputs.micro_steps
 
 
 def batch_of(partition: str, count: int, specs: list[ViewSpec]) -> Batch:

@@ -30,7 +30,7 @@ from .recipe import (
 )
 from .sizes import draws_sizes
 from .terms import TERMS, weights_of
-from .upsampler import ENLARGING
+from .upsampler import ANY, ENLARGING
 
 __all__ = ["NO_IMAGES", "check_recipe", "data_problems", "patch_size", "ranges"]
 
@@ -190,7 +190,7 @@ def _view(recipe: Recipe, partition: Partition, name: str, view: TeacherView, ca
             yield Problem(
                 f"teacher {name!r} at {size} px: no multiple of its patch {patch}; nearest is {fitting}", (*path, "size")
             )
-    if len(own) > 1 and isinstance(view.upsampler, Trained | Debias):
+    if len(own) > 1 and isinstance(view.upsampler, Trained | Debias) and view.upsampler.kind != ANY:
         text = f"teacher {name!r}: {view.upsampler.kind!r} is trained for one size, and `size` names {len(own)}; name one"
         yield Problem(text, (*path, "size"))
     if view.grid == "larger" and recipe.data.shift_std:

@@ -32,6 +32,7 @@ __all__ = [
     "load_upsampler_recipe",
     "load_vlm_recipe",
     "resume_conflicts",
+    "upsampler_cards",
 ]
 
 J = TypeVar("J", bound=Job)
@@ -158,6 +159,11 @@ def list_recipes(kind: type[Job] = Job) -> dict[str, Path]:
 def cards_of(recipe: Recipe) -> dict[str, TeacherCard]:
     """The card of every teacher of the recipe, by the teacher's name in it."""
     return {name: load_card(teacher.card or name) for name, teacher in recipe.teachers.items()}
+
+
+def upsampler_cards(recipe: UpsamplerRecipe) -> dict[str, TeacherCard]:
+    """The same of the recipe of an upsampler."""
+    return {name: load_card(str(one.card)) for name, one in recipe.each.items()}
 
 
 def code_of(recipe: Job) -> dict[str, str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from .upsampler import FUSION_ONLY, sees_tiles
+from .upsampler import ANY, FUSION_ONLY, sees_tiles
 
 __all__ = ["PRESETS", "Preset", "filled"]
 
@@ -35,6 +35,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 
+NO_CHANNELS: dict[str, Any] = {"downsampler": {"kind": "simple"}, "loss": {"uncertainty": False}}
+"""What kind `any` implies: nothing that is trained depends on how many channels a teacher has."""
+
 
 def filled(values: Mapping[str, Any]) -> dict[str, Any]:
     """The values of a recipe with those of its preset and its kind where they say nothing."""
@@ -47,6 +50,8 @@ def filled(values: Mapping[str, Any]) -> dict[str, Any]:
         if kind != "featsharp":
             kept = {key: x for key, x in below.get("network", {}).items() if key not in FUSION_ONLY}
             below = {**below, "network": kept}
+        if kind == ANY:
+            below = _over(below, NO_CHANNELS)
         if not sees_tiles(kind, network.get("inputs")):
             below = _over(below, {"loss": {"seam": 1.0}})
             if kind not in ("featsharp", "bilinear"):  # CODE: FeatUp's configurations have no de-bias map

@@ -137,8 +137,8 @@ class S2(Fields):
 
 
 class Trained(Fields):
-    kind: Literal["featsharp", "featup", "jafar", "sapa", "resfu", "naf"]
-    """What `radio-distill upsampler` has trained for this teacher."""
+    kind: Literal["featsharp", "featup", "jafar", "sapa", "resfu", "naf", "any"]
+    """What `radio-distill upsampler` has trained for this teacher; `any`: for every teacher."""
     factor: Factor
     """How much finer the map becomes."""
     weights: str

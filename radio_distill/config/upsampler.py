@@ -7,13 +7,16 @@ from typing import Literal
 
 from .cards import Fields
 from .document import KeyPath, Problem
-from .numbers import Factor, Scale, Share, Side
+from .numbers import Factor, Positive, Scale, Share, Side
 
-__all__ = ["ENLARGING", "FUSION_ONLY", "Network", "check_network", "sees_tiles"]
+__all__ = ["ANY", "ENLARGING", "FUSION_ONLY", "Network", "check_network", "sees_tiles"]
 
 Input = Literal["jbu", "bilinear", "tiles", "detail", "rgb", "jafar", "resfu", "naf"]
 
-ENLARGING = ("featup", "sapa", "resfu", "naf")
+ANY = "any"
+"""The kind whose weights depend on no teacher: one network serves every one."""
+
+ENLARGING = ("featup", "sapa", "resfu", "naf", ANY)
 """Kinds that cannot keep the teacher's grid."""
 
 FUSION_ONLY = ("progressive", "inputs", "mixer", "window", "position", "norm", "hidden")
@@ -21,9 +24,10 @@ FUSION_ONLY = ("progressive", "inputs", "mixer", "window", "position", "norm", "
 
 
 class Network(Fields):
-    kind: Literal["featsharp", "featup", "bilinear", "tile", "s2", "jafar", "sapa", "resfu", "naf"] = "featsharp"
+    kind: Literal["featsharp", "featup", "bilinear", "tile", "s2", "jafar", "sapa", "resfu", "naf", "any"] = "featsharp"
     """`featsharp`: fusion of `inputs` by local attention (FS section 3). `featup`: a stack of joint bilateral upsamplers.
-    `bilinear`, `tile`, `s2`: nothing is learned but the bias map. The others are comparison rows."""
+    `bilinear`, `tile`, `s2`: nothing is learned but the bias map. `any`: NAF with the same weights for all channels, so that one
+    network serves any teacher. The others are comparison rows."""
     factor: Factor = 2
     """How much finer than the teacher's own grid the map becomes; 1: the same grid, only denoised. A joint bilateral stack has one
     level for each prime factor (FS equation 4)."""
@@ -48,6 +52,8 @@ class Network(Fields):
     recipe, kinds that guide by the image and see no tiles have none unless it is asked for (CODE)."""
     beta: Share = 0.5
     """s2: share of the bilinear map; the rest is the stitched tiles (FS section 4)."""
+    width: Positive = 256
+    """any: channels of the encoded image, a multiple of 32 (NAF: 256). It does not depend on the teacher's."""
     reference: bool = False
     """Reproduce the published modules number for number: aliased reductions, square images, 16 heads padded to a power of two."""
 
@@ -75,8 +81,19 @@ def _conflicts(network: Network) -> Iterator[tuple[str, str]]:
         yield "factor", f"'factor' is 1, but kind '{network.kind}' only enlarges; use 2 or more, or kind 'featsharp'"
     if network.kind == "featsharp":
         yield from _fusion(network)
-    if network.reference and network.kind == "naf":
-        yield "reference", "kind 'naf' has no published counterpart; set 'reference' to false"
+    if network.reference and network.kind in ("naf", ANY):
+        yield "reference", f"kind '{network.kind}' has no published counterpart; set 'reference' to false"
+    yield from _any(network)
+
+
+def _any(network: Network) -> Iterator[tuple[str, str]]:
+    if network.kind != ANY and network.width != Network.model_fields["width"].default:
+        yield "width", f"'width' has no effect with kind '{network.kind}', expected kind '{ANY}'; remove 'width'"
+    if network.width % 32:
+        near = max(1, round(network.width / 32)) * 32
+        yield "width", f"'width' is {network.width}, expected a multiple of 32; nearest is {near}"
+    if network.kind == ANY and network.debias:
+        yield "debias", "'debias' is a map of one teacher, and kind 'any' serves every teacher; remove 'debias'"
 
 
 def _fusion(network: Network) -> Iterator[tuple[str, str]]:

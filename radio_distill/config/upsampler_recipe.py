@@ -1,4 +1,4 @@
-"""The recipe of an upsampler: one teacher, one network, one run folder (`radio-distill upsampler RECIPE`).
+"""The recipe of an upsampler: one teacher or several, one network, one run folder (`radio-distill upsampler RECIPE`).
 
 Sources of numbers: FS = FeatSharp paper, CODE = its public configuration, OURS = our choice (docs/upsamplers.md has the
 measurements it rests on).
@@ -14,19 +14,23 @@ from pydantic import model_validator
 from ..errors import CardError
 from .cards import Fields, TeacherCard
 from .checks import data_problems, ranges
-from .document import Problem
+from .document import KeyPath, Problem
 from .engine_checks import engine_problems
 from .jitter import Jitter
+from .names import name_problems
 from .numbers import Count, Decay, Positive, Rate, Scale, Side, Weight
 from .objective import Objective
 from .presets import Preset, filled
 from .recipe import Balance, Ema, ImageJob, Optim, Partition, Recipe
-from .upsampler import Network, check_network, sees_tiles
+from .upsampler import ANY, Network, check_network, sees_tiles
 
-__all__ = ["VIEWS", "AnyRecipe", "Downsampler", "UpsamplerRecipe", "check_upsampler"]
+__all__ = ["ONE", "VIEWS", "AnyRecipe", "Downsampler", "UpsampledTeacher", "UpsamplerRecipe", "check_upsampler"]
 
 VIEWS = "views"
 """Name of the one partition of an upsampler's training."""
+
+ONE = "teacher"
+"""What the teacher of an upsampler for one teacher is called: of its statistics, its fingerprint, its view."""
 
 
 class Downsampler(Fields):
@@ -74,13 +78,24 @@ class UpsamplerEma(Ema):
     """Decay per step of the fp32 average of the weights; 0: no EMA (FS)."""
 
 
+class UpsampledTeacher(Fields):
+    """One of several teachers that a network is trained with."""
+
+    card: str | None = None
+    """Name or path of its card; null: its name here."""
+    size: Side
+    """Side in pixels of its input; its images are `network.factor` times as large."""
+
+
 class UpsamplerRecipe(ImageJob):
     """Multi-view training of one upsampler (FS section 3)."""
 
-    teacher: str
+    teacher: str | None = None
     """Name or path of the teacher's card."""
-    size: Side
+    size: Side | None = None
     """Side in pixels of the teacher's input; images are `network.factor` times as large."""
+    teachers: dict[str, UpsampledTeacher] = {}
+    """In place of `teacher` and `size`, for a network of kind `any`: the teachers that it is trained with, one a step, in turn."""
     preset: Preset = "ours"
     """Values that stand in where the recipe says nothing (config/presets.py, docs/upsamplers.md). `paper`: FeatSharp as its
     paper describes it. `code`: its public configuration and code, number for number. `ours`: the defaults."""
@@ -115,9 +130,16 @@ class UpsamplerRecipe(ImageJob):
         return filled(values) if isinstance(values, dict) else values
 
     @property
+    def each(self) -> dict[str, UpsampledTeacher]:
+        """Card and size of every teacher by its name here; one that `teacher` names is called so."""
+        if self.teachers:
+            return {name: one.model_copy(update={"card": one.card or name}) for name, one in self.teachers.items()}
+        return {ONE: UpsampledTeacher.model_construct(card=self.teacher, size=self.size)}
+
+    @property
     def image_size(self) -> int:
-        """Side in pixels of the images: what the network makes of one teacher image is `factor` times as fine."""
-        return self.size * self.network.factor
+        """Side in pixels of the images, of the largest teacher: what the network makes of one teacher image is `factor` times as fine."""
+        return max(one.size for one in self.each.values()) * self.network.factor
 
     @property
     def partitions(self) -> dict[str, Partition]:
@@ -131,19 +153,17 @@ AnyRecipe = Recipe | UpsamplerRecipe
 
 def check_upsampler(recipe: UpsamplerRecipe, load_card: Callable[[str], TeacherCard], *, training: bool) -> list[Problem]:
     """Everything in the recipe that does not fit together; empty when it can be run."""
+    if missing := list(_which_teachers(recipe)):
+        return missing  # nothing else can be said before
     problems = [*check_network(recipe.network, ("network",)), *engine_problems(recipe), *_fitting(recipe, load_card)]
     return [*problems, *ranges(recipe), *data_problems(recipe.data, recipe.partitions, training=training)]
 
 
 def _fitting(recipe: UpsamplerRecipe, load_card: Callable[[str], TeacherCard]) -> Iterator[Problem]:
-    try:
-        card = load_card(recipe.teacher)
-        yield from _size(recipe, card)
-        if recipe.loss.true_map and not card.input.resizable:
-            text = f"'loss.true_map' is {recipe.loss.true_map}, but {card.name!r} takes {card.input.size} px only; remove it"
-            yield Problem(text, ("loss", "true_map"))
-    except CardError as error:
-        yield Problem(f"teacher {recipe.teacher!r}: {error}".replace("\n", "\n    "), ("teacher",))
+    yield from _for_any(recipe)
+    yield from name_problems("teacher", recipe.teachers, ("teachers",))
+    for name, one in recipe.each.items():
+        yield from _teacher(recipe, name, one, load_card)
     if recipe.loss.seam != 1 and not sees_tiles(recipe.network.kind, recipe.network.inputs):
         text = f"'loss.seam' is {recipe.loss.seam}, but without tiles there are no seams; remove 'loss.seam'"
         yield Problem(text, ("loss", "seam"))
@@ -164,10 +184,50 @@ def _fitting(recipe: UpsamplerRecipe, load_card: Callable[[str], TeacherCard]) -
         yield Problem(text, ("balance", "window"))
 
 
-def _size(recipe: UpsamplerRecipe, card: TeacherCard) -> Iterator[Problem]:
-    size, patch = recipe.size, card.input.patch
+def _which_teachers(recipe: UpsamplerRecipe) -> Iterator[Problem]:
+    """One teacher with its size, or several."""
+    for key in ("teacher", "size"):
+        given = getattr(recipe, key) is not None
+        if given and recipe.teachers:
+            text = f"'{key}' and 'teachers' are both given; remove '{key}', or set teachers=null for a network of one teacher"
+            yield Problem(text, (key,))
+        elif not given and not recipe.teachers:
+            yield Problem(f"'{key}' is missing; give teacher and size, or teachers.NAME.size of several", (key,))
+
+
+def _for_any(recipe: UpsamplerRecipe) -> Iterator[Problem]:
+    """Only a network that depends on no teacher serves several; what is trained beside it must not depend on one either."""
+    kind = recipe.network.kind
+    if kind != ANY:
+        if recipe.teachers:
+            text = f"'teachers' are {len(recipe.teachers)}, but the weights of kind {kind!r} are for one; set network.kind={ANY}, or teacher"
+            yield Problem(text, ("teachers",))
+        return
+    if recipe.downsampler.kind != "simple":
+        text = f"'downsampler.kind' is {recipe.downsampler.kind!r}, whose weights depend on the teacher; with network.kind {ANY!r}: simple"
+        yield Problem(text, ("downsampler", "kind"))
+    if recipe.loss.uncertainty:
+        text = f"'loss.uncertainty' trains weights that depend on the teacher; with network.kind {ANY!r} remove it"
+        yield Problem(text, ("loss", "uncertainty"))
+
+
+def _teacher(
+    recipe: UpsamplerRecipe, name: str, one: UpsampledTeacher, load_card: Callable[[str], TeacherCard]
+) -> Iterator[Problem]:
+    at: KeyPath = ("teachers", name) if recipe.teachers else ()
+    try:
+        card = load_card(str(one.card))
+    except CardError as error:
+        yield Problem(f"teacher {one.card!r}: {error}".replace("\n", "\n    "), at or ("teacher",))
+        return
+    size, patch, key = one.size, card.input.patch, f"teachers.{name}.size" if recipe.teachers else "size"
     if size != card.input.size and not card.input.resizable:
-        yield Problem(f"'size' is {size}: the card of {card.name!r} allows {card.input.size} px only", ("size",))
+        yield Problem(f"'{key}' is {size}: the card of {card.name!r} allows {card.input.size} px only", (*at, "size"))
     elif size < patch or size % patch:
         fitting = max(1, round(size / patch)) * patch
-        yield Problem(f"'size' is {size}, no multiple of the patch {patch} of {card.name!r}; nearest is {fitting}", ("size",))
+        yield Problem(
+            f"'{key}' is {size}, no multiple of the patch {patch} of {card.name!r}; nearest is {fitting}", (*at, "size")
+        )
+    if recipe.loss.true_map and not card.input.resizable:
+        text = f"'loss.true_map' is {recipe.loss.true_map}, but {card.name!r} takes {card.input.size} px only; remove it"
+        yield Problem(text, ("loss", "true_map"))

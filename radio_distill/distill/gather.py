@@ -15,7 +15,7 @@ from ..config.load import load
 from ..config.recipe import Recipe
 from ..config.upsampler_recipe import UpsamplerRecipe
 from ..errors import RecipeError
-from ..fingerprint import Fingerprint, fingerprint, fingerprints
+from ..fingerprint import Fingerprint, fingerprints
 from ..runs import run_path
 from ..train import agree, distributed
 from ..train.ranks import run_ranks
@@ -59,9 +59,10 @@ def _of_stage(recipe: Recipe, world: distributed.World) -> Gathered:
 
 def _of_upsampler(recipe: UpsamplerRecipe, world: distributed.World) -> Gathered:
     inputs = Inputs(recipe, world)
-    card = inputs.teacher.card
     fresh = recipe.model_copy(update={"balance": recipe.balance.model_copy(update={"path": None})})
-    return {card.name: statistics(fresh, world, inputs)}, {card.name: fingerprint(card)}
+    names = {name: teacher.card.name for name, teacher in inputs.teachers.items()}
+    found, made_for = statistics(fresh, world, inputs), fingerprints(recipe)
+    return {card: found[name] for name, card in names.items()}, {card: made_for[name] for name, card in names.items()}
 
 
 def _write(out: Path, balancers: dict[str, Balancer], teachers: dict[str, Fingerprint]) -> None:

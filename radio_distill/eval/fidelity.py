@@ -5,6 +5,9 @@
 Upsamplers of one teacher see the same images and views, and the teacher encodes what they share once. Every number is a
 function of the protocol, the images and the upsampler: what else is measured in the same call changes nothing.
 
+An upsampler of kind `any` has no statistics of its teacher. Those of the measured images themselves give it the balanced units in which
+TV, CRF and MMD are; its map and its fidelity are the same in any.
+
 Shapes: B images, J views, C channels, h w the teacher's grid, H W the upsampled grid.
 """
 
@@ -13,15 +16,17 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..align import resize_map
+from ..balance import Moments, fit
 from ..config.jitter import Jitter
-from ..config.upsampler import Network
+from ..config.recipe import PhiS
+from ..config.upsampler import ANY, Network
 from ..data.held_out import HeldOut
 from ..data.jitter import draw_matrices, warp_views
 from ..files import digest_of
@@ -34,7 +39,7 @@ from ..upsamplers.folder import SavedUpsampler, check_teacher
 from ..upsamplers.map_weights import covered_masks
 from ..upsamplers.metrics import Fidelity, masked_error, overtiling, total_variation
 from ..upsamplers.mmd import map_mmd
-from ..upsamplers.sharpener import Sharp
+from ..upsamplers.sharpener import Sharp, Sharpener
 
 __all__ = ["FidelityProtocol", "Measured", "left_to_measure", "measure", "measured_of", "to_results", "upsampler_id"]
 
@@ -85,6 +90,8 @@ class Measured(NamedTuple):
     values: dict[str, float]
     id: str = ""
     """`MODEL#DIGEST`, see `upsampler_id`."""
+    unseen: bool = False
+    """Whether it was trained with other teachers only (kind `any`)."""
 
     @property
     def grid(self) -> int:
@@ -130,7 +137,8 @@ def measure(
         remember = _Memory(chunked(teacher, chunk), data)
         tiling = _overtiling(teacher, next(iter(group.values())).size, data, protocol)
         for name, saved in group.items():
-            scores = _Scores(saved, device)
+            known = _in_balanced_units(saved, teacher, remember, protocol, data.count)
+            scores = _Scores(known, device, own=upsampler_id(name, saved))
             for start in range(0, data.count, protocol.batch):
                 _score_batch(teacher, remember, scores, protocol, start)
             yield scores.measured(name, tiling)
@@ -154,7 +162,7 @@ def to_results(measured: Sequence[Measured], data: HeldOut, protocol: FidelityPr
             resolution=row.size,
             grid=row.grid,
             config_hash=protocol.digest,
-            details={"network": row.network.model_dump(mode="json"), "steps": row.steps},
+            details={"network": row.network.model_dump(mode="json"), "steps": row.steps, "unseen": row.unseen},
         )
         for row in measured
         for metric, value in row.values.items()
@@ -171,7 +179,8 @@ def measured_of(results: Sequence[Result]) -> list[Measured]:
             same = old is not None and (old.id, old.size, old.network) == (r.model_id, r.resolution, network)
             values = {**(old.values if old is not None and same else {}), r.metric: r.value}
             cells = r.grid // network.factor
-            rows[key] = Measured(r.model, r.task, r.resolution, cells, network, r.details.get("steps", 0), values, r.model_id)
+            steps, unseen = r.details.get("steps", 0), r.details.get("unseen", False)
+            rows[key] = Measured(r.model, r.task, r.resolution, cells, network, steps, values, r.model_id, unseen)
     return list(rows.values())
 
 
@@ -275,11 +284,30 @@ def _score_batch(teacher: Teacher, encode: _Memory, scores: _Scores, protocol: F
         scores.compare_whole(sharp, encode(base).features_BCHW)
 
 
+@torch.no_grad()
+def _in_balanced_units(
+    saved: SavedUpsampler, teacher: Teacher, encode: _Memory, protocol: FidelityProtocol, count: int
+) -> SavedUpsampler:
+    """The upsampler, which has statistics of its teacher: its own, or of the measured images."""
+    if saved.network.kind != ANY:
+        return saved
+    channels = saved.card.output.features
+    moments = Moments(channels, device=teacher.device)
+    for start in range(0, count, protocol.batch):
+        fine = encode.images(start, start + protocol.batch, saved.size * max(protocol.fine, saved.factor)).to(teacher.device)
+        base = teacher.normalize(resize_map(fine, (saved.size * saved.factor,) * 2))
+        moments.update(encode(resize_map(base, (saved.size,) * 2)).features_BCHW)
+    balancer = fit(PhiS(), moments, saved.card.name)
+    sharpener = Sharpener(saved.network, channels, (saved.grid,) * 2, balancer, saved.sharpener.network)
+    return replace(saved, sharpener=sharpener.eval())
+
+
 class _Scores:
     """What is summed up of one upsampler over the held-out set."""
 
-    def __init__(self, saved: SavedUpsampler, device: torch.device | str) -> None:
-        self.saved = saved
+    def __init__(self, saved: SavedUpsampler, device: torch.device | str, *, own: str) -> None:
+        """own: its `upsampler_id`."""
+        self.saved, self._id = saved, own
         self.saved.sharpener.to(device)
         self.saved.downsampler.to(device)
         balancer = saved.sharpener.balancer
@@ -337,8 +365,7 @@ class _Scores:
             values["fidelity_true"] = float(self._true.value)
         ordered = {key: values[key] for key in [*METRICS, *tiling] if key in values}
         steps = int(saved.provenance.get("step", 0))
-        own = upsampler_id(name, saved)
-        return Measured(name, saved.card.name, saved.size, saved.grid, saved.network, steps, ordered, own)
+        return Measured(name, saved.card.name, saved.size, saved.grid, saved.network, steps, ordered, self._id, saved.unseen)
 
     def _add(self, name: str, value: Tensor, images: int) -> None:
         self._sums[name] = self._sums.get(name, value.new_zeros(())) + value * images

@@ -22,7 +22,7 @@ Grid = dict[str, dict[str, list[float]]]
 
 NAMES = {
     "bilinear": "Bilinear", "jbu": "FeatUp", "featup": "FeatUp", "tiles": "Tiles", "detail": "Detail", "tile": "Tiles", "s2": "S2",
-    "rgb": "RGB", "jafar": "JAFAR", "sapa": "SAPA", "resfu": "ReSFU", "naf": "NAF", "featsharp": "FeatSharp",
+    "rgb": "RGB", "jafar": "JAFAR", "sapa": "SAPA", "resfu": "ReSFU", "naf": "NAF", "any": "NAF for any teacher", "featsharp": "FeatSharp",
 }  # fmt: skip
 MIXERS = {"linear": "Linear", "attention": "Attention", "mlp": "MLP", "block": "Attention + MLP"}
 SHORT = {"fidelity": "fidelity", "tv": "TV", "crf": "CRF", "mmd": "MMD"}
@@ -63,13 +63,18 @@ def method(network: Network, *, ignore: tuple[str, ...] = ()) -> str:
     return ", ".join([name, *(words.get(key, f"{key} {value}") for key, value in options.items())])
 
 
+def _of(measured: Measured) -> str:
+    """The method, and whether it was trained with other teachers only."""
+    return method(measured.network) + (", unseen teacher" if measured.unseen else "")
+
+
 def of_everything(measured: list[Measured]) -> Table:
     """A row for each upsampler, with all its numbers."""
     metrics = list(dict.fromkeys(key for m in measured for key in m.values))
     head = ("model", "teacher", "px", "map", "method", "steps", *metrics)
     rows = []
     for m in measured:
-        facts = (m.model, m.teacher, str(m.size), str(m.grid), f"{m.network.factor}x {method(m.network)}", str(m.steps))
+        facts = (m.model, m.teacher, str(m.size), str(m.grid), f"{m.network.factor}x {_of(m)}", str(m.steps))
         rows.append((*facts, *(_number(m.values.get(key)) for key in metrics)))
     return Table("", head, tuple(rows))
 
@@ -95,7 +100,7 @@ def _by_method(measured: Iterable[Measured], table: PublishedTable, metrics: tup
     """Tables 8 and 9: methods as rows; a group of columns for every teacher, factor and length of training."""
     grid: Grid = {}
     for m in measured:
-        name = method(m.network)
+        name = _of(m)
         row = grid.setdefault(table.ours.get(name, name), {})
         for metric in metrics:
             row.setdefault(f"{_column(m)} {SHORT[metric]}", []).append(m.values[metric])

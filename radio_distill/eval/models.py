@@ -182,9 +182,9 @@ def _upsampler(name: str, how: str, which: str, teacher: Teacher) -> SavedUpsamp
     from ..upsamplers.folder import load_upsampler, untrained
 
     if how == "featsharp":
-        return load_upsampler(which)
+        return load_upsampler(which, teacher.card)
     if how == "random":
-        saved = load_upsampler(which)
+        saved = load_upsampler(which, teacher.card)
         return untrained(saved.network, saved.card, saved.size, saved.sharpener.balancer)
     if not which.isdecimal() or not 1 < int(which) <= HIGHEST_FACTOR:
         raise RadioDistillError(f"model {name!r}: {how}:{which}, expected a factor of 2 to {HIGHEST_FACTOR}")

@@ -18,6 +18,7 @@ from ..config.upsampler_recipe import UpsamplerRecipe
 from ..config.vlm_recipe import VlmRecipe
 from ..errors import CheckpointError, DataError
 from ..files import replace_text
+from ..log.meter import fidelities
 from ..log.sinks import read_metrics
 from ..results import read
 from ..types import Result
@@ -218,7 +219,7 @@ def _upsamplers(runs: list[UpsamplerRun]) -> str:
         network, last = recipe.network, metrics[-1] if metrics else {}
         inputs = f" of {' + '.join(network.inputs)}" if network.kind == "featsharp" else ""
         what = f"{network.factor}x {network.kind}{inputs}"
-        rows.append([path.name, what, f"{last.get('step', 0):g}", f"{last.get('fidelity/views', 0.0):.2f}"])
+        rows.append([path.name, what, f"{last.get('step', 0):g}", fidelities(last, digits=2) or "-"])
     note = (
         "Fidelity over the last log interval of the training: variance of the teacher's features over the error of the fine map "
         "seen from other views. `python -m radio_distill.eval --suite fidelity` measures it on held-out images."

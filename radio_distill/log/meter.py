@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from ..tensors import all_reduce
 
-__all__ = ["Meter"]
+__all__ = ["Meter", "fidelities"]
 
 
 class Meter:
@@ -58,6 +60,14 @@ def with_fidelity(metrics: dict[str, float]) -> dict[str, float]:
             key = name.removeprefix("error/")
             out[f"fidelity/{key}"] = metrics[f"variance/{key}"] / max(error, 1e-30)
     return out
+
+
+def fidelities(metrics: Mapping[str, float], *, digits: int) -> str:
+    """In the words of an upsampler's log: of the views of its teacher, or of every teacher that had its turn in an interval."""
+    found = {key.removeprefix("fidelity/"): value for key, value in metrics.items() if key.startswith("fidelity/")}
+    return ", ".join(
+        f"{value:.{digits}f}" if name == "views" else f"{name} {value:.{digits}f}" for name, value in found.items()
+    )
 
 
 def _gather_names(names: list[str]) -> list[list[str]]:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from ..balance.methods import import_method
 from ..config.cards import TeacherCard
-from ..config.load import cards_of, code_of, load_card
+from ..config.load import cards_of, code_of, upsampler_cards
 from ..config.recipe import Job, Recipe
 from ..config.upsampler_recipe import UpsamplerRecipe
 from ..loaders import is_ours
@@ -15,7 +15,7 @@ from ..losses import load_terms
 from ..teachers.base import teacher_builder
 from ..train.optim import import_optimizer
 
-__all__ = ["UserCode", "import_code", "user_code"]
+__all__ = ["UserCode", "import_code", "named_cards", "user_code"]
 
 IMPORTERS: dict[str, Callable[[Any], object]] = {
     "balance.method": lambda recipe: import_method(recipe.balance.method),
@@ -47,7 +47,7 @@ def import_code(recipe: Job) -> None:
 
 def user_code(recipe: Job) -> Iterator[UserCode]:
     """What a recipe of any kind and its cards name."""
-    for name, card in _cards(recipe).items():
+    for name, card in named_cards(recipe).items():
         if card.loader is not None and not is_ours(card.loader):
             yield UserCode(f"teacher {name}", card.loader, lambda card=card: teacher_builder(card))  # type: ignore[misc]
     for key, target in code_of(recipe).items():
@@ -55,7 +55,10 @@ def user_code(recipe: Job) -> Iterator[UserCode]:
         yield UserCode(key, target, lambda importer=importer: importer(recipe))  # type: ignore[misc]
 
 
-def _cards(recipe: Job) -> dict[str, TeacherCard]:
+def named_cards(recipe: Job) -> dict[str, TeacherCard]:
+    """The cards of a recipe of any kind, by what it calls their teachers."""
     if isinstance(recipe, Recipe):
         return cards_of(recipe)
-    return {recipe.teacher: load_card(recipe.teacher)} if isinstance(recipe, UpsamplerRecipe) else {}
+    if not isinstance(recipe, UpsamplerRecipe):
+        return {}
+    return {recipe.teacher or name: card for name, card in upsampler_cards(recipe).items()}

@@ -33,7 +33,7 @@ def render(plan: Plan) -> str:
 
 def render_upsampler(plan: UpsamplerPlan) -> str:
     """The same of an upsampler's plan."""
-    parts = [[*_title(plan), _maps(plan)], _teachers([plan.teacher]), _upsampler_flops(plan), _upsampler_totals(plan)]
+    parts = [[*_title(plan), *_maps(plan)], _teachers(plan.teachers), _upsampler_flops(plan), _upsampler_totals(plan)]
     return "\n".join([line for part in parts for line in (*part, "")][:-1] + list(_notes(plan)))
 
 
@@ -54,10 +54,12 @@ def _title(plan: Budget) -> Iterator[str]:
     yield f"  {plan.steps:,} steps on {plan.world_size} x {plan.gpu} at {plan.utilisation:.0%} of its reachable bf16 rate"
 
 
-def _maps(plan: UpsamplerPlan) -> str:
-    maps = f"{plan.size} px, {plan.grid} x {plan.grid} to {plan.image_size} px, {plan.fine_grid} x {plan.fine_grid}"
+def _maps(plan: UpsamplerPlan) -> Iterator[str]:
     tiles = f"global view and {plan.encodes - 1} tiles" if plan.encodes > 1 else "global view, no tiles"
-    return f"  {plan.network}: {maps}; {tiles}, {plan.views} jittered views in training"
+    for teacher, m in zip(plan.teachers, plan.maps, strict=True):
+        maps = f"{m.size} px, {m.grid} x {m.grid} to {m.image_size} px, {m.fine_grid} x {m.fine_grid}"
+        whose = f" of {teacher.name}, one step in {len(plan.maps)}" if len(plan.maps) > 1 else ""
+        yield f"  {plan.network}{whose}: {maps}; {tiles}, {plan.views} jittered views in training"
 
 
 def _teachers(teachers: Sequence[TeacherPlan]) -> Iterator[str]:
@@ -148,7 +150,7 @@ def _totals(plan: Plan) -> Iterator[str]:
 def _upsampler_flops(plan: UpsamplerPlan) -> Iterator[str]:
     rows: list[tuple[str, ...]] = [("GFLOP per image", "use", "training", "parameters")]
     parameters = {
-        "teacher": plan.teacher.parameters,
+        "teacher": sum(teacher.parameters for teacher in plan.teachers),
         "network": plan.network_parameters,
         "downsampler": plan.downsampler_parameters,
         "uncertainty": plan.uncertainty_parameters,

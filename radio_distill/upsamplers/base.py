@@ -74,11 +74,10 @@ def trained_upsampler(
     dtype: torch.dtype = torch.float32,
 ) -> Trained:
     """Load the upsampler that a recipe names, and check that teacher, size, kind and factor match; errors as `build_upsampler`."""
-    from .folder import check_teacher, load_upsampler
+    from .folder import load_upsampler
     from .upsampled import Trained
 
-    saved = load_upsampler(spec.weights)
-    check_teacher(saved, card, size)
+    saved = load_upsampler(spec.weights, card, size)
     found = f"{saved.factor}x {saved.network.kind}"
     if isinstance(spec, recipe.Debias) and not saved.network.debias:
         raise TeacherError(

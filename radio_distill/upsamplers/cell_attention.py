@@ -23,10 +23,13 @@ CHUNK = 2**26
 """Numbers in the unfolded keys or values of the rows of cells that are computed at a time: 256 MiB in float32."""
 
 
-def attend_cells(queries_BDHW: Tensor, keys_BDhw: Tensor, values_BChw: Tensor, *, window: int, heads: int = 1) -> Tensor:
+def attend_cells(
+    queries_BDHW: Tensor, keys_BDhw: Tensor, values_BChw: Tensor, *, window: int, heads: int = 1, shared: bool = False
+) -> Tensor:
     """Softmax of queries times keys over the cells around each position's own, applied to the values: (B, C, H, W).
 
-    Head g takes the g-th part of the channels of all three. The queries carry the scale of the scores; the softmax is in float32.
+    Head g takes the g-th part of the channels of all three; `shared`: all channels of the values take the mean weights of the heads.
+    The queries carry the scale of the scores; the softmax is in float32.
     """
     h, w = keys_BDhw.shape[2:]
     factors = whole_factors((h, w), (queries_BDHW.shape[2], queries_BDHW.shape[3]))
@@ -37,7 +40,8 @@ def attend_cells(queries_BDHW: Tensor, keys_BDhw: Tensor, values_BChw: Tensor, *
     def rows(part: slice) -> Tensor:
         scores = _by_head(queries[:, part], heads) @ _by_head(_neighbours(keys, part, window), heads).mT
         weights = scores.float().masked_fill(outside_hwK[part, :, None, None], -torch.inf).softmax(dim=-1)
-        out = weights.to(values.dtype) @ _by_head(_neighbours(values, part, window), heads)
+        weights = weights.mean(-3, keepdim=True) if shared else weights
+        out = weights.to(values.dtype) @ _by_head(_neighbours(values, part, window), 1 if shared else heads)
         return rearrange(out, "b h w g p c -> b h w p (g c)")
 
     per_row = len(keys) * w * window**2 * max(keys.shape[3], values.shape[3])

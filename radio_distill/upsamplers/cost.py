@@ -27,7 +27,7 @@ def network_flops(network: Network, width: int, grid: int, patch: int) -> float:
     if network.kind in ("bilinear", "tile", "s2"):
         return 0.0
     if network.kind != "featsharp":
-        return _guided(network.kind, width, network.factor, grid, patch, network.factor * grid * patch)
+        return _guided(network.kind, width, network.factor, grid, patch, network.factor * grid * patch, network.width)
     factors = level_factors(network)
     with torch.device("meta"):
         levels = [level for level in FeatSharp(network, width).ups if isinstance(level, FusionLevel)]
@@ -47,7 +47,7 @@ def network_parameters(network: Network, width: int) -> int:
         if network.kind == "featsharp":
             built: nn.Module = FeatSharp(network, width)
         else:
-            built = build_guided(network.kind, width, network.factor, form_of(network.reference))
+            built = build_guided(network.kind, width, network.factor, form_of(network.reference), network.width)
     return sum(p.numel() for p in built.parameters())
 
 
@@ -74,8 +74,8 @@ def uncertainty_flops(width: int, side: int, hidden: int = 256) -> float:
 
 
 @cache
-def _guided(name: str, width: int, factor: int, grid: int, patch: int, image: int) -> float:
-    """One forward of a guided upsampler; of inputs that are no network: 0."""
+def _guided(name: str, width: int, factor: int, grid: int, patch: int, image: int, own: int = 0) -> float:
+    """One forward of a guided upsampler (own: its width, of kind `any`); of inputs that are no network: 0."""
     if name in ("bilinear", "tiles", "detail", "rgb"):
         return 0.0
     if name in ("jbu", "featup"):
@@ -87,6 +87,6 @@ def _guided(name: str, width: int, factor: int, grid: int, patch: int, image: in
 
     fine = (factor * grid, factor * grid)
     with torch.no_grad(), FakeTensorMode(), FlopCounterMode(display=False) as counter:
-        network = build_guided(name, width, factor, OURS)
+        network = build_guided(name, width, factor, OURS, own)
         network(torch.empty(1, width, grid, grid), torch.empty(1, 3, image, image), fine)
     return float(counter.get_total_flops())

@@ -99,8 +99,8 @@ def level_factors(spec: Network) -> list[int]:
     return (prime_factors(spec.factor) if spec.progressive else []) or [spec.factor]
 
 
-def build_guided(kind: str, channels: int, factor: int, form: Form) -> nn.Module:
-    """The guided upsampler of a kind: `forward(source_BChw, guidance_B3HW, size)`."""
+def build_guided(kind: str, channels: int, factor: int, form: Form, width: int = 0) -> nn.Module:
+    """The guided upsampler of a kind: `forward(source_BChw, guidance_B3HW, size)`. width: of kind `any`, for features of any channels."""
     from .jafar import Jafar
     from .naf import Naf
     from .resfu import Resfu
@@ -116,5 +116,7 @@ def build_guided(kind: str, channels: int, factor: int, form: Form) -> nn.Module
         case "resfu":
             return Resfu(channels)
         case "naf":
-            return Naf(channels)
-    raise ValueError(f"unknown guided upsampler {kind!r}; expected jbu, featup, jafar, sapa, resfu or naf")
+            return Naf.of(channels)
+        case "any":
+            return Naf.for_any(width)
+    raise ValueError(f"unknown guided upsampler {kind!r}; expected jbu, featup, jafar, sapa, resfu, naf or any")

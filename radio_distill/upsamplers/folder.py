@@ -4,6 +4,9 @@ network.*             the network (none for bilinear, tile, s2)
 bias_buffer.buffer    the de-bias map (1, C, h, w)
 balancer.*            PHI-S of the teacher's features: the space the network works in
 downsampler.*         what it was trained against, for the fidelity suite
+
+Of kind `any` there are the network and the downsampler alone, and a list of the teachers that it was trained with: it serves every
+teacher, and its maps are the same in any balanced space (`naf.py`).
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -23,7 +26,7 @@ from torch import Tensor, nn
 from ..balance import Balancer, identity
 from ..config.cards import CUSTOM, TeacherCard
 from ..config.load import list_cards, load_card
-from ..config.upsampler import Network
+from ..config.upsampler import ANY, Network
 from ..config.upsampler_recipe import Downsampler
 from ..errors import CheckpointError, TeacherError
 from ..files import appearing, check_written, json_file, written_as
@@ -39,6 +42,7 @@ log = logging.getLogger(__name__)
 
 __all__ = [
     "SavedUpsampler",
+    "Seen",
     "check_teacher",
     "load_upsampler",
     "named_upsampler",
@@ -53,9 +57,18 @@ WEIGHTS = "upsampler.safetensors"
 FACTS = "upsampler.json"
 
 
+class Seen(NamedTuple):
+    """A teacher that an upsampler was trained with."""
+
+    card: TeacherCard
+    size: int
+    """Side in pixels of its input."""
+    fingerprint: Fingerprint
+
+
 @dataclass(frozen=True)
 class SavedUpsampler:
-    """A trained upsampler and what it was trained for."""
+    """A trained upsampler and what it was trained for; one of kind `any`, and the teacher that it serves."""
 
     sharpener: Sharpener
     downsampler: nn.Module
@@ -69,6 +82,14 @@ class SavedUpsampler:
     """Recipe, step, number of images, versions."""
     fingerprint: Fingerprint | None = None
     """Of the teacher that it was trained for; None: of the card's teacher as it is here and now."""
+    seen: tuple[Seen, ...] = ()
+    """Of kind `any`: the teachers that it was trained with."""
+
+    @property
+    def unseen(self) -> bool:
+        """Whether it serves a teacher that it was not trained with."""
+        own = _trained_for(self)
+        return bool(self.seen) and all(seen.fingerprint.differences(own) for seen in self.seen)
 
     @property
     def factor(self) -> int:
@@ -89,28 +110,35 @@ def save_upsampler(saved: SavedUpsampler, folder: Path, *, state: Mapping[str, T
         modules = {"sharpener": saved.sharpener, "downsampler": saved.downsampler}
         state = {f"{prefix}.{key}": x for prefix, module in modules.items() for key, x in module.state_dict().items()}
     tensors = {key.removeprefix("sharpener."): x for key, x in fold_state(state).items()}
-    tensors |= {f"balancer.{name}": x for name, x in saved.sharpener.balancer.tensors().items()}
-    plain = {name: x.float().cpu().clone() for name, x in tensors.items()}
-    facts = {
+    facts: dict[str, Any] = {
         "format": 1,
         "network": saved.network.model_dump(mode="json"),
         "downsampler": saved.reduction.model_dump(mode="json"),
-        "size": saved.size,
-        "teacher": saved.card.model_dump(mode="json"),
-        "fingerprint": _trained_for(saved).to_dict(),
-        "balancer": {"kind": saved.sharpener.balancer.kind, "facts": saved.sharpener.balancer.facts},
         "provenance": saved.provenance,
     }
+    own = Seen(saved.card, saved.size, _trained_for(saved))
+    if saved.network.kind == ANY:
+        facts["teachers"] = [_to_facts(seen) for seen in saved.seen or (own,)]
+    else:
+        tensors |= {f"balancer.{name}": x for name, x in saved.sharpener.balancer.tensors().items()}
+        facts |= {
+            **_to_facts(own),
+            "balancer": {"kind": saved.sharpener.balancer.kind, "facts": saved.sharpener.balancer.facts},
+        }
+    plain = {name: x.float().cpu().clone() for name, x in tensors.items()}
     folder.mkdir(parents=True, exist_ok=True)
     with appearing(folder / WEIGHTS) as weights, appearing(folder / FACTS) as words:
         save_tensors(weights, plain)
         words.write_text(json.dumps(facts, indent=1) + "\n")
 
 
-def load_upsampler(path: str | Path) -> SavedUpsampler:
+def load_upsampler(path: str | Path, card: TeacherCard | None = None, size: int | None = None) -> SavedUpsampler:
     """Load an upsampler on the CPU in fp32, in evaluation mode: a run folder, one of its checkpoints, or an upsampler folder.
 
-    Raises CheckpointError when there is none, or when tensors are missing (such as the buffers of PHI-S).
+    card: of the teacher that it will serve, at `size` px; None: the one that it was trained with, at its size. One of kind `any` serves
+    every teacher, at the size that it has seen it at, or the card's. Raises CheckpointError when there is none, or when tensors are missing (such as the
+    buffers of PHI-S); TeacherError for another teacher or size than it was trained for, and for one of kind `any` without `card` that
+    was trained with several.
     """
     from ..runs import artifact_folder
 
@@ -123,20 +151,28 @@ def load_upsampler(path: str | Path) -> SavedUpsampler:
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{folder / WEIGHTS} cannot be read ({error}); write the upsampler again") from error
     with written_as(folder / FACTS, "the description of an upsampler", advice="write it again"):
-        card, network = _without_code(TeacherCard(**facts["teacher"])), Network(**facts["network"])
-        reduction, grid = Downsampler(**facts["downsampler"]), facts["size"] // card.input.patch
-        channels = card.output.features
-        sharpener = Sharpener(network, channels, (grid, grid), _balancer(folder, facts, tensors, channels))
+        network, reduction = Network(**facts["network"]), Downsampler(**facts["downsampler"])
+        seen = tuple(_from_facts(folder, one) for one in _seen_in(facts, network))
+    serves_any = network.kind == ANY
+    served, side = _served(folder, seen, card, size) if serves_any else seen[0][:2]
+    with written_as(folder / FACTS, "the description of an upsampler", advice="write it again"):
+        channels, grid = served.output.features, side // served.input.patch
+        balancer = identity(channels) if serves_any else _balancer(folder, facts, tensors, channels)
+        sharpener = Sharpener(network, channels, (grid, grid), balancer)
         downsampler = form_of(network.reference).downsampler(reduction, channels)
         _fill(sharpener, {k: x for k, x in tensors.items() if not k.startswith(("balancer.", "downsampler."))}, folder)
         _fill(
             downsampler, {k.removeprefix("downsampler."): x for k, x in tensors.items() if k.startswith("downsampler.")}, folder
         )
-        for module in (sharpener, downsampler):
-            module.eval().requires_grad_(False)
-        return SavedUpsampler(
-            sharpener, downsampler, network, card, facts["size"], reduction, facts["provenance"], _recorded(folder, facts)
-        )
+    for module in (sharpener, downsampler):
+        module.eval().requires_grad_(False)
+    saved = SavedUpsampler(sharpener, downsampler, network, served, side, reduction, facts["provenance"])
+    if serves_any:
+        return replace(saved, seen=seen)
+    saved = replace(saved, fingerprint=seen[0].fingerprint)
+    if card is not None:
+        check_teacher(saved, card, size or side)
+    return saved
 
 
 def named_upsampler(name: str) -> SavedUpsampler:
@@ -147,9 +183,8 @@ def named_upsampler(name: str) -> SavedUpsampler:
     card, plus, folder = name.removeprefix(TEACHER).partition(FEATSHARP)
     if not (plus and name.startswith(TEACHER)):
         return load_upsampler(name)
-    saved, lent = load_upsampler(folder), load_card(card)
-    check_teacher(saved, lent, saved.size)
-    return replace(saved, card=lent)
+    lent = load_card(card)
+    return replace(load_upsampler(folder, lent), card=lent)
 
 
 def untrained(network: Network, card: TeacherCard, size: int, balancer: Balancer | None = None) -> SavedUpsampler:
@@ -180,6 +215,11 @@ def check_teacher(saved: SavedUpsampler, card: TeacherCard, size: int | None = N
     if card.family == CUSTOM and card.loader is None:
         teacher_builder(card)  # it came from a folder, without its code: raises CardError with what to do
     differences = _trained_for(saved).differences(fingerprint(card))
+    if differences and saved.network.kind == ANY:
+        raise TeacherError(
+            f"this upsampler was loaded for teacher {saved.card.name!r} and is asked to serve {card.name!r}, which differs "
+            f"({', '.join(map(str, differences))}); it serves any teacher: load it with this one's card, load_upsampler(PATH, card)"
+        )
     asked = size or card.input.size
     if saved.size != asked:
         differences.append(Difference("size", saved.size, asked))
@@ -188,6 +228,41 @@ def check_teacher(saved: SavedUpsampler, card: TeacherCard, size: int | None = N
             f"this upsampler was trained for teacher {saved.card.name!r} and is asked to serve {card.name!r}, which differs "
             f"({', '.join(map(str, differences))}); train one for it: radio-distill upsampler RECIPE teacher={card.name}"
         )
+
+
+def _served(folder: Path, seen: tuple[Seen, ...], card: TeacherCard | None, size: int | None) -> tuple[TeacherCard, int]:
+    """The teacher that an upsampler of kind `any` will serve, and its size."""
+    if card is None:
+        if len(seen) > 1:
+            raise TeacherError(
+                f"{folder} serves any teacher (it was trained with {', '.join(one.card.name for one in seen)}); say which: "
+                "load_upsampler(PATH, card), or teacher:CARD+featsharp:PATH where a command names an upsampler"
+            )
+        return seen[0][:2]
+    if card.family == CUSTOM and card.loader is None:
+        teacher_builder(card)  # it came from a folder, without its code: raises CardError with what to do
+    known = (one.size for one in seen if not one.fingerprint.differences(fingerprint(card)))
+    side, patch = size or next(known, card.input.size), card.input.patch
+    if side % patch or (side != card.input.size and not card.input.resizable):
+        takes = f"multiples of {patch} px" if card.input.resizable else f"{card.input.size} px only"
+        raise TeacherError(f"{folder} is asked to serve {card.name!r} at {side} px, which takes {takes}; correct the size")
+    return card, side
+
+
+def _seen_in(facts: dict[str, Any], network: Network) -> list[dict[str, Any]]:
+    """What the description says of every teacher; raises ValueError where it names none."""
+    seen: list[dict[str, Any]] = facts["teachers"] if network.kind == ANY else [facts]
+    if not seen:
+        raise ValueError("'teachers' is empty")
+    return seen
+
+
+def _to_facts(seen: Seen) -> dict[str, Any]:
+    return {"size": seen.size, "teacher": seen.card.model_dump(mode="json"), "fingerprint": seen.fingerprint.to_dict()}
+
+
+def _from_facts(folder: Path, facts: dict[str, Any]) -> Seen:
+    return Seen(_without_code(TeacherCard(**facts["teacher"])), facts["size"], _recorded(folder, facts))
 
 
 def _trained_for(saved: SavedUpsampler) -> Fingerprint:
@@ -216,9 +291,13 @@ def _facts(folder: Path) -> dict[str, Any]:
     if not (folder / FACTS).is_file():
         raise CheckpointError(f"{folder / FACTS} does not exist; expected a folder with {FACTS} and {WEIGHTS}")
     with json_file(folder / FACTS, "the description of an upsampler", advice="write it again") as facts:
-        TeacherCard(**facts["teacher"]), Network(**facts["network"]), Downsampler(**facts["downsampler"])
-        _ = int(facts["size"]) // 1, facts["balancer"]["kind"], dict(facts["provenance"])
-        Fingerprint.from_dict(facts["fingerprint"]) if "fingerprint" in facts else None
+        network = Network(**facts["network"])
+        Downsampler(**facts["downsampler"]), dict(facts["provenance"])
+        _ = None if network.kind == ANY else facts["balancer"]["kind"]
+        for one in _seen_in(facts, network):
+            TeacherCard(**one["teacher"])
+            _ = int(one["size"]) // 1
+            Fingerprint.from_dict(one["fingerprint"]) if "fingerprint" in one else None
         return facts
 
 

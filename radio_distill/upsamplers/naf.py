@@ -1,7 +1,11 @@
 """NAF-style upsampling: attention to the 9 x 9 cells around each position, keys and queries from the image alone (NAF, CVPR 2026).
 
-The weights do not depend on the features, so one network can serve any teacher; they are softmaxes and apply to the raw features, so
-every channel of the output is a convex combination. It is a candidate for the residual path of FeatSharp.
+The weights do not depend on the features; they are softmaxes and apply to the raw features, so every channel of the output is a convex
+combination. It is a candidate for the residual path of FeatSharp.
+
+`for_any` is the network that serves every teacher: its width is its own, and all channels share the mean weights of the heads. So it is
+a weighted mean of whole vectors, which commutes with every affine map of the channels: permuted, rotated, scaled, shifted or balanced
+features come out permuted, rotated, scaled, shifted or balanced, and a teacher's statistics are not needed to use it.
 
 Ours differs from the published one in three ways: positions are counted in cells instead of fractions of the image, so that the
 weights do not depend on the size of the map; windows are clipped at borders instead of shifted; and the image is encoded at no more
@@ -31,21 +35,30 @@ PERIODS = 100.0
 
 
 class Naf(nn.Module):
-    """Guided upsampler by any whole factors.
+    """Guided upsampler by any whole factors."""
 
-    The width (a multiple of 32) is the number of channels, but at least 32 and at most the published 256.
-    """
-
-    def __init__(self, channels: int) -> None:
+    def __init__(self, width: int, *, shared: bool = False) -> None:
+        """width: channels of the encoded image, a multiple of 32. shared: the same weights for all channels of the features, of which
+        there may be any number; else each head has a part of them."""
         super().__init__()
-        width = min(256, 32 * math.ceil(channels / 32))
+        self.shared = shared
+        self.pixels = encoder(3, width // 2)
+        self.patterns = encoder(3, width // 2, kernel=3, residual_kernel=3)
+        self.scale = (width // HEADS) ** -0.5
+
+    @classmethod
+    def of(cls, channels: int) -> Naf:
+        """For features of one teacher: as wide as they are, but at least 32 and at most the published 256. Raises ValueError."""
         if channels % HEADS:
             raise ValueError(
                 f"NAF with {channels} channels: expected a multiple of {HEADS}; pad the features or take another upsampler"
             )
-        self.pixels = encoder(3, width // 2)
-        self.patterns = encoder(3, width // 2, kernel=3, residual_kernel=3)
-        self.scale = (width // HEADS) ** -0.5
+        return cls(min(256, 32 * math.ceil(channels / 32)))
+
+    @classmethod
+    def for_any(cls, width: int) -> Naf:
+        """For features of any number of channels."""
+        return cls(width, shared=True)
 
     def forward(self, source_BChw: Tensor, guidance_B3HW: Tensor, size: tuple[int, int]) -> Tensor:
         """(B, C, *size) from the source and the whitened image; raises ValueError unless `size` is a whole multiple of the source."""
@@ -55,7 +68,7 @@ class Naf(nn.Module):
         encoded = torch.cat([self.pixels(guidance_B3HW), self.patterns(guidance_B3HW)], dim=1)
         queries = _turn(F.adaptive_avg_pool2d(encoded, size), factors)
         keys = F.adaptive_avg_pool2d(queries, cells)  # the mean of the cell's own queries
-        return attend_cells(queries * self.scale, keys, source_BChw, window=WINDOW, heads=HEADS)
+        return attend_cells(queries * self.scale, keys, source_BChw, window=WINDOW, heads=HEADS, shared=self.shared)
 
 
 def _turn(x_BDHW: Tensor, factors: tuple[int, int]) -> Tensor:

@@ -46,8 +46,11 @@ class Sharp(NamedTuple):
 class Sharpener(nn.Module):
     """Balancer, bias map (`bias_buffer.buffer`) and `network` of one teacher at one factor."""
 
-    def __init__(self, spec: Network, channels: int, grid: tuple[int, int], balancer: Balancer) -> None:
-        """channels, grid: of the teacher's map at its own size. Raises RecipeError or TeacherError on what does not fit."""
+    def __init__(
+        self, spec: Network, channels: int, grid: tuple[int, int], balancer: Balancer, network: nn.Module | None = None
+    ) -> None:
+        """channels, grid: of the teacher's map at its own size; network: of kind `any`, that of another teacher's sharpener, to share.
+        Raises RecipeError or TeacherError on what does not fit."""
         super().__init__()
         problems = check_network(spec)
         if problems:
@@ -60,11 +63,13 @@ class Sharpener(nn.Module):
         self.spec, self.channels, self.balancer, self.form = spec, channels, balancer, form_of(spec.reference)
         self.view_factors = view_factors(spec)
         self.bias_buffer = BiasMap(channels, grid) if spec.debias else None
-        self.network: nn.Module | None = None
+        self.network = network
+        if network is not None or spec.kind in ("bilinear", "tile", "s2"):
+            return
         if spec.kind == "featsharp":
             self.network = FeatSharp(spec, channels)
-        elif spec.kind not in ("bilinear", "tile", "s2"):
-            self.network = build_guided(spec.kind, channels, spec.factor, self.form)
+        else:
+            self.network = build_guided(spec.kind, channels, spec.factor, self.form, spec.width)
 
     def forward(self, encode: Encode, pixels_B3HW: Tensor, size: tuple[int, int]) -> Sharp:
         """Sharpen the teacher's map of whitened images; the global view and all tiles go through one call of `encode`.

@@ -133,7 +133,7 @@ def test_both_recipes_are_planned_without_the_packages(packages: Path) -> None:
     assert [t.name for t in found.teachers] == ["efficientnet_lite0", "hed"]
     assert not any("licence" in note for note in found.notes)
     upsampler = plan_upsampler(load_upsampler_recipe("upsampler.yaml"), world_size=1)
-    assert (upsampler.grid, upsampler.fine_grid) == (8, 16)
+    assert [(maps.grid, maps.fine_grid) for maps in upsampler.maps] == [(8, 16)]
 
 
 def test_images_are_held_out_once_and_for_all(packages: Path, tmp_path: Path) -> None:

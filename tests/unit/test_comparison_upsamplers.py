@@ -16,7 +16,8 @@ KINDS = {
     "jafar": lambda channels, factor: Jafar(channels),
     "sapa": Sapa,
     "resfu": lambda channels, factor: Resfu(channels),
-    "naf": lambda channels, factor: Naf(channels),
+    "naf": lambda channels, factor: Naf.of(channels),
+    "any": lambda channels, factor: Naf.for_any(32),
 }
 
 
@@ -132,7 +133,7 @@ def test_jafar_is_the_same_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_naf_sees_nine_by_nine_cells_and_no_more() -> None:
-    model, image = Naf(4), torch.randn(1, 3, 40, 48)
+    model, image = Naf.of(4), torch.randn(1, 3, 40, 48)
     source = torch.zeros(1, 4, 11, 13)
     source[:, :, 5, 6] = 1
     touched = model(source, image, (22, 39)) > 0
@@ -143,7 +144,7 @@ def test_naf_sees_nine_by_nine_cells_and_no_more() -> None:
 
 
 def test_naf_on_a_plain_image_is_one_filter_at_every_place() -> None:
-    model, image = Naf(4), torch.full((1, 3, 30, 30), 0.7)
+    model, image = Naf.of(4), torch.full((1, 3, 30, 30), 0.7)
     source = torch.randn(1, 4, 15, 15)
     out = model(source, image, (30, 45))
     moved = model(source.roll((1, 2), (2, 3)), image, (30, 45))
@@ -152,7 +153,7 @@ def test_naf_on_a_plain_image_is_one_filter_at_every_place() -> None:
 
 
 def test_naf_weights_depend_on_the_image_alone() -> None:
-    model, image = Naf(4), torch.randn(1, 3, 20, 20)
+    model, image = Naf.of(4), torch.randn(1, 3, 20, 20)
     first, second = torch.randn(2, 1, 4, 5, 5)
     mixed = model(2 * first - 3 * second, image, (10, 10))
     torch.testing.assert_close(mixed, 2 * model(first, image, (10, 10)) - 3 * model(second, image, (10, 10)))
@@ -212,7 +213,7 @@ def test_a_size_that_does_not_fit_is_told(kind: str, message: str) -> None:
 
 def test_naf_tells_which_channels_it_takes() -> None:
     with pytest.raises(ValueError, match="NAF with 6 channels: expected a multiple of 4; pad the features"):
-        Naf(6)
+        Naf.of(6)
 
 
 def test_published_weights_of_jafar_load_without_those_that_are_never_used() -> None:

@@ -12,7 +12,7 @@ from radio_distill.config.upsampler_recipe import UpsamplerRecipe
 from radio_distill.errors import RecipeError
 from radio_distill.plan.budget import GPUS, to_json
 from radio_distill.plan.text import render_upsampler
-from radio_distill.plan.upsampler import plan_upsampler
+from radio_distill.plan.upsampler import MapPlan, plan_upsampler
 from radio_distill.upsamplers.sharpener import Sharpener
 
 DFN = "upsampler/dfn_clip_3x"
@@ -26,13 +26,15 @@ def test_every_shipped_recipe_plans_and_fits_an_h200(name):
     assert result.run == f"runs/{recipe.name}"
     assert result.memory_gib < result.gpu_gib
     assert recipe.name in render_upsampler(result)
-    assert json.loads(to_json(result))["fine_grid"] == recipe.image_size * result.grid // recipe.size
+    planned = json.loads(to_json(result))["maps"]
+    assert max(maps["image_size"] for maps in planned) == recipe.image_size
+    assert all(maps["fine_grid"] * maps["size"] == maps["image_size"] * maps["grid"] for maps in planned)
 
 
 def test_a_step_encodes_the_global_view_the_tiles_and_the_jittered_views():
     result = plan_upsampler(load_upsampler_recipe(DFN), world_size=8)
     assert result.encoder_images == 32 * (1 + 9) + 5 * 32
-    assert (result.encodes, result.grid, result.fine_grid, result.images_per_rank) == (10, 27, 81, 4)
+    assert (result.encodes, result.maps, result.images_per_rank) == (10, (MapPlan(378, 1134, 27, 81),), 4)
     progressive = load_upsampler_recipe("upsampler/dfn_clip_4x", ["network.progressive=true"])
     assert plan_upsampler(progressive, world_size=8).encodes == 1 + 4 + 16
     featup = plan_upsampler(load_upsampler_recipe(f"{DFN}_featup"), world_size=8)

@@ -39,8 +39,11 @@ def test_the_recipe_of_the_page_loads(tmp_path):
 def test_the_python_of_the_page_runs_and_gives_the_shapes_it_says(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     make(tmp_path / "runs" / "toy_upsampler_clip", factor=3)
-    library, hub = blocks("python")
+    make(tmp_path / "runs" / "toy_upsampler_any", kind="any", factor=2, width=32)
+    library, hub, any_teacher = blocks("python")
     names: dict = {}
+    exec(any_teacher, names)
+    assert names["features"].shape == (2, 96, 24, 24)
     exec(library, names)
     assert names["summary"].shape == (2, 64)
     assert names["features"].shape == names["balanced"].shape == (2, 96, 36, 36)
@@ -50,7 +53,7 @@ def test_the_python_of_the_page_runs_and_gives_the_shapes_it_says(tmp_path, monk
 
 def test_the_recipes_and_metrics_of_the_page_exist():
     recipes = re.findall(r"radio-distill (?:upsampler|plan) (\S+)", PAGE)
-    assert len(recipes) == 4
+    assert len(recipes) == 6
     assert set(recipes) <= set(list_recipes())
     assert all(f"| `{metric}{'_L' if metric == 'overtiling' else ''}` |" in PAGE for metric in METRICS)
 
