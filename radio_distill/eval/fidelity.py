@@ -25,7 +25,7 @@ from torch import Tensor
 from ..align import resize_map
 from ..balance import Moments, fit
 from ..config.jitter import Jitter
-from ..config.recipe import PhiS
+from ..config.recipe import BuiltInBalance
 from ..config.upsampler import ANY, Network
 from ..data.held_out import HeldOut
 from ..data.jitter import draw_matrices, warp_views
@@ -297,7 +297,7 @@ def _in_balanced_units(
         fine = encode.images(start, start + protocol.batch, saved.size * max(protocol.fine, saved.factor)).to(teacher.device)
         base = teacher.normalize(resize_map(fine, (saved.size * saved.factor,) * 2))
         moments.update(encode(resize_map(base, (saved.size,) * 2)).features_BCHW)
-    balancer = fit(PhiS(), moments, saved.card.name)
+    balancer = fit(BuiltInBalance(), moments, saved.card.name)
     sharpener = Sharpener(saved.network, channels, (saved.grid,) * 2, balancer, saved.sharpener.network)
     return replace(saved, sharpener=sharpener.eval())
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from radio_distill.align import resize_map
 from radio_distill.balance import Moments, fit, load_balancers
 from radio_distill.config.load import load_card, load_upsampler_recipe
-from radio_distill.config.recipe import PhiS
+from radio_distill.config.recipe import BuiltInBalance
 from radio_distill.doctor import examine_recipe
 from radio_distill.errors import CheckpointError
 from radio_distill.eval.report import write_report
@@ -120,7 +120,7 @@ def test_the_statistics_of_a_teacher_are_those_of_the_images_of_its_steps(scenes
     found = load_balancers(whole / "checkpoints" / "step-00000006" / "balancers")
     assert found.keys() == moments.keys()
     for name in NAMES:
-        torch.testing.assert_close(found[name].inverse_weight, fit(PhiS(), moments[name], name).inverse_weight)
+        torch.testing.assert_close(found[name].inverse_weight, fit(BuiltInBalance(), moments[name], name).inverse_weight)
 
 
 def test_a_step_is_that_of_a_training_with_its_teacher_alone_and_ranks_share_it(scenes, whole, tmp_path):

@@ -11,7 +11,7 @@ from made_upsampler import made, statistics
 from safetensors.torch import load_file
 
 from radio_distill import Upsampled
-from radio_distill.config.load import load_card, load_upsampler_recipe
+from radio_distill.config.load import load_card, load_recipe, load_upsampler_recipe
 from radio_distill.config.recipe import Debias, Trained
 from radio_distill.data.held_out import HeldOut
 from radio_distill.errors import RadioDistillError, RecipeError, TeacherError
@@ -139,6 +139,18 @@ def test_a_stage_upsamples_a_teacher_that_it_has_not_seen(folder):
     expected = Upsampled(teacher, load_upsampler(folder, card)).encode(images)
     torch.testing.assert_close(out.features_BCHW, expected.features_BCHW)
     torch.testing.assert_close(out.summary_BC, expected.summary_BC)
+
+
+def test_a_stage_may_draw_the_size_of_a_teacher_that_it_serves(folder):
+    view = "partitions.high.teachers.toy_dino={size: {56: 1, 84: 1}, upsampler: {kind: KIND, factor: 2, weights: W}}"
+    load_recipe("toy/stage3", [view.replace("KIND", "any").replace("W", str(folder))])
+    with pytest.raises(RecipeError, match="'naf' is trained for one size, and `size` names 2"):
+        load_recipe("toy/stage3", [view.replace("KIND", "naf").replace("W", str(folder))])
+    teacher = load_teacher(load_card("toy_dino"))
+    upsampler = trained_upsampler(Trained(kind="any", factor=2, weights=str(folder)), teacher.card, 84)
+    for size in (56, 84):
+        out = upsampler(teacher.forward, teacher.normalize(pictures(2 * size)), size)
+        assert out.features_BCHW.shape == (2, 96, 2 * size // 7, 2 * size // 7)
 
 
 def test_torch_hub_is_told_the_teacher(folder):
