@@ -47,9 +47,19 @@ EMA_BYTES = 12
 UPSAMPLER_ROWS = 34
 """Of an upsampled map in fp32: a block of local attention and MLP."""
 
-AROUND = {"teacher": 40, "target": 25, "upsampler": 180, "student": 120, "teacher of the student": 110, "update": 700}
-"""Kernels outside of blocks, rough guesses that no test holds: of a teacher's or the student's forward (embedding, norms, heads and their backward
-pass), of a target (balancer, resize, checks), of the losses and heads of each teacher, and of the optimizer with its norms."""
+AROUND = {
+    "teacher": 12,
+    "mosaic": 60,
+    "target": 6,
+    "upsampler": 180,
+    "debias": 5,
+    "student": 150,
+    "teacher of the student": 200,
+    "update": 700,
+}
+"""Kernels outside of blocks, rounded from one trace of stage3_featsharp on a pretended GPU: of a teacher's forward (embedding, norms), of a
+mosaic, of a target (balancer, resize), of an upsampler with fused local attention, of the student (embedding, both passes), of the heads and
+losses of each teacher with their norms (both passes), and of optimizer, norms' iteration and average of a ViT-L."""
 
 
 class Passes(NamedTuple):
@@ -186,7 +196,7 @@ def _teacher(
         f"teacher {partition} {name}",
         images * (cost.teachers[name] - sharpens),
         images * rows * arch.width * recipe.engine.teacher_bytes,
-        forwards * (blocks.kernels + AROUND["teacher"]),
+        forwards * (blocks.kernels + AROUND["teacher"]) + (passes.forwards * AROUND["mosaic"] if view.mosaic else 0),
         images * attention,
         images * run_attention,
         FP8_GAIN if fp8 else 1.0,
@@ -197,7 +207,7 @@ def _teacher(
             f"upsampler {partition} {name}",
             images * sharpens,
             images * UPSAMPLER_ROWS * 4 * moved,
-            passes.forwards * AROUND["upsampler"],
+            passes.forwards * AROUND["upsampler" if view.upsampler.factor > 1 else "debias"],
         )
 
 
