@@ -21,10 +21,8 @@ class Objective(Fields):
     than 1, one standard deviation of a channel, counts linearly (an option of the FS code)."""
     true_map: Weight = 0.0
     """Weight of the distance between the fine map and the teacher's own map of the whole image at `factor` times its size (OURS).
-    Only for teachers that take such images (`input.resizable`), which need no upsampler but cost more with every token."""
-    true_part: Literal["all", "detail"] = "all"
-    """What `true_map` compares. `all`: the maps. `detail`: what of them differs within a cell of the teacher's own grid; its mean is left to
-    the views, which ask for the low map where the two contradict each other."""
+    Only for teachers that take such images (`input.resizable`), which need no upsampler but cost more with every token. 0.15, with
+    the input `detail`, costs nothing of what views say (docs/upsamplers.md)."""
     tv: Weight = 0.0
     """Weight of the total variation."""
     crf: Weight = 0.0

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..align import detail, resize_map
+from ..align import resize_map
 from ..balance import Balancer
 from ..config.objective import Objective
 from ..homography import warp
@@ -140,10 +140,7 @@ class ViewLoss(nn.Module):
         options, high = self.options, base.high_BCHW
         terms: Terms = {}
         if options.true_map and base.true_BCHW is not None:
-            maps = high, base.true_BCHW.float()
-            if options.true_part == "detail":
-                maps = detail(maps[0], size_of(base.low_BChw)), detail(maps[1], size_of(base.low_BChw))
-            apart_B1HW = self._apart(*maps)
+            apart_B1HW = self._apart(high, base.true_BCHW.float())
             terms["true_map"] = options.true_map, _masked(apart_B1HW, views.masks.base_B1HW).mean()
         if options.tv:
             value = total_variation(high, views.masks.base_B1HW, weights.on_map_B1HW, least=self.least)

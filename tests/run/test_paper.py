@@ -202,6 +202,7 @@ def test_every_table_and_figure_has_an_entry_and_a_line_in_the_docs(repo: Path, 
         assert cells[1:3] == [entry.title, str(entry.toy_minutes)]
         assert cells[3].startswith(entry.needs)
         assert cells[4] == (entry.ours or "-")
+        assert cells[5] == ("full" if f"(images/paper_{name}." in "\n".join(lines) else "quick")
     assert main(["paper"]) == 0
     listed = capsys.readouterr().out
     assert all(f"{name} " in listed and entry.title in listed for name, entry in ENTRIES.items())

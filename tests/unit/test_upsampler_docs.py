@@ -51,6 +51,13 @@ def test_the_python_of_the_page_runs_and_gives_the_shapes_it_says(tmp_path, monk
     assert torch.equal(names["model"].encode(names["images"]).features_BCHW, names["features"])
 
 
+def test_the_settings_that_reach_both_fidelities_load():
+    inputs, weight = re.search(r"^    '(network.inputs=\S+)' (loss.true_map=\S+)", PAGE, re.MULTILINE).groups()
+    toy = ["teacher=toy_dino", "size=84", "data.sources.toy.path=scenes"]
+    recipe = load_upsampler_recipe("toy/upsampler/toy_clip", [*toy, inputs, weight])
+    assert (recipe.network.inputs, recipe.loss.true_map) == (("bilinear", "tiles", "detail"), 0.15)
+
+
 def test_the_recipes_and_metrics_of_the_page_exist():
     recipes = re.findall(r"radio-distill (?:upsampler|plan) (\S+)", PAGE)
     assert len(recipes) == 6

@@ -229,13 +229,3 @@ def test_the_true_map_is_compared_where_the_base_counts_and_only_with_a_weight(d
     assert torch.allclose(loss.parts["true_map"], expected, rtol=1e-5)
     assert torch.allclose(loss.total, usual.total + 0.5 * expected, rtol=1e-5)
     assert "true_map" not in usual.parts
-
-
-def test_the_detail_of_the_true_map_leaves_the_mean_of_every_cell_to_the_views():
-    base, views = _problem()
-    options = PLAIN.model_copy(update={"true_map": 1.0, "true_part": "detail"})
-    within = torch.randn(2, CHANNELS, *HIGH)
-    within = within - F.interpolate(F.adaptive_avg_pool2d(within, GRID), HIGH, mode="nearest")
-    of_cells = F.interpolate(torch.randn(2, CHANNELS, *GRID), HIGH, mode="nearest")
-    loss = _loss(base._replace(true_BCHW=base.high_BCHW + within + of_cells), views, options)
-    assert torch.allclose(loss.parts["true_map"], within.square().mean(), rtol=1e-4)
