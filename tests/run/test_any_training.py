@@ -14,6 +14,7 @@ from radio_distill.align import resize_map
 from radio_distill.balance import Moments, fit, load_balancers
 from radio_distill.config.load import load_card, load_upsampler_recipe
 from radio_distill.config.recipe import BuiltInBalance
+from radio_distill.distill import gather
 from radio_distill.doctor import examine_recipe
 from radio_distill.errors import CheckpointError
 from radio_distill.eval.report import write_report
@@ -23,7 +24,7 @@ from radio_distill.upsamplers.downsample import SimpleDownsampler
 from radio_distill.upsamplers.folder import load_upsampler
 from radio_distill.upsamplers.objective import ViewLoss
 from radio_distill.upsamplers.sharpener import Sharpener
-from radio_distill.upsamplers.train import Inputs, Served, UpsamplerTask, train_upsampler
+from radio_distill.upsamplers.train import Inputs, Served, UpsamplerTask, statistics, train_upsampler
 
 CPU = torch.device("cpu")
 NAMES = ["toy_clip", "toy_dino", "toy_sam"]
@@ -121,6 +122,19 @@ def test_the_statistics_of_a_teacher_are_those_of_the_images_of_its_steps(scenes
     assert found.keys() == moments.keys()
     for name in NAMES:
         torch.testing.assert_close(found[name].inverse_weight, fit(BuiltInBalance(), moments[name], name).inverse_weight)
+
+
+def test_statistics_gathered_alone_are_found_by_the_teachers_cards(scenes, whole, tmp_path):
+    settings = [*SHORT, f"data.sources.toy.path={scenes}", f"run={tmp_path / 'run'}"]
+    assert gather.main(["toy/upsampler/any", *settings]) == 0
+    folder, world = tmp_path / "run" / "balancers", World(0, 1, 0, CPU)
+    recipe = recipe_of(scenes, tmp_path / "other", f"balance.path={folder}", "balance.window=0")
+    loaded, own = (
+        statistics(recipe, world, Inputs(recipe, world)),
+        load_balancers(whole / "checkpoints/step-00000006/balancers"),
+    )
+    for name in NAMES:
+        assert torch.equal(loaded[name].weight, own[name].weight)
 
 
 def test_a_step_is_that_of_a_training_with_its_teacher_alone_and_ranks_share_it(scenes, whole, tmp_path):
