@@ -1,6 +1,6 @@
 """The fast recipe's toy twin beside the three-stage toy pipeline: fidelity and kNN against CPU minutes and FLOPs.
 
-    OMP_NUM_THREADS=1 python bench/fast.py RUNS [--seeds 0 1 2] [--longer 1.0] [--quick] [--json]
+    OMP_NUM_THREADS=1 python bench/fast.py RUNS [--seeds 0 1 2] [--longer 1.0] [--fields KEY=VALUE ...] [--quick] [--json]
 
 three stages   toy/stage1, toy/stage2, both 3x FeatSharp upsamplers, toy/stage3_featsharp
 fast           toy/fast_stage1, toy/fast_stage2, toy/fast_sam; --longer: so many times their steps
@@ -49,22 +49,28 @@ def main() -> None:
     parser.add_argument("runs", type=Path)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--longer", type=float, default=1.0)
+    parser.add_argument("--fields", nargs="+", default=[], help="of the fast recipes; give other RUNS for others")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     data = options.runs / "scenes"
     if not data.exists():
         write_toyworld(data, count=64 if options.quick else 1536, size=192, seed=0, shards=8)
-    read = [measure(options.runs / f"seed{seed}", data, seed, options.longer, quick=options.quick) for seed in options.seeds]
+    read = [
+        measure(options.runs / f"seed{seed}", data, seed, options.longer, options.fields, quick=options.quick)
+        for seed in options.seeds
+    ]
     print(json.dumps(read, indent=1) if options.json else "\n".join(table(read)))
 
 
-def measure(folder: Path, data: Path, seed: int, longer: float, *, quick: bool) -> dict[str, dict[str, float]]:
+def measure(
+    folder: Path, data: Path, seed: int, longer: float, fields: Sequence[str], *, quick: bool
+) -> dict[str, dict[str, float]]:
     """Both pipelines with one seed: what each cost and what its student is worth."""
     found = {}
     for name, stages, last in (("three stages", THREE, "stage3"), ("fast", FAST, "fast_sam")):
         minutes = sum(
-            run_stage(folder, stage, recipe, data, seed, longer if name == "fast" else 1.0, quick=quick)
+            run_stage(folder, stage, recipe, data, seed, *((longer, fields) if name == "fast" else (1.0, ())), quick=quick)
             for stage, recipe in stages.items()
         )
         spent = sum(flop(folder / stage) for stage, recipe in stages.items() if isinstance(load(recipe), Recipe))
@@ -72,10 +78,12 @@ def measure(folder: Path, data: Path, seed: int, longer: float, *, quick: bool) 
     return found
 
 
-def run_stage(folder: Path, stage: str, recipe: str, data: Path, seed: int, longer: float, *, quick: bool) -> float:
+def run_stage(
+    folder: Path, stage: str, recipe: str, data: Path, seed: int, longer: float, given: Sequence[str], *, quick: bool
+) -> float:
     """CPU minutes of one stage."""
     steps = 2 if quick else round(longer * load(recipe).optim.steps)
-    fields = [f"data.sources.toy.path={data}", f"seed={seed}", f"optim.steps={steps}"]
+    fields = [*given, f"data.sources.toy.path={data}", f"seed={seed}", f"optim.steps={steps}"]
     fields += [f"start.source={folder / STARTS[stage]}"] if stage in STARTS else []
     if quick:
         fields += ["balance.window=2", "optim.warmup=1"]

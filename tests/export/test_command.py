@@ -293,7 +293,10 @@ def test_options_that_do_not_exist(run: Path, tmp_path: Path, capsys: pytest.Cap
     refused("rms_images has no effect on format onnx; leave it out, or use --format hf", run, out, "onnx", rms_images="toy")
     refused("--text-towers has no effect on format timm", run, out, "timm", text_towers=True)
     assert main(["export", str(run), "--out", str(out), "adaptor=clip"]) == 2
-    assert "export has no setting 'adaptor'; expected adaptors=..., dtype=... or rms_images=..." in capsys.readouterr().err
+    assert (
+        "export has no setting 'adaptor'; expected adaptors=..., dtype=..., rms_images=... or video=..."
+        in capsys.readouterr().err
+    )
 
 
 def test_a_damaged_student_is_told(tmp_path: Path) -> None:

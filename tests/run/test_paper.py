@@ -132,7 +132,7 @@ def test_seeds_that_were_measured_before_are_shown_together(desk: Desk) -> None:
 def test_a_toy_upsampler_is_trained_when_it_is_missing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["paper", "figure11", f"run={tmp_path}", "quick=true"]) == 0
     assert capfd.readouterr().out.split()[-2:] == [f"{tmp_path}/figure11.md", f"{tmp_path}/figure11.png"]
-    assert (tmp_path / "upsamplers" / "toy_dino-featsharp-2x" / "checkpoints" / "latest").exists()
+    assert (tmp_path / "quick" / "upsamplers" / "toy_dino-featsharp-2x" / "checkpoints" / "latest").exists()
 
 
 def test_upsamplers_of_real_teachers_are_listed_with_their_commands(tmp_path: Path) -> None:

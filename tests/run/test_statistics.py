@@ -2,12 +2,13 @@
 
 import logging
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
 from PIL import Image
 
-from radio_distill.balance import load_balancers, name_of
+from radio_distill.balance import Balancer, load_balancers, name_of
 from radio_distill.config.load import load_card, load_upsampler_recipe
 from radio_distill.distill.gather import main
 from radio_distill.doctor import examine_recipe
@@ -31,13 +32,15 @@ class NoTeacher:
     class teacher:
         card = load_card("toy_clip")
 
+    teachers: ClassVar = {"toy_clip": teacher}
 
-def read(folder: Path) -> object:
+
+def read(folder: Path) -> Balancer:
     return statistics(
         load_upsampler_recipe("toy/upsampler/toy_clip", [f"balance.path={folder}"]),
         World(0, 1, 0, torch.device("cpu")),
-        NoTeacher,
-    )  # type: ignore[arg-type]
+        NoTeacher,  # type: ignore[arg-type]
+    )["toy_clip"]
 
 
 def test_both_kinds_of_recipes_write_what_an_upsampler_reads(
@@ -53,8 +56,8 @@ def test_both_kinds_of_recipes_write_what_an_upsampler_reads(
     stage, up = (tmp_path / name / "balancers" for name in ("stage", "up"))
     assert (name_of(stage, load_card("toy_clip")), name_of(up, load_card("toy_clip"))) == ("mine", "toy_clip")
     assert load_balancers(stage)["mine"].kind == "zca"  # its own method, where the recipe says phi_s
-    assert torch.equal(read(stage).weight, load_balancers(stage)["mine"].weight)  # type: ignore[attr-defined]
-    assert read(up).kind == "phi_s"  # type: ignore[attr-defined]
+    assert torch.equal(read(stage).weight, load_balancers(stage)["mine"].weight)
+    assert read(up).kind == "phi_s"
     for folder in (stage, up):
         found = {f.what: f for f in examine_recipe(load_upsampler_recipe("toy/upsampler/toy_clip", [f"balance.path={folder}"]))}
         assert not found["balancers"].missing, found
