@@ -78,13 +78,15 @@ class Balancer:
         return _affine(balanced_BCHW, self.inverse_weight, self.offset_C)
 
     def summary(self, summary_BC: Tensor) -> Tensor:
-        """What students learn of a teacher's summaries (B, C); gradients pass."""
+        """What students learn of a teacher's summaries (B, C): of mean 0 and deviation 1 by coordinate (EUPE, arXiv:2603.22387), or as they
+        are; gradients pass."""
         if self.summary_mean_C is None or self.summary_std_C is None:
             return summary_BC
         return (summary_BC.float() - self.summary_mean_C) / self.summary_std_C
 
     def summary_affine(self, *, inverse: bool = False) -> tuple[Tensor, Tensor] | None:
-        """(scale_C, offset_C) with balanced = scale * summary + offset, or the other way round; None: they are as they are."""
+        """(scale_C, offset_C) with balanced = scale * summary + offset, or with `inverse` the other way round; None where summaries are
+        learned as they are. C: width of the teacher's summary."""
         if self.summary_mean_C is None or self.summary_std_C is None:
             return None
         if inverse:

@@ -75,7 +75,10 @@ def fold_affine(adaptor: Adaptor, weight_CC: Tensor, bias_C: Tensor) -> None:
 
 
 def fold_summary(adaptor: Adaptor, affine: tuple[Tensor, Tensor] | None) -> None:
-    """Fold y -> scale * y + offset (`Balancer.summary_affine`) into the last Linear of a summary head, in place; None, or no such head: nothing."""
+    """Fold y -> scale * y + offset, (C,) each as `Balancer.summary_affine` gives them, into the last Linear of a summary head, in place.
+
+    Nothing happens where `affine` is None or the adaptor has no summary head of its own.
+    """
     if adaptor.head_mlp is not None and affine is not None:
         scale_C, offset_C = affine
         _fold(adaptor.head_mlp.last, scale_C.diag(), offset_C)
