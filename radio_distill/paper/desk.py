@@ -95,17 +95,24 @@ class Desk:
         """Folders of trained upsamplers of a teacher. Toys that are missing are trained; raises RadioDistillError listing others,
         with the commands that train them."""
         card = load_card(teacher)
-        place = (self.toys if _is_toy(teacher) else self.run) / "upsamplers"
-        folders = {row: place / f"{teacher}-{row.label}" for row in rows if row.name != OWN}
-        missing = [row for row, folder in folders.items() if not _is_trained(folder)]
+        folders = {row: self.upsampler_folder(teacher, row) for row in rows if row.name != OWN}
+        missing = list({folder: row for row, folder in folders.items() if not _is_trained(folder)}.values())
         if missing and not _is_toy(teacher):
             lines = [f"  {_command(card, row, folders[row])}" for row in missing]
             raise RadioDistillError(
-                f"{len(missing)} upsamplers of {teacher} are not in {place}; train them first:\n" + "\n".join(lines)
+                f"{len(missing)} upsamplers of {teacher} are not in {self.run / 'upsamplers'}; train them first:\n"
+                + "\n".join(lines)
             )
         for row in missing:
             self._train_upsampler(card, row, folders[row])
         return folders
+
+    def upsampler_folder(self, teacher: str, row: Row) -> Path:
+        """Where the upsampler of a row lies, or will lie; rows of equal settings share it (`random` takes its network alone)."""
+        settings = load_paper().upsamplers
+        name = next(name for name in settings if settings[name] == settings[row.name])
+        place = (self.toys if _is_toy(teacher) else self.run) / "upsamplers"
+        return place / f"{teacher}-{row._replace(name=name).label}"
 
     def network(self, teacher: str, row: Row) -> Network:
         """The network of a row, by the recipe that trains it."""

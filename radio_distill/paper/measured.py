@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from statistics import fmean
 
 from ..data.held_out import TOY
@@ -29,7 +30,7 @@ from ..paths import cache_dir
 from ..results import append, read
 from ..types import Result
 from ..upsamplers.folder import load_upsampler
-from .card import Fidelity, Gains, Scores, Students, load_entry
+from .card import OWN, Fidelity, Gains, Scores, Students, load_entry
 from .desk import Desk
 from .product import Product
 
@@ -44,8 +45,9 @@ def scores(entry: Scores, desk: Desk) -> Product:
     """A table of teachers with upsamplers, ours beside the paper's rows."""
     results = []
     for teacher in desk.of(entry):
-        for _, model, times in desk.models(teacher, desk.rows(entry)):
-            results += evaluate(desk, entry.suite, [entry.task], model, times=times, quick=entry.quick)
+        for row, model, times in desk.models(teacher, desk.rows(entry)):
+            found = evaluate(desk, entry.suite, [entry.task], model, times=times, quick=entry.quick)
+            results += _named(found, teacher if row.name == OWN else f"{teacher}-{row.label}")
     return Product([with_published(entry.table, results, published=True)], notes=_notes(desk))
 
 
@@ -61,7 +63,7 @@ def gains(entry: Gains, desk: Desk) -> Product:
     results: list[Result] = []
     for part in map(load_entry, entry.of):
         assert isinstance(part, Students)
-        results += [replace(r, model=name) for name, found in _of_students(part, desk).items() for r in found]
+        results += [r for found in _of_students(part, desk).values() for r in found]
     rows = {row.model: row for row in rows_of(results)}
     baseline, *others = [rows[name] for name in desk.names]
     zero = [task for task, score in baseline.scores.items() if score.mean <= 0]
@@ -81,7 +83,7 @@ def fidelity(entry: Fidelity, desk: Desk) -> Product:
         for one in measure(left_to_measure(models, read(desk.results), data, protocol), data, protocol, device=desk.device):
             append(desk.results, to_results([one], data, protocol))
         known = {m.model: m for m in measured_of([r for r in read(desk.results) if r.config_hash == protocol.digest])}
-        rows += [known[name] for name in models]
+        rows += [known[name]._replace(model=Path(name).name) for name in models]
     if entry.x is not None:
         return Product(curves=_curves(rows, entry.x), tables=[of_everything(rows)])
     wanted = f"Table {entry.table}:"
@@ -124,17 +126,22 @@ def _of_all_seeds(results: Sequence[Result], desk: Desk) -> list[Result]:
 
 
 def _of_students(entry: Students, desk: Desk) -> dict[str, list[Result]]:
-    """Results by the name of the student."""
+    """Results by the name of the student, which is also their model's."""
     found: dict[str, list[Result]] = {name: [] for name in desk.names}
     for suite, tasks in entry.suites.items():
         known = load_suite(suite).tasks if suite != "vlm" else {}
         settings = [setting for setting in entry.quick if setting.partition(".")[0] in known]
         for name, results in found.items():
             if suite == "vlm":
-                results += _of_vlm(desk, name)
+                results += _named(_of_vlm(desk, name), name)
             else:
-                results += evaluate(desk, suite, tasks, str(desk.student(name)), quick=settings)
+                results += _named(evaluate(desk, suite, tasks, str(desk.student(name)), quick=settings), name)
     return found
+
+
+def _named(results: Sequence[Result], name: str) -> list[Result]:
+    """Results with a short name of their model, as tables show it."""
+    return [replace(r, model=name) for r in results]
 
 
 def _suite(desk: Desk, suite: str, overrides: Sequence[str]) -> Suite:
