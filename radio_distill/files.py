@@ -36,6 +36,8 @@ __all__ = [
     "replace_text",
     "json_file",
     "parse_json",
+    "put_on_disk",
+    "sums_of",
     "typed",
     "written_as",
 ]
@@ -71,8 +73,7 @@ def appearing(path: Path, *, sync: bool = False) -> Iterator[Path]:
     try:
         yield temporary
         if sync:
-            with temporary.open("rb") as file:
-                os.fsync(file.fileno())
+            put_on_disk(temporary)
         os.replace(temporary, path)
     finally:
         _remove(temporary)
@@ -112,6 +113,14 @@ def _here() -> str:
     return digest_of("".join(parts))[:8]
 
 
+def put_on_disk(*paths: Path) -> None:
+    """Wait until the disk has files, or the names that folders give to files."""
+    for path in paths:
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+
+
 def replace_text(path: Path, text: str) -> None:
     """Write a text file that is there with all of its content, or as it was."""
     with appearing(path) as temporary:
@@ -137,6 +146,12 @@ def crc_of_file(path: Path) -> int:
         while chunk := file.read(CHUNK):
             crc = zlib.crc32(chunk, crc)
     return crc
+
+
+def sums_of(folder: Path) -> dict[str, str] | None:
+    """SHA-256 of the files of an export by their names in it, as its SHA256SUMS says; None where it has none."""
+    path = folder / SHA256SUMS
+    return dict(line.split("  ", 1)[::-1] for line in path.read_text().splitlines()) if path.is_file() else None
 
 
 def check_written(path: Path) -> None:
@@ -167,9 +182,8 @@ def changed(path: Path) -> Path | None:
     for folder in (path.parent, path.parent.parent):
         name = path.relative_to(folder).as_posix()
         with suppress(OSError, ValueError, AttributeError, TypeError):  # what cannot be read tells nothing
-            if (sums := folder / SHA256SUMS).is_file():
-                told = dict(line.split("  ", 1)[::-1] for line in sums.read_text().splitlines())
-                return sums if name in told and digest_of_file(path) != told[name] else None
+            if (told := sums_of(folder)) is not None:
+                return folder / SHA256SUMS if name in told and digest_of_file(path) != told[name] else None
             if (sums := folder / CHECKPOINT_SUMS).is_file():
                 size, crc = parse_json(sums.read_text()).get(name, (None, None))
                 is_same = size is None or (path.stat().st_size == size and crc_of_file(path) == crc)

@@ -22,7 +22,7 @@ from typing import Any
 
 from .errors import RadioDistillError
 
-__all__ = ["FORM", "check_call", "import_named", "is_named", "is_ours", "look_here"]
+__all__ = ["FORM", "check_call", "import_extra", "import_named", "is_named", "is_ours", "look_here"]
 
 FORM = r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*"
 """What `package.module:name` looks like, as a regular expression."""
@@ -61,6 +61,14 @@ def import_named(
         raise error(f"{by}: {attribute!r} in {where} is a {type(found).__name__}, expected {expected}")
     near = get_close_matches(attribute, [n for n in vars(module) if not n.startswith("_")], 1)
     raise error(f"{by}: {where} has no {attribute!r}, expected {expected}" + (f"; did you mean {near[0]!r}?" if near else ""))
+
+
+def import_extra(module: str, needs: str, *, extra: str, error: type[RadioDistillError] = RadioDistillError) -> Any:
+    """A module of an optional package. Raises `error` where it is not installed: who `needs` it, and the extra that installs it."""
+    try:
+        return import_module(module)
+    except ImportError as fault:
+        raise error(f'{needs} pip install "radio-distill[{extra}]"') from fault
 
 
 def check_call(

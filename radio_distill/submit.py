@@ -20,6 +20,7 @@ from .chain import check_chain
 from .config.load import load
 from .errors import RadioDistillError, RecipeError
 from .jobs import refuse_if_missing, train
+from .loaders import import_extra
 from .train import preempt
 
 __all__ = ["Evaluate", "Resources", "Train", "submit"]
@@ -157,10 +158,7 @@ def _queue(
 
 
 def _executor(logs: Path) -> Any:
-    try:
-        import submitit
-    except ImportError as error:
-        raise RadioDistillError('submit needs the submitit package: pip install "radio-distill[slurm]"') from error
+    submitit = import_extra("submitit", "submit needs the submitit package:", extra="slurm")
     try:
         return submitit.AutoExecutor(logs, cluster="slurm", slurm_max_num_timeout=1000)  # a chain of time limits is no failure
     except RuntimeError as error:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -23,6 +23,7 @@ __all__ = [
     "Rows",
     "all_reduce",
     "broadcast",
+    "gather",
     "gather_rows",
     "gather_uneven_rows",
     "non_finite",
@@ -31,6 +32,8 @@ __all__ = [
     "row_major",
     "save_tensors",
 ]
+
+T = TypeVar("T")
 
 
 class Rows(NamedTuple):
@@ -54,6 +57,15 @@ def broadcast(x: Tensor, group: dist.ProcessGroup | None = None) -> None:
 def all_reduce(x: Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM, group: dist.ProcessGroup | None = None) -> None:
     """Replace `x` by its sum (or what `op` says) over the ranks of the group. A collective, as `broadcast`."""
     _in_place(x, lambda packed: dist.all_reduce(packed, op, group=group))
+
+
+def gather(value: T) -> list[T]:
+    """The values of all ranks, in their order, on every rank: a collective. For small plain objects outside of the step."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [value]
+    values: list[T | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values  # type: ignore[return-value]
 
 
 def own_rows(x: Tensor) -> Rows:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..errors import TeacherError
 from ..teachers.fp8 import forget_exact, in_fp8
-from ..train import agree
+from ..tensors import all_reduce
 from ..train.distributed import World
 from ..train.streams import Streams
 from ..types import Batch, VisionOutput
@@ -67,7 +67,7 @@ class _Both(NamedTuple):
         """Over all ranks; a collective."""
         each = [self.features] if self.summary is None else [self.features, self.summary]
         for difference in each:
-            agree.sum_ranks(difference.sums)
+            all_reduce(difference.sums)
         return [difference.error for difference in each if difference.sums[-1] > 0]
 
 

@@ -26,8 +26,7 @@ from ..network.student import Student, StudentTokens
 from ..strips import Grids, join_maps, lengths_of, split_strip
 from ..student.build import seeded_draws
 from ..student.damp import set_damp_step
-from ..tensors import Rows, own_rows
-from ..train import agree
+from ..tensors import Rows, all_reduce, own_rows
 from ..train.ema import Ema
 from ..types import Batch, Losses, Target, Targets
 
@@ -206,7 +205,7 @@ class DistillTask(nn.Module):
         }
         zero = torch.zeros((), device=self._device)  # of a rank that did not compute the term
         summed = torch.stack([self.step_terms.get(name, zero).float() for name in weights])
-        agree.sum_ranks(summed)
+        all_reduce(summed)
         self.adaloss.update({name: x for (name, weight), x in zip(weights.items(), summed) if weight > 0})
         self.step_terms = {}
 

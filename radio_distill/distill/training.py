@@ -21,8 +21,7 @@ from ..strips import split_strip
 from ..student.checkpoints import save_student
 from ..student.plain import fold_affine, fold_summary
 from ..student.spectral import fold_state, spectral_eps
-from ..tensors import save_tensors
-from ..train import agree
+from ..tensors import all_reduce, save_tensors
 from ..train.distributed import World
 from ..train.partition import gatherers
 from ..train.run import RunFolder
@@ -142,7 +141,7 @@ class StageTraining(Training):
             for i, (p, t) in enumerate(keys):
                 if p == batch.partition:
                     totals[i] += service.overlap(batch, t)
-        agree.sum_ranks(totals)
+        all_reduce(totals)
         counts: dict[str, Counts] = {p: {} for p in recipe.partitions}
         for (p, t), total in zip(keys, totals.clamp_min(1)):
             counts[p][t] = total
@@ -155,7 +154,7 @@ class StageTraining(Training):
             return {}
         mine = [float(sum(len(b) for b in batches if b.partition == p)) for p in native]
         totals = torch.tensor(mine).to(self.world.device, non_blocking=True)
-        agree.sum_ranks(totals)
+        all_reduce(totals)
         return {p: dict.fromkeys(cell.teachers, total) for (p, cell), total in zip(native.items(), totals)}
 
     @torch.no_grad()

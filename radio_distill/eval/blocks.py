@@ -12,7 +12,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import DataError
@@ -79,7 +78,7 @@ def _reader(model: VisionModel, label: str) -> Maps:
     if isinstance(model, Teacher):
         if isinstance(model.net, RunNet):
             student = model.net.student
-            return lambda images: _student(student, _pixels(model, images))
+            return lambda images: _student(student, model.prepare(images).to(model.dtype))
         if isinstance(model.net, ToyViT):
             return partial(_toy, model, model.net)
         found = _trunk(model.net)
@@ -101,17 +100,8 @@ def _student(student: Student, images_B3HW: Tensor) -> list[Tensor]:
     return [x.features_BCHW for x in forward_intermediates(student, images_B3HW, indices, alpha="none", norm=True).layers]
 
 
-def _pixels(teacher: Teacher, images_B3HW: Tensor) -> Tensor:
-    """As the teacher's own `encode` prepares them."""
-    pixels = teacher.normalize(images_B3HW)
-    size = teacher.nearest_size(pixels.shape[-2], pixels.shape[-1])
-    if tuple(pixels.shape[-2:]) != size:
-        pixels = F.interpolate(pixels, size=size, mode="bilinear", antialias=True, align_corners=False)
-    return pixels.to(teacher.dtype)
-
-
 def _toy(teacher: Teacher, net: ToyViT, images_B3HW: Tensor) -> list[Tensor]:
-    patches = net.embed(_pixels(teacher, images_B3HW))
+    patches = net.embed(teacher.prepare(images_B3HW).to(teacher.dtype))
     grid = (patches.shape[-2], patches.shape[-1])
     outputs = list(net.block_outputs(net.tokens(patches), grid))
     return [to_map(net.norm(outputs[i])[:, -grid[0] * grid[1] :], grid) * net.feature_scale for i in _indices(len(outputs))]
@@ -136,7 +126,7 @@ def _attribute(module: nn.Module, path: str) -> Any:
 
 def _hooked(teacher: Teacher, blocks: Sequence[nn.Module], norm: nn.Module, images_B3HW: Tensor) -> list[Tensor]:
     """Outputs of blocks, taken while the network runs."""
-    pixels = _pixels(teacher, images_B3HW)
+    pixels = teacher.prepare(images_B3HW).to(teacher.dtype)
     grid = (pixels.shape[-2] // teacher.patch_size, pixels.shape[-1] // teacher.patch_size)
     taken: list[Tensor] = []
     with ExitStack() as stack:

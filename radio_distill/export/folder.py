@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 
 from ..errors import CheckpointError
 from ..files import SHA256SUMS as SUMS
-from ..files import appearing, digest_of_file
+from ..files import appearing, digest_of_file, put_on_disk, sums_of
 
 __all__ = ["SUMS", "faults", "weights_changed", "write_folder"]
 
@@ -25,15 +24,14 @@ def write_folder(out: Path, fill: Callable[[Path], None]) -> Path:
         temporary.mkdir()
         fill(temporary)
         _write_sums(temporary)
-        _sync(temporary)
+        put_on_disk(*temporary.rglob("*"), temporary)  # before the rename that makes them count
     return out
 
 
 def faults(folder: Path) -> list[str]:
     """What is wrong with an export, one line per file; empty when every file is what its checksum says."""
-    if not (folder / SUMS).is_file():
+    if (told := sums_of(folder)) is None:
         return [f"it has no {SUMS}"]
-    told = dict(line.split("  ", 1)[::-1] for line in (folder / SUMS).read_text().splitlines())
     here = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file() and path.name != SUMS}
     lines = [f"{name} is missing" for name in sorted(told.keys() - here.keys())]
     lines += [f"{name} is not in {SUMS}" for name in sorted(here.keys() - told.keys())]
@@ -44,21 +42,13 @@ def faults(folder: Path) -> list[str]:
 
 def weights_changed(folder: Path) -> bool:
     """Whether a file of weights of an export is another than the one that was written; False where nothing tells."""
-    if not (folder / SUMS).is_file():
-        return False
-    told = dict(line.split("  ", 1)[::-1] for line in (folder / SUMS).read_text().splitlines())
-    return any(path.name not in told or digest_of_file(path) != told[path.name] for path in folder.glob("*.safetensors"))
+    told = sums_of(folder)
+    return told is not None and any(
+        path.name not in told or digest_of_file(path) != told[path.name] for path in folder.glob("*.safetensors")
+    )
 
 
 def _write_sums(folder: Path) -> None:
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     lines = [f"{digest_of_file(path)}  {path.relative_to(folder).as_posix()}\n" for path in files]
     (folder / SUMS).write_text("".join(lines))
-
-
-def _sync(folder: Path) -> None:
-    """Files are on the disk before the rename that makes them count."""
-    for path in [*folder.rglob("*"), folder]:
-        descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)

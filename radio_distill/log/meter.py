@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..tensors import all_reduce
+from ..tensors import all_reduce, gather
 
 __all__ = ["Meter", "fidelities"]
 
@@ -33,7 +33,7 @@ class Meter:
         A collective: every rank calls it at the same step. Ranks may hold different names (partitions run apart).
         `error/*` and `variance/*` become `fidelity/*` = variance / error (FeatSharp, eq. 7).
         """
-        names = sorted(set().union(*_gather_names(list(self._sums))))
+        names = sorted(set().union(*gather(list(self._sums))))
         zero = torch.zeros((), dtype=torch.float64, device=self._device)
         values = torch.stack([self._sums.get(name, zero) for name in names]) if names else torch.zeros(0)
         if dist.is_initialized() and names:
@@ -68,11 +68,3 @@ def fidelities(metrics: Mapping[str, float], *, digits: int) -> str:
     return ", ".join(
         f"{value:.{digits}f}" if name == "views" else f"{name} {value:.{digits}f}" for name, value in found.items()
     )
-
-
-def _gather_names(names: list[str]) -> list[list[str]]:
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return [names]
-    gathered: list[list[str]] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(gathered, names)
-    return gathered

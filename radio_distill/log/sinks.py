@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from ..config.recipe import Job, Recipe
-from ..errors import RadioDistillError
 from ..files import parse_json, replace_text
+from ..loaders import import_extra
 
 __all__ = ["Sinks", "console_line", "hours_left", "read_metrics", "drop_metrics_after"]
 
@@ -108,21 +108,13 @@ def _parse(line: bytes) -> dict[str, float] | None:
 
 
 def _tensorboard(folder: Path) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise RadioDistillError(
-            'log.tensorboard=true needs the tensorboard package: pip install "radio-distill[tensorboard]"'
-        ) from error
-    return SummaryWriter(str(folder))
+    needs = "log.tensorboard=true needs the tensorboard package:"
+    return import_extra("torch.utils.tensorboard", needs, extra="tensorboard").SummaryWriter(str(folder))
 
 
 def _wandb(recipe: Job, folder: Path) -> Any:
     """A wandb run, resumed under the same id; offline unless WANDB_MODE asks for something else."""
-    try:
-        import wandb
-    except ImportError as error:
-        raise RadioDistillError('log.wandb needs the wandb package: pip install "radio-distill[wandb]"') from error
+    wandb = import_extra("wandb", "log.wandb needs the wandb package:", extra="wandb")
     mode: Any = os.environ.get("WANDB_MODE") or "offline"
     identity = folder / "wandb_id"
     if not identity.exists():

@@ -26,7 +26,6 @@ __all__ = [
     "Machine",
     "TeacherPlan",
     "budget",
-    "fit_micro_batch",
     "machine",
     "rate_of",
     "to_json",
@@ -169,15 +168,6 @@ def _notes(recipe: AnyRecipe | VlmRecipe, machine: Machine, memory_gib: float, a
     if not recipe.data.sources:
         command, what = COMMANDS[type(recipe)]
         yield f"no {what} yet: {command} needs data.sources.NAME.path=..."
-
-
-def fit_micro_batch(wanted: int | None, per_rank: int, key: str) -> int:
-    """Images in one forward. Raises RecipeError, naming the recipe's key, when it does not divide a rank's images."""
-    micro = min(wanted or per_rank, per_rank)
-    if per_rank % micro:
-        best = max(size for size in range(1, micro + 1) if per_rank % size == 0)
-        raise RecipeError(f"{key}={micro} does not divide the {per_rank} images of a rank; use {best}")
-    return micro
 
 
 def to_json(plan: Budget, *further: Budget) -> str:

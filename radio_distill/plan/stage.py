@@ -17,7 +17,8 @@ from ..errors import RecipeError
 from ..student.names import student_of
 from ..train.partition import Assignment, assign
 from ..train.placement import share_teachers, student_ranks
-from .budget import GIB, RESERVE_GIB, Budget, Machine, TeacherPlan, budget, fit_micro_batch, machine
+from ..train.streams import fit_micro_batch
+from .budget import GIB, RESERVE_GIB, Budget, Machine, TeacherPlan, budget, machine
 from .cost import PartitionCost, partition_cost, student_tokens, teacher_costs
 from .memory import checkpoint_bytes, head_parameters, held_bytes, partition_bytes, state_bytes, trunk_parameters, work_bytes
 from .roofline import FP8_GPUS, PartTime, Passes, part_times
@@ -270,7 +271,7 @@ def _partition(
 ) -> PartitionPlan:
     partition, ranks, patch = recipe.partitions[name], assignment.ranks[name], student_of(recipe).trunk.patch_size
     images, units = images_in_step(partition, patch), partition.units // len(ranks)
-    micro = fit_micro_batch(partition.micro_batch, units, f"partitions.{name}.micro_batch")
+    micro = fit_micro_batch(partition.micro_batch, units, f"partitions.{name}.micro_batch", partition.unit)
     here = {} if isinstance(recipe.engine.placement, Dedicated) or recipe.cache.read is not None else cards
     largest = as_squares(partition, patch, cards)[-1][0]
     full = micro if partition.tokens is None else math.ceil(micro * partition.tokens / (largest.size // patch) ** 2)

@@ -20,11 +20,12 @@ from ..config.cards import TeacherCard, licence_notes
 from ..config.load import upsampler_cards
 from ..config.upsampler_recipe import VIEWS, UpsamplerRecipe
 from ..train.partition import assign
+from ..train.streams import fit_micro_batch
 from ..upsamplers.cost import downsampler_flops, network_flops, uncertainty_flops
 from ..upsamplers.form import form_of
 from ..upsamplers.map_weights import UncertaintyNet
 from ..upsamplers.sharpener import Sharpener, view_factors
-from .budget import GIB, RESERVE_GIB, Budget, TeacherPlan, budget, fit_micro_batch, machine
+from .budget import GIB, RESERVE_GIB, Budget, TeacherPlan, budget, machine
 from .cost import teacher_flops
 from .memory import forward_bytes, teacher_parameters
 

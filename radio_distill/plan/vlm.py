@@ -17,10 +17,11 @@ from ..config.vlm_recipe import FromParts, VlmRecipe
 from ..errors import RecipeError
 from ..network.arch import StudentArch
 from ..paths import expand
+from ..train.streams import fit_micro_batch
 from ..vlm.lora import add_lora
 from ..vlm.model import join_configs, text_config, tower_config, tower_student, vlm_folder
 from ..vlm.tower import StudentTowerConfig
-from .budget import GIB, RESERVE_GIB, Budget, budget, fit_micro_batch, machine
+from .budget import GIB, RESERVE_GIB, Budget, budget, machine
 from .cost import trunk_flops
 from .memory import ACTIVATION_BYTES
 

@@ -75,11 +75,15 @@ class Teacher:
         Returns fp32 summary (B, C) or None, and fp32 features (B, C, H, W). The resize, mean and std are computed
         in fp32; only the result is cast.
         """
+        return self.forward(self.prepare(images_B3HW))
+
+    def prepare(self, images_B3HW: Tensor) -> Tensor:
+        """Pixels in the teacher's own units and at the nearest size that it takes, fp32, of images as `encode` takes them."""
         pixels = self.normalize(images_B3HW)
         size = self.nearest_size(*pixels.shape[-2:])
         if tuple(pixels.shape[-2:]) != size:
             pixels = F.interpolate(pixels, size=size, mode="bilinear", antialias=True, align_corners=False)
-        return self.forward(pixels)
+        return pixels
 
     def normalize(self, images_B3HW: Tensor) -> Tensor:
         """Pixels in the teacher's own units: (x - mean) / std with x in [0, 1]; uint8 is divided by 255 first."""

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from ..errors import RadioDistillError
-from ..tensors import all_reduce
+from ..tensors import all_reduce, gather
 from . import preempt
 
-__all__ = ["Vote", "any_rank", "sum_ranks", "gather", "on_main", "barrier", "stop_if_asked"]
-
-T = TypeVar("T")
+__all__ = ["Vote", "any_rank", "gather", "on_main", "barrier", "stop_if_asked"]
 
 
 def any_rank(flag: Tensor | bool, device: torch.device) -> bool:
@@ -48,20 +45,6 @@ def stop_if_asked(device: torch.device) -> None:
     """Raise `preempt.Stopped` on every rank when one was asked to stop; for work before the first step, when nothing is to save."""
     if any_rank(preempt.requested() is not None, device):
         raise preempt.Stopped
-
-
-def sum_ranks(values: Tensor) -> None:
-    """Replace `values` by their sum over ranks."""
-    all_reduce(values)
-
-
-def gather(value: T) -> list[T]:
-    """The values of all ranks, in their order, on every rank. For small plain objects outside of the step."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return [value]
-    values: list[T | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values  # type: ignore[return-value]
 
 
 def on_main(action: Callable[[], None]) -> None:

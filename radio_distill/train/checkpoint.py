@@ -28,7 +28,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ..errors import CheckpointError
-from ..files import replace_text
+from ..files import put_on_disk, replace_text
 from ..runs import STEP, Meta, latest, read_meta
 from ..tensors import save_tensors
 from .integrity import Facts, Gather, alone, facts_of, record
@@ -84,7 +84,10 @@ class Draft:
             with _told(self._final, self._rank):
                 record(self._temporary, facts)
                 (self._temporary / "meta.json").write_text(json.dumps(asdict(self.meta), indent=1))
-                _sync(self._temporary)
+                folders = (path for path in self._temporary.rglob("*") if path.is_dir())
+                put_on_disk(
+                    *folders, *self._temporary.glob("*.json"), self._temporary
+                )  # the other files are there (`facts_of`)
             if self._final.exists():  # a step that is done again, from an earlier checkpoint
                 shutil.rmtree(self._final)
             os.replace(self._temporary, self._final)
@@ -154,14 +157,6 @@ def size_text(size: int) -> str:
 
 def _size(folder: Path) -> int:
     return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
-
-
-def _sync(folder: Path) -> None:
-    """Make sure that what names the files is on the disk before the rename that makes them count; they are there (`facts_of`)."""
-    for path in [*(p for p in folder.rglob("*") if p.is_dir()), *folder.glob("*.json"), folder]:
-        descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
 
 
 def _point(pointer: Path, name: str) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 
 from ..errors import CheckpointError
 from ..files import CHECKPOINT_SUMS as FILE
-from ..files import crc_of_file, parse_json
+from ..files import crc_of_file, parse_json, put_on_disk
 from ..runs import STEP, latest, read_meta
 
 __all__ = ["Facts", "Gather", "alone", "damage", "facts_of", "record", "refuse_to_start_over", "set_damaged_aside"]
@@ -39,8 +39,7 @@ def facts_of(checkpoint: Path, rank: int) -> Facts:
     """What the files are that `rank` wrote, with their bytes forced to the disk: those with its number in their names (as DeepSpeed
     and `rank-N.json` have it); on rank 0 also those without one."""
     paths = sorted(path for path in checkpoint.rglob("*") if path.is_file() and _writer(path) == rank)
-    for path in paths:
-        _sync(path)
+    put_on_disk(*paths)
     return {path.relative_to(checkpoint).as_posix(): [path.stat().st_size, crc_of_file(path)] for path in paths}
 
 
@@ -119,9 +118,3 @@ def _writer(path: Path) -> int:
     """The rank that wrote a file of a checkpoint: zero_pp_rank_3_mp_rank_00_optim_states.pt and rank-3.json are rank 3's."""
     number = re.search(r"(?:zero_pp_rank_|^rank-)(\d+)", path.name)
     return int(number[1]) if number else 0
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)

@@ -19,6 +19,7 @@ from ..config.recipe import Job
 from ..errors import TrainingError
 from ..log.sinks import drop_metrics_after
 from ..seeded import step_seed
+from ..tensors import all_reduce
 from ..types import Batch
 from . import agree, distributed, preempt
 from .ranks import run_ranks
@@ -115,7 +116,7 @@ def mean_step(t: Training, step: int, batches: list[Any], count: Tensor) -> None
     """
     torch.manual_seed(step_seed(t.job.seed, step, t.world.rank))
     t.engine.set_step(step)
-    agree.sum_ranks(count)
+    all_reduce(count)
     bad = torch.zeros((), dtype=torch.bool, device=t.world.device)
     for batch in batches:
         losses = t.engine(batch, count.clamp_min(1))

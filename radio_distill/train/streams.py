@@ -14,7 +14,7 @@ from ..errors import RecipeError
 from ..types import Batch
 from .partition import Assignment
 
-__all__ = ["Streams", "forwards"]
+__all__ = ["Streams", "fit_micro_batch", "forwards"]
 
 
 class Streams:
@@ -63,18 +63,20 @@ class Streams:
         self._ahead = []
 
 
+def fit_micro_batch(wanted: int | None, per_rank: int, key: str, unit: str = "images") -> int:
+    """Images in one forward. Raises RecipeError, naming the recipe's key, when it does not divide a rank's images."""
+    micro = min(wanted or per_rank, per_rank)
+    if per_rank % micro:
+        best = max(size for size in range(1, micro + 1) if per_rank % size == 0)
+        raise RecipeError(f"{key}={micro} does not divide the {per_rank} {unit} of a rank; use {best}")
+    return micro
+
+
 def forwards(recipe: AnyRecipe, assignment: Assignment, rank: int) -> int:
     """Micro-batches of a rank in one step. Raises RecipeError when `micro_batch` does not divide a rank's images."""
     total = 0
-    for name, partition in recipe.partitions.items():
-        share = assignment.share(name, rank)
-        if share is None:
-            continue
-        size = min(partition.micro_batch or share.images, share.images)
-        if share.images % size:
-            best = max(d for d in range(1, size + 1) if share.images % d == 0)
-            raise RecipeError(
-                f"partitions.{name}.micro_batch={size} does not divide the {share.images} {partition.unit} of a rank; use {best}"
-            )
-        total += share.images // size
+    for name, cell in recipe.partitions.items():
+        if (share := assignment.share(name, rank)) is not None:
+            key = f"partitions.{name}.micro_batch"
+            total += share.images // fit_micro_batch(cell.micro_batch, share.images, key, cell.unit)
     return total

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from ...data.files import LeftOut
 from ...errors import DataError
+from ...loaders import import_extra
 from .imagenet_labels import CLASSES, check_order, labels_of_names
 
 __all__ = ["ParquetPlace", "places_in_parquet"]
@@ -75,14 +76,10 @@ def _group(path: Path, group: int) -> Any:
 
 
 def _opened(path: Path) -> Any:
+    parquet = import_extra("pyarrow.parquet", f"{path} needs pyarrow:", extra="parquet", error=DataError)
     try:
-        from pyarrow import ArrowInvalid
-        from pyarrow.parquet import ParquetFile
-    except ImportError as error:
-        raise DataError(f'{path} needs pyarrow: pip install "radio-distill[parquet]"') from error
-    try:
-        file = ParquetFile(path)
-    except (ArrowInvalid, OSError) as error:
+        file = parquet.ParquetFile(path)
+    except (ValueError, OSError) as error:  # pyarrow's ArrowInvalid is a ValueError
         raise DataError(f"{path} is damaged ({error}); copy it again") from error
     if not {"image", "label"} <= set(file.schema_arrow.names):
         raise DataError(f"{path} has columns {', '.join(file.schema_arrow.names)}, expected image and label")

@@ -15,8 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...errors import DataError, RadioDistillError
+from ...errors import DataError
 from ...files import json_file
+from ...loaders import import_extra
 from ...toyworld import CLASSES, ToySample
 from .base import Dataset, missing, not_read, notes_of
 from .pixels import read_rgb
@@ -65,7 +66,7 @@ def decode_mask(mask: Any, height: int, width: int) -> Tensor:
     if isinstance(mask, np.ndarray):
         return torch.from_numpy(mask)
     where, mask = mask if isinstance(mask, CocoMask) else ("a mask", mask)
-    library = _mask_library()
+    library = import_extra("faster_coco_eval", "COCO masks need faster-coco-eval:", extra="coco").mask
     try:
         runs = _run_lengths(library, mask, height, width)
         return torch.from_numpy(np.ascontiguousarray(library.decode(runs))).bool()
@@ -273,11 +274,3 @@ def _read(path: Path) -> dict[str, Any]:
     keys, advice = ("images", "annotations", "categories"), "copy it again, or take the file of the instances"
     with json_file(path, f"a COCO annotation file of {', '.join(keys)}", advice=advice, error=DataError) as content:
         return {key: content[key] for key in keys}
-
-
-def _mask_library() -> Any:
-    try:
-        from faster_coco_eval import mask
-    except ImportError as error:
-        raise RadioDistillError('COCO masks need faster-coco-eval: pip install "radio-distill[coco]"') from error
-    return mask

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from ...data.files import stems
 from ...errors import DataError
+from ...loaders import import_extra
 from ..metrics.checks import known_labels
 from ..metrics.segmentation import IGNORE
 from .borders import borders
@@ -116,12 +117,9 @@ class PascalContext(MultitaskFolder):
 
 def read_mat(path: Path) -> dict[str, Any]:
     """The variables of a MATLAB file before version 7.3. Raises DataError without scipy, and for a damaged file."""
+    scipy = import_extra("scipy.io", f"{path} is a MATLAB file and scipy is not installed;", extra="mat", error=DataError)
     try:
-        from scipy.io import loadmat
-    except ImportError as error:
-        raise DataError(f'{path} is a MATLAB file and scipy is not installed; pip install "radio-distill[mat]"') from error
-    try:
-        return loadmat(path)  # type: ignore[no-any-return]
+        return scipy.loadmat(path)  # type: ignore[no-any-return]
     except Exception as error:  # scipy raises whatever it stumbles on: ValueError, KeyError, zlib.error, ...
         raise DataError(f"{path} cannot be read as a MATLAB file ({error}); copy it again") from error
 

@@ -7,7 +7,8 @@ import io
 from collections.abc import Sequence
 from typing import Any
 
-from ...errors import DataError, RadioDistillError
+from ...errors import DataError
+from ...loaders import import_extra
 from .checks import not_empty
 
 __all__ = ["box_ap"]
@@ -22,7 +23,7 @@ def box_ap(ground_truth: dict[str, Any], detections: Sequence[dict[str, Any]]) -
     `score`, of all ranks together; none at all scores 0. Raises DataError on an unknown image or category, or when nothing is
     annotated; RadioDistillError when the library is not installed.
     """
-    COCO, COCOeval = _library()
+    coco = import_extra("faster_coco_eval", "COCO box AP needs faster-coco-eval:", extra="coco")
     not_empty(len(ground_truth["annotations"]), "box annotations")
     for key, table in (("image_id", "images"), ("category_id", "categories")):
         known = {row["id"] for row in ground_truth[table]}
@@ -32,20 +33,14 @@ def box_ap(ground_truth: dict[str, Any], detections: Sequence[dict[str, Any]]) -
                 f"detections have {key} {wrong[0]} ({len(wrong)} unknown), which the annotation file's {table} do not list"
             )
     with contextlib.redirect_stdout(io.StringIO()):  # the library prints tables
-        truth = COCO(
+        truth = coco.COCO(
             {**ground_truth, "annotations": [dict(row) for row in ground_truth["annotations"]]}
         )  # it writes into the rows
-        found = COCO({**ground_truth, "annotations": []}) if not detections else truth.loadRes([dict(d) for d in detections])
-        evaluation = COCOeval(truth, found, iouType="bbox")
+        found = (
+            coco.COCO({**ground_truth, "annotations": []}) if not detections else truth.loadRes([dict(d) for d in detections])
+        )
+        evaluation = coco.COCOeval_faster(truth, found, iouType="bbox")
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
     return {name: 100 * float(x) for name, x in zip(NAMES, evaluation.stats[: len(NAMES)]) if x >= 0}
-
-
-def _library() -> tuple[Any, Any]:
-    try:
-        from faster_coco_eval import COCO, COCOeval_faster
-    except ImportError as error:
-        raise RadioDistillError('COCO box AP needs faster-coco-eval: pip install "radio-distill[coco]"') from error
-    return COCO, COCOeval_faster
