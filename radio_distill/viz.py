@@ -43,12 +43,13 @@ def heat(values_BHW: Tensor, top: float | None = None) -> Tensor:
     return torch.stack([x, x - 1, x - 2], 1).clamp(0, 1)
 
 
-def panel(rows: dict[str, Tensor], *, side: int = 128) -> Tensor:
+def panel(rows: dict[str, Tensor], *, side: int = 128, columns: Sequence[str] = ()) -> Tensor:
     """Stack picture rows (B, 3, H, W in [0, 1] each) into one image (3, height, width), every cell `side` px, with each row's name
-    to its left."""
+    to its left, and what is over each column, if given, above it."""
     step = side + GAP
-    lines = []
-    for name, images in zip(_labels(list(rows), step), rows.values()):
+    names = _labels(list(rows), step)
+    lines = [torch.cat([torch.ones(3, HEAD_PX, names[0].shape[2]), *_heads(columns, step)], dim=2)] if columns else []
+    for name, images in zip(names, rows.values()):
         cells = F.interpolate(images.float().cpu(), size=(side, side), mode="nearest")
         line = torch.ones(3, step, images.shape[0] * step)
         for i, cell in enumerate(cells):
@@ -59,22 +60,33 @@ def panel(rows: dict[str, Tensor], *, side: int = 128) -> Tensor:
 
 def _labels(names: list[str], height: int) -> list[Tensor]:
     """Names in black on white, (3, height, width) each, of one width."""
-    import numpy as np
     from PIL import Image, ImageDraw, ImageFont
 
     letter = max(LETTER_PX, height // LETTERS)
     font, texts = ImageFont.load_default(letter), [fill(name, LINE, break_long_words=False) for name in names]
     measure = ImageDraw.Draw(Image.new("L", (1, 1)))
     width = int(max(measure.multiline_textbbox((0, 0), text, font=font)[2] for text in texts)) + letter
-    pictures = []
-    for text in texts:
-        picture = Image.new("L", (width, height), 255)
-        ImageDraw.Draw(picture).multiline_text((letter // 2, height // 2), text, fill=0, font=font, anchor="lm")
-        pictures.append(torch.from_numpy(np.asarray(picture).copy()).float().expand(3, -1, -1) / 255)
-    return pictures
+    return [_written(text, width, height, letter) for text in texts]
+
+
+def _heads(names: Sequence[str], width: int) -> list[Tensor]:
+    """Names over columns, (3, HEAD_PX, width) each."""
+    return [_written(name, width, HEAD_PX, LETTER_PX) for name in names]
+
+
+def _written(text: str, width: int, height: int, letter: int) -> Tensor:
+    """Words in black on white, (3, height, width), in the middle of the height."""
+    import numpy as np
+    from PIL import Image, ImageDraw, ImageFont
+
+    picture = Image.new("L", (width, height), 255)
+    drawn = ImageDraw.Draw(picture)
+    drawn.multiline_text((letter // 2, height // 2), text, fill=0, font=ImageFont.load_default(letter), anchor="lm")
+    return torch.from_numpy(np.asarray(picture).copy()).float().expand(3, -1, -1) / 255
 
 
 GAP = 4  # white pixels between cells
+HEAD_PX = 22  # height of the names of columns
 LETTER_PX, LETTERS, LINE = 14, 9, 12  # least height of a letter; letters over a cell's height; letters in a line
 
 

@@ -25,7 +25,7 @@ from .teachers.base import load_teacher
 from .upsamplers.folder import SavedUpsampler, named_upsampler
 from .upsamplers.upsampled import Upsampled
 
-__all__ = ["draw_upsamplers", "main"]
+__all__ = ["draw_teacher", "draw_upsamplers", "main"]
 
 CELL_PX, MOST_IMAGES = 224, 6
 
@@ -58,23 +58,30 @@ def draw_upsamplers(
     for group in groups.values():
         name = _unused(group[0].card.name, names)
         names.append(name)
-        rows |= _rows_of_teacher(name, group, data, device)
+        methods: dict[str, SavedUpsampler] = {}
+        for saved in group:
+            methods[_unused(f"{saved.factor}x {method(saved.network)}", methods)] = saved
+        rows |= {f"{name} {label}": row for label, row in draw_teacher(methods, data, device=device).items()}
     return rows
 
 
-def _rows_of_teacher(name: str, group: list[SavedUpsampler], data: HeldOut, device: torch.device | str) -> dict[str, Tensor]:
-    teacher, size = load_teacher(group[0].card).to(device), group[0].size
-    finest = max(saved.factor for saved in group)
+@torch.no_grad()
+def draw_teacher(
+    upsamplers: dict[str, SavedUpsampler], data: HeldOut, *, device: torch.device | str = "cpu"
+) -> dict[str, Tensor]:
+    """The rows of one teacher: `own`, `bilinear`, `Real 4x` where it takes any size, and its upsamplers by their names."""
+    first = next(iter(upsamplers.values()))
+    teacher, size = load_teacher(first.card).to(device), first.size
+    finest = max(saved.factor for saved in upsamplers.values())
     large = data.images(0, data.count, finest * size).to(device)
     low = teacher.encode(resize_map(large, (size, size))).features_BCHW
     grid = (finest * low.shape[2], finest * low.shape[3])
-    maps = {f"{name} own": low, f"{name} bilinear": resize_map(low, grid)}
+    maps = {"own": low, "bilinear": resize_map(low, grid)}
     if finest > 1 and teacher.card.input.resizable:
-        maps[f"{name} Real {finest}x"] = torch.cat([teacher.encode(image[None]).features_BCHW for image in large])
-    for saved in group:
+        maps[f"Real {finest}x"] = torch.cat([teacher.encode(image[None]).features_BCHW for image in large])
+    for name, saved in upsamplers.items():
         model, pixels = Upsampled(teacher, saved), resize_map(large, (saved.factor * size,) * 2)
-        sharp = torch.cat([model.encode(image[None]).features_BCHW for image in pixels])
-        maps[_unused(f"{name} {saved.factor}x {method(saved.network)}", maps)] = sharp
+        maps[name] = torch.cat([model.encode(image[None]).features_BCHW for image in pixels])
     same_grid = torch.cat([F.interpolate(m, grid, mode="nearest") for m in maps.values()])
     return dict(zip(maps, viz.pca_rgb(same_grid).chunk(len(maps))))
 

@@ -33,19 +33,29 @@ from ..upsamplers.folder import SavedUpsampler, load_upsampler, untrained
 from ..upsamplers.metrics import overtiling as overtiling_error
 from ..upsamplers.tiling import cut, stitch
 from ..upsamplers.upsampled import Upsampled
-from ..viz_command import draw_upsamplers
+from ..viz_command import draw_teacher
 from .card import OWN, Figure
 from .desk import Desk
 from .measured import context_of, evaluate
-from .product import Product
+from .product import CELL_PX, Product
 
 __all__ = ["FIGURES"]
 
 
 def maps(entry: Figure, desk: Desk) -> Product:
-    """Image, own map, bilinear, Real, and every upsampler's map, of all teachers."""
-    saved = [load_upsampler(path) for teacher in desk.of(entry) for path in desk.upsamplers(teacher, desk.rows(entry)).values()]
-    return Product(picture=draw_upsamplers(saved, desk.held_out(entry.images), device=desk.device))
+    """Image, own map, bilinear, Real, and every upsampler's map; teachers side by side, a white cell where one has no such map."""
+    data = desk.held_out(entry.images)
+    drawn: dict[str, dict[str, Tensor]] = {}
+    for teacher in desk.of(entry):
+        folders = desk.upsamplers(teacher, desk.rows(entry))
+        drawn[teacher] = draw_teacher(
+            {row.label: load_upsampler(path) for row, path in folders.items()}, data, device=desk.device
+        )
+    white = torch.ones(data.count, 3, CELL_PX, CELL_PX)
+    picture = {"image": data.images(0, data.count, CELL_PX).repeat(len(drawn), 1, 1, 1)}
+    for label in max(drawn.values(), key=len):
+        picture[label] = torch.cat([_square(of[label], CELL_PX) if label in of else white for of in drawn.values()])
+    return Product(picture=picture, columns=[teacher for teacher in drawn for _ in range(data.count)])
 
 
 @torch.no_grad()
@@ -58,8 +68,8 @@ def adaptors(entry: Figure, desk: Desk) -> Product:
     picture = {"image": torch.cat([_square(image, max(images)) for image in images.values()])}
     for name in found[sides[0]]:
         picture[name] = _one_palette([found[side][name].features_BCHW for side in images])
-    shown = ", ".join(map(str, images))
-    return Product(picture=picture, notes=[f"Columns: {shown} px. Each row has one set of principal components."])
+    notes = ["Each row has one set of principal components."]
+    return Product(picture=picture, columns=[f"{side} px" for side in images], notes=notes)
 
 
 @torch.no_grad()
@@ -131,7 +141,7 @@ def tilings(entry: Figure, desk: Desk) -> Product:
             f"{name} tiles": colours[1::2],
             f"{name} difference": torch.cat([_square(viz.heat(x, top), side) for x in far]),
         }
-    return Product(picture=picture, notes=[f"Columns: {', '.join(f'{x} x {x} tiles' for x in _sides(entry, desk))}."])
+    return Product(picture=picture, columns=[f"{x} x {x} tiles" for x in _sides(entry, desk)])
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from ..eval.suite_tables import Curve, curve_table
 from ..eval.tables import Table, pipes
 from ..files import appearing, replace_text
 
-__all__ = ["Product", "write"]
+__all__ = ["CELL_PX", "Product", "write"]
 
 CELL_PX = 160
 
@@ -23,6 +23,8 @@ class Product:
     tables: list[Table] = field(default_factory=list)
     picture: dict[str, Tensor] = field(default_factory=dict)
     """Rows of a panel, (B, 3, H, W) in [0, 1] each."""
+    columns: list[str] = field(default_factory=list)
+    """What is over each column of the panel."""
     curves: list[Curve] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -40,7 +42,7 @@ def write(product: Product, folder: Path, name: str, title: str) -> list[Path]:
     if product.picture:
         files.append(folder / f"{name}.png")
         with appearing(files[-1]) as temporary:
-            viz.save_png(viz.panel(product.picture, side=CELL_PX), temporary)
+            viz.save_png(viz.panel(product.picture, side=CELL_PX, columns=product.columns), temporary)
         parts.append(f"![{title}]({files[-1].name})")
     replace_text(files[0], "\n\n".join(parts) + "\n")
     return files

@@ -27,6 +27,15 @@ def test_rows_of_a_panel_carry_their_names():
     assert names[:, 0].min() == names[:, -1].min() == 1  # nothing is cut off
 
 
+def test_columns_of_a_panel_carry_their_names():
+    rows = {"image": torch.zeros(2, 3, 4, 4)}
+    plain, headed = viz.panel(rows, side=64), viz.panel(rows, side=64, columns=["48 px", "toy_siglip"])
+    assert torch.equal(headed[:, viz.HEAD_PX :], plain)
+    left, right = headed[0, : viz.HEAD_PX, -2 * 68 :].chunk(2, dim=1)
+    assert 0 < (left < 0.5).sum() < (right < 0.5).sum()
+    assert headed[0, : viz.HEAD_PX, : -2 * 68].min() == 1  # nothing over the names of rows
+
+
 def test_one_set_of_colours_for_all_maps_of_a_teacher():
     upsamplers = [
         made(kind="bilinear", factor=3, debias=False),
