@@ -41,7 +41,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from radio_distill.config.upsampler import Network
 from radio_distill.upsamplers.featsharp import FeatSharp
-from radio_distill.upsamplers.jbu import JBU
+from radio_distill.upsamplers.jbu import Levels
 from radio_distill.upsamplers.local_attention import local_attention
 
 PLOT = Path(__file__).resolve().parent.parent / "docs" / "images" / "featsharp_cost.png"
@@ -218,7 +218,7 @@ class Bench:
     def parts(self, u: int, dtype: torch.dtype) -> Calls:
         """The two kernels of our network alone; the rest of it is matrix products and elementwise work."""
         low, tiles, image = self.inputs(u, dtype)
-        jbu = JBU(u).to(self.device)
+        jbu = Levels(u).to(self.device)
         heads = tiles.shape[1] * 2 // 128
         shape = (3, self.batch, heads, *tiles.shape[2:], 128)
         q, k, v = torch.randn(shape, device=self.device, dtype=dtype).unbind()

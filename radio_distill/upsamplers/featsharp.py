@@ -8,6 +8,8 @@ Shapes: B batch, C channels of the teacher, h w source grid, H W = factor * (h, 
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
@@ -15,7 +17,7 @@ from ..align import detail, resize_map
 from ..config.upsampler import Network, check_network
 from ..errors import RecipeError
 from .form import Form, form_of
-from .jbu import JBU, prime_factors
+from .jbu import Levels, prime_factors
 
 __all__ = ["FeatSharp", "FusionLevel", "build_guided", "level_factors"]
 
@@ -104,15 +106,15 @@ def build_guided(kind: str, channels: int, factor: int, form: Form, width: int =
     from .jafar import Jafar
     from .naf import Naf
     from .resfu import Resfu
-    from .sapa import Sapa
+    from .sapa import SapaLevel
 
     match kind:
         case "jbu" | "featup":
-            return JBU(factor, form.jbu_level)
+            return Levels(factor, form.jbu_level)
         case "jafar":
             return Jafar(channels, form.resize)
         case "sapa":
-            return Sapa(channels, factor)
+            return Levels(factor, partial(SapaLevel, channels))
         case "resfu":
             return Resfu(channels)
         case "naf":

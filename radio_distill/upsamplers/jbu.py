@@ -18,9 +18,8 @@ from ..align import whole_factors
 from .adaptive_conv import RADIUS, TAPS, filter_resized, neighbour_dots
 
 __all__ = [
-    "JBU",
     "JBULevel",
-    "check_size",
+    "Levels",
     "prime_factors",
     "scalars_as_vectors",
     "spatial_logits",
@@ -67,10 +66,13 @@ class JBULevel(nn.Module):
         return (similar + near).softmax(-1)
 
 
-class JBU(nn.Module):
-    """Levels for the prime factors of `factor`, ascending; `factor` 1 gives the source back."""
+class Levels(nn.Module):
+    """A level for every prime factor of `factor`, ascending; `factor` 1 gives the source back.
 
-    def __init__(self, factor: int, level: Callable[[], JBULevel] = JBULevel) -> None:
+    level: makes one, `forward(source_BChw, image at the target size)`; of joint bilateral ones this is FeatUp's upsampler.
+    """
+
+    def __init__(self, factor: int, level: Callable[[], nn.Module] = JBULevel) -> None:
         super().__init__()
         self.factor = factor
         self.factors = prime_factors(factor)
@@ -79,7 +81,7 @@ class JBU(nn.Module):
     def forward(self, source_BChw: Tensor, guidance_B3HW: Tensor, size: tuple[int, int]) -> Tensor:
         """(B, C, h, w) and a whitened image of any size -> (B, C, *size), size = (factor * h, factor * w).
 
-        Each level sees the image averaged over its own grid.
+        Each level sees the image averaged over its own grid. Raises ValueError for another `size`.
         """
         check_size(source_BChw, self.factor, size)
         for factor, level in zip(self.factors, self.ups):

@@ -7,38 +7,19 @@ Shapes: B batch, C channels, D key width, h w source, H W.
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .cell_attention import attend_cells
-from .jbu import check_size, prime_factors
 
-__all__ = ["Sapa"]
+__all__ = ["SapaLevel"]
 
 WIDTH = 64
 WINDOW = 5
 
 
-class Sapa(nn.Module):
-    """Guided upsampler by a whole factor: one level per prime factor, ascending, each with its own projections."""
+class SapaLevel(nn.Module):
+    """One level (`jbu.Levels`), with projections of its own."""
 
-    def __init__(self, channels: int, factor: int) -> None:
-        super().__init__()
-        self.factor = factor
-        self.factors = prime_factors(factor)
-        self.ups = nn.ModuleList(_Level(channels) for _ in self.factors)
-
-    def forward(self, source_BChw: Tensor, guidance_B3HW: Tensor, size: tuple[int, int]) -> Tensor:
-        """(B, C, *size); raises ValueError unless `size` is the source's times the factor."""
-        check_size(source_BChw, self.factor, size)
-        h, w = source_BChw.shape[2:]
-        for factor, level in zip(self.factors, self.ups):
-            h, w = h * factor, w * factor
-            source_BChw = level(source_BChw, F.adaptive_avg_pool2d(guidance_B3HW, (h, w)))
-        return source_BChw
-
-
-class _Level(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.query = nn.Sequential(nn.LayerNorm(3), nn.Linear(3, WIDTH))

@@ -34,26 +34,6 @@ def _answers(key: str, q: ToyQuestion) -> Row:
     return {"questionId": key, "answers": [q.answer]}
 
 
-def _pope(key: str, q: ToyQuestion) -> Row:
-    return {"question_id": key, "answer": q.answer, "category": "adversarial"}
-
-
-def _mme(key: str, q: ToyQuestion) -> Row:
-    return {"question_id": key.split("-")[0], "answer": q.answer, "category": "existence"}  # scored by pairs of one id
-
-
-def _textvqa(key: str, q: ToyQuestion) -> Row:
-    return {"question_id": key, "answers": 10 * [q.answer]}
-
-
-def _ocrbench(key: str, q: ToyQuestion) -> Row:
-    return {"answer": [q.answer], "dataset": "toy", "question_type": "Scene Text-centric VQA"}
-
-
-def _ai2d(key: str, q: ToyQuestion) -> Row:
-    return {"options": list(TIMES), "answer": str(TIMES.index(q.answer))}
-
-
 def _mmmu(key: str, q: ToyQuestion) -> Row:
     text = f"<image 1> {q.question.removesuffix(SHORT)}"
     fixed = {"id": f"validation_Art_{key.replace('-', '')}", "question": text, "question_type": "multiple-choice"}
@@ -66,17 +46,21 @@ def _seed(key: str, q: ToyQuestion) -> Row:
 
 
 COPIES = {
-    "ai2d_no_mask": Copy("test", ("time",), _ai2d),
+    "ai2d_no_mask": Copy("test", ("time",), lambda _, q: {"options": list(TIMES), "answer": str(TIMES.index(q.answer))}),
     "chartqa": Copy("test", ("count",), _answer),
     "docvqa_val": Copy("validation", tuple(kind for kind in KINDS if kind != "yes_no"), _answers),
     "gqa": Copy("testdev", ("side",), _answer),
     "infovqa_val": Copy("validation", ("colour",), _answers),
-    "mme": Copy("test", ("yes_no",), _mme),
+    "mme": Copy(  # scored by pairs of one id
+        "test", ("yes_no",), lambda key, q: {"question_id": key.split("-")[0], "answer": q.answer, "category": "existence"}
+    ),
     "mmmu_val": Copy("validation", ("time",), _mmmu, "image_1_file_name"),
-    "ocrbench": Copy("test", ("class",), _ocrbench),
-    "pope": Copy("test", ("yes_no",), _pope),
+    "ocrbench": Copy(
+        "test", ("class",), lambda _, q: {"answer": [q.answer], "dataset": "toy", "question_type": "Scene Text-centric VQA"}
+    ),
+    "pope": Copy("test", ("yes_no",), lambda key, q: {"question_id": key, "answer": q.answer, "category": "adversarial"}),
     "seedbench": Copy("test", ("time",), _seed, "image_file_names"),
-    "textvqa_val": Copy("validation", ("ground",), _textvqa),
+    "textvqa_val": Copy("validation", ("ground",), lambda key, q: {"question_id": key, "answers": 10 * [q.answer]}),
 }
 """By task of lmms-eval. A task that wants an option's letter asks for the time of day, of which there are four."""
 

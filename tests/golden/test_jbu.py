@@ -9,7 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from radio_distill.upsamplers.jbu import JBU, JBULevel
+from radio_distill.upsamplers.jbu import JBULevel, Levels
 from radio_distill.upsamplers.published import PublishedLevel
 
 LEVELS = golden_cases("featsharp/jbu_level_*.safetensors")
@@ -47,7 +47,7 @@ def test_gradients_match(path: Path) -> None:
 @pytest.mark.parametrize("path", STACKS, ids=lambda p: p.stem)
 def test_a_stack_matches_level_by_level(path: Path) -> None:
     g = load_file(path)
-    stack = loaded(JBU(config(path)["upsample_factor"], PublishedLevel), g)
+    stack = loaded(Levels(config(path)["upsample_factor"], PublishedLevel), g)
     assert stack.factors == config(path)["factors"]
     levels: list[Tensor] = []
     for level in stack.ups:

@@ -8,13 +8,14 @@ from torch import Tensor, nn
 from radio_distill.upsamplers import cell_attention, jafar
 from radio_distill.upsamplers.cell_attention import attend_cells, filter_cells
 from radio_distill.upsamplers.jafar import Jafar
+from radio_distill.upsamplers.jbu import Levels
 from radio_distill.upsamplers.naf import Naf
 from radio_distill.upsamplers.resfu import Resfu, _guided_filter
-from radio_distill.upsamplers.sapa import Sapa
+from radio_distill.upsamplers.sapa import SapaLevel
 
 KINDS = {
     "jafar": lambda channels, factor: Jafar(channels),
-    "sapa": Sapa,
+    "sapa": lambda channels, factor: Levels(factor, lambda: SapaLevel(channels)),
     "resfu": lambda channels, factor: Resfu(channels),
     "naf": lambda channels, factor: Naf.of(channels),
     "any": lambda channels, factor: Naf.for_any(32),

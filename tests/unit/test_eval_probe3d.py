@@ -21,6 +21,7 @@ from radio_distill.eval.probes.dpt import DepthProbe, Dpt, LinearHead, NormalsPr
 from radio_distill.eval.probes.surfaces import SurfaceItem
 from radio_distill.eval.suites import load_suite
 from radio_distill.eval.task import Context
+from radio_distill.eval.tasks import surfaces
 from radio_distill.eval.tasks.correspondence import Correspondence
 from radio_distill.eval.tasks.keypoints import Keypoints
 from radio_distill.eval.tasks.surfaces import Depth, Normals
@@ -188,8 +189,7 @@ def test_predicted_truth_scores_100(context, monkeypatch):
     tasks = [Depth(kind="probe3d_depth", **shared), Normals(kind="probe3d_normals", **shared)]
     monkeypatch.setattr(Depth, "fit_probe", lambda *_: None)
     monkeypatch.setattr(Normals, "fit_probe", lambda *_: None)
-    monkeypatch.setattr(Depth, "_read", lambda _, opened: opened)
-    monkeypatch.setattr(Normals, "_read", lambda _, opened: opened)
+    monkeypatch.setattr(surfaces, "with_blocks", lambda opened: opened)
     monkeypatch.setattr(Depth, "predictions", lambda s, p, o, test, c: ((v, 3 * v.depth_1HW[None] + 1) for v in test))
     monkeypatch.setattr(Normals, "predictions", lambda s, p, o, test, c: ((v, 7 * v.normals_3HW[None]) for v in test))
     depth, normals = (scores(task, Looked().opened(), context) for task in tasks)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from radio_distill.upsamplers import adaptive_conv
 from radio_distill.upsamplers.adaptive_conv import filter_resized, fold_table, neighbour_dots
-from radio_distill.upsamplers.jbu import JBU, JBULevel, prime_factors
+from radio_distill.upsamplers.jbu import JBULevel, Levels, prime_factors
 from radio_distill.upsamplers.published import PublishedLevel
 
 SIZES = [((5, 7), (10, 14)), ((2, 3), (4, 6)), ((4, 9), (12, 27)), ((3, 2), (15, 14)), ((9, 20), (18, 40)), ((2, 1), (40, 34))]
@@ -80,7 +80,7 @@ def test_neighbour_dots_are_those_of_reflected_neighbours(width: int) -> None:
 def test_a_stack_is_one_level_after_the_other_by_prime_factors(factor: int, levels: list[int]) -> None:
     """FeatSharp, equation 4: each level guided by the image averaged over its own grid."""
     torch.manual_seed(2)
-    stack, wanted, image = JBU(factor), torch.randn(1, 2, 2, 3), torch.rand(1, 3, 2 * factor, 3 * factor)
+    stack, wanted, image = Levels(factor), torch.randn(1, 2, 2, 3), torch.rand(1, 3, 2 * factor, 3 * factor)
     got = stack(wanted, image, (2 * factor, 3 * factor))
     assert stack.factors == levels
     for prime, level in zip(levels, stack.ups, strict=True):
@@ -114,7 +114,7 @@ def test_the_two_normalisations_agree_until_the_published_guard_bites() -> None:
 
 def test_bf16_maps_keep_float32_kernels_and_round_once() -> None:
     torch.manual_seed(3)
-    stack, source, guidance = JBU(4), torch.randn(1, 8, 6, 5), torch.randn(1, 3, 30, 30)
+    stack, source, guidance = Levels(4), torch.randn(1, 8, 6, 5), torch.randn(1, 3, 30, 30)
     exact = stack(source, guidance, (24, 20))
     rounded = stack(source.bfloat16(), guidance.bfloat16(), (24, 20))
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -127,7 +127,7 @@ def test_bf16_maps_keep_float32_kernels_and_round_once() -> None:
 
 def test_gradients_reach_every_parameter_under_autocast() -> None:
     torch.manual_seed(4)
-    stack, source = JBU(6), torch.randn(1, 8, 4, 4, requires_grad=True)
+    stack, source = Levels(6), torch.randn(1, 8, 4, 4, requires_grad=True)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         stack(source, torch.randn(1, 3, 48, 48), (24, 24)).float().square().sum().backward()
     assert source.grad is not None
@@ -136,12 +136,12 @@ def test_gradients_reach_every_parameter_under_autocast() -> None:
 
 @pytest.mark.parametrize(("factor", "factors"), [(1, []), (4, [2, 2]), (6, [2, 3]), (14, [2, 7])])
 def test_a_stack_has_a_level_for_every_prime_factor(factor: int, factors: list[int]) -> None:
-    assert prime_factors(factor) == JBU(factor).factors == factors
+    assert prime_factors(factor) == Levels(factor).factors == factors
 
 
 def test_factor_one_gives_the_source_back() -> None:
     source = torch.randn(1, 2, 3, 3)
-    assert JBU(1)(source, torch.randn(1, 3, 9, 9), (3, 3)) is source
+    assert Levels(1)(source, torch.randn(1, 3, 9, 9), (3, 3)) is source
 
 
 def test_memory_format_of_the_source_does_not_matter() -> None:
@@ -159,8 +159,8 @@ def test_memory_format_of_the_source_does_not_matter() -> None:
             "11x12 is not a whole multiple of 5x6 cells; nearest is 10x12: use that",
         ),
         (lambda x: JBULevel()(x[..., :1, :1], x.new_zeros(1, 3, 3, 3)), "a 3x3 map is too small for a 7x7 kernel"),
-        (lambda x: JBU(2)(x, x.new_zeros(1, 3, 9, 9), (10, 13)), "of factor 2 makes 10x12 out of 5x6, not 10x13"),
-        (lambda x: JBU(0), "upsampling factor 0 is not a positive integer"),
+        (lambda x: Levels(2)(x, x.new_zeros(1, 3, 9, 9), (10, 13)), "of factor 2 makes 10x12 out of 5x6, not 10x13"),
+        (lambda x: Levels(0), "upsampling factor 0 is not a positive integer"),
     ],
 )
 def test_bad_input_is_named(call, message: str) -> None:

@@ -8,10 +8,10 @@ Shapes: S side of the views, C channels.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from math import ceil
-from typing import Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -76,6 +76,12 @@ class SurfaceTask(Task):
     test_images: Positive | None = None
     """At most so many views are scored; null: all."""
 
+    meter: ClassVar[Callable[[], DepthMeter | NormalsMeter]]
+    of: ClassVar[str]
+    """Which of the meter's numbers is the score."""
+    unit: ClassVar[str]
+    """Of its errors; its other numbers are fractions."""
+
     def datasets(self, context: Context) -> Sequence[Dataset[ObjectView]]:
         return [self._views("test", self.test_images, context), self._views("train", self.train_images, context)]
 
@@ -94,6 +100,10 @@ class SurfaceTask(Task):
     @abstractmethod
     def loss(self, probe: nn.Module, batch: Batch) -> Tensor:
         """Of one training batch."""
+
+    @abstractmethod
+    def judge(self, view: ObjectView, guess: Tensor, meter: Any, pictures: SurfacePictures) -> None:
+        """Count a guess (1, channels, S, S) in the meter, and draw it."""
 
     def fit_probe(self, opened: NamedModel, train: Dataset[ObjectView], context: Context) -> nn.Module:
         """Train a probe; `opened` gives what the head reads."""
@@ -137,17 +147,25 @@ class SurfaceTask(Task):
     def _fit(self, opened: NamedModel, context: Context) -> Fit:
         return Resize("exact", self.size(context)).fit(opened.model)
 
-    def _read(self, opened: NamedModel) -> NamedModel:
-        """What the head reads: four blocks, or the last map."""
-        return with_blocks(opened) if self.head == "dpt" else opened
-
     def _head(self, channels: int, out: int) -> nn.Module:
         if self.head == "linear":
             return LinearHead(channels, out, kernel=self.kernel, version=self.version)
         return Dpt(channels, out, hidden=self.hidden, kernel=self.kernel, version=self.version)
 
-    def _pictures(self, opened: NamedModel, context: Context) -> SurfacePictures:
-        return SurfacePictures(context, f"{self.kind}_{self.head}_{opened.label}")  # type: ignore[attr-defined]
+    def run(self, opened: NamedModel, context: Context) -> Iterable[Score]:
+        test, train = (finer(views, factor_of(opened.model)) for views in self.usable(context))
+        read, meter = with_blocks(opened) if self.head == "dpt" else opened, self.meter()
+        pictures = SurfacePictures(context, f"{self.kind}_{self.head}_{opened.label}")  # type: ignore[attr-defined]
+        probe = self.fit_probe(read, train, context)
+        for view, guess in self.predictions(probe, read, test, context):
+            self.judge(view, guess, meter, pictures)
+        pictures.save()
+        meter.reduce()
+        found = meter.compute()
+        yield Score("score", found.pop(self.of), headline=self.head == "dpt")
+        for name, value in found.items():
+            is_error = name.endswith("rmse")
+            yield Score(name, value, self.unit if is_error else "fraction", higher_is_better=not is_error, headline=False)
 
 
 class Depth(SurfaceTask):
@@ -155,6 +173,7 @@ class Depth(SurfaceTask):
     of every image have been matched."""
 
     kind: Literal["probe3d_depth"]
+    meter, of, unit = DepthMeter, "depth", "relative depth"
 
     def probe(self, channels: int) -> nn.Module:
         return DepthProbe(partial(self._head, channels), self.version)
@@ -162,29 +181,16 @@ class Depth(SurfaceTask):
     def loss(self, probe: nn.Module, batch: Batch) -> Tensor:
         return depth_loss(probe(batch.features, batch.size), batch.depth_B1SS, version=self.version)
 
-    def run(self, opened: NamedModel, context: Context) -> Iterable[Score]:
-        test, train = (finer(views, factor_of(opened.model)) for views in self.usable(context))
-        read = self._read(opened)
-        pictures = self._pictures(opened, context)
-        meter = DepthMeter()
-        probe = self.fit_probe(read, train, context)
-        for view, guess in self.predictions(probe, read, test, context):
-            meter.update(guess, view.depth_1HW[None].to(guess.device))
-            pictures.add_depth(view, guess[0])
-        pictures.save()
-        meter.reduce()
-        found = meter.compute()
-        yield Score("score", found.pop("depth"), headline=self.head == "dpt")
-        for name, value in found.items():
-            is_error = name.endswith("rmse")
-            unit = "relative depth" if is_error else "fraction"
-            yield Score(name, value, unit, higher_is_better=not is_error, headline=False)
+    def judge(self, view: ObjectView, guess: Tensor, meter: Any, pictures: SurfacePictures) -> None:
+        meter.update(guess, view.depth_1HW[None].to(guess.device))
+        pictures.add_depth(view, guess[0])
 
 
 class Normals(SurfaceTask):
     """Surface normals; the score is the mean of the shares of pixels within 11.25, 22.5 and 30 degrees of the truth."""
 
     kind: Literal["probe3d_normals"]
+    meter, of, unit = NormalsMeter, "normals", "degrees"
 
     def probe(self, channels: int) -> nn.Module:
         return NormalsProbe(partial(self._head, channels), self.version)
@@ -192,19 +198,6 @@ class Normals(SurfaceTask):
     def loss(self, probe: nn.Module, batch: Batch) -> Tensor:
         return angular_loss(probe(batch.features, batch.size), batch.normals_B3SS, batch.depth_B1SS > 0)
 
-    def run(self, opened: NamedModel, context: Context) -> Iterable[Score]:
-        test, train = (finer(views, factor_of(opened.model)) for views in self.usable(context))
-        read = self._read(opened)
-        pictures = self._pictures(opened, context)
-        meter = NormalsMeter()
-        probe = self.fit_probe(read, train, context)
-        for view, guess in self.predictions(probe, read, test, context):
-            meter.update(guess, *(x[None].to(guess.device) for x in (view.normals_3HW, view.depth_1HW > 0)))
-            pictures.add_normals(view, guess[0])
-        pictures.save()
-        meter.reduce()
-        found = meter.compute()
-        yield Score("score", found.pop("normals"), headline=self.head == "dpt")
-        for name, value in found.items():
-            is_error = name == "rmse"
-            yield Score(name, value, "degrees" if is_error else "fraction", higher_is_better=not is_error, headline=False)
+    def judge(self, view: ObjectView, guess: Tensor, meter: Any, pictures: SurfacePictures) -> None:
+        meter.update(guess, *(x[None].to(guess.device) for x in (view.normals_3HW, view.depth_1HW > 0)))
+        pictures.add_normals(view, guess[0])
