@@ -16,6 +16,13 @@ class Table(NamedTuple):
 
 
 def pipes(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table of markdown; the first column is text, the others are numbers."""
-    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
-    return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in lines)
+    """A table of markdown. Columns of numbers are flush right, the first and those with words flush left."""
+    rows = list(rows)
+    words = [i == 0 or any(row[i][:1].isalpha() for row in rows) for i in range(len(head))]
+    lines = [head, ["---" if left else "---:" for left in words], *rows]
+    return "\n".join(f"| {' | '.join(_cell(text) for text in line)} |" for line in lines)
+
+
+def _cell(text: str) -> str:
+    """On one line, without a bar."""
+    return text.replace("|", "/").replace("\n", " ")

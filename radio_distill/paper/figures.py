@@ -212,7 +212,7 @@ def throughput(entry: Figure, desk: Desk) -> Product:
 def jitter(entry: Figure, desk: Desk) -> Product:
     """The fields of `jitter` with their defaults, and some views."""
     spec = Jitter()
-    rows = tuple((key, str(getattr(spec, key)), str(f.description)) for key, f in Jitter.model_fields.items())
+    rows = tuple((key, _shown(getattr(spec, key)), str(f.description)) for key, f in Jitter.model_fields.items())
     images = desk.held_out(entry.images).images(0, entry.images, 256)
     matrices = draw_matrices(torch.arange(len(images)), spec, (32, 32))
     views = warp_views(images, matrices, (256, 256), spec.outside)
@@ -272,6 +272,10 @@ def _one_palette(maps: list[Tensor]) -> Tensor:
 
 def _square(picture: Tensor, side: int) -> Tensor:
     return F.interpolate(picture.cpu(), (side, side), mode="nearest")
+
+
+def _shown(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _per_token(timing: Timing) -> tuple[float, float]:

@@ -13,6 +13,7 @@ from conftest import REPO
 from radio_distill import viz
 from radio_distill.eval.report import write_report
 from radio_distill.eval.suite_tables import sections, to_markdown
+from radio_distill.eval.tables import pipes
 from radio_distill.results import append, table
 from radio_distill.types import Result
 
@@ -54,6 +55,11 @@ def test_numbers_at_several_resolutions_become_curves() -> None:
     assert section.rows == ()
     assert [(c.axis, c.lines) for c in section.curves] == [("tokens", {"runs/stage3@500": [(50, 0.5), (197, 0.9)]})]
     assert "| tokens | 50 | 197 |\n| --- | ---: | ---: |\n| runs/stage3@500 | 0.5 | 0.9 |" in to_markdown([section])
+
+
+def test_a_cell_stays_on_its_line_and_words_are_flush_left() -> None:
+    lines = pipes(("field", "default", "what it is"), [("a|b", "0.5", "two\nlines"), ("c", "-", "one")]).splitlines()
+    assert lines[1:] == ["| --- | ---: | --- |", "| a/b | 0.5 | two lines |", "| c | - | one |"]
 
 
 def test_several_seeds_are_a_mean_with_its_deviation() -> None:
