@@ -32,19 +32,16 @@ from ..loaders import import_named, is_named
 from ..paths import shipped
 from .suite_names import CUSTOM, PAPER, suite_names
 from .task import Task
-from .tasks.correspondence import Correspondence
+from .tasks.classification import Knn, LinearProbe
 from .tasks.detection import Detection
-from .tasks.keypoints import Keypoints
-from .tasks.knn import Knn
-from .tasks.linear_probe import LinearProbe
+from .tasks.matching import Correspondence, Keypoints
 from .tasks.multitask import MultitaskProbe
-from .tasks.retrieval import Retrieval
 from .tasks.sam_masks import SamMasks
 from .tasks.segmentation import Segmentation
 from .tasks.surfaces import Depth, Normals
 from .tasks.sweeps import FeatureSweep, KnnSweep, SegmentationSweep
+from .tasks.text import Retrieval, ZeroShot
 from .tasks.throughput import Throughput
-from .tasks.zero_shot import ZeroShot
 
 __all__ = ["Suite", "digest", "load_suite", "presets_of"]
 

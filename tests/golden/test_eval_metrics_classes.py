@@ -5,7 +5,7 @@ import math
 import torch
 from metric_goldens import each
 
-from radio_distill.eval.metrics import knn, retrieval, zero_shot
+from radio_distill.eval.metrics import knn, text
 from radio_distill.eval.metrics.means import Means
 from radio_distill.eval.metrics.segmentation import Confusion, labels_from_raw
 
@@ -13,11 +13,11 @@ from radio_distill.eval.metrics.segmentation import Confusion, labels_from_raw
 @each("zeroshot")
 def test_zero_shot_equals_open_clip(golden):
     t = golden.tensors
-    classifier = zero_shot.classifier(t["in.text_emb"])
+    classifier = text.classifier(t["in.text_emb"])
     assert (classifier - t["out.classifier"]).abs().max() < golden.facts["tolerance"]["classifier"]
     means = Means()
     for images, labels in zip(t["in.img_emb"].split(13), t["in.labels"].split(13)):
-        means.update(zero_shot.topk_hits(zero_shot.scores(images, classifier), labels))
+        means.update(text.topk_hits(text.scores(images, classifier), labels))
     golden.agrees(means.compute())
 
 
@@ -41,7 +41,7 @@ def test_knn_equals_dinov2(golden):
 @each("retrieval")
 def test_retrieval_equals_clip_benchmark(golden):
     t = golden.tensors
-    golden.agrees(retrieval.recalls(t["in.image_emb"], t["in.text_emb"], t["in.text_owner"], chunk=7))
+    golden.agrees(text.recalls(t["in.image_emb"], t["in.text_emb"], t["in.text_owner"], chunk=7))
 
 
 @each("semseg_mmseg")

@@ -3,7 +3,7 @@
 import torch
 from metric_goldens import each
 
-from radio_distill.eval.metrics import depth, instances, mlore, normals
+from radio_distill.eval.metrics import instances, mlore, surfaces
 from radio_distill.eval.metrics.means import Means
 
 
@@ -22,35 +22,35 @@ def test_instance_ious_equal_efficientvit_sam(golden):
 @each("probe3d_depth")
 def test_depth_equals_probe3d(golden):
     facts, t = golden
-    meter = depth.DepthMeter()
+    meter = surfaces.DepthMeter()
     for prediction, target in zip(t["in.pred"].split(2), t["in.gt"].split(2)):
         meter.update(prediction, target)
     produced = meter.compute()
     produced["table4_depth"] = produced["depth"]
-    produced["sig_loss"] = depth.sigma_loss(t["in.pred"], t["in.gt"]).item()
+    produced["sig_loss"] = surfaces.sigma_loss(t["in.pred"], t["in.gt"]).item()
     for version, suffix in (("2025", ""), ("2024", "_2024")):
-        produced[f"gradient_loss{suffix}"] = depth.gradient_loss(t["in.pred"], t["in.gt"], version=version).item()
-        produced[f"depth_loss{suffix}"] = depth.depth_loss(t["in.pred"], t["in.gt"], version=version).item()
+        produced[f"gradient_loss{suffix}"] = surfaces.gradient_loss(t["in.pred"], t["in.gt"], version=version).item()
+        produced[f"depth_loss{suffix}"] = surfaces.depth_loss(t["in.pred"], t["in.gt"], version=version).item()
     golden.agrees(produced)
-    matched = depth.match_scale_and_shift(t["in.pred"], t["in.gt"])
+    matched = surfaces.match_scale_and_shift(t["in.pred"], t["in.gt"])
     for kind, prediction in (("sa", t["in.pred"]), ("si", matched)):
-        for name, per_image in depth.depth_scores(prediction, t["in.gt"]).items():
+        for name, per_image in surfaces.depth_scores(prediction, t["in.gt"]).items():
             assert (per_image - t[f"out.{kind}_{name}_per_image"]).abs().max() < facts["tolerance"]["scalar"]
 
 
 @each("probe3d_snorm")
 def test_normals_equal_probe3d(golden):
     t = golden.tensors
-    meter = normals.NormalsMeter()
+    meter = surfaces.NormalsMeter()
     for batch in zip(*(t[f"in.{name}"].split(2) for name in ("pred", "gt", "mask"))):
         meter.update(*batch)
     produced = meter.compute()
     produced["table4_snorm"] = produced["normals"]
     for name, uncertainty in (("uncertainty", True), ("plain", False)):
-        loss = normals.angular_loss(t["in.pred"], t["in.gt"], t["in.mask"], uncertainty=uncertainty)
+        loss = surfaces.angular_loss(t["in.pred"], t["in.gt"], t["in.mask"], uncertainty=uncertainty)
         produced[f"angular_loss_{name}"] = loss.item()
     golden.agrees(produced)
-    for name, per_image in normals.normal_scores(t["in.pred"], t["in.gt"], t["in.mask"]).items():
+    for name, per_image in surfaces.normal_scores(t["in.pred"], t["in.gt"], t["in.mask"]).items():
         assert (per_image - t[f"out.{name}_per_image"]).abs().max() < golden.facts["tolerance"]["scalar"]
 
 

@@ -5,7 +5,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 
-from radio_distill.eval.metrics.keypoints import PckMeter
+from radio_distill.eval.metrics.matching import PckMeter
 from radio_distill.eval.metrics.mlore import SaliencyMeter
 from radio_distill.eval.metrics.segmentation import Confusion
 

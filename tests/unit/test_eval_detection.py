@@ -11,11 +11,10 @@ from transformers.models.deformable_detr.modeling_deformable_detr import MultiSc
 from radio_distill.eval.datasets.base import open_dataset
 from radio_distill.eval.detection.boxes import from_corners, giou, inverse_sigmoid, to_corners
 from radio_distill.eval.detection.data import Jitter, Whole
-from radio_distill.eval.detection.deformable import DeformableAttention, sample_levels
 from radio_distill.eval.detection.denoising import Denoising, Truth
-from radio_distill.eval.detection.detector import Architecture, Detections, Detector, Stage
+from radio_distill.eval.detection.detector import Architecture, Detections, Detector, SimplePyramid, Stage
 from radio_distill.eval.detection.loss import Weights, detection_loss, match
-from radio_distill.eval.detection.pyramid import SimplePyramid
+from radio_distill.eval.detection.transformer import DeformableAttention, sample_levels
 from radio_distill.eval.features import FeatureCache
 from radio_distill.eval.models import open_model
 from radio_distill.eval.task import Context

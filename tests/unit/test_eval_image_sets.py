@@ -120,7 +120,7 @@ def test_imagenet_as_parquet_of_the_hub(tmp_path: Path) -> None:
     assert val[3].image_3HW.shape == (3, 30, 40)
     assert val[3].image_3HW[0].float().mean() == pytest.approx(60, abs=3)
     file.write_bytes(file.read_bytes()[:100])
-    from radio_distill.eval.datasets.imagenet_parquet import places_in_parquet
+    from radio_distill.eval.datasets.imagenet_packed import places_in_parquet
 
     places_in_parquet.cache_clear()
     with pytest.raises(DataError, match=r"00001-of-00002.parquet is damaged .*copy it again"):

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 from torchmetrics.functional.classification import multiclass_accuracy, multiclass_jaccard_index
 
-from radio_distill.eval.metrics import correspondence, depth, instances, keypoints, knn, mlore, normals, retrieval, zero_shot
+from radio_distill.eval.metrics import instances, knn, matching, mlore, surfaces, text
 from radio_distill.eval.metrics.means import Means
 from radio_distill.eval.metrics.segmentation import Confusion, labels_from_raw
 
@@ -58,7 +58,7 @@ def test_files_that_write_zero_for_ignore_are_shifted():
 
 def test_topk_equals_torchmetrics():
     scores, labels = seeded(50, 7), torch.arange(50) % 7
-    hits = zero_shot.topk_hits(scores, labels, ks=(1, 3))
+    hits = text.topk_hits(scores, labels, ks=(1, 3))
     for k in (1, 3):
         library = multiclass_accuracy(scores, labels, 7, top_k=k, average="micro")
         assert hits[f"top{k}"].mean().item() == pytest.approx(100 * library.item())
@@ -66,14 +66,14 @@ def test_topk_equals_torchmetrics():
 
 def test_a_model_that_says_the_same_of_everything_is_not_right():
     same = torch.ones(6, 4)
-    assert retrieval.recalls(same, same, torch.arange(6), ks=(1,))["text_to_image_R@1"] < 50
-    assert zero_shot.topk_hits(torch.zeros(6, 6), torch.arange(6), ks=(1,))["top1"].mean() < 50
+    assert text.recalls(same, same, torch.arange(6), ks=(1,))["text_to_image_R@1"] < 50
+    assert text.topk_hits(torch.zeros(6, 6), torch.arange(6), ks=(1,))["top1"].mean() < 50
 
 
 def test_a_caption_among_the_nearest_is_a_hit_of_its_image():
     images = torch.eye(3)
     texts = torch.tensor([[1.0, 0, 0], [0, 0.9, 1], [0, 0, 1], [0, 1, 0]])  # the caption 1 of image 1 is nearer to image 2
-    result = retrieval.recalls(images, texts, torch.tensor([0, 1, 2, 1]), ks=(1,))
+    result = text.recalls(images, texts, torch.tensor([0, 1, 2, 1]), ks=(1,))
     assert result == {"text_to_image_R@1": 75.0, "image_to_text_R@1": 100.0}
 
 
@@ -96,8 +96,10 @@ def test_instances_at_a_bound_are_in_both_bands():
 def test_scale_and_shift_of_a_target_are_found():
     target = seeded(2, 1, 6, 7).exp()
     target[:, :, 0] = 0
-    assert torch.allclose(depth.match_scale_and_shift(3 * target - 1, target)[:, :, 1:], target[:, :, 1:].double(), atol=1e-6)
-    flat = depth.match_scale_and_shift(torch.ones_like(target), target)
+    assert torch.allclose(
+        surfaces.match_scale_and_shift(3 * target - 1, target)[:, :, 1:], target[:, :, 1:].double(), atol=1e-6
+    )
+    flat = surfaces.match_scale_and_shift(torch.ones_like(target), target)
     assert torch.allclose(flat[1], target[1][target[1] > 0].mean().double(), atol=1e-6)
 
 
@@ -105,43 +107,43 @@ def test_least_squares_agrees_with_torch():
     prediction, target = seeded(1, 1, 5, 5), seeded(1, 1, 5, 5).abs() + 0.1
     system = torch.stack([prediction.flatten(), torch.ones(25)], 1).double()
     solved = system @ torch.linalg.lstsq(system, target.flatten().double()[:, None]).solution
-    assert torch.allclose(depth.match_scale_and_shift(prediction, target).flatten(), solved[:, 0], atol=1e-9)
+    assert torch.allclose(surfaces.match_scale_and_shift(prediction, target).flatten(), solved[:, 0], atol=1e-9)
 
 
 def test_an_image_without_depth_counts_as_zero():
     target = torch.stack([torch.ones(1, 4, 4), torch.zeros(1, 4, 4)])
-    assert depth.depth_scores(torch.ones(2, 1, 4, 4), target)["d1"].tolist() == [1, 0]
-    assert torch.isfinite(depth.depth_loss(torch.ones(1, 1, 4, 4), target[1:], version="2024"))
+    assert surfaces.depth_scores(torch.ones(2, 1, 4, 4), target)["d1"].tolist() == [1, 0]
+    assert torch.isfinite(surfaces.depth_loss(torch.ones(1, 1, 4, 4), target[1:], version="2024"))
 
 
 @pytest.mark.parametrize("version", ["2024", "2025"])
 def test_losses_have_finite_gradients_at_the_truth(version):
     target = seeded(4, 1, 14, 14).exp()
     prediction = target.clone().requires_grad_()
-    depth.depth_loss(prediction, target, version=version).backward()
+    surfaces.depth_loss(prediction, target, version=version).backward()
     assert prediction.grad.isfinite().all()
     normal = F.normalize(seeded(2, 3, 5, 5), dim=1)
     guess = torch.cat([normal, torch.zeros(2, 1, 5, 5)], 1).requires_grad_()
-    normals.angular_loss(guess, normal, torch.ones(2, 1, 5, 5)).backward()
+    surfaces.angular_loss(guess, normal, torch.ones(2, 1, 5, 5)).backward()
     assert guess.grad.isfinite().all()
 
 
 def test_gradient_loss_sees_rows_and_columns_only_since_2025():
     target = torch.ones(1, 1, 16, 16)
     bent = target * torch.linspace(1, 2, 16)[:, None]
-    assert depth.gradient_loss(bent, target) > 0.1
-    assert depth.gradient_loss(bent, target, version="2024") == 0
+    assert surfaces.gradient_loss(bent, target) > 0.1
+    assert surfaces.gradient_loss(bent, target, version="2024") == 0
 
 
 def test_an_oracle_scores_perfectly():
     target = seeded(2, 1, 8, 8).exp()
-    meter = depth.DepthMeter()
+    meter = surfaces.DepthMeter()
     meter.update(target, target)
     result = meter.compute()
     assert result["depth"] == 100
     assert result["sa_rmse"] == 0
     normal = F.normalize(seeded(2, 3, 8, 8), dim=1)
-    angles = normals.NormalsMeter()
+    angles = surfaces.NormalsMeter()
     angles.update(normal, normal, torch.ones(2, 1, 8, 8))
     assert angles.compute()["normals"] == 100
     masks = torch.rand(3, 8, 8) > 0.5
@@ -182,20 +184,20 @@ def test_an_image_without_people_does_not_count_for_parts():
 def test_correspondence_finds_the_same_points_again():
     points = torch.stack([*torch.meshgrid(torch.linspace(-1, 1, 8), torch.linspace(-1, 1, 8), indexing="ij"), torch.ones(8, 8)])
     features = seeded(16, 8, 8)
-    matches = correspondence.match(features, features, points, points, num=30)
-    metres, pixels = correspondence.errors(matches, torch.eye(4)[:3], torch.eye(3))
-    meter = correspondence.CorrespondenceMeter()
+    matches = matching.match(features, features, points, points, num=30)
+    metres, pixels = matching.errors(matches, torch.eye(4)[:3], torch.eye(3))
+    meter = matching.CorrespondenceMeter()
     meter.update(metres, pixels)
     assert meter.compute()["correspondence"] == 100
     shifted = torch.cat([torch.eye(3), torch.tensor([[0.03], [0], [0]])], 1)
-    metres, _ = correspondence.errors(matches, shifted, torch.eye(3))
+    metres, _ = matching.errors(matches, shifted, torch.eye(3))
     assert metres == pytest.approx(torch.full((30,), 0.03), abs=1e-6)
 
 
 def test_keypoints_are_found_in_the_same_image():
     features = seeded(64, 9, 9)
     points = torch.tensor([[0, 0, 1], [48, 24, 1], [10, 10, 0]])
-    error = keypoints.keypoint_errors(features, features, points, points, image_size=64, box_scale=0.5)
+    error = matching.keypoint_errors(features, features, points, points, image_size=64, box_scale=0.5)
     assert len(error) == 2  # visible ones
     # aligned corners in, cell over width out: the best cell of x = 48 is 6 of 9, which is read as 42.7
     assert error[0] == 0
@@ -203,7 +205,7 @@ def test_keypoints_are_found_in_the_same_image():
 
 
 def test_classes_weigh_alike_in_pck():
-    meter = keypoints.PckMeter(0.1)
+    meter = matching.PckMeter(0.1)
     meter.update("cat", torch.tensor([0.0, 0.0, 0.0]))
     meter.update("dog", torch.tensor([0.5]))
     meter.update("cow", torch.ones(0))

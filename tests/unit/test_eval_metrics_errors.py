@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from radio_distill.errors import DataError, RadioDistillError
-from radio_distill.eval.metrics import correspondence, depth, instances, keypoints, knn, mlore, normals, retrieval, zero_shot
-from radio_distill.eval.metrics.boxes import box_ap
+from radio_distill.eval.metrics import instances, knn, matching, mlore, surfaces, text
+from radio_distill.eval.metrics.instances import box_ap
 from radio_distill.eval.metrics.means import Means
 from radio_distill.eval.metrics.segmentation import Confusion
 
@@ -23,15 +23,15 @@ BOXES = {
     [
         lambda a, b: Confusion(3).update(a[:, 0].long(), b[:, 0].long()),
         instances.mask_ious,
-        depth.depth_scores,
-        depth.match_scale_and_shift,
-        depth.depth_loss,
+        surfaces.depth_scores,
+        surfaces.match_scale_and_shift,
+        surfaces.depth_loss,
         mlore.DepthMeter().update,
         mlore.EdgeMeter(0.9).update,
         lambda a, b: mlore.balanced_bce(a, b, positive_weight=0.9),
         lambda a, b: mlore.SaliencyMeter().update(a.expand(-1, 2, -1, -1), b),
         lambda a, b: mlore.NormalsMeter().update(a.expand(-1, 3, -1, -1), b.expand(-1, 3, -1, -1)),
-        lambda a, b: normals.normal_scores(a.expand(-1, 3, -1, -1), b.expand(-1, 3, -1, -1), b),
+        lambda a, b: surfaces.normal_scores(a.expand(-1, 3, -1, -1), b.expand(-1, 3, -1, -1), b),
         lambda a, b: mlore.SemsegMeter(3).update(a.expand(-1, 3, -1, -1), b),
     ],
 )
@@ -42,7 +42,7 @@ def test_a_mask_of_another_size_is_an_error(score):
 
 def test_a_mask_of_valid_normals_of_another_size_is_an_error():
     with pytest.raises(DataError, match="mask of the normals"):
-        normals.angular_loss(torch.ones(1, 4, 4, 4), torch.ones(1, 3, 4, 4), torch.ones(1, 1, 4, 5))
+        surfaces.angular_loss(torch.ones(1, 4, 4, 4), torch.ones(1, 3, 4, 4), torch.ones(1, 1, 4, 5))
 
 
 def test_unknown_label_ids_are_named():
@@ -51,7 +51,7 @@ def test_unknown_label_ids_are_named():
     with pytest.raises(DataError, match="predicted labels: unknown id 7; expected 0 to 2"):
         Confusion(3).update(torch.tensor([7]), torch.tensor([1]))
     with pytest.raises(DataError, match="labels of the images: unknown id 4"):
-        zero_shot.topk_hits(torch.zeros(1, 3), torch.tensor([4]))
+        text.topk_hits(torch.zeros(1, 3), torch.tensor([4]))
     with pytest.raises(DataError, match="labels of the database: unknown id -1"):
         knn.knn_guesses(torch.ones(2, 3), torch.tensor([0, -1]), torch.ones(1, 3), classes=2)
     with pytest.raises(DataError, match="edge labels: unknown id 2"):
@@ -65,10 +65,10 @@ def test_unknown_label_ids_are_named():
         lambda: Confusion(3).compute(),
         lambda: mlore.SaliencyMeter().compute(),
         lambda: mlore.DepthMeter().compute(),
-        lambda: keypoints.PckMeter().compute(),
-        lambda: depth.DepthMeter().compute(),
+        lambda: matching.PckMeter().compute(),
+        lambda: surfaces.DepthMeter().compute(),
         lambda: knn.knn_guesses(torch.ones(0, 3), torch.ones(0).long(), torch.ones(1, 3), classes=2),
-        lambda: retrieval.recalls(torch.ones(2, 3), torch.ones(0, 3), torch.ones(0).long()),
+        lambda: text.recalls(torch.ones(2, 3), torch.ones(0, 3), torch.ones(0).long()),
         lambda: box_ap({**BOXES, "annotations": []}, []),
     ],
 )
@@ -81,7 +81,7 @@ def test_an_empty_set_is_an_error(score):
 
 def test_an_image_without_a_caption_is_an_error():
     with pytest.raises(DataError, match=r"1 of 3 images have no caption \(first: image 1\)"):
-        retrieval.recalls(torch.ones(3, 2), torch.ones(2, 2), torch.tensor([0, 2]))
+        text.recalls(torch.ones(3, 2), torch.ones(2, 2), torch.tensor([0, 2]))
 
 
 def test_too_few_correspondences_are_an_error():
@@ -90,12 +90,12 @@ def test_too_few_correspondences_are_an_error():
     with pytest.raises(
         DataError, match=r"too few correspondences: the views have 4 and 4 points with depth, expected at least 10"
     ):
-        correspondence.match(torch.ones(2, 4, 4), torch.ones(2, 4, 4), points, points, num=10)
+        matching.match(torch.ones(2, 4, 4), torch.ones(2, 4, 4), points, points, num=10)
 
 
 def test_keypoints_that_do_not_pair_up_are_an_error():
     with pytest.raises(DataError, match="5 keypoints in one image and 4 in the other"):
-        keypoints.keypoint_errors(
+        matching.keypoint_errors(
             torch.ones(2, 4, 4), torch.ones(2, 4, 4), torch.ones(5, 3), torch.ones(4, 3), image_size=8, box_scale=1
         )
 
@@ -103,7 +103,7 @@ def test_keypoints_that_do_not_pair_up_are_an_error():
 def test_a_pair_without_a_common_keypoint_has_no_error():
     hidden = torch.tensor([[1, 1, 0]])
     features = torch.ones(2, 4, 4)
-    assert keypoints.keypoint_errors(features, features, hidden, hidden, image_size=8, box_scale=1).shape == (0,)
+    assert matching.keypoint_errors(features, features, hidden, hidden, image_size=8, box_scale=1).shape == (0,)
 
 
 def test_masks_and_areas_must_be_as_many():

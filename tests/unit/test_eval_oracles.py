@@ -14,14 +14,12 @@ from torch import Tensor
 
 from radio_distill.config.load import load_card
 from radio_distill.eval.features import FeatureCache
-from radio_distill.eval.metrics.zero_shot import classifier
+from radio_distill.eval.metrics.text import classifier
 from radio_distill.eval.models import NamedModel
 from radio_distill.eval.task import Context, Task
-from radio_distill.eval.tasks.knn import Knn
-from radio_distill.eval.tasks.linear_probe import LinearProbe
-from radio_distill.eval.tasks.retrieval import Retrieval
+from radio_distill.eval.tasks.classification import Knn, LinearProbe
 from radio_distill.eval.tasks.sweeps import FeatureSweep, KnnSweep
-from radio_distill.eval.tasks.zero_shot import ZeroShot
+from radio_distill.eval.tasks.text import Retrieval, ZeroShot
 from radio_distill.teachers.text import load_text_tower
 from radio_distill.types import VisionOutput
 

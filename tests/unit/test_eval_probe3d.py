@@ -22,8 +22,7 @@ from radio_distill.eval.probes.surfaces import SurfaceItem
 from radio_distill.eval.suites import load_suite
 from radio_distill.eval.task import Context
 from radio_distill.eval.tasks import surfaces
-from radio_distill.eval.tasks.correspondence import Correspondence
-from radio_distill.eval.tasks.keypoints import Keypoints
+from radio_distill.eval.tasks.matching import Correspondence, Keypoints
 from radio_distill.eval.tasks.surfaces import Depth, Normals
 from radio_distill.teachers.base import load_teacher
 from radio_distill.types import VisionOutput

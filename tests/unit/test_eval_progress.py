@@ -19,8 +19,8 @@ from radio_distill.eval.progress import ProbeFiles, Progress
 from radio_distill.eval.runner import run_suite
 from radio_distill.eval.suites import Suite
 from radio_distill.eval.task import Context, Task
+from radio_distill.eval.tasks.classification import LinearProbe
 from radio_distill.eval.tasks.detection import Detection
-from radio_distill.eval.tasks.linear_probe import LinearProbe
 from radio_distill.eval.tasks.multitask import MultitaskProbe
 from radio_distill.eval.tasks.segmentation import Segmentation
 from radio_distill.eval.tasks.surfaces import Depth

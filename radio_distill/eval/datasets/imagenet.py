@@ -16,8 +16,7 @@ from ...errors import DataError
 from .base import missing, notes_of
 from .image_folder import ImageFolder, split_folder
 from .imagenet_labels import CLASSES, class_names, labels_of_names, wnids
-from .imagenet_parquet import ParquetPlace, places_in_parquet
-from .imagenet_shards import ShardPlace, places_in_shards
+from .imagenet_packed import ParquetPlace, ShardPlace, places_in_parquet, places_in_shards
 from .pixels import decode_rgb
 from .samples import Labelled, LabelledImage
 

@@ -22,7 +22,7 @@ from ..detection.data import Jitter, Whole
 from ..detection.denoising import Truth
 from ..detection.detector import Architecture, Detections, Detector
 from ..detection.loss import Weights, detection_loss
-from ..metrics.boxes import box_ap
+from ..metrics.instances import box_ap
 from ..models import NamedModel
 from ..probes.batches import each_item, training_batches
 from ..probes.fit import fit

@@ -23,9 +23,8 @@ from ..datasets import open_dataset
 from ..datasets.base import Dataset
 from ..datasets.object_views import ObjectView, Sized, finer
 from ..encode import Fit, Resize
-from ..metrics.depth import DepthMeter, depth_loss
-from ..metrics.normals import NormalsMeter, angular_loss
 from ..metrics.schedules import probe3d_factor
+from ..metrics.surfaces import DepthMeter, NormalsMeter, angular_loss, depth_loss
 from ..models import NamedModel
 from ..probes.batches import each_item, training_batches
 from ..probes.dpt import DepthProbe, Dpt, LinearHead, NormalsProbe, Version

@@ -22,7 +22,7 @@ from ..encode import Resize, features_of
 from ..models import NamedModel
 from ..sizes import seen
 from ..task import Context, Score, Task
-from .knn import Knn
+from .classification import Knn
 from .segmentation import Segmentation
 
 __all__ = ["FeatureSweep", "KnnSweep", "SegmentationSweep"]

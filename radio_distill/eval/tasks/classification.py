@@ -1,4 +1,5 @@
-"""Linear classification on frozen summaries: one layer, trained on features that are computed once."""
+"""Classification on frozen summaries that are computed once: kNN, by the protocol of DINO, DINOv2 and RADIO without augmentation, and a
+linear layer."""
 
 from __future__ import annotations
 
@@ -11,17 +12,49 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from ...config.numbers import Positive, Rate, Weight
+from ...config.numbers import Positive, Rate, Scale, Weight
 from ..datasets.samples import labels_of
+from ..metrics.checks import known_labels
+from ..metrics.knn import PART, knn_guesses
 from ..metrics.means import Means
-from ..metrics.zero_shot import topk_hits
+from ..metrics.text import topk_hits
 from ..models import NamedModel
 from ..probes.fit import fit
 from ..task import Context, Score
 from ..worst_classes import save_worst
-from .summaries import Classifier
+from .summaries import Classifier, parts_of, readable
 
-__all__ = ["LinearProbe"]
+__all__ = ["Knn", "LinearProbe"]
+
+
+class Knn(Classifier):
+    """Every image of `val` takes the class that its neighbours in `train` vote for."""
+
+    kind: Literal["knn"]
+    k: Positive = 20
+    """Neighbours."""
+    temperature: Scale = 0.07
+    """A neighbour votes with weight exp(cosine / temperature)."""
+
+    def run(self, opened: NamedModel, context: Context) -> Iterable[Score]:
+        whole = self.datasets(context)
+        asked, queries = self.summaries(opened, whole[0], context)
+        answers = labels_of(queries).to(context.device)
+        known_labels(answers, len(whole[1].classes), "labels of the queries")
+        with self.features(opened, whole[1], context) as database:
+            known = readable(whole[1], database)
+            guesses = knn_guesses(
+                parts_of(database, PART),
+                labels_of(known).to(context.device),
+                asked,
+                classes=len(known.classes),
+                k=self.k,
+                temperature=self.temperature,
+            )
+        save_worst(context, f"{self.dataset} kNN, {opened.label}", guesses, answers, known.classes)
+        left_out = sum(map(len, whole)) - len(queries) - len(known)
+        yield Score("score", 100 * (guesses == answers).double().mean().item(), scored=len(queries), left_out=left_out)
+
 
 Batch = tuple[Tensor, Tensor]
 
