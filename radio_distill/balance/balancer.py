@@ -77,6 +77,16 @@ class Balancer:
         """Raw features from balanced ones (B, C, H, W); gradients pass."""
         return _affine(balanced_BCHW, self.inverse_weight, self.offset_C)
 
+    def within(self, other: Balancer) -> Balancer:
+        """The same balancer for features that `other` has balanced already: W W_o^-1 in place of a product with W_o^-1 and one with W.
+
+        Composed in float64. Its `inverse` gives features that are balanced by `other`.
+        """
+        weight = _product(self.weight, other.inverse_weight)
+        inverse_weight = _product(other.weight, self.inverse_weight)
+        offset_C, mean_C = (_apply(other.weight, x.double() - other.offset_C.double()) for x in (self.offset_C, self.mean_C))
+        return replace(self, weight=weight, inverse_weight=inverse_weight, offset_C=offset_C, mean_C=mean_C)
+
     def summary(self, summary_BC: Tensor) -> Tensor:
         """What students learn of a teacher's summaries (B, C): of mean 0 and deviation 1 by coordinate (EUPE, arXiv:2603.22387), or as they
         are; gradients pass."""
@@ -236,6 +246,15 @@ def _apply(weight: Tensor, vector_C: Tensor) -> Tensor:
     """W v in float64: an offset much larger than the spread (SAM: -62 and 5) must not cost digits."""
     w, v = weight.double(), vector_C.double()
     return (w @ v if w.ndim == 2 else w * v).float()
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """A B in float64, each a matrix or the diagonal of one."""
+    if a.ndim == b.ndim == 1:
+        return (a.double() * b.double()).float()
+    if a.ndim == 1:
+        return (a.double()[:, None] * b.double()).float()
+    return (a.double() @ b.double() if b.ndim == 2 else a.double() * b.double()).float()
 
 
 def _affine(x_BCHW: Tensor, weight: Tensor, bias_C: Tensor) -> Tensor:

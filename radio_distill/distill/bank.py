@@ -1,4 +1,4 @@
-"""The frozen teachers of this process with their upsamplers: a batch in, every teacher's raw maps out.
+"""The frozen teachers of this process with their upsamplers: a batch in, every teacher's maps out, not yet balanced for the student.
 
 Shapes: B batch, C channels, H W, k mosaic side.
 """
@@ -10,7 +10,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ..balance import Balancer
+from ..config.cards import TeacherCard
 from ..config.checks import patch_size
+from ..config.load import cards_of
 from ..config.mosaic import mosaic_of
 from ..config.recipe import Recipe, TeacherView
 from ..config.sizes import side_of
@@ -20,9 +23,9 @@ from ..strips import Grids, join_maps
 from ..teachers.base import Teacher, chunked
 from ..train.timers import Timers
 from ..types import Batch, VisionOutput
-from ..upsamplers.base import build_upsampler
+from ..upsamplers.base import Upsampler, build_upsampler
 
-__all__ = ["TeacherBank"]
+__all__ = ["TeacherBank", "spaces_of"]
 
 
 class TeacherBank:
@@ -37,20 +40,15 @@ class TeacherBank:
         self.cards = {name: teacher.card for name, teacher in teachers.items()}
         self.timers = Timers(next(iter(teachers.values())).device)
         self._upsamplers = {
-            (p, t): build_upsampler(
-                view.upsampler,
-                (x := teachers[t]).card,
-                side_of(part, view, x.card.input.shape, patch_size(recipe)),
-                device=x.device,
-                dtype=x.dtype,
-            )
+            (p, t): _upsampler(recipe, p, (x := teachers[t]).card, view, x.device, x.dtype)
             for p, part in recipe.partitions.items()
             for t, view in part.teachers.items()
             if t in teachers
         }
+        self.spaces = {key: u.balancer for key, u in self._upsamplers.items() if u.balancer is not None}
 
     def encode(self, batch: Batch) -> dict[str, VisionOutput]:
-        """Raw outputs of those teachers of the partition that are here, upsampled as the recipe says, not balanced."""
+        """Outputs of those teachers of the partition that are here, upsampled as the recipe says; maps in their `spaces`."""
         partition = self.recipe.partitions[batch.partition]
         return {name: self._encode(batch, name, view) for name, view in partition.teachers.items() if name in self.teachers}
 
@@ -107,6 +105,25 @@ class TeacherBank:
         features = encode(images).features_BCHW
         cells = k * tile // patch
         return VisionOutput(None, unmosaic(features[..., :cells, :cells], k, tile, patch, offsets_B2, size)[: len(batch)])
+
+
+def spaces_of(recipe: Recipe, device: torch.device) -> dict[tuple[str, str], Balancer]:
+    """What a bank's `spaces` are, where the teachers themselves are not loaded."""
+    cards = cards_of(recipe)
+    upsamplers = {
+        (p, t): _upsampler(recipe, p, cards[t], view, device, torch.float32)
+        for p, part in recipe.partitions.items()
+        for t, view in part.teachers.items()
+    }
+    return {key: u.balancer for key, u in upsamplers.items() if u.balancer is not None}
+
+
+def _upsampler(
+    recipe: Recipe, partition: str, card: TeacherCard, view: TeacherView, device: torch.device, dtype: torch.dtype
+) -> Upsampler:
+    """That of a teacher in a partition."""
+    side = side_of(recipe.partitions[partition], view, card.input.shape, patch_size(recipe))
+    return build_upsampler(view.upsampler, card, side, device=device, dtype=dtype)
 
 
 def _places(grids: Grids) -> dict[tuple[int, int], list[int]]:

@@ -178,11 +178,11 @@ def gather_balancers(side: TeacherSide, world: World, steps: int) -> dict[str, B
         watch(side.service.recipe.engine.watchdog_minutes)
         agree.stop_if_asked(world.device)
         for batch in side.streams.next(world.device):
-            raw = side.service.encode(batch)
-            error = name_non_finite(batch, raw, rank=world.rank, step=step)
+            outputs = side.service.encode(batch)
+            error = name_non_finite(batch, outputs, rank=world.rank, step=step)
             if error is not None:
                 raise error
-            side.window.observe(side.service.countable(batch, raw))
+            side.window.observe(side.service.countable(batch, outputs))
         if step == 0 and steps > 1:
             side.window.refit({})  # fixes the mean directions that the dispersions of later summaries are measured to
         if world.is_main and (step + 1) % max(1, steps // 5) == 0 and steps > 1:

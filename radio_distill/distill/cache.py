@@ -95,8 +95,9 @@ def write_cache(recipe: Recipe, world: World) -> int:
         agree.on_main(lambda: _tell(recipe, listings, out, len(left) / len(todo)))
         if left:
             side = build_teacher_side(recipe, world)
-            balancers = _balancers(recipe, side, world, out) if header.store == "int8" else None
-            writer = _Writer(recipe, side, world, header, balancers)
+            if header.store == "int8":
+                side.service.balancers.update(_balancers(recipe, side, world, out))
+            writer = _Writer(recipe, side, world, header)
             for partition in recipe.partitions:
                 writer.write([one for one in left if one.partition == partition][world.rank :: world.size])
         agree.barrier()
@@ -164,10 +165,8 @@ def _balancers(recipe: Recipe, side: TeacherSide, world: World, out: Path) -> di
 class _Writer:
     """Runs the teachers over this rank's shards and writes what they give."""
 
-    def __init__(
-        self, recipe: Recipe, side: TeacherSide, world: World, header: Header, balancers: dict[str, Balancer] | None
-    ) -> None:
-        self._recipe, self._side, self._world, self._header, self._balancers = recipe, side, world, header, balancers
+    def __init__(self, recipe: Recipe, side: TeacherSide, world: World, header: Header) -> None:
+        self._recipe, self._side, self._world, self._header = recipe, side, world, header
         self._specs, self._open, self._skipped = view_specs_of(recipe), dict[int, TarFile](), SkipLog()
 
     def write(self, todo: list[Todo]) -> None:
@@ -204,7 +203,9 @@ class _Writer:
         self._skipped.add(piece.bad)
         if piece.rows:
             batch = self._batch(piece, todo[0].partition).to(self._world.device)
-            outputs = self._side.service.encode(batch)
+            service = self._side.service
+            outputs = service.encode(batch)
+            balancers = service.balancers_of(batch.partition) if self._header.store == "int8" else None
             error = name_non_finite(batch, outputs, rank=self._world.rank, step=0)
             if error is not None:
                 raise error
@@ -212,7 +213,7 @@ class _Writer:
                 about = {"key": row.key, "view": todo[row.item].item.view, "crop": list(row.cut.crop), "flip": row.cut.flip}
                 sizes = {spec.name: spec.size for spec in self._specs[batch.partition]}
                 tar = self._tar(row.item, todo)
-                tar.add(f"{row.seed:016x}.safetensors", pack_row(outputs, i, self._balancers))
+                tar.add(f"{row.seed:016x}.safetensors", pack_row(outputs, i, balancers))
                 tar.add(f"{row.seed:016x}.json", json.dumps({**about, "sizes": sizes}).encode())
         for item in piece.ended:
             self._tar(item, todo).close()

@@ -62,7 +62,7 @@ __all__ = [
 ]
 
 HEADER = "cache.json"
-FORMAT = 1
+FORMAT = 2
 AGAIN = "make it again with `radio-distill cache`"
 
 
@@ -188,7 +188,7 @@ def stack_rows(rows: list[StoredRow], name: str) -> StoredRow:
 
 
 def unpack(tensors: StoredRow, balancer: Balancer | None) -> VisionOutput:
-    """The raw output that the stacked tensors of one teacher stand for, on their device."""
+    """The output that the stacked tensors of one teacher stand for, as an encoder gives it, on their device."""
     if "int8" in tensors:
         assert balancer is not None
         features = balancer.inverse(tensors["int8"].float() * tensors["scale"][..., None, None])

@@ -31,6 +31,7 @@ from ..data.sources import Listing, list_source
 from ..data.views import ViewSpec
 from ..errors import DataError
 from ..types import Batch, View, VisionOutput
+from .bank import spaces_of
 from .cache_files import CacheFolder, Header, StoredRow, describe, differences, load_row, stack_rows, tar_name, unpack
 from .targets import Encoder
 
@@ -101,7 +102,7 @@ def _missing(header: Header, wanted: Header) -> str:
 
 
 class CachedTeachers:
-    """Raw outputs of all teachers of a recipe, out of a cache."""
+    """Outputs of all teachers of a recipe, out of a cache."""
 
     reads_ahead = True
 
@@ -112,7 +113,14 @@ class CachedTeachers:
         raise_file_limit()
         self.recipe, self.cards = recipe, cards_of(recipe)
         self._shards = _Shards(recipe, folder, header)
-        self._balancers = _balancers(folder, header, list(self.cards), device)
+        self.spaces = spaces_of(recipe, device)
+        balancers = _balancers(folder, header, list(self.cards), device)
+        self._balancers = {
+            (p, t): balancers[t] if (space := self.spaces.get((p, t))) is None else balancers[t].within(space)
+            for p, part in recipe.partitions.items()
+            for t in part.teachers
+            if t in balancers
+        }
         self._load_teachers, self._device, self._waited = teachers, device, 0.0
         self._teachers: Encoder | None = None
         self._pool = ThreadPoolExecutor(THREADS, "cache")
@@ -126,12 +134,12 @@ class CachedTeachers:
                 self._reading[id(batch)] = batch, self._pool.submit(self._read, batch)
 
     def encode(self, batch: Batch) -> Outputs:
-        """The batch's raw outputs, in the recipe's order. Raises DataError naming the first image that is missing."""
+        """The batch's outputs, in the recipe's order. Raises DataError naming the first image that is missing."""
         self.announce([batch])
         begin = time.perf_counter()
         found = self._reading.pop(id(batch))[1].result()
         self._waited += time.perf_counter() - begin
-        outputs = {name: self._unpack(name, tensors) for name, tensors in found.tensors.items()}
+        outputs = {name: self._unpack(batch.partition, name, tensors) for name, tensors in found.tensors.items()}
         return self._complete(batch, outputs, found.missing) if found.missing else outputs
 
     def seconds(self) -> dict[str, float]:
@@ -153,10 +161,10 @@ class CachedTeachers:
         names = self.recipe.partitions[batch.partition].teachers if there else ()
         return _Found({name: stack_rows(there, name) for name in names}, missing)
 
-    def _unpack(self, name: str, tensors: StoredRow) -> VisionOutput:
+    def _unpack(self, partition: str, name: str, tensors: StoredRow) -> VisionOutput:
         on_device = {kind: x.to(self._device, non_blocking=True) for kind, x in tensors.items()}
         with torch.no_grad():
-            return unpack(on_device, self._balancers.get(name))
+            return unpack(on_device, self._balancers.get((partition, name)))
 
     def _complete(self, batch: Batch, stored: Outputs, missing: list[int]) -> Outputs:
         """The outputs of the whole batch: the teachers run on the rows that are missing."""

@@ -24,6 +24,7 @@ from ..train.distributed import World
 from ..train.streams import Streams
 from ..types import Batch, VisionOutput
 from .bank import TeacherBank
+from .targets import in_own_units
 
 __all__ = ["IMAGES", "LIMIT", "Difference", "check_fp8"]
 
@@ -108,7 +109,7 @@ def _encode(bank: TeacherBank, batch: Batch, fp8: bool) -> dict[str, VisionOutpu
     with ExitStack() as stack:
         for teacher in bank.teachers.values():
             stack.enter_context(in_fp8(teacher.net, fp8))
-        return bank.encode(batch)
+        return in_own_units(bank.encode(batch), bank.spaces, batch.partition)
 
 
 def _text(errors: list[float]) -> str:

@@ -72,11 +72,11 @@ def prepare(t: StageTraining, step: int, batches: list[Batch]) -> None:
         power_iterate(member.task.student)
     if t.window.refit_due(step):
         t.settle()
-        raws = [t.service.encode(batch) for batch in batches]
-        if agree.any_rank(torch.stack([check_finite(raw) for raw in raws]).any(), t.world.device):
+        outputs = [t.service.encode(batch) for batch in batches]
+        if agree.any_rank(torch.stack([check_finite(each) for each in outputs]).any(), t.world.device):
             raise stop_all(t, step, batches)
-        for batch, raw in zip(batches, raws):
-            t.window.observe(t.service.countable(batch, raw))
+        for batch, each in zip(batches, outputs):
+            t.window.observe(t.service.countable(batch, each))
         t.service.balancers.update(t.window.refit(t.service.balancers))
 
 
@@ -86,11 +86,11 @@ def train_step(t: StageTraining, step: int, batches: list[Batch]) -> None:
     bad = torch.zeros((), dtype=torch.bool, device=t.world.device)
     for batch in batches:
         with t.timers("teachers"):
-            raw = t.service.encode(batch)
+            outputs = t.service.encode(batch)
             if t.window.is_open(step) and not t.window.refit_due(step):
-                t.window.observe(t.service.countable(batch, raw))
-            targets = t.service.targets(batch, raw)
-        bad |= check_finite(raw)
+                t.window.observe(t.service.countable(batch, outputs))
+            targets = t.service.targets(batch, outputs)
+        bad |= check_finite(outputs)
         for member in t.members:
             losses = member.engine(batch, targets, counts[batch.partition])
             bad |= ~torch.isfinite(losses.total.detach())

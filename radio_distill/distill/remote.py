@@ -1,4 +1,4 @@
-"""Teachers on ranks of their own, as a student rank sees them: batches out, raw maps in.
+"""Teachers on ranks of their own, as a student rank sees them: batches out, maps in.
 
 A student reads its images itself and sends each teacher rank the views of its teachers (bytes: a quarter of what comes back),
 so teachers have no state: no stream, no statistics, no step. A refit, a picture or a second look at a bad batch is just one more
@@ -23,6 +23,7 @@ from ..train import preempt
 from ..train.bridge import Bridge, Message, Sent
 from ..train.placement import share_teachers
 from ..types import Batch, View, VisionOutput
+from .bank import spaces_of
 
 __all__ = ["RemoteTeachers", "pack_request", "pack_reply", "unpack_request"]
 
@@ -47,6 +48,7 @@ class RemoteTeachers:
 
     def __init__(self, recipe: Recipe, bridge: Bridge) -> None:
         self.recipe, self.cards, self._bridge = recipe, cards_of(recipe), bridge
+        self.spaces = spaces_of(recipe, bridge.device)
         shares = share_teachers(teacher_costs(recipe), len(bridge.teachers))
         self._teachers = dict(zip(bridge.teachers, shares))
         self._requests: dict[int, _Request] = {}
@@ -65,7 +67,7 @@ class RemoteTeachers:
                 self._requests[id(batch)] = self._send(batch)
 
     def encode(self, batch: Batch) -> Outputs:
-        """The batch's raw outputs, in the recipe's order; waits for them. Raises TrainingError when a teacher rank is gone."""
+        """The batch's outputs, in the recipe's order; waits for them. Raises TrainingError when a teacher rank is gone."""
         self.announce([batch])
         request = self._requests.pop(id(batch))
         for peer in list(request.sent):
@@ -126,7 +128,7 @@ def unpack_request(message: Message) -> Batch:
 
 
 def pack_reply(outputs: Outputs, seconds: dict[str, float], stop: str | None) -> Message:
-    """Raw outputs of one batch. stop: the signal that this teacher rank was asked to stop with."""
+    """Outputs of one batch. stop: the signal that this teacher rank was asked to stop with."""
     tensors: list[Tensor] = []
     where: dict[str, tuple[int | None, int]] = {}
     for name, out in outputs.items():

@@ -10,6 +10,7 @@ Shapes: B batch, C channels, H W.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Protocol
 
 import torch
@@ -26,7 +27,7 @@ from ..seeded import uniform
 from ..strips import Grids, split_strip
 from ..types import Batch, Target, Targets, VisionOutput
 
-__all__ = ["Encoder", "TeacherService", "check_finite", "name_non_finite", "view_specs", "views_at"]
+__all__ = ["Encoder", "TeacherService", "check_finite", "in_own_units", "name_non_finite", "view_specs", "views_at"]
 
 
 def view_specs(recipe: Recipe, partition: Partition, sizes: dict[str, tuple[int, int]], student_patch: int) -> list[ViewSpec]:
@@ -62,11 +63,13 @@ class Encoder(Protocol):
 
     cards: dict[str, TeacherCard]
     """Of every teacher of the recipe."""
+    spaces: dict[tuple[str, str], Balancer]
+    """By partition and teacher: what the maps of its upsampler are balanced by, as they come; all others are in the teacher's own units."""
     reads_ahead: bool
     """Whether teachers can work on the next step's batches while the student trains, once these are announced."""
 
     def encode(self, batch: Batch) -> dict[str, VisionOutput]:
-        """Raw outputs of the partition's teachers, in the recipe's order."""
+        """Outputs of the partition's teachers, in the recipe's order; maps in their `spaces`."""
         ...
 
     def announce(self, batches: list[Batch]) -> None:
@@ -85,15 +88,32 @@ class TeacherService:
         self.recipe, self.encoder, self.cards = recipe, encoder, encoder.cards
         self.balancers: dict[str, Balancer] = {}
         """Set by the trainer: from the statistics window, or loaded."""
+        self._within: dict[tuple[str, str], tuple[Balancer, Balancer]] = {}
+        """Of upsampled teachers: a balancer, and the same within the space of the upsampler."""
         self._student_patch = student_patch
 
     def encode(self, batch: Batch) -> dict[str, VisionOutput]:
-        """Raw outputs of the partition's teachers, upsampled as the recipe says, not balanced."""
+        """Outputs of the partition's teachers, upsampled as the recipe says; maps in the encoder's `spaces`."""
         return self.encoder.encode(batch)
 
-    def targets(self, batch: Batch, raw: dict[str, VisionOutput]) -> Targets:
-        """Balance raw outputs and put them on the grid the loss is taken on."""
-        return {name: self._target(batch, name, out) for name, out in raw.items()}
+    def targets(self, batch: Batch, outputs: dict[str, VisionOutput]) -> Targets:
+        """Balance the teachers' outputs and put them on the grid the loss is taken on."""
+        balancers = self.balancers_of(batch.partition)
+        return {name: self._target(batch, name, balancers[name], out) for name, out in outputs.items()}
+
+    def balancers_of(self, partition: str) -> dict[str, Balancer]:
+        """What balances the outputs of a partition's teachers, as they come: one product, also where an upsampler has balanced them."""
+        return {name: self._balancer(partition, name) for name in self.recipe.partitions[partition].teachers}
+
+    def _balancer(self, partition: str, name: str) -> Balancer:
+        balancer, space = self.balancers[name], self.encoder.spaces.get((partition, name))
+        if space is None:
+            return balancer
+        last, within = self._within.get((partition, name), (None, None))
+        if within is None or last is not balancer:
+            within = balancer.within(space)
+            self._within[partition, name] = balancer, within
+        return within
 
     def __call__(self, batch: Batch) -> Targets:
         return self.targets(batch, self.encode(batch))
@@ -117,18 +137,19 @@ class TeacherService:
         _, mask = resample_to(ones, teacher, student, (side, side), aligned=False)
         return torch.tensor(float(len(batch) * side * side)) if mask is None else mask.sum().float()
 
-    def countable(self, batch: Batch, raw: dict[str, VisionOutput]) -> dict[str, VisionOutput]:
-        """What the statistics see of raw outputs: all, or of a native partition's images at most `balance.per_image` positions each."""
+    def countable(self, batch: Batch, outputs: dict[str, VisionOutput]) -> dict[str, VisionOutput]:
+        """What the statistics see, in the teachers' own units: all, or of a native partition's images at most `balance.per_image`
+        positions each."""
         if batch.grids is None:
-            return raw
+            return in_own_units(outputs, self.encoder.spaces, batch.partition)
         drawn = drawn_positions(batch.seeds_B, batch.grids, self.recipe.balance.per_image)
-        return {name: out._replace(features_BCHW=out.features_BCHW.index_select(3, drawn)) for name, out in raw.items()}
+        return {name: out._replace(features_BCHW=out.features_BCHW.index_select(3, drawn)) for name, out in outputs.items()}
 
     @torch.no_grad()
-    def _target(self, batch: Batch, name: str, out: VisionOutput) -> Target:
+    def _target(self, batch: Batch, name: str, balancer: Balancer, out: VisionOutput) -> Target:
         partition = self.recipe.partitions[batch.partition]
-        features = self.balancers[name].forward(out.features_BCHW)
-        summary = None if out.summary_BC is None else self.balancers[name].summary(out.summary_BC)
+        features = balancer.forward(out.features_BCHW)
+        summary = None if out.summary_BC is None else balancer.summary(out.summary_BC)
         boxes = batch.views[name].boxes_B4
         if batch.grids is not None or partition.teachers[name].grid == "teacher":
             return Target(summary, features, boxes)
@@ -140,15 +161,27 @@ class TeacherService:
         return Target(summary, features, student_boxes, mask)
 
 
-def check_finite(raw: dict[str, VisionOutput]) -> Tensor:
+def in_own_units(
+    outputs: dict[str, VisionOutput], spaces: Mapping[tuple[str, str], Balancer], partition: str
+) -> dict[str, VisionOutput]:
+    """Outputs of a partition's teachers with all maps in the teachers' own units. spaces: of the encoder that they are from."""
+    return {
+        name: out
+        if (space := spaces.get((partition, name))) is None
+        else out._replace(features_BCHW=space.inverse(out.features_BCHW))
+        for name, out in outputs.items()
+    }
+
+
+def check_finite(outputs: dict[str, VisionOutput]) -> Tensor:
     """A bool scalar: does any teacher's output hold a NaN or an infinity? No host synchronisation."""
-    bad = [~torch.isfinite(x).all() for out in raw.values() for x in out if x is not None]
+    bad = [~torch.isfinite(x).all() for out in outputs.values() for x in out if x is not None]
     return torch.stack(bad).any()
 
 
-def name_non_finite(batch: Batch, raw: dict[str, VisionOutput], *, rank: int, step: int) -> TrainingError | None:
+def name_non_finite(batch: Batch, outputs: dict[str, VisionOutput], *, rank: int, step: int) -> TrainingError | None:
     """The error that names teacher, rank, step and samples of a non-finite output; None when all are finite."""
-    for name, out in raw.items():
+    for name, out in outputs.items():
         for kind, x in zip(("summary", "features"), out):
             if x is None or bool(torch.isfinite(x).all()):
                 continue

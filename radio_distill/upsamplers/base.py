@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
+from ..balance import Balancer
 from ..config import recipe
 from ..config.cards import TeacherCard
 from ..errors import TeacherError
@@ -30,9 +31,14 @@ class Upsampler(Protocol):
     factor: int
     """The view must be `factor` times the teacher's size; 1: the teacher's own size."""
 
+    @property
+    def balancer(self) -> Balancer | None:
+        """What its maps are balanced by: the space in which its network works. None: they are in the teacher's own units."""
+        ...
+
     def __call__(self, encode: Encode, pixels_B3HW: Tensor, size: int) -> VisionOutput:
-        """Encode `pixels` (factor * size on a side) into a map that is `factor` times the teacher's grid, in the teacher's
-        own units.
+        """Encode `pixels` (factor * size on a side) into a map that is `factor` times the teacher's grid, in the space of
+        `balancer`.
 
         Everything that goes through the teacher goes through it in one call of `encode`. The summary comes from the
         global view, never from tiles.

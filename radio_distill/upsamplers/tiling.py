@@ -20,7 +20,7 @@ __all__ = ["Bilinear", "Tiles", "S2", "cut", "stitch"]
 class Bilinear:
     """The teacher's own map; whoever needs a finer grid resizes it bilinearly."""
 
-    factor = 1
+    factor, balancer = 1, None
 
     def __call__(self, encode: Callable[[Tensor], VisionOutput], pixels_B3HW: Tensor, size: int) -> VisionOutput:
         return encode(pixels_B3HW)
@@ -28,6 +28,8 @@ class Bilinear:
 
 class Tiles:
     """Encode factor x factor tiles, each at the teacher's own size, and stitch their maps (FeatSharp's `tile`)."""
+
+    balancer = None
 
     def __init__(self, factor: int) -> None:
         self.factor = factor

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..config.upsampler import ANY
 from ..errors import TeacherError
 from ..teachers.base import Teacher, chunked
 from ..types import VisionOutput
@@ -19,13 +20,14 @@ __all__ = ["Debias", "Trained", "Upsampled"]
 
 
 class Trained:
-    """The trained network as an upsampler of the TeacherService: raw sharp maps, in the teacher's own units."""
+    """The trained network as an upsampler of the TeacherService: sharp maps in the space in which it works."""
 
     def __init__(
         self, saved: SavedUpsampler, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
     ) -> None:
         self.saved, self.factor, self.dtype = saved, saved.factor, dtype
         self.sharpener = saved.sharpener.to(device)
+        self.balancer = None if saved.network.kind == ANY else self.sharpener.balancer
 
     @torch.no_grad()
     def sharpen(self, encode: Encode, pixels_B3HW: Tensor, size: tuple[int, int]) -> Sharp:
@@ -35,7 +37,7 @@ class Trained:
 
     def __call__(self, encode: Encode, pixels_B3HW: Tensor, size: int) -> VisionOutput:
         sharp = self.sharpen(encode, pixels_B3HW, (size, size))
-        return VisionOutput(sharp.summary_BC, self.sharpener.denormalize(sharp.high_BCHW.float()))
+        return VisionOutput(sharp.summary_BC, sharp.high_BCHW.float())
 
     def debias(self) -> Debias:
         """Its de-bias map alone, for targets that are not upsampled."""
@@ -48,12 +50,11 @@ class Debias:
     factor = 1
 
     def __init__(self, trained: Trained) -> None:
-        self.sharpener = trained.sharpener
+        self.sharpener, self.balancer = trained.sharpener, trained.balancer
 
     @torch.no_grad()
     def __call__(self, encode: Encode, pixels_B3HW: Tensor, size: int) -> VisionOutput:
-        out = self.sharpener.generate(encode, pixels_B3HW)
-        return VisionOutput(out.summary_BC, self.sharpener.denormalize(out.features_BCHW))
+        return self.sharpener.generate(encode, pixels_B3HW)
 
 
 class Upsampled:

@@ -100,6 +100,17 @@ def test_the_inverse_undoes_forward_and_folds_into_a_linear(moments: Moments, ki
 
 
 @pytest.mark.parametrize("kind", METHODS)
+@pytest.mark.parametrize("other", ["phi_s", "standardize", "none"])
+def test_within_the_space_of_another_balancer_it_gives_the_same(moments: Moments, kind: str, other: str) -> None:
+    mine, space, x = fit(METHODS[kind], moments, "toy"), fit(METHODS[other], moments, "toy"), features(seed=1)
+    inside = mine.within(space)
+    torch.testing.assert_close(inside.forward(space.forward(x)), mine.forward(x), atol=2e-4, rtol=1e-4)
+    torch.testing.assert_close(inside.inverse(mine.forward(x)), space.forward(x), atol=2e-2, rtol=1e-4)  # of values up to 100
+    torch.testing.assert_close(inside.centre_C, mine.centre_C, atol=1e-5, rtol=1e-4)
+    assert (inside.weight.ndim == 1) == (mine.weight.ndim == space.weight.ndim == 1)
+
+
+@pytest.mark.parametrize("kind", METHODS)
 def test_raw_squares_and_centre_are_those_of_the_inverse(moments: Moments, kind: str) -> None:
     balancer = fit(METHODS[kind], moments, "toy")
     a, b = features(2, seed=2), features(2, seed=3)

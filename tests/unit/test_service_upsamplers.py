@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 from made_upsampler import make
 
-from radio_distill.align import resize_map
-from radio_distill.balance import identity
+from radio_distill.align import resample_to, resize_map
+from radio_distill.balance import Balancer, identity
 from radio_distill.config.load import cards_of, load_recipe
 from radio_distill.distill.bank import TeacherBank
 from radio_distill.distill.targets import TeacherService, views_at
@@ -74,7 +74,9 @@ def test_sharp_targets_are_those_of_the_upsampler_in_one_call_of_the_teacher(wei
     assert calls == [2 * (1 + 9)]
     sharpener, pixels = load_upsampler(weights).sharpener, teacher.normalize(batch.views["toy_clip"].images_B3HW)
     by_hand = sharpener(teacher.forward, pixels, (84, 84))
-    assert torch.equal(out.features_BCHW, sharpener.denormalize(by_hand.high_BCHW))
+    assert torch.equal(out.features_BCHW, by_hand.high_BCHW)
+    own = service.countable(batch, {"toy_clip": out})["toy_clip"]  # what statistics see
+    assert torch.equal(own.features_BCHW, sharpener.denormalize(by_hand.high_BCHW))
     assert torch.equal(out.summary_BC, by_hand.summary_BC)
     assert out.features_BCHW.shape == (2, 96, 36, 36)
 
@@ -82,8 +84,9 @@ def test_sharp_targets_are_those_of_the_upsampler_in_one_call_of_the_teacher(wei
 def test_sharp_targets_are_reduced_antialiased_to_the_students_grid(weights):
     recipe, service = service_of(weights)
     batch = batch_of(recipe, service, "high", 2)
-    raw = service.encode(batch)
-    target = service.targets(batch, raw)["toy_clip"]
+    encoded = service.encode(batch)
+    raw = service.countable(batch, encoded)
+    target = service.targets(batch, encoded)["toy_clip"]
     reduced = F.interpolate(raw["toy_clip"].features_BCHW, (24, 24), mode="bilinear", antialias=True, align_corners=False)
     assert torch.allclose(target.features_BCHW, reduced, atol=1e-4)
     assert raw["toy_clip"].features_BCHW.shape[-1] == 36
@@ -94,7 +97,7 @@ def test_low_targets_get_the_same_debias_map(weights):
     recipe, service = service_of(weights)
     batch, teacher = batch_of(recipe, service, "low", 2), service.encoder.teachers["toy_clip"]
     calls = count_calls(teacher)
-    out = service.encode(batch)["toy_clip"]
+    out = service.countable(batch, service.encode(batch))["toy_clip"]
     assert calls == [2]
     plain = teacher.encode(batch.views["toy_clip"].images_B3HW)
     saved = load_upsampler(weights)
@@ -103,6 +106,28 @@ def test_low_targets_get_the_same_debias_map(weights):
     assert torch.allclose(out.features_BCHW, expected, atol=1e-4)
     assert torch.equal(out.summary_BC, plain.summary_BC)
     assert not torch.allclose(out.features_BCHW, plain.features_BCHW, atol=0.01)
+
+
+@pytest.mark.parametrize("partition", ["low", "high"])
+def test_a_sharp_map_is_balanced_by_one_product(weights, partition, monkeypatch):
+    recipe, service = service_of(weights)
+    encoded = service.encode(batch := batch_of(recipe, service, partition, 2))
+    raw, channels = service.countable(batch, encoded)["toy_clip"].features_BCHW, 96
+    matrix = torch.linalg.qr(torch.randn(channels, channels, generator=torch.Generator().manual_seed(0)))[0]
+    offset = raw.mean((0, 2, 3)) + 3
+    balancer = Balancer("phi_s", 2 * matrix, matrix.T.contiguous() / 2, offset, offset)
+    service.balancers["toy_clip"] = balancer
+    products, baddbmm = [], torch.baddbmm
+    monkeypatch.setattr(torch, "baddbmm", lambda *args: products.append(1) or baddbmm(*args))
+    target = service.targets(batch, encoded)["toy_clip"]
+    assert len(products) == 1
+    expected = resample_to(
+        balancer.forward(raw),
+        *(batch.views[name].boxes_B4 for name in ("toy_clip", "student")),
+        target.features_BCHW.shape[-2:],
+        aligned=True,
+    )[0]
+    torch.testing.assert_close(target.features_BCHW, expected, atol=2e-4, rtol=1e-4)
 
 
 def test_a_cap_on_the_teachers_batch_gives_the_same_targets(weights):
