@@ -19,8 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from radio_distill.eval.datasets.base import Dataset
-from radio_distill.eval.datasets.samples import LabelledImage
+from radio_distill.eval.datasets.base import Dataset, LabelledImage
 from radio_distill.eval.encode import Resize, features_of
 from radio_distill.eval.features import FeatureCache
 from radio_distill.eval.metrics.knn import nearest

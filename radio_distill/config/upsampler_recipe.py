@@ -19,7 +19,6 @@ from .engine_checks import engine_problems
 from .jitter import Jitter
 from .names import name_problems
 from .numbers import Count, Decay, Positive, Rate, Scale, Side, Weight
-from .objective import Objective
 from .presets import Preset, filled
 from .recipe import Balance, Ema, ImageJob, Optim, Partition, Recipe
 from .upsampler import ANY, Network, check_network, sees_tiles
@@ -38,6 +37,34 @@ class Downsampler(Fields):
     """`attention`: FS eq. 2, weights that depend on the content. `simple`: one learned kernel."""
     kernel: Positive = 7
     """Side of its window in fine cells, odd (FS: 7, CODE: 9)."""
+
+
+class Objective(Fields):
+    """What an upsampler is trained for: agreement of views, and the terms beside it."""
+
+    uncertainty: bool = True
+    """Learn a log-variance per output position: places whose features cannot be foretold count less (FS configuration: on)."""
+    seam: Scale = 2.0
+    """Weight of the output rows and columns on both sides of a tile border against all others (FS configuration: 2); 1 where
+    there are no tiles."""
+    distance: Literal["mse", "smooth_l1"] = "mse"
+    """How the features of a view are compared, also by CRF. `mse`: squared error. `smooth_l1` (beta 1): what is off by more
+    than 1, one standard deviation of a channel, counts linearly (an option of the FS code)."""
+    true_map: Weight = 0.0
+    """Weight of the distance between the fine map and the teacher's own map of the whole image at `factor` times its size (OURS).
+    Only for teachers that take such images (`input.resizable`), which need no upsampler but cost more with every token. 0.15, with
+    the input `detail`, costs nothing of what views say (docs/upsamplers.md)."""
+    tv: Weight = 0.0
+    """Weight of the total variation."""
+    crf: Weight = 0.0
+    """Weight of the conditional-random-field term (FeatUp: 0.001)."""
+    mmd: Weight = 0.0
+    """Weight of the maximum mean discrepancy between low- and high-resolution features."""
+    mmd_pick: Literal["all", "nearest"] = "all"
+    """Which high-resolution vectors take part: all, or of every low-resolution cell the nearest one."""
+    reference: bool = False
+    """Take the published step number for number: its grid convention, its masks and denominators, CRF in a view's frame, and
+    of every cell the farthest vector for MMD."""
 
 
 class Rates(Fields):

@@ -118,8 +118,7 @@ def _minutes(text: str) -> float:
 
 def _run_card(arguments: argparse.Namespace) -> int:
     """A suite of tasks, in this process or as one of several ranks."""
-    from .estimate import describe
-    from .runner import check, run_suite
+    from .runner import check, describe, run_suite
 
     suite = _asked(arguments)
     several = _of_several(os.environ)

@@ -21,7 +21,7 @@ from ..train.agree import gather
 from ..types import Result
 from ..version import __version__
 from .encode import precision
-from .model_cost import COST, cost_of, device_name
+from .model_cost import COST, cost_of, device_name, seconds_per_image
 from .progress import ProbeFiles
 from .sizes import seen
 from .suite_names import CUSTOM, PAPER
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from .datasets.base import Dataset
     from .models import NamedModel
 
-__all__ = ["Outcome", "check", "preset_of", "run_suite"]
+__all__ = ["Outcome", "check", "describe", "preset_of", "run_suite"]
 
 log = logging.getLogger(__name__)
 
@@ -229,3 +229,24 @@ def _result(known: Mapping[str, Any], score: Score, opened: NamedModel, *, items
         count=items if score.scored is None else score.scored,
         left_out=left_out if score.left_out is None else score.left_out,
     )
+
+
+def describe(suite: Suite, models: Sequence[str], context: Context) -> Iterator[str]:
+    """Lines of text: data sets, then minutes of encoding by model and task. Reading images and training probes come on top."""
+    from .models import openers
+
+    yield f"{suite.title}, preset {suite.preset}, data {context.root}"
+    found = {(d.name, d.split, len(d)): d for task in suite.tasks.values() for d in task.datasets(context)}
+    for d in found.values():
+        yield f"  {d.name}/{d.split}#{context.identity(d).content}: {len(d)} items"
+        yield from (f"    {note}" for note in d.notes)
+    for opening in openers(models, device=str(context.device)).values():
+        opened = opening()
+        yield f"{opened.label} on {context.device}, {precision(context)}"
+        known: dict[int, float] = {}
+        for name, task in suite.tasks.items():
+            side, passes = task.size(context), task.passes(context)
+            if side and side not in known:
+                known[side] = seconds_per_image(opened, side, context)
+            minutes = passes * known.get(side, 0.0) / 60 / context.ranks.world
+            yield f"  {name}: {passes:.0f} forward passes at {side} px, about {minutes:.1f} minutes of encoding"

@@ -122,7 +122,7 @@ class Task(Fields):
     """One row of a suite's card. Subclasses add `kind: Literal[...]` and the numbers of their protocol."""
 
     dataset: str
-    """Name of the data set (datasets/registry.py)."""
+    """Name of the data set (READERS in datasets/base.py)."""
     version: str = "1"
     """Version of the protocol; numbers of different versions are not comparable."""
     max_bad: Share = 0.0

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import string
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
-
-from .metrics.vlm import exact_match
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -42,6 +41,12 @@ def score_toy(folder: Path, *, kinds: Sequence[str] = QUESTIONS, limit: int | No
     scores = {kind: Score(sum(hits) / len(hits), len(hits)) for kind, hits in right.items()}
     mean = sum(s.value for s in scores.values()) / len(scores)
     return {"mean": Score(mean, sum(s.questions for s in scores.values())), **scores}
+
+
+def exact_match(prediction: str, target: str) -> float:
+    """1 for equal strings in any case, punctuation left out (GQA)."""
+    bare = str.maketrans("", "", string.punctuation)
+    return float(prediction.lower().translate(bare) == target.lower().translate(bare))
 
 
 def held_out(kinds: Sequence[str] = QUESTIONS, limit: int | None = None) -> list[tuple[Image, ToyQuestion]]:

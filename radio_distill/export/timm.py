@@ -13,11 +13,10 @@ import torch
 from torch import Tensor
 
 from ..network.student import Student
-from ..student.timm_layout import to_timm
 from ..tensors import save_tensors
 from .layout import mlp_ratio
 
-__all__ = ["timm_config", "timm_state", "write_timm"]
+__all__ = ["timm_config", "timm_state", "to_timm", "write_timm"]
 
 ARCHITECTURE = "naflexvit_large_patch16_radio_v3"
 """Its defaults are RADIO's positions (resized to the long side, cropped, corners not aligned); `model_args` gives every size."""
@@ -28,6 +27,22 @@ def write_timm(student: Student, folder: Path, *, size: int, dtype: torch.dtype)
     tensors = {key: x.to(dtype) for key, x in timm_state(student).items()}
     save_tensors(folder / "model.safetensors", tensors, {"format": "pt"})
     (folder / "config.json").write_text(json.dumps(timm_config(student, size), indent=1) + "\n")
+
+
+def to_timm(student: Student) -> dict[str, Tensor]:
+    """Tensors by timm's names: blocks, `patch_embed.proj`, `pos_embed` of the patches alone, `cls_token`, `reg_token`."""
+    generator, state = student.model.patch_generator, student.model.state_dict()
+    tokens = generator.cls_token.token.detach()
+    out = {key: x for key, x in state.items() if key.startswith(("blocks.", "norm."))}
+    kernel = generator.embedder.weight.detach()
+    out["patch_embed.proj.weight"] = kernel.unflatten(1, (3, generator.patch_size, generator.patch_size))
+    if generator.embedder.bias is not None:
+        out["patch_embed.proj.bias"] = generator.embedder.bias.detach()
+    out["pos_embed"] = generator.pos_embed.detach()
+    out["cls_token"] = tokens[: student.num_cls_tokens].mean(0)[None, None]
+    if student.num_registers:
+        out["reg_token"] = tokens[student.num_cls_tokens :][None]
+    return out
 
 
 def timm_state(student: Student) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..align import resize_map
 from ..balance import Balancer
-from ..config.objective import Objective
+from ..config.upsampler_recipe import Objective
 from ..homography import warp
 from ..losses import fidelity_sums
 from .crf import crf

@@ -14,6 +14,7 @@ from PIL.Image import Image
 from torch import Tensor
 from transformers import (
     AutoConfig,
+    AutoImageProcessor,
     AutoModelForCausalLM,
     AutoProcessor,
     AutoTokenizer,
@@ -23,6 +24,7 @@ from transformers import (
 from transformers.models.llava.image_processing_llava import LlavaImageProcessor
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 from transformers.models.llava.processing_llava import LlavaProcessor
+from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor
 
 from ..config.vlm_recipe import FromParts, Patches
 from ..data.decode import as_rgb
@@ -35,12 +37,13 @@ from ..student.load import load_student
 from ..student.own_sizes import own_sizes_config
 from ..student.plain import choose_adaptors, choose_video
 from ..types import CLIP_MEAN
-from .processors import OwnSizesImageProcessor, OwnSizesProcessor
 from .prompt import IMAGE, VICUNA, Turn, render, with_images
 from .tiles import views
 from .tower import Pictures, StudentTower, StudentTowerConfig, join
 
 __all__ = [
+    "OwnSizesImageProcessor",
+    "OwnSizesProcessor",
     "Vlm",
     "build_vlm",
     "join_configs",
@@ -258,3 +261,27 @@ def _processor(tokenizer: Any, tower: StudentTowerConfig) -> LlavaProcessor:
     )
     extra = (tower.merge or tower.grid**2) - tower.grid**2  # it counts the grid
     return LlavaProcessor(images, tokenizer, num_additional_image_tokens=extra, **common)
+
+
+class OwnSizesImageProcessor(Qwen2VLImageProcessor):
+    """Resizes and packs as its parent does; `image_sizes`, which LLaVA splits its tokens by, in place of grids."""
+
+    model_input_names = ["pixel_values", "image_sizes"]
+
+    def _preprocess(self, *images: Any, **settings: Any) -> Any:
+        found = super()._preprocess(*images, **settings)
+        grids = torch.as_tensor(found.pop("image_grid_thw"))
+        found["image_sizes"] = grids[:, 1:] * settings["patch_size"]
+        return found
+
+
+class OwnSizesProcessor(LlavaProcessor):
+    """An image is as many tokens as its size has squares of `patch_size`."""
+
+    def replace_image_token(self, image_inputs: dict[str, Any], image_idx: int, **kwargs: Any) -> str:
+        height, width = image_inputs["image_sizes"][image_idx]
+        return str(self.image_token * int((height // self.patch_size) * (width // self.patch_size)))
+
+
+AutoImageProcessor.register(StudentTowerConfig, image_processor_classes={"torchvision": OwnSizesImageProcessor})
+AutoProcessor.register(StudentTowerConfig, OwnSizesProcessor)

@@ -3,13 +3,14 @@
 import pytest
 from metric_goldens import each
 
-from radio_distill.eval.metrics import schedules, vlm
+from radio_distill.eval import vlm, vlm_toy
+from radio_distill.eval.metrics import schedules
 
 
 @each("vlm_scoring")
 def test_gqa_is_scored_as_lmms_eval_does(golden):
     for item in golden.facts["expected"]["gqa_exact_match"]["items"]:
-        assert vlm.exact_match(item["prediction"], item["target"]) == item["score"]
+        assert vlm_toy.exact_match(item["prediction"], item["target"]) == item["score"]
 
 
 @each("vlm_scoring")

@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 
 from radio_distill.balance import Balancer
 from radio_distill.balance.phi_s import from_parts
-from radio_distill.config.objective import Objective
 from radio_distill.config.upsampler import Network
+from radio_distill.config.upsampler_recipe import Objective
 from radio_distill.homography import warp
 from radio_distill.types import VisionOutput
 from radio_distill.upsamplers.crf import crf

@@ -19,8 +19,7 @@ from radio_distill.data.identity import Identity, identify
 from radio_distill.data.sources import list_source
 from radio_distill.errors import DataError
 from radio_distill.eval.datasets import open_dataset
-from radio_distill.eval.datasets.base import Dataset
-from radio_distill.eval.datasets.registry import READERS
+from radio_distill.eval.datasets.base import READERS, Dataset
 from radio_distill.eval.features import ALONE, FeatureCache, Ranks
 from radio_distill.eval.runner import run_suite
 from radio_distill.eval.suites import load_suite

@@ -14,9 +14,9 @@ from PIL import Image
 
 from radio_distill.errors import DataError
 from radio_distill.eval.datasets import open_dataset
+from radio_distill.eval.datasets.base import labels_of
 from radio_distill.eval.datasets.captions import captions_of
 from radio_distill.eval.datasets.imagenet_labels import wnids
-from radio_distill.eval.datasets.samples import labels_of
 from radio_distill.eval.features import FeatureCache
 from radio_distill.eval.runner import Outcome, run_suite
 from radio_distill.eval.suites import load_suite
@@ -515,7 +515,7 @@ def test_classes_that_differ_in_case_alone_are_told(folder: Path) -> None:
 
 
 def test_a_dry_run_tells_what_was_found_and_left_out(folder: Path, tmp_path: Path) -> None:
-    from radio_distill.eval.estimate import describe
+    from radio_distill.eval.runner import describe
 
     (folder / "val" / "red" / "a.heic").write_bytes(b"")
     context = Context(root=folder, device=torch.device("cpu"), cache=FeatureCache(tmp_path / "cache"), resolution=32)

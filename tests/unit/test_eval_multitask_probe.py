@@ -15,9 +15,8 @@ from radio_distill.eval.datasets.multitask import MultitaskSample
 from radio_distill.eval.features import FeatureCache
 from radio_distill.eval.metrics.mlore import balanced_bce
 from radio_distill.eval.models import open_model
-from radio_distill.eval.probes.multitask import losses
-from radio_distill.eval.probes.multitask_pictures import MultitaskPictures
-from radio_distill.eval.probes.multitask_views import MultitaskAugment, pad
+from radio_distill.eval.probes.multitask import MultitaskAugment, losses, pad
+from radio_distill.eval.probes.pictures import MultitaskPictures
 from radio_distill.eval.published import tasks as published
 from radio_distill.eval.suites import load_suite
 from radio_distill.eval.task import Context

@@ -10,7 +10,7 @@ from PIL import Image
 
 from radio_distill.errors import DataError
 from radio_distill.eval.datasets import open_dataset
-from radio_distill.eval.datasets.keypoint_pairs import images_of
+from radio_distill.eval.datasets.object_views import images_of
 
 
 def write_image(root: Path, category: str, name: str, size: tuple[int, int], points: list) -> None:

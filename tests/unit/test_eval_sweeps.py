@@ -97,7 +97,7 @@ class Tall:
         self.name, self.split, self.keys = "tall", "val", [str(i) for i in range(7)]
 
     def __getitem__(self, index: int):
-        from radio_distill.eval.datasets.samples import LabelledImage
+        from radio_distill.eval.datasets.base import LabelledImage
 
         size = (16, 32) if index % 2 else (32, 16)
         return LabelledImage(torch.full((3, *size), 10 * index, dtype=torch.uint8), index)

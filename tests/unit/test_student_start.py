@@ -11,12 +11,12 @@ from timm.models.vision_transformer import VisionTransformer
 from radio_distill.config.recipe import Start
 from radio_distill.config.recipe import Student as Spec
 from radio_distill.errors import CheckpointError
+from radio_distill.export.timm import to_timm
 from radio_distill.network.arch import AdaptorSlot
 from radio_distill.network.student import Student
 from radio_distill.student.build import build_student
 from radio_distill.student.checkpoints import save_student
 from radio_distill.student.start import resize_kernel, resize_table, start_weights
-from radio_distill.student.timm_layout import to_timm
 
 TINY = {"embed_dim": 32, "depth": 3, "num_heads": 2, "patch_size": 4}
 CLIP, DINO = AdaptorSlot("clip", 10, 12, True), AdaptorSlot("dino", 8, 8, True)

@@ -7,7 +7,7 @@ from torch.autograd.profiler import profile
 
 from radio_distill.balance import identity
 from radio_distill.config.jitter import Jitter
-from radio_distill.config.objective import Objective
+from radio_distill.config.upsampler_recipe import Objective
 from radio_distill.data.jitter import draw_matrices, warp_views
 from radio_distill.homography import warp
 from radio_distill.upsamplers.crf import crf

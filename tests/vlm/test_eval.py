@@ -7,13 +7,12 @@ from pathlib import Path
 import pytest
 
 from radio_distill.errors import CardError, DataError, RadioDistillError
-from radio_distill.eval.metrics.vlm import exact_match
 from radio_distill.eval.published import load_tables
 from radio_distill.eval.vlm import BENCHMARKS, evaluate
 from radio_distill.eval.vlm_lmms import VERSION, Benchmark, require_lmms, run_lmms
-from radio_distill.eval.vlm_toy import QUESTIONS, held_out
+from radio_distill.eval.vlm_toy import QUESTIONS, exact_match, held_out
 from radio_distill.vlm.model import Vlm, save_vlm
-from radio_distill.vlm.toy_benchmarks import COPIES
+from radio_distill.vlm.toy import COPIES
 from radio_distill.vlm.toy_questions import KINDS
 
 

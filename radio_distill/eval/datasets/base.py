@@ -9,16 +9,29 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Container, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
 
 from ...config.messages import did_you_mean
 from ...data.files import LeftOut, list_folder, tell_once
 from ...data.identity import Identity, identify
 from ...errors import DataError
 from ...loaders import check_call, import_named, is_named
-from .registry import READERS, TOY_READERS
 
-__all__ = ["TOY", "Dataset", "Subset", "missing", "not_read", "notes_of", "open_dataset"]
+__all__ = [
+    "Dataset",
+    "Labelled",
+    "LabelledImage",
+    "Subset",
+    "TOY",
+    "labels_of",
+    "missing",
+    "not_read",
+    "notes_of",
+    "open_dataset",
+]
 
 S = TypeVar("S")
 
@@ -97,11 +110,41 @@ class Subset(Dataset[S]):
         return self.whole[self.indices[index]]
 
 
+READERS: dict[str, str] = {
+    "imagenet1k": "imagenet:open_imagenet",
+    "folder": "image_folder:ImageFolder",
+    "coco_karpathy": "captions:open_coco",
+    "flickr30k": "captions:open_flickr30k",
+    "pascal_context": "pascal_context:PascalContext",
+    "nyudv2": "nyudv2:NyuDv2",
+    "ade20k": "segmentation:Ade20k",
+    "voc2012": "segmentation:Voc2012",
+    "coco2017": "instances:CocoInstances",
+    "navi": "navi:NaviViews",
+    "navi_pairs": "navi:NaviPairs",
+    "spair71k": "spair:SPair",
+}
+"""By the name that suite cards use."""
+
+TOY_READERS: dict[str, str] = {
+    "multitask": "toy_multitask:ToyMultitask",
+    "segmentation": "segmentation:ToySegmentation",
+    "instances": "instances:ToyInstances",
+    "labelled": "toy:ToyLabelled",
+    "captioned": "captions:ToyCaptioned",
+    "views": "toy_views:ToyViews",
+    "view_pairs": "toy_views:ToyPairs",
+    "keypoint_pairs": "toy_views:ToyKeypointPairs",
+}
+"""By the kind of sample: generated scenes that stand in for every data set of that kind."""
+"""Which reader reads which data set: `module:Class` in this package, called with (root, split); toy readers with (split)."""
+
+
 def open_dataset(name: str, split: str, root: str | Path, *, kind: str) -> Dataset:  # type: ignore[type-arg]
     """A data set by name, or by the `package.module:Class` of one of the user's, listed and checked.
 
     root: the folder that holds the data sets, or `toy`: then generated scenes with the same `kind` of sample (an entry of
-    registry.py) stand in. Raises DataError that says which path was looked for, the layout, and where users get it.
+    TOY_READERS) stand in. Raises DataError that says which path was looked for, the layout, and where users get it.
     """
     if str(root) == TOY:
         return _reader(TOY_READERS[kind])(split)
@@ -142,7 +185,7 @@ def notes_of(dataset: Dataset[Any], left_out: LeftOut) -> list[str]:
 
 
 def _reader(place: str) -> Callable[..., Dataset[Any]]:
-    return import_named(f"{__package__}.{place}", by="registry.py", error=DataError)
+    return import_named(f"{__package__}.{place}", by="READERS", error=DataError)
 
 
 def _dataset_of_users(name: str, split: str, root: Path) -> Dataset[Any]:
@@ -161,3 +204,26 @@ def _dataset_of_users(name: str, split: str, root: Path) -> Dataset[Any]:
     if len(dataset) == 0:
         raise DataError(f"{by}: no items of split {split!r} in {root}; check the folder given as --data")
     return dataset
+
+
+class LabelledImage(NamedTuple):
+    image_3HW: Tensor
+    label: int
+    """Index into the classes of the data set."""
+
+
+class Labelled(Dataset[LabelledImage]):
+    """A data set of classification."""
+
+    @property
+    @abstractmethod
+    def labels(self) -> Sequence[int]:
+        """Labels of all items, without reading images."""
+
+
+def labels_of(dataset: Dataset[Any]) -> Tensor:
+    """Labels of a `Labelled` or of a part of one, int64."""
+    if isinstance(dataset, Subset):
+        return labels_of(dataset.whole)[list(dataset.indices)]
+    assert isinstance(dataset, Labelled)
+    return torch.tensor(dataset.labels)

@@ -8,9 +8,8 @@ from pathlib import Path
 
 from ...data.files import IMAGE_SUFFIXES, list_folder, tell_once
 from ...errors import DataError
-from .base import missing, not_read, notes_of
+from .base import Labelled, LabelledImage, missing, not_read, notes_of
 from .pixels import decode_rgb
-from .samples import Labelled, LabelledImage
 
 __all__ = ["ImageFolder", "split_folder"]
 

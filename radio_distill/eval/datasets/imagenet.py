@@ -13,12 +13,11 @@ from pathlib import Path
 from ...data.files import LeftOut, is_hidden, list_folder, tell_once
 from ...data.identity import stamps
 from ...errors import DataError
-from .base import missing, notes_of
+from .base import Labelled, LabelledImage, missing, notes_of
 from .image_folder import ImageFolder, split_folder
 from .imagenet_labels import CLASSES, class_names, labels_of_names, wnids
 from .imagenet_packed import ParquetPlace, ShardPlace, places_in_parquet, places_in_shards
 from .pixels import decode_rgb
-from .samples import Labelled, LabelledImage
 
 __all__ = ["open_imagenet"]
 

@@ -10,6 +10,7 @@ Shapes: H W pixels of the photograph, S `side` pixels.
 from __future__ import annotations
 
 import copy
+from abc import abstractmethod
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -21,12 +22,16 @@ from ...errors import DataError
 from .base import Dataset, S, Subset
 
 __all__ = [
+    "KeypointPair",
+    "KeypointPairs",
     "ObjectView",
     "Photograph",
     "Sized",
+    "SquareImage",
     "ViewPair",
     "crop_to_object",
     "finer",
+    "images_of",
     "normals_of",
     "relative_depth",
     "relative_pose",
@@ -196,3 +201,40 @@ def _box(depth_1HW: Tensor, file: str) -> tuple[int, int, int]:
 def _cut(x_CHW: Tensor, box: tuple[int, int, int]) -> Tensor:
     top, left, side = box
     return x_CHW[:, top : top + side, left : left + side]
+
+
+class SquareImage(NamedTuple):
+    image_3HW: Tensor
+    """uint8 RGB; padded to a square, then resized."""
+
+
+class KeypointPair(NamedTuple):
+    """Two images (indices into `KeypointPairs.images`) and their keypoints, row by row the same places of the object."""
+
+    category: str
+    first: int
+    second: int
+    keypoints_first_K3: Tensor
+    """x, y in pixels of the resized square, and whether it is visible."""
+    keypoints_second_K3: Tensor
+    box_scale: float
+    """Longest side of the second object's box over the longest side of its image."""
+    viewpoint: int
+    """How much the points of view differ: 0, 1 or 2."""
+
+
+class KeypointPairs(Sized[KeypointPair]):
+    """A data set of pairs. Their images are another one, since an image is part of many pairs."""
+
+    @property
+    @abstractmethod
+    def images(self) -> Dataset[SquareImage]:
+        """All images, at the same size."""
+
+
+def images_of(pairs: Dataset[Any]) -> Dataset[SquareImage]:
+    """The images of a `KeypointPairs` or of a part of one (then of all, so that indices hold)."""
+    if isinstance(pairs, Subset):
+        return images_of(pairs.whole)
+    assert isinstance(pairs, KeypointPairs)
+    return pairs.images

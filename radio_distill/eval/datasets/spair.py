@@ -22,8 +22,7 @@ from ...data.files import stems
 from ...errors import DataError
 from ...files import json_file
 from .base import Dataset, missing, not_read, notes_of
-from .keypoint_pairs import KeypointPair, KeypointPairs, SquareImage
-from .object_views import Sized
+from .object_views import KeypointPair, KeypointPairs, Sized, SquareImage
 from .pixels import read_rgb
 
 __all__ = ["SPair"]

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from ...errors import DataError
 from ...toyworld import CLASSES, ToySample, render, sample_scene
-from .base import Dataset, S
-from .samples import Labelled, LabelledImage
+from .base import Dataset, Labelled, LabelledImage, S
 
 __all__ = ["ToyDataset", "ToyLabelled", "toy_image"]
 

@@ -13,8 +13,17 @@ from torchvision.transforms.v2.functional import InterpolationMode, resize
 
 from ...toyworld import CLASSES, Scene, ToySample, sample_scene
 from .base import Dataset, S
-from .keypoint_pairs import KeypointPair, KeypointPairs, SquareImage
-from .object_views import ObjectView, Photograph, Sized, ViewPair, crop_to_object, relative_pose
+from .object_views import (
+    KeypointPair,
+    KeypointPairs,
+    ObjectView,
+    Photograph,
+    Sized,
+    SquareImage,
+    ViewPair,
+    crop_to_object,
+    relative_pose,
+)
 from .toy import SIDE, ToyLabelled, toy_image
 
 __all__ = ["ToyKeypointPairs", "ToyPairs", "ToyViews"]

@@ -13,7 +13,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ...config.numbers import Positive, Rate, Scale, Weight
-from ..datasets.samples import labels_of
+from ..datasets.base import labels_of
 from ..metrics.checks import known_labels
 from ..metrics.knn import PART, knn_guesses
 from ..metrics.means import Means

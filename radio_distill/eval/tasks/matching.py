@@ -18,8 +18,7 @@ from torch import Tensor
 from ...config.numbers import Positive, Scale, Side
 from ..datasets import open_dataset
 from ..datasets.base import Dataset, Subset
-from ..datasets.keypoint_pairs import KeypointPair, SquareImage, images_of
-from ..datasets.object_views import Sized, ViewPair, finer
+from ..datasets.object_views import KeypointPair, Sized, SquareImage, ViewPair, finer, images_of
 from ..encode import Resize, features_of
 from ..metrics.matching import CorrespondenceMeter, PckMeter, check_points, check_rows, errors, keypoint_errors, match
 from ..metrics.means import Means

@@ -25,9 +25,8 @@ from ..models import NamedModel
 from ..probes.batches import each_item, training_batches
 from ..probes.fit import fit
 from ..probes.frozen import frozen_map
-from ..probes.multitask import MultitaskHeads, losses
-from ..probes.multitask_pictures import MultitaskPictures
-from ..probes.multitask_views import MultitaskAugment, pad
+from ..probes.multitask import MultitaskAugment, MultitaskHeads, losses, pad
+from ..probes.pictures import MultitaskPictures
 from ..sizes import image_size
 from ..task import Context, Score, Task
 

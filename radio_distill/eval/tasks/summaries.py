@@ -17,9 +17,8 @@ from ..encode import Resize, Rule, features_of
 from ..feature_files import Features
 from ..models import NamedModel
 from ..task import Context, Task
-from ..text_head import speaking
 
-__all__ = ["Classifier", "SummaryTask", "TextTask", "parts_of", "readable"]
+__all__ = ["Classifier", "SummaryTask", "parts_of", "readable"]
 
 log = logging.getLogger(__name__)
 
@@ -72,19 +71,6 @@ class Classifier(SummaryTask):
     def datasets(self, context: Context) -> Sequence[Dataset[Any]]:
         splits = [open_dataset(self.dataset, split, context.root, kind="labelled") for split in ("val", "train")]
         return [dataset.limited(context.limit) for dataset in splits]
-
-
-class TextTask(SummaryTask):
-    """A task that compares images with texts. The text tower is that of a teacher; a student is compared through its adaptor of that
-    teacher."""
-
-    adaptors: dict[str, str]
-    """Name of a student's adaptor -> teacher card with its text tower; the first that the student has counts."""
-
-    def reads_besides(self, opened: NamedModel) -> Sequence[str]:
-        from ...teachers.text import tower_digest
-
-        return [tower_digest(speaking(opened, self.adaptors)[1])]
 
 
 class MeanOfMap:
