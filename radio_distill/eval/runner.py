@@ -51,14 +51,14 @@ class Outcome:
     """What could not be measured, and why."""
 
 
-def run_suite(suite: Suite, models: Sequence[str], context: Context, out: Path) -> Outcome:
+def run_suite(suite: Suite, models: Sequence[str], context: Context, out: Path, *, costs: bool = True) -> Outcome:
     """Measure models (strings of `models.py`) on the tasks of a suite; results are appended to `out` task by task.
 
     A result that is there already, of the same model, data, settings and seed, is not measured again. Raises DataError listing
     all that is missing before anything is computed. A model that cannot be opened, and a task that fails for one model, whatever
     it raised, do not stop the others. A task that fails on every rank is recorded and skipped; one that fails on some ranks only
     ends the run, because the others would wait forever.
-    What an image costs at the sizes of the tasks is written down, too, but is not in the outcome.
+    With `costs`, what an image costs at the sizes of the tasks is written down, too, but is not in the outcome.
     """
     from .models import openers
 
@@ -71,7 +71,8 @@ def run_suite(suite: Suite, models: Sequence[str], context: Context, out: Path) 
         for name, task in suite.tasks.items() if opened else ():
             with _recorded(f"{name} of {opened.label}", outcome, context, out):
                 outcome.results += _measure(suite, name, task, opened, context, out)
-                _measure_cost(task, opened, context, out)
+                if costs:
+                    _measure_cost(task, opened, context, out)
     return outcome
 
 

@@ -108,7 +108,8 @@ def evaluate(
     results: list[Result] = []
     for name, task in asked.tasks.items():
         at = context_of(desk, resolution=times * task.size(context)) if times > 1 else context
-        outcome = run_suite(asked.only([name]), [model], at, desk.results)
+        costs = desk.data != TOY  # to time a toy takes longer than its task
+        outcome = run_suite(asked.only([name]), [model], at, desk.results, costs=costs)
         if outcome.failures:
             raise RadioDistillError("; ".join(outcome.failures))
         results += _of_all_seeds(outcome.results, desk)
