@@ -23,7 +23,7 @@ SETTINGS = {
     "vlms": "folder with a VLM for each of those",
     "preset": "of the suites (paper; on toy data smoke)",
     "limit": "at most this many items of every data set",
-    "steps": "training of toy upsamplers and students (60)",
+    "steps": "training of toy upsamplers and students (60); toy VLMs are trained for more or fewer steps in proportion",
     "seed": "of trainings and probes (0)",
     "quick": "true: everything as short as it can be, to see whether it runs",
 }

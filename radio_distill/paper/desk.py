@@ -208,6 +208,10 @@ class Desk:
             overrides += [f"data.sources.toy.images={parts / 'images'}", f"seed={self.seed}"]
             if self.quick:
                 overrides += ["optim.steps=1", "optim.warmup=1", "samples=2", "log.every=1"]
+            elif self.steps != TOY_STEPS:
+                usual = load(recipe, overrides, training=True).optim
+                steps = max(1, round(usual.steps * self.steps / TOY_STEPS))
+                overrides += [f"optim.steps={steps}", f"optim.warmup={min(usual.warmup, steps)}"]
             _train(recipe, overrides)
 
     def _short(self, run: Path, steps: int) -> list[str]:

@@ -133,6 +133,16 @@ def test_a_toy_upsampler_is_trained_when_it_is_missing(tmp_path: Path, capfd: py
     assert (tmp_path / "quick" / "upsamplers" / "toy_dino-featsharp-2x" / "checkpoints" / "latest").exists()
 
 
+def test_steps_shorten_toy_vlms_in_proportion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[list[str]] = []
+    monkeypatch.setattr("radio_distill.paper.desk._train", lambda recipe, overrides: asked.append(overrides))
+    monkeypatch.setattr(Desk, "student", lambda *_: tmp_path)
+    monkeypatch.setattr("radio_distill.vlm.toy.write_toy", lambda *_, **__: None)
+    Desk(tmp_path, steps=6).vlm("baseline")
+    steps = [dict(x.split("=", 1) for x in overrides)["optim.steps"] for overrides in asked]
+    assert steps == ["2", "60"]  # of 20 and 600
+
+
 def test_upsamplers_of_real_teachers_are_listed_with_their_commands(tmp_path: Path) -> None:
     with pytest.raises(RadioDistillError) as told:
         make("table13", Desk(tmp_path, teachers=("dfn_clip",)))
