@@ -12,7 +12,7 @@ from torch import Tensor
 from toy_scenes import ToyScenes
 
 from radio_distill.teachers.base import Teacher
-from radio_distill.teachers.toy import TextTower
+from radio_distill.teachers.text_tower import TextTower
 from radio_distill.toyworld import CLASSES, SEGMENT_NAMES
 from radio_distill.types import VisionOutput
 
@@ -51,7 +51,7 @@ def encode_all(teacher: Teacher, images_B3HW: Tensor, *, batch: int = 50) -> Vis
 def classify_zero_shot(summary_BC: Tensor, text: TextTower) -> Tensor:
     """The class (B) whose prompts lie nearest to each summary by cosine; the prompts of a class are averaged."""
     prompts = [p.format(c) for c in CLASSES for p in PROMPTS]
-    each = F.normalize(text.encode_text(prompts), dim=1).view(len(CLASSES), len(PROMPTS), -1)
+    each = F.normalize(text.encode(prompts), dim=1).view(len(CLASSES), len(PROMPTS), -1)
     return (F.normalize(summary_BC, dim=1) @ F.normalize(each.mean(1), dim=1).T).argmax(1)
 
 

@@ -31,6 +31,7 @@ from toy_scenes import ToyScenes
 
 from radio_distill.config.cards import TeacherCard
 from radio_distill.config.load import load_card
+from radio_distill.teachers import text_tower
 from radio_distill.teachers.base import Teacher
 from radio_distill.teachers.toy import TextTower, ToyViT, build, split_words
 from radio_distill.tensors import save_tensors
@@ -318,7 +319,7 @@ def main() -> None:
         data = masks() if card.output.summary is None else images()
         log.info("%s: %d scenes", name, len(data.images_B3HW))
         net, text = train(card, data, steps=int(STEPS[name] * options.effort))
-        numbers = measure(Teacher(card, net), text, test)
+        numbers = measure(Teacher(card, net), text and text_tower.TextTower("toy", {}, text, text.tokenize), test)
         torch.manual_seed(1)
         untrained = measure(Teacher(card, build(card, "random")), None, test)
         numbers |= {f"random_weights_{k}": v for k, v in untrained.items()}

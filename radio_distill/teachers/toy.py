@@ -28,7 +28,7 @@ from . import text_tower
 from .base import Weights
 from .pooling import map_pool
 
-__all__ = ["TextTower", "ToyViT", "build", "load_text_tower"]
+__all__ = ["TextTower", "ToyViT", "build", "text_tower_of"]
 
 MAX_WORDS = 40
 STEM = 16
@@ -249,11 +249,6 @@ class TextTower(nn.Module):
         weight = known.unsqueeze(-1).to(x.dtype)
         return self.project((self.norm(x) * weight).sum(1) / weight.sum(1))
 
-    @torch.no_grad()
-    def encode_text(self, texts: list[str]) -> Tensor:
-        """Embed texts: (n, D) fp32, not normalised, on the tower's device."""
-        return self(self.tokenize(texts).to(self.position.device)).float()
-
 
 def split_words(text: str) -> list[str]:
     """The lower-case words of a text, without punctuation."""
@@ -274,23 +269,15 @@ def build(card: TeacherCard, weights: Weights) -> nn.Module:
     return net.eval().requires_grad_(False)
 
 
-def load_text_tower(card: TeacherCard) -> TextTower:
-    """The text tower that belongs to a toy teacher's summary; frozen. Raises TeacherError when it has none."""
-    if card.text is None:
-        raise TeacherError(f"teacher {card.name!r} has no text tower; expected a card with `text:`, such as toy_clip")
+def text_tower_of(card: TeacherCard) -> text_tower.TextTower:
+    """The text tower beside a toy teacher, frozen. Raises TeacherError when the file is missing."""
     with safe_open(_weights_path(card), "pt") as file:
         vocabulary = tuple(file.metadata()["vocabulary"].split())
         width = file.get_slice("text.embed.weight").get_shape()[1]
         out = file.get_slice("text.project.weight").get_shape()[0]
-    tower = TextTower(vocabulary, width=width, out=out)
-    _load(tower, card, "text.")
-    return tower.eval().requires_grad_(False)
-
-
-def from_card(card: TeacherCard) -> text_tower.TextTower:
-    """The text tower beside a toy teacher, as `load_text_tower` of text.py wants it. Raises TeacherError when the file is missing."""
-    net = load_text_tower(card)
-    config = {"vocabulary": list(net.vocabulary), "width": net.embed.embedding_dim, "out": net.project.out_features}
+    net = TextTower(vocabulary, width=width, out=out)
+    _load(net, card, "text.")
+    config = {"vocabulary": list(vocabulary), "width": width, "out": out}
     return text_tower.TextTower("toy", config, net, net.tokenize)
 
 

@@ -9,7 +9,7 @@ from PIL import Image
 
 from radio_distill.errors import DataError
 from radio_distill.eval.datasets import open_dataset
-from radio_distill.eval.datasets.borders import borders
+from radio_distill.eval.datasets.multitask import borders
 from radio_distill.eval.datasets.pascal_context import PART_OF, WITH_NORMALS
 
 HEIGHT, WIDTH = 6, 8

@@ -16,8 +16,7 @@ from radio_distill.eval.datasets.toy_views import ToyKeypointPairs, ToyPairs, To
 from radio_distill.eval.encode import Fit
 from radio_distill.eval.features import FeatureCache
 from radio_distill.eval.models import NamedModel, open_model
-from radio_distill.eval.probes.dpt import DepthProbe, Dpt, LinearHead, NormalsProbe
-from radio_distill.eval.probes.surfaces import SurfaceItem
+from radio_distill.eval.probes.surfaces import DepthProbe, Dpt, LinearHead, NormalsProbe, SurfaceItem
 from radio_distill.eval.suites import load_suite
 from radio_distill.eval.task import Context
 from radio_distill.eval.tasks import surfaces

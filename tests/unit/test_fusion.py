@@ -5,9 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from radio_distill.config.upsampler import Network
-from radio_distill.upsamplers.fusion import build_mixer, head_width, slopes
+from radio_distill.upsamplers.fusion import Rotary, build_mixer, head_width, slopes
 from radio_distill.upsamplers.published import published_mixer
-from radio_distill.upsamplers.rotary import Rotary
 
 C, G = 16, 48
 

@@ -23,10 +23,9 @@ from transformers import (
 from radio_distill.config.cards import TeacherCard
 from radio_distill.config.load import load_card
 from radio_distill.errors import CardError, TeacherError
-from radio_distill.teachers import text_open_clip
-from radio_distill.teachers.text import load_text_tower, open_text_tower
+from radio_distill.teachers.text import load_text_tower, open_text_tower, tower_config
 from radio_distill.teachers.text_tower import build, canonicalize
-from radio_distill.teachers.toy import load_text_tower as load_toy
+from radio_distill.teachers.toy import text_tower_of
 
 TEXTS = ["a photo of a red fox", "two_ships, at Sea!", "a"]
 WORDS = ["<pad>", "<eos>", "<unk>", "a", "photo", "of", "red", "fox", "two", "ships", "at", "sea"]
@@ -171,7 +170,8 @@ def test_a_model_of_transformers_embeds_as_the_library(kind: str, tmp_path: Path
 @torch.no_grad()
 def test_a_toy_teacher_embeds_as_in_its_training(tmp_path: Path) -> None:
     toy = load_card("toy_clip")
-    want = load_toy(toy).encode_text(TEXTS)
+    made = text_tower_of(toy).net
+    want = made(made.tokenize(TEXTS))
     same(load_text_tower(toy).encode(TEXTS), want)
     comes_back(toy, tmp_path, want)
 
@@ -190,7 +190,7 @@ def test_texts_in_chunks_give_the_same(clip: tuple) -> None:
 @pytest.mark.parametrize("name", ["dfn_clip", "siglip", "siglip2_g", "siglip2_so400m"])
 def test_the_true_architecture_is_as_wide_as_the_summary(name: str) -> None:
     real = load_card(name)
-    config = text_open_clip.tower_config(real)
+    config = tower_config(real)
     with torch.device("meta"):
         tokens = torch.zeros(2, config["text_cfg"]["context_length"], dtype=torch.long)
         assert build("open_clip", config).eval()(tokens).shape == (2, real.output.summary)

@@ -10,7 +10,7 @@ from conftest import REPO
 from made_upsampler import make
 
 from radio_distill.config.load import list_recipes, load_recipe, load_upsampler_recipe
-from radio_distill.config.presets import PRESETS, Preset
+from radio_distill.config.upsampler_recipe import PRESETS, Preset
 from radio_distill.eval.fidelity import METRICS
 
 PAGE = (REPO / "docs" / "upsamplers.md").read_text()

@@ -127,7 +127,7 @@ READERS: dict[str, str] = {
 """By the name that suite cards use."""
 
 TOY_READERS: dict[str, str] = {
-    "multitask": "toy_multitask:ToyMultitask",
+    "multitask": "multitask:ToyMultitask",
     "segmentation": "segmentation:ToySegmentation",
     "instances": "instances:ToyInstances",
     "labelled": "toy:ToyLabelled",

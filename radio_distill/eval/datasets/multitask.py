@@ -1,4 +1,4 @@
-"""Base of the data sets with several dense annotations per image: PascalContext, NYUDv2 and generated scenes.
+"""The data sets with several dense annotations per image: the base of PascalContext and NYUDv2, and generated scenes.
 
 Shapes: H W pixels.
 """
@@ -12,13 +12,16 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ...errors import DataError
+from ...toyworld import PART_NAMES, SEGMENT_NAMES, ToySample
 from .base import Dataset, missing, not_read, notes_of
 from .pixels import check_size
+from .toy import ToyDataset, toy_image
 
-__all__ = ["FILL", "Multitask", "MultitaskFolder", "MultitaskSample", "plane", "vectors"]
+__all__ = ["FILL", "Multitask", "MultitaskFolder", "MultitaskSample", "ToyMultitask", "borders", "plane", "vectors"]
 
 FILL: dict[str, int] = {"semseg": 255, "parsing": 255, "saliency": 255, "normals": 0, "depth": 0, "edge": 255}
 """Every kind of annotation, and what its pixels hold where nothing is annotated."""
@@ -112,3 +115,59 @@ def plane(values_HW: np.ndarray) -> Tensor:
 def vectors(values_HW3: np.ndarray) -> Tensor:
     """Three numbers per pixel as float32 (3, H, W)."""
     return torch.from_numpy(np.ascontiguousarray(values_HW3, dtype=np.float32)).permute(2, 0, 1).contiguous()
+
+
+class ToyMultitask(ToyDataset[MultitaskSample], Multitask):
+    """Generated scenes stand in for PascalContext and NYUDv2. Normals are the camera's (x right); the sky has neither normals nor a
+    depth. Edges are the borders of objects."""
+
+    classes = SEGMENT_NAMES
+    outputs = {"semseg": len(SEGMENT_NAMES), "parsing": len(PART_NAMES), "saliency": 2, "normals": 3, "depth": 1, "edge": 1}
+
+    def sample(self, scene: ToySample) -> MultitaskSample:
+        targets = {
+            "semseg": plane(scene.segmentation_HW),
+            "parsing": plane(scene.parts_HW),
+            "saliency": plane(scene.saliency_HW),
+            "normals": vectors(scene.normals_HW3),
+            "depth": torch.from_numpy(scene.depth_HW)[None],
+            "edge": plane(borders(scene.instances_HW)),
+        }
+        return MultitaskSample(toy_image(scene), targets)
+
+
+RING = ((0, 1), (-1, 1), (-1, 0), (-1, -1), (0, -1), (1, -1), (1, 0), (1, 1))
+"""Offsets (down, right) of the eight neighbours, from the right one counter-clockwise."""
+
+
+def borders(ids_HW: NDArray[np.generic]) -> NDArray[np.uint8]:
+    """1 on the borders between ids, thinned to one pixel; else 0: the edge labels of PascalContext's harness.
+
+    Its rule: where the 4-neighbour Laplacian of the ids is not zero. It may cancel where three ids meet.
+    """
+    ids = np.pad(ids_HW.astype(np.int64), 1, mode="reflect")
+    laplacian = ids[:-2, 1:-1] + ids[2:, 1:-1] + ids[1:-1, :-2] + ids[1:-1, 2:] - 4 * ids[1:-1, 1:-1]
+    return thin(laplacian != 0).astype(np.uint8)
+
+
+def thin(mask_HW: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Peel a mask to lines of one pixel without breaking it: the parallel algorithm A1 of Guo and Hall (1989)."""
+    mask = np.pad(mask_HW, 1)
+    while True:
+        before = mask.sum()
+        for half in (0, 4):  # the second half step looks from the opposite side
+            mask[1:-1, 1:-1] &= ~_removable(mask, half)
+        if mask.sum() == before:
+            return mask[1:-1, 1:-1]
+
+
+def _removable(mask: NDArray[np.bool_], half: int) -> NDArray[np.bool_]:
+    """Pixels whose ring of neighbours x1..x8 meets the three conditions of a half step."""
+    height, width = mask.shape
+    x = [mask[1 + down : height - 1 + down, 1 + right : width - 1 + right] for down, right in RING]
+    crossings = sum((~x[i] & (x[i + 1] | x[(i + 2) % 8])).astype(np.uint8) for i in (0, 2, 4, 6))
+    pairs = sum((x[i] | x[i + 1]).astype(np.uint8) for i in (0, 2, 4, 6))
+    shifted = sum((x[i + 1] | x[(i + 2) % 8]).astype(np.uint8) for i in (0, 2, 4, 6))
+    neighbours = np.minimum(pairs, shifted)
+    a, b, c, d = (x[(i + half) % 8] for i in (1, 2, 7, 0))
+    return (crossings == 1) & (neighbours >= 2) & (neighbours <= 3) & ~((a | b | ~c) & d)

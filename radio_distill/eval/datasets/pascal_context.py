@@ -14,8 +14,7 @@ from ...errors import DataError
 from ...loaders import import_extra
 from ..metrics.checks import known_labels
 from ..metrics.segmentation import IGNORE
-from .borders import borders
-from .multitask import MultitaskFolder, MultitaskSample, plane, vectors
+from .multitask import MultitaskFolder, MultitaskSample, borders, plane, vectors
 from .pixels import read_labels, read_normals, read_rgb
 from .segmentation import VOC_CLASSES
 

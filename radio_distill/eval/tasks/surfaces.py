@@ -27,10 +27,9 @@ from ..metrics.schedules import probe3d_factor
 from ..metrics.surfaces import DepthMeter, NormalsMeter, angular_loss, depth_loss
 from ..models import NamedModel
 from ..probes.batches import each_item, training_batches
-from ..probes.dpt import DepthProbe, Dpt, LinearHead, NormalsProbe, Version
 from ..probes.fit import fit
 from ..probes.frozen import frozen_map
-from ..probes.surfaces import Jitter, Surface, SurfaceItem, SurfacePictures
+from ..probes.surfaces import DepthProbe, Dpt, Jitter, LinearHead, NormalsProbe, Surface, SurfaceItem, SurfacePictures, Version
 from ..sizes import factor_of
 from ..task import Context, Score, Task
 
