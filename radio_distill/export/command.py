@@ -21,13 +21,11 @@ from ..teachers.text_tower import TextTower
 from .card import model_card
 from .checks import check, notes, reads_natively
 from .facts import PROVENANCE
-from .folder import write_folder
+from .folder import check_repository, push, write_folder
 from .hf import preferred_size, preprocessor_config, write_hf
 from .onnx import ONNX_DTYPES, Errors, write_onnx, write_web
-from .push import check_repository, push
 from .radio import write_radio
-from .source import Source, open_source
-from .towers import TOWERS, load_towers
+from .source import TOWERS, Source, load_towers, open_source
 
 __all__ = ["FORMATS", "export", "main"]
 

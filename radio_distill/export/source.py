@@ -1,21 +1,30 @@
-"""What is exported: a student, and the facts about the run that it comes from."""
+"""What is exported: a student, the facts about the run that it comes from, and text encoders beside the adaptors that have one, so that
+zero-shot works from the export alone."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ..config.load import load_job
+from ..config.load import load_card, load_job
 from ..config.vlm_recipe import FromParts, VlmRecipe
-from ..errors import CheckpointError
+from ..errors import CardError, CheckpointError
 from ..network.student import Student
 from ..paths import expand
 from ..student.load import load_student
 from ..student.plain import choose_adaptors, without_layer_scale
-from .facts import Facts, facts_of_export, facts_of_run
+from ..teachers.text import load_text_tower, open_text_tower
+from ..teachers.text_tower import TextTower
+from .facts import Facts, Origin, facts_of_export, facts_of_run
 
-__all__ = ["Source", "open_source"]
+__all__ = ["Source", "TOWERS", "load_towers", "open_source"]
+
+TOWERS = "text_towers"
+"""Folder of an export that holds one folder per adaptor."""
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -77,3 +86,37 @@ def _check_balancers(student: Student, checkpoint: Path) -> None:
                 f"{checkpoint} has no balancer of {adaptor.name!r}: its adaptor predicts balanced features, which nobody can turn "
                 "back; export another checkpoint, or leave this adaptor out (adaptors=none, or the names of others)"
             )
+
+
+def load_towers(source: Source, path: Path) -> dict[str, TextTower]:
+    """The text tower of every adaptor whose teacher has one, by the adaptor's name.
+
+    They come from the export at `path` where that has them, else from the teachers' cards as they are here now. Raises
+    CheckpointError when there is none at all, TeacherError when the weights of one are not there.
+    """
+    towers = {}
+    for adaptor in source.student.arch.adaptors:
+        beside, origin = path / TOWERS / adaptor.name, source.facts.teachers.get(adaptor.name)
+        if beside.is_dir():
+            towers[adaptor.name] = open_text_tower(beside)
+        elif origin is not None and origin.text is not None:
+            towers[adaptor.name] = _from_card(adaptor.name, origin)
+    if not towers:
+        names = ", ".join(a.name for a in source.student.arch.adaptors) or "none"
+        raise CheckpointError(
+            f"--text-towers: no adaptor of this export (adaptors: {names}) is known to have a text tower; export from the run, "
+            "with an adaptor whose teacher's card has `text:`, or leave --text-towers out"
+        )
+    return towers
+
+
+def _from_card(name: str, origin: Origin) -> TextTower:
+    try:
+        card = load_card(origin.card)
+    except CardError as error:
+        raise CheckpointError(
+            f"the text tower of {name!r} needs its teacher's card {origin.card!r}, which is not here; "
+            "put it back, or export without --text-towers"
+        ) from error
+    log.info("text tower of %s: %s", name, origin.text and origin.text["model"])
+    return load_text_tower(card)

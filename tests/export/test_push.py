@@ -12,8 +12,7 @@ from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, Offl
 from radio_distill.cli import main
 from radio_distill.errors import CheckpointError
 from radio_distill.export.command import export
-from radio_distill.export.folder import faults, write_folder
-from radio_distill.export.push import push
+from radio_distill.export.folder import faults, push, write_folder
 from radio_distill.files import UNFINISHED
 
 

@@ -4,7 +4,7 @@ import pytest
 from metric_goldens import each
 
 from radio_distill.eval import vlm, vlm_toy
-from radio_distill.eval.metrics import schedules
+from radio_distill.eval.probes import fit
 
 
 @each("vlm_scoring")
@@ -26,12 +26,12 @@ def test_schedules_equal_the_recipes(golden):
     probe3d, mlore, mmseg = facts["probe3d"], facts["mlore"], facts["radio_mmseg"]
     produced = {
         "probe3d_factor": [
-            schedules.probe3d_factor(s, warmup=probe3d["warmup_step"], total=probe3d["max_step"], floor=probe3d["min_factor"])
+            fit.probe3d_factor(s, warmup=probe3d["warmup_step"], total=probe3d["max_step"], floor=probe3d["min_factor"])
             for s in probe3d["steps"]
         ],
-        "mlore_factor": [schedules.mlore_factor(s, total=mlore["max_iter"]) for s in mlore["steps"]],
+        "mlore_factor": [fit.mlore_factor(s, total=mlore["max_iter"]) for s in mlore["steps"]],
         "radio_mmseg_lr": [
-            mmseg["base_lr"] * schedules.mmseg_factor(s, warmup=mmseg["warmup"], total=mmseg["total"]) for s in mmseg["steps"]
+            mmseg["base_lr"] * fit.mmseg_factor(s, warmup=mmseg["warmup"], total=mmseg["total"]) for s in mmseg["steps"]
         ],
     }
     for name, values in expected.items():

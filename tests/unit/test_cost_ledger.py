@@ -13,8 +13,7 @@ from radio_distill.config.recipe import Recipe
 from radio_distill.config.sizes import at_step
 from radio_distill.distill.training import known_rate
 from radio_distill.errors import RecipeError
-from radio_distill.eval.costs import flop_before
-from radio_distill.eval.report import write_report
+from radio_distill.eval.report import flop_before, write_report
 from radio_distill.plan.budget import rate_of
 from radio_distill.plan.cost import partition_cost
 from radio_distill.plan.ledger import Ledger, Spent

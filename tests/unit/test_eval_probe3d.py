@@ -12,7 +12,7 @@ from radio_distill.errors import DataError
 from radio_distill.eval.blocks import _indices, with_blocks
 from radio_distill.eval.datasets.base import Subset
 from radio_distill.eval.datasets.object_views import KeypointPair, KeypointPairs, ObjectView, Sized, SquareImage, ViewPair
-from radio_distill.eval.datasets.toy_views import ToyKeypointPairs, ToyPairs, ToySquares, ToyViews
+from radio_distill.eval.datasets.toy import ToyKeypointPairs, ToyPairs, ToySquares, ToyViews
 from radio_distill.eval.encode import Fit
 from radio_distill.eval.features import FeatureCache
 from radio_distill.eval.models import NamedModel, open_model

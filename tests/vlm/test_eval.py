@@ -12,8 +12,7 @@ from radio_distill.eval.vlm import BENCHMARKS, evaluate
 from radio_distill.eval.vlm_lmms import VERSION, Benchmark, require_lmms, run_lmms
 from radio_distill.eval.vlm_toy import QUESTIONS, exact_match, held_out
 from radio_distill.vlm.model import Vlm, save_vlm
-from radio_distill.vlm.toy import COPIES
-from radio_distill.vlm.toy_questions import KINDS
+from radio_distill.vlm.toy import COPIES, KINDS
 
 
 def has_lmms() -> bool:

@@ -24,7 +24,7 @@ from radio_distill.vlm.lora import LoraLinear, add_lora, merge_lora
 from radio_distill.vlm.model import Vlm, build_vlm
 from radio_distill.vlm.prompt import IGNORE, LITERAL_IMAGE, Encoded, Turn, encode
 from radio_distill.vlm.tower import Pictures
-from radio_distill.vlm.toy_questions import KINDS, TRAIN_SEED, ask, converse
+from radio_distill.vlm.toy import KINDS, TRAIN_SEED, ask, converse
 
 TURNS = (Turn("user", "is there a tree?"), Turn("assistant", "yes"), Turn("user", "how many?"), Turn("assistant", "two"))
 

@@ -132,9 +132,9 @@ TOY_READERS: dict[str, str] = {
     "instances": "instances:ToyInstances",
     "labelled": "toy:ToyLabelled",
     "captioned": "captions:ToyCaptioned",
-    "views": "toy_views:ToyViews",
-    "view_pairs": "toy_views:ToyPairs",
-    "keypoint_pairs": "toy_views:ToyKeypointPairs",
+    "views": "toy:ToyViews",
+    "view_pairs": "toy:ToyPairs",
+    "keypoint_pairs": "toy:ToyKeypointPairs",
 }
 """By the kind of sample: generated scenes that stand in for every data set of that kind."""
 """Which reader reads which data set: `module:Class` in this package, called with (root, split); toy readers with (split)."""

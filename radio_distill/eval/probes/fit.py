@@ -1,4 +1,4 @@
-"""The loop that trains probes, on one rank or several."""
+"""The loop that trains probes, on one rank or several, and the learning-rate factors of the three probe recipes by the step."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ...errors import TrainingError
 from ...tensors import all_reduce
 from ..progress import KEEPS_NOTHING, Progress
 
-__all__ = ["fit"]
+__all__ = ["fit", "mlore_factor", "mmseg_factor", "probe3d_factor"]
 
 T = TypeVar("T")
 
@@ -85,3 +85,25 @@ def _finite_mean(losses: Iterable[Tensor], ranks: int, step: int) -> float:
             f"the probe's loss is {mean.item()} after {step} steps; lower its learning rate, or look for features that are not finite"
         )
     return mean.item()
+
+
+def probe3d_factor(step: int, *, warmup: int, total: int, floor: float = 0.01) -> float:
+    """Probe3D: linear from `floor` to 1 over `warmup` steps, then a quarter cosine back to `floor` at `total`."""
+    if step < warmup:
+        return floor + (1 - floor) * step / warmup
+    return floor + (1 - floor) * math.cos(math.pi / 2 * min(1.0, (step - warmup) / (total - warmup)))
+
+
+def mlore_factor(step: int, *, total: int, power: float = 0.9) -> float:
+    """MLoRE: polynomial decay from 1 to 0 at `total`."""
+    return max(0.0, 1 - step / total) ** power
+
+
+def mmseg_factor(step: int, *, warmup: int = 1500, total: int = 80_000, start: float = 1e-6) -> float:
+    """RADIO's linear segmentation recipe: linear from `start` to 1, then linear to 0.
+
+    mmengine counts the last step of a span as its end: warm-up is over at `warmup` - 1, the rate is 0 at `total` - 1.
+    """
+    if step < warmup:
+        return start + (1 - start) * min(1.0, step / max(1, warmup - 1))
+    return max(0.0, 1 - (step - warmup) / max(1, total - warmup - 1))

@@ -20,10 +20,9 @@ from ...types import VisionModel
 from ..datasets.base import Dataset, Subset, open_dataset
 from ..datasets.multitask import FILL, Multitask, MultitaskSample
 from ..metrics.mlore import DepthMeter, EdgeMeter, NormalsMeter, SaliencyMeter, SemsegMeter
-from ..metrics.schedules import mlore_factor
 from ..models import NamedModel
 from ..probes.batches import each_item, training_batches
-from ..probes.fit import fit
+from ..probes.fit import fit, mlore_factor
 from ..probes.frozen import frozen_map
 from ..probes.multitask import MultitaskAugment, MultitaskHeads, losses, pad
 from ..probes.pictures import MultitaskPictures

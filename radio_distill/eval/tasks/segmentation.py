@@ -16,12 +16,11 @@ from ...align import resize_map
 from ...config.numbers import Count, Positive, Rate, Scale, Share, Side
 from ..datasets.base import Dataset, open_dataset
 from ..datasets.segmentation import SegmentationSample
-from ..metrics.schedules import mmseg_factor
 from ..metrics.segmentation import Confusion
 from ..models import NamedModel
 from ..probes.augment import SegmentationAugment, resize_rgb
 from ..probes.batches import each_item, training_batches
-from ..probes.fit import fit
+from ..probes.fit import fit, mmseg_factor
 from ..probes.frozen import frozen_map, only_size, pad_to_model, padded_size
 from ..probes.linear_segmentation import resize_logits, segmentation_head, segmentation_loss
 from ..probes.pictures import Pictures

@@ -23,11 +23,10 @@ from ..datasets import open_dataset
 from ..datasets.base import Dataset
 from ..datasets.object_views import ObjectView, Sized, finer
 from ..encode import Fit, Resize
-from ..metrics.schedules import probe3d_factor
 from ..metrics.surfaces import DepthMeter, NormalsMeter, angular_loss, depth_loss
 from ..models import NamedModel
 from ..probes.batches import each_item, training_batches
-from ..probes.fit import fit
+from ..probes.fit import fit, probe3d_factor
 from ..probes.frozen import frozen_map
 from ..probes.surfaces import DepthProbe, Dpt, Jitter, LinearHead, NormalsProbe, Surface, SurfaceItem, SurfacePictures, Version
 from ..sizes import factor_of
