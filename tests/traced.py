@@ -7,6 +7,7 @@ kernel, which reads what comes from outside of it and writes what others need. I
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-__all__ = ["Count", "Trace", "fused_attention"]
+__all__ = ["Count", "Memory", "Trace", "fused_attention"]
 
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "_scaled_mm", "convolution", "convolution_backward")
 ATTENTION = "_scaled_dot_product_"
@@ -110,6 +111,28 @@ class Trace(TorchDispatchMode):
         reads = {part: size for k in inside for part, size in k.reads.items() if part[0] not in made}
         writes = {part: size for k in inside for part, size in k.writes.items() if part[0] in wanted}
         return sum(reads.values()) + sum(writes.values())
+
+
+class Memory(TorchDispatchMode):
+    """Bytes of the tensors that are alive on the GPU, of those made within its block, and the most that there were at a time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._seen: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for x in tree_leaves(out):
+            if isinstance(x, Tensor) and x.device.type == "cuda" and (storage := x.untyped_storage()) not in self._seen:
+                self._seen.add(storage)
+                self._add(storage.nbytes())
+                weakref.finalize(storage, self._add, -storage.nbytes())
+        return out
+
+    def _add(self, size: int) -> None:
+        self.live += size
+        self.peak = max(self.peak, self.live)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from conftest import REPO
 from fake_cuda import CUDA, Watch, _backward
 from pretended_steps import pretended_gpu
 from torch import nn
-from traced import Trace, fused_attention
+from traced import Memory, Trace, fused_attention
 
 from radio_distill.compiling import blocks_of
 from radio_distill.config.load import load_card, load_recipe
@@ -19,6 +19,7 @@ from radio_distill.distill.loop import prepare, train_step
 from radio_distill.errors import TrainingError
 from radio_distill.network.vit import Trunk
 from radio_distill.plan.kernels import SPECTRAL_BYTES, WEIGHT_BYTES, student_blocks, teacher_blocks
+from radio_distill.plan.memory import partition_bytes, work_bytes
 from radio_distill.student.names import student_of
 from radio_distill.student.spectral import apply_spectral
 from radio_distill.teachers.arch import Arch
@@ -172,3 +173,19 @@ def test_plan_counts_kernels_and_bytes_of_the_student_as_a_trace_does(gpu, spect
         # to join them says nothing of a norm of a whole weight, for which it must be read before it is scaled
         assert planned.kernels == pytest.approx(found.kernels, rel=0.03, abs=12 if spectral else 0), compiled
         assert moved == pytest.approx(found.bytes, rel=0.2 if spectral else 0.05), compiled
+
+
+def test_plan_knows_the_memory_that_a_forward_pass_takes(gpu):
+    training, batches = gpu.stage("stage3_featsharp")
+    recipe, service = training.recipe, training.service
+    prepare(training, 0, batches)
+    for batch in batches:
+        cell = recipe.partitions[batch.partition]
+        with fused_attention(), Memory() as memory:
+            targets = service.targets(batch, service.encode(batch))
+            losses = training.task(batch, targets, training.counts([batch])[batch.partition])
+        planned = partition_bytes(recipe, cell, service.cards, student_of(recipe), len(batch))
+        work = work_bytes(recipe, cell, service.cards, len(batch))
+        assert planned == pytest.approx(memory.live, rel=0.12), batch.partition
+        assert 0.7 * (planned + work) < memory.peak < planned + work, batch.partition
+        del losses, targets
