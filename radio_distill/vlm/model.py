@@ -149,7 +149,14 @@ def build_vlm(parts: FromParts) -> Vlm:
 
 def tower_student(parts: FromParts) -> Student:
     """The student as a tower has it: without adaptors, and for images alone."""
-    return choose_video(choose_adaptors(load_student(expand(parts.student)), []), 1)
+    student = load_student(expand(parts.student))
+    if student.arch.trunk.video_frames > 1:
+        log.warning(
+            "%s projects patches of %d frames of a video, too: a tower reads images alone and leaves that out",
+            parts.student,
+            student.arch.trunk.video_frames,
+        )
+    return choose_video(choose_adaptors(student, []), 1)
 
 
 def tower_config(parts: FromParts, arch: StudentArch) -> StudentTowerConfig:

@@ -8,10 +8,12 @@ from made_run import close, pictures
 from transformers import AutoModel
 
 from radio_distill import load_student
+from radio_distill.config.vlm_recipe import FromParts
 from radio_distill.errors import CheckpointError
 from radio_distill.export.command import export, main
 from radio_distill.network.student import Student
 from radio_distill.student.plain import choose_video
+from radio_distill.vlm.model import tower_student
 
 FIRST, SECOND = pictures((16, 32)), pictures((16, 32)).flip(-1)
 PAIR = torch.cat([FIRST, SECOND], dim=1)
@@ -61,6 +63,9 @@ def test_other_readers_take_images_alone(
     close(radio.encode(FIRST).summary_BC, student.encode(FIRST).summary_BC)
     assert main(str(folder), "hf", str(tmp_path / "plain"), {"video": "1"}) == 0
     assert load_student(tmp_path / "plain").arch.trunk.video_frames == 1
+    tower = tower_student(FromParts(kind="parts", student=str(folder)))
+    assert "patches of 2 frames of a video, too: a tower reads images alone" in caplog.text
+    assert tower.arch.trunk.video_frames == 1
 
 
 def test_what_cannot_be_is_refused_in_words(folder: Path, student: Student, tmp_path: Path) -> None:
