@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from .plan.scale import Cluster
     from .types import Finding
 
-__all__ = ["KINDS", "Kind", "examine", "main", "plan", "refuse_if_missing", "train"]
+__all__ = ["examine", "main", "plan", "refuse_if_missing", "train"]
 
 
 @dataclass(frozen=True)

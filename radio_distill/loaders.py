@@ -22,7 +22,7 @@ from typing import Any
 
 from .errors import RadioDistillError
 
-__all__ = ["FORM", "check_call", "import_extra", "import_named", "is_named", "is_ours", "look_here"]
+__all__ = ["check_call", "import_extra", "import_named", "is_named", "is_ours", "look_here"]
 
 FORM = r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*"
 """What `package.module:name` looks like, as a regular expression."""

@@ -19,7 +19,7 @@ from .paths import expand
 if TYPE_CHECKING:
     from .config.recipe import Job
 
-__all__ = ["Meta", "artifact_folder", "artifact_of", "latest", "latest_of_all", "pointed", "read_meta", "run_path"]
+__all__ = ["Meta", "artifact_folder", "artifact_of", "latest", "latest_of_all", "read_meta", "run_path"]
 
 log = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from ..errors import RecipeError
 from .cards import TeacherCard
 from .recipe import Partition
 
-__all__ = ["Mosaic", "images_per_mosaic", "mosaic_of"]
+__all__ = ["images_per_mosaic", "mosaic_of"]
 
 
 class Mosaic(NamedTuple):

@@ -19,7 +19,6 @@ __all__ = [
     "Free",
     "HIGHEST_FACTOR",
     "Mean",
-    "NOT_A_BOOL",
     "Positive",
     "Rate",
     "Real",

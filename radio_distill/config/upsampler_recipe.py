@@ -22,16 +22,7 @@ from .numbers import Count, Decay, Positive, Rate, Scale, Side, Weight
 from .recipe import Balance, Ema, ImageJob, Optim, Partition, Recipe
 from .upsampler import ANY, FUSION_ONLY, Network, check_network, sees_tiles
 
-__all__ = [
-    "AnyRecipe",
-    "Downsampler",
-    "ONE",
-    "Preset",
-    "UpsampledTeacher",
-    "UpsamplerRecipe",
-    "VIEWS",
-    "check_upsampler",
-]
+__all__ = ["AnyRecipe", "Downsampler", "ONE", "Preset", "UpsamplerRecipe", "VIEWS", "check_upsampler"]
 
 VIEWS = "views"
 """Name of the one partition of an upsampler's training."""

@@ -17,7 +17,7 @@ from .engine_checks import engine_problems
 from .numbers import Count, Positive, Rate, Scale, Share, Side, Weight
 from .recipe import Job, Log, Optim
 
-__all__ = ["FromParts", "FromVlm", "Patches", "VlmRecipe", "VlmSource", "check_vlm"]
+__all__ = ["FromParts", "Patches", "VlmRecipe", "VlmSource", "check_vlm"]
 
 
 class Patches(Fields):

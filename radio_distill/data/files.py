@@ -21,7 +21,6 @@ __all__ = [
     "IMAGE_SUFFIXES",
     "INDEX",
     "TWICE",
-    "Found",
     "LeftOut",
     "Walk",
     "is_hidden",

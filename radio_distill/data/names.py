@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from .files import IMAGE_SUFFIXES
 
-__all__ = ["Name", "is_image_suffix", "name_of"]
+__all__ = ["is_image_suffix", "name_of"]
 
 _HIDDEN = re.compile(r"(^|/)(\.[^./][^/]*|__MACOSX|__[^/]*__)/")
 """Members in hidden folders, in what macOS adds, and in what WebDataset takes for notes about the shard (`__NAME__/`)."""

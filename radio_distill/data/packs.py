@@ -30,7 +30,7 @@ from .seeding import stable_hash
 from .stream import Bad, Sample, Stream, attempt
 from .views import HIGH_RESOLUTION, WHOLE_4, Cut, Pool, ViewSpec, cut_out, joined, resize_into
 
-__all__ = ["Filler", "Look", "PackCanvas", "PackCutter", "Packed", "packed_views"]
+__all__ = ["Filler", "PackCanvas", "PackCutter", "packed_views"]
 
 
 class PackCanvas(NamedTuple):

@@ -46,15 +46,7 @@ from .fp8 import check_fp8
 from .remote import RemoteTeachers
 from .targets import Encoder, TeacherService, name_non_finite, view_specs, views_at
 
-__all__ = [
-    "TeacherSide",
-    "assignment_of",
-    "build_start",
-    "build_teacher_side",
-    "build_teachers",
-    "compiled_bank",
-    "view_specs_of",
-]
+__all__ = ["TeacherSide", "build_start", "build_teacher_side", "build_teachers", "compiled_bank", "view_specs_of"]
 
 log = logging.getLogger(__name__)
 

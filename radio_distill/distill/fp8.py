@@ -26,7 +26,7 @@ from ..types import Batch, VisionOutput
 from .bank import TeacherBank
 from .targets import in_own_units
 
-__all__ = ["IMAGES", "LIMIT", "Difference", "check_fp8"]
+__all__ = ["Difference", "check_fp8"]
 
 log = logging.getLogger(__name__)
 

@@ -25,7 +25,7 @@ from ..train.placement import share_teachers
 from ..types import Batch, View, VisionOutput
 from .bank import spaces_of
 
-__all__ = ["RemoteTeachers", "pack_request", "pack_reply", "unpack_request"]
+__all__ = ["RemoteTeachers", "pack_reply", "unpack_request"]
 
 Outputs = dict[str, VisionOutput]
 

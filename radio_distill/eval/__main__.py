@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from .suites import Suite
     from .task import Context
 
-__all__ = ["main", "table", "append", "read"]
+__all__ = ["main", "append", "read"]
 
 log = logging.getLogger(__name__)
 

@@ -24,7 +24,7 @@ from ..teachers.toy import ToyViT
 from ..types import VisionModel, VisionOutput
 from .models import NamedModel
 
-__all__ = ["Blocks", "with_blocks"]
+__all__ = ["with_blocks"]
 
 NUM = 4
 """Blocks that are read."""

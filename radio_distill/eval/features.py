@@ -30,7 +30,7 @@ from ..files import digest_of
 from ..types import VisionOutput
 from .feature_files import Array, Features, Shards, hold, write_file
 
-__all__ = ["ALONE", "FeatureCache", "FeatureKey", "Produce", "Ranks"]
+__all__ = ["ALONE", "FeatureCache", "FeatureKey", "Ranks"]
 
 log = logging.getLogger(__name__)
 

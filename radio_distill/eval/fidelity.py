@@ -41,7 +41,7 @@ from ..upsamplers.metrics import Fidelity, masked_error, overtiling, total_varia
 from ..upsamplers.mmd import map_mmd
 from ..upsamplers.sharpener import Sharp, Sharpener
 
-__all__ = ["FidelityProtocol", "Measured", "left_to_measure", "measure", "measured_of", "to_results", "upsampler_id"]
+__all__ = ["FidelityProtocol", "Measured", "left_to_measure", "measure", "measured_of", "to_results"]
 
 log = logging.getLogger(__name__)
 

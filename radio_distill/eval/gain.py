@@ -16,7 +16,7 @@ from typing import NamedTuple
 from ..errors import DataError
 from .published import tasks as published_tasks
 
-__all__ = ["Delta", "Gain", "GroupGain", "Row", "Score", "gain"]
+__all__ = ["Delta", "Gain", "Row", "Score", "gain"]
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from ..config.strict import read
 from ..errors import CardError
 from ..paths import shipped
 
-__all__ = ["Column", "Misprint", "PublishedTable", "load_tables", "students", "tasks"]
+__all__ = ["PublishedTable", "load_tables", "students", "tasks"]
 
 
 class Column(Fields):

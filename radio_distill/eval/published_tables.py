@@ -10,7 +10,7 @@ from .published import PublishedTable, load_tables
 from .suite_names import PAPER
 from .tables import Table
 
-__all__ = ["counterpart", "of_tasks", "with_published"]
+__all__ = ["of_tasks", "with_published"]
 
 PAPERS = "paper: "
 """How the labels of the paper's rows begin."""

@@ -30,7 +30,7 @@ from .suite_tables import sections, to_markdown
 from .tables import pipes
 from .worst_classes import HEAD, WorstClass, read_worst
 
-__all__ = ["cost_charts", "flop_before", "main", "write_report"]
+__all__ = ["flop_before", "main", "write_report"]
 
 STYLE = """
 :root{color-scheme:light dark;--ink:#1c232e;--soft:#5d6b7d;--line:#d8dee6;--back:#fff;--band:#f5f7fa}

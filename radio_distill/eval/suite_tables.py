@@ -18,7 +18,7 @@ from .published_tables import of_tasks
 from .suite_names import PAPER
 from .tables import Table, pipes
 
-__all__ = ["Curve", "Section", "curve_table", "sections", "to_markdown"]
+__all__ = ["Curve", "curve_table", "sections", "to_markdown"]
 
 OTHERS = ("teacher:", "timm:", "hf:", "random:", "paper:")
 """How the labels of models begin that are no students of ours."""

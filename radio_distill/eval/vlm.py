@@ -20,7 +20,7 @@ from .published import load_tables
 from .vlm_lmms import VERSION, Benchmark, run_lmms
 from .vlm_toy import QUESTIONS, score_toy
 
-__all__ = ["BENCHMARKS", "TOY", "evaluate", "measured_before"]
+__all__ = ["BENCHMARKS", "evaluate", "measured_before"]
 
 TOY = "toy"
 

@@ -18,7 +18,7 @@ from ..files import digest_of
 from ..paths import expand
 from .vlm_toy import Score
 
-__all__ = ["VERSION", "Benchmark", "require_lmms", "run_lmms", "task_card"]
+__all__ = ["VERSION", "Benchmark", "require_lmms", "run_lmms"]
 
 VERSION = "0.7.3"
 """The version whose rules our results stand for; others parse some answers differently."""

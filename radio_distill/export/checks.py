@@ -12,7 +12,7 @@ from ..errors import CheckpointError
 from ..network.arch import StudentArch
 from .facts import Facts
 
-__all__ = ["NATIVE", "check", "notes", "reads_natively"]
+__all__ = ["check", "notes", "reads_natively"]
 
 NATIVE = "transformers' native radio class"
 OTHERS = "vLLM, SGLang, TensorRT-LLM"

@@ -16,7 +16,7 @@ from ..log.sinks import read_metrics
 from ..types import Result
 from .folder import weights_changed
 
-__all__ = ["IN_CONFIG", "PROVENANCE", "Facts", "Origin", "Stage", "facts_of_export", "facts_of_run"]
+__all__ = ["IN_CONFIG", "PROVENANCE", "Facts", "Origin", "facts_of_export", "facts_of_run"]
 
 PROVENANCE = "provenance.json"
 SPENT = ("cost/tokens", "cost/student_flop", "cost/teacher_flop")

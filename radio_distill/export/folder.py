@@ -11,7 +11,7 @@ from ..errors import CheckpointError
 from ..files import SHA256SUMS as SUMS
 from ..files import appearing, digest_of_file, put_on_disk, sums_of
 
-__all__ = ["SUMS", "check_repository", "faults", "push", "weights_changed", "write_folder"]
+__all__ = ["check_repository", "faults", "push", "weights_changed", "write_folder"]
 
 
 def write_folder(out: Path, fill: Callable[[Path], None]) -> Path:

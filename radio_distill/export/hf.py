@@ -25,7 +25,7 @@ from .checks import reads_natively
 from .facts import IN_CONFIG, Facts
 from .layout import adaptor_configs, mlp_ratio, reference_args
 
-__all__ = ["hf_config", "preprocessor_config", "write_code", "write_hf"]
+__all__ = ["preprocessor_config", "write_code", "write_hf"]
 
 PREFIX = "radio_model."
 CODE = "modeling_radio_distill"

@@ -15,7 +15,7 @@ from ..errors import CheckpointError
 from ..network.output import VisionOutput
 from ..network.student import Student
 
-__all__ = ["Flat", "Tokens", "check_same", "flat_names", "probes", "program", "write_program"]
+__all__ = ["Flat", "Tokens", "check_same", "flat_names", "program", "write_program"]
 
 TOLERANCE = 1e-4
 

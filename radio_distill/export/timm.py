@@ -16,7 +16,7 @@ from ..network.student import Student
 from ..tensors import save_tensors
 from .layout import mlp_ratio
 
-__all__ = ["timm_config", "timm_state", "to_timm", "write_timm"]
+__all__ = ["timm_state", "to_timm", "write_timm"]
 
 ARCHITECTURE = "naflexvit_large_patch16_radio_v3"
 """Its defaults are RADIO's positions (resized to the long side, cropped, corners not aligned); `model_args` gives every size."""

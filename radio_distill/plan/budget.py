@@ -18,18 +18,7 @@ from ..errors import RecipeError
 from ..runs import run_path
 from .memory import teacher_parameters
 
-__all__ = [
-    "GIB",
-    "GPUS",
-    "RESERVE_GIB",
-    "Budget",
-    "Machine",
-    "TeacherPlan",
-    "budget",
-    "machine",
-    "rate_of",
-    "to_json",
-]
+__all__ = ["GIB", "GPUS", "RESERVE_GIB", "Budget", "Machine", "TeacherPlan", "budget", "machine", "rate_of", "to_json"]
 
 GIB = 2**30
 RESERVE_GIB = 4.0

@@ -15,7 +15,7 @@ from ..losses import load_terms
 from ..teachers.base import teacher_builder
 from ..train.optim import import_optimizer
 
-__all__ = ["UserCode", "import_code", "named_cards", "user_code"]
+__all__ = ["import_code", "named_cards", "user_code"]
 
 IMPORTERS: dict[str, Callable[[Any], object]] = {
     "balance.method": lambda recipe: import_method(recipe.balance.method),

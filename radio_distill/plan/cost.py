@@ -48,7 +48,6 @@ __all__ = [
     "trained_network",
     "vit_flops",
     "teacher_costs",
-    "term_flops",
 ]
 
 log = logging.getLogger(__name__)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from ..teachers.arch import Arch
 
-__all__ = ["Blocks", "head_width", "student_blocks", "teacher_blocks"]
+__all__ = ["student_blocks", "teacher_blocks"]
 
 ROUNDING_KERNELS, ROUNDING_ROWS = 9, 16.5
 """As written, of one input of a product in fp8: magnitude, largest, scale, two casts, two divisions, two clamps."""

@@ -20,7 +20,6 @@ from ..upsamplers.cost import network_parameters
 from .cost import teacher_images, trained_network
 
 __all__ = [
-    "StateBytes",
     "checkpoint_bytes",
     "forward_bytes",
     "head_parameters",
@@ -29,7 +28,6 @@ __all__ = [
     "state_bytes",
     "teacher_parameters",
     "trunk_parameters",
-    "upsampler_parameters",
     "work_bytes",
 ]
 

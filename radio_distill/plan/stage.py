@@ -24,7 +24,7 @@ from .memory import checkpoint_bytes, head_parameters, held_bytes, partition_byt
 from .roofline import FP8_GPUS, PartTime, Passes, part_times
 from .scale import Cluster, ScalePlan, raw_bytes, scale
 
-__all__ = ["PartitionPlan", "Plan", "StudentPlan", "plan"]
+__all__ = ["PartitionPlan", "Plan", "plan"]
 
 SMALLER = "set a smaller partitions.NAME.micro_batch, or student.grad_checkpointing=true"
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ..config.recipe import Overrides, Recipe
     from ..config.recipe import Student as Spec
 
-__all__ = ["SIZES", "Size", "pool_arch", "resolve", "slots_of", "student_arch", "student_of"]
+__all__ = ["SIZES", "Size", "pool_arch", "slots_of", "student_arch", "student_of"]
 
 
 @dataclass(frozen=True)

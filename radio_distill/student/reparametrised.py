@@ -15,7 +15,7 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Steps", "is_reparametrised", "make_plain", "reparametrise", "steps_of"]
+__all__ = ["Steps", "make_plain", "reparametrise"]
 
 
 class Steps(nn.ModuleList):

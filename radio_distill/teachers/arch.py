@@ -5,7 +5,7 @@ from __future__ import annotations
 from ..config.cards import Fields
 from ..config.numbers import Count, Positive, Side
 
-__all__ = ["Arch", "Windows"]
+__all__ = ["Arch"]
 
 
 class Windows(Fields):

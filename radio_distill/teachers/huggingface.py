@@ -22,7 +22,7 @@ from .pooling import map_pool
 from .tokens import FamilyParams, Summary, check_size, construct, patch_map, read_params, summarize
 from .weights import check_keys, read
 
-__all__ = ["SequenceNet", "build", "build_model"]
+__all__ = ["build", "build_model"]
 
 
 OF_PATCHES = ("Siglip2VisionModel",)

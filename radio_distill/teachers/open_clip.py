@@ -28,7 +28,7 @@ from .timm import build_trunk
 from .tokens import FamilyParams, check_size, check_tokens, construct, encode_tokens, patch_map, read_params, to_map
 from .weights import load, read
 
-__all__ = ["ClipNet", "build"]
+__all__ = ["build"]
 
 FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 

@@ -24,7 +24,7 @@ from .huggingface import build_model
 from .tokens import FamilyParams, check_size, read_params, to_map
 from .weights import HF_FILES, read
 
-__all__ = ["RadioNet", "build"]
+__all__ = ["build"]
 
 NOT_BACKBONE = re.compile(
     r"(radio_model\.)?(adaptors|inter_feature_normalizer)\.|_heads\.|_feature_projections\.|_intermediate_feature_normalizer\."

@@ -34,7 +34,7 @@ from .text_tower import TEXT_CLASSES, TextTower, build, canonicalize, make_token
 from .tokens import construct
 from .weights import read, resolve
 
-__all__ = ["TextTower", "load_text_tower", "open_text_tower", "tower_config", "tower_digest"]
+__all__ = ["load_text_tower", "open_text_tower", "tower_config", "tower_digest"]
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "spiece.model")
 TOP_LEVEL = ("positional_embedding", "token_embedding.", "transformer.", "ln_final.", "text_projection")

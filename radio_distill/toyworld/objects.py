@@ -11,7 +11,7 @@ from functools import cache
 
 import numpy as np
 
-__all__ = ["CATALOGUE", "CLASSES", "COLOURS", "PART_NAMES", "KEYPOINT_NAMES", "ObjectClass", "Primitive", "rotation"]
+__all__ = ["CATALOGUE", "CLASSES", "COLOURS", "PART_NAMES", "KEYPOINT_NAMES", "Primitive", "rotation"]
 
 Vector = tuple[float, float, float]
 

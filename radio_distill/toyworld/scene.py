@@ -14,7 +14,7 @@ from numpy.random import Generator
 
 from .objects import CATALOGUE, CLASSES, COLOURS
 
-__all__ = ["GROUNDS", "PATTERNS", "TIMES", "Camera", "PlacedObject", "Scene", "sample_scene"]
+__all__ = ["GROUNDS", "TIMES", "Camera", "PlacedObject", "Scene", "sample_scene"]
 
 GROUNDS = ("grass", "sand", "stone")
 TIMES = ("noon", "sunset", "night", "dawn")

@@ -12,7 +12,7 @@ from .scene import Camera, Scene
 from .shading import Surface, shade_ground, shade_object, shade_sky
 from .trace import Floats, Pixels, Solid, any_hit, nearest_hit, normals_at
 
-__all__ = ["BACKGROUND", "GROUND", "Hits", "Stage"]
+__all__ = ["GROUND", "Hits", "Stage"]
 
 FAR = 40.0
 """Depth at which the ground ends and the background begins."""

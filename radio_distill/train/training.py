@@ -28,7 +28,7 @@ from .writing import Files
 if TYPE_CHECKING:
     from .snapshot import Saving
 
-__all__ = ["MicroBatches", "Training"]
+__all__ = ["Training"]
 
 
 class MicroBatches(Protocol):

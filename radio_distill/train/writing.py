@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-__all__ = ["Files", "GivenUp", "in_background"]
+__all__ = ["Files", "in_background"]
 
 T = TypeVar("T")
 

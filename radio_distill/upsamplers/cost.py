@@ -19,7 +19,7 @@ from .form import OURS, form_of
 from .fusion import Attention
 from .jbu import prime_factors
 
-__all__ = ["block_flops", "downsampler_flops", "network_flops", "network_parameters", "uncertainty_flops"]
+__all__ = ["downsampler_flops", "network_flops", "network_parameters", "uncertainty_flops"]
 
 
 def network_flops(network: Network, width: int, grid: int, patch: int) -> float:

@@ -24,7 +24,6 @@ __all__ = [
     "Attention",
     "FusionBlock",
     "HEADS",
-    "LinearMixer",
     "ReducedBlock",
     "Rotary",
     "SwiGLU",

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..align import resize_map
 
-__all__ = ["GROUPS", "Residual", "Resize", "at_most_twice", "encoder"]
+__all__ = ["GROUPS", "Resize", "at_most_twice", "encoder"]
 
 Resize = Callable[[Tensor, tuple[int, int]], Tensor]
 

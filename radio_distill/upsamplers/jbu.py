@@ -17,14 +17,7 @@ from torch import Tensor, nn
 from ..align import whole_factors
 from .adaptive_conv import RADIUS, TAPS, filter_resized, neighbour_dots
 
-__all__ = [
-    "JBULevel",
-    "Levels",
-    "prime_factors",
-    "scalars_as_vectors",
-    "spatial_logits",
-    "temperature",
-]
+__all__ = ["JBULevel", "Levels", "prime_factors"]
 
 
 class JBULevel(nn.Module):

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..seeded import uniform
 
-__all__ = ["Bandwidth", "Pick", "bandwidth", "map_mmd", "mmd", "pick_descendants", "square_distances"]
+__all__ = ["bandwidth", "map_mmd", "mmd", "pick_descendants", "square_distances"]
 
 Pick = Literal["all", "nearest", "farthest"]
 Bandwidth = Literal["median", "median_with_zeros"]

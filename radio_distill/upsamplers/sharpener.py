@@ -26,7 +26,7 @@ from .featsharp import FeatSharp, build_guided, level_factors
 from .form import form_of
 from .tiling import cut, stitch
 
-__all__ = ["BiasMap", "Sharp", "Sharpener", "view_factors"]
+__all__ = ["Sharp", "Sharpener", "view_factors"]
 
 Encode = Callable[[Tensor], VisionOutput]
 """Whitened pixels of any number of images at the teacher's own size -> its raw output."""

@@ -16,7 +16,7 @@ from ..types import VisionOutput
 from .folder import SavedUpsampler, check_teacher
 from .sharpener import Encode, Sharp
 
-__all__ = ["Debias", "Trained", "Upsampled"]
+__all__ = ["Trained", "Upsampled"]
 
 
 class Trained:

@@ -23,7 +23,7 @@ from ..files import parse_json
 from ..paths import expand
 from .prompt import IMAGE, LITERAL_IMAGE, Turn
 
-__all__ = ["Conversation", "LeftOut", "examine", "read_conversations"]
+__all__ = ["Conversation", "examine", "read_conversations"]
 
 log = logging.getLogger(__name__)
 

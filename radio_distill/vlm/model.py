@@ -42,8 +42,6 @@ from .tiles import views
 from .tower import Pictures, StudentTower, StudentTowerConfig, join
 
 __all__ = [
-    "OwnSizesImageProcessor",
-    "OwnSizesProcessor",
     "Vlm",
     "build_vlm",
     "join_configs",

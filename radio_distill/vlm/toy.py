@@ -21,7 +21,7 @@ from ..toyworld import CLASSES, ToySample, render, sample_scene
 from ..toyworld.scene import TIMES
 from .prompt import VICUNA
 
-__all__ = ["write_copies", "write_toy", "write_toy_lm"]
+__all__ = ["write_toy", "write_toy_lm"]
 
 log = logging.getLogger(__name__)
 

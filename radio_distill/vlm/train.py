@@ -36,7 +36,7 @@ from .model import Vlm, build_vlm, load_vlm, save_vlm
 from .prompt import IGNORE
 from .tower import StudentTower, maps_of
 
-__all__ = ["VlmTask", "VlmTraining", "train_vlm"]
+__all__ = ["VlmTask", "train_vlm"]
 
 log = logging.getLogger(__name__)
 

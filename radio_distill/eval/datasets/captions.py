@@ -22,7 +22,7 @@ from .base import Dataset, Subset, missing, not_read, notes_of
 from .pixels import decode_rgb
 from .toy import ToyDataset, toy_image
 
-__all__ = ["Captioned", "CaptionedImage", "ToyCaptioned", "captions_of", "open_coco", "open_flickr30k"]
+__all__ = ["ToyCaptioned", "captions_of", "open_coco", "open_flickr30k"]
 
 Captions = dict[str, tuple[str, ...]]
 """File of an image, below the folder of images -> its captions."""

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from ...errors import DataError
 
-__all__ = ["CLASSES", "WNID", "Labels", "check_order", "class_names", "label_of_wnid", "labels_of_names", "wnids"]
+__all__ = ["CLASSES", "WNID", "check_order", "class_names", "label_of_wnid", "labels_of_names", "wnids"]
 
 CLASSES = 1000
 WNID = re.compile(r"(?<![a-z0-9])n\d{8}(?!\d)", re.IGNORECASE)

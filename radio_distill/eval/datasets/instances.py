@@ -23,7 +23,7 @@ from .base import Dataset, missing, not_read, notes_of
 from .pixels import read_rgb
 from .toy import ToyDataset, toy_image
 
-__all__ = ["CocoInstances", "CocoMask", "InstanceSample", "ToyInstances", "decode_mask"]
+__all__ = ["CocoInstances", "InstanceSample", "ToyInstances", "decode_mask"]
 
 LAYOUT = """
 train2017/*.jpg

@@ -24,7 +24,7 @@ from ...errors import DataError, RadioDistillError
 from ...files import appearing
 from .object_views import Photograph
 
-__all__ = ["COPY", "downsample", "of_view", "read_camera", "read_photograph"]
+__all__ = ["COPY", "of_view", "read_camera", "read_photograph"]
 
 COPY = "downsampled_"
 SHORT_SIDE = 1024

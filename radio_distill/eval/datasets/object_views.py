@@ -33,7 +33,6 @@ __all__ = [
     "finer",
     "images_of",
     "normals_of",
-    "relative_depth",
     "relative_pose",
 ]
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from ...data.decode import BadImage, Stored, read_pixels, read_stored
 from ...errors import DataError
 
-__all__ = ["check_size", "decode_rgb", "read_labels", "read_normals", "read_rgb", "read_values"]
+__all__ = ["check_size", "decode_rgb", "read_labels", "read_normals", "read_rgb"]
 
 T = TypeVar("T")
 

@@ -17,7 +17,7 @@ from ..datasets.instances import InstanceSample
 from .boxes import from_corners
 from .denoising import Truth
 
-__all__ = ["Example", "Jitter", "Whole"]
+__all__ = ["Jitter", "Whole"]
 
 SMALLEST = 1.0
 """Pixels: sides of what is left of an object when a crop cuts it."""

@@ -20,7 +20,7 @@ from .boxes import inverse_sigmoid, to_corners
 from .denoising import Denoising, Truth
 from .transformer import Decoder, Encoder, Widths, box_head, cell_centres, sine_embedding
 
-__all__ = ["Architecture", "Detections", "Detector", "SimplePyramid", "Stage", "flatten_levels"]
+__all__ = ["Architecture", "Detections", "Detector", "SimplePyramid", "Stage"]
 
 PRIOR = 0.01
 """Score of every class at the start (focal loss, section 4.1)."""

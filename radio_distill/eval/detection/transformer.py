@@ -19,19 +19,7 @@ from torch import Tensor, nn
 
 from .boxes import inverse_sigmoid
 
-__all__ = [
-    "Decoder",
-    "DeformableAttention",
-    "Encoder",
-    "Refined",
-    "Sizes",
-    "Widths",
-    "box_head",
-    "cell_centres",
-    "mlp",
-    "sample_levels",
-    "sine_embedding",
-]
+__all__ = ["Decoder", "DeformableAttention", "Encoder", "Widths", "box_head", "cell_centres", "sample_levels", "sine_embedding"]
 
 TEMPERATURE = 10_000
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from ...errors import DataError
 from .means import MeanMeter
 
-__all__ = ["CorrespondenceMeter", "Matches", "PckMeter", "check_points", "check_rows", "errors", "keypoint_errors", "match"]
+__all__ = ["CorrespondenceMeter", "PckMeter", "check_points", "check_rows", "errors", "keypoint_errors", "match"]
 
 
 class Matches(NamedTuple):

@@ -19,7 +19,7 @@ from ...errors import DataError
 from ..datasets.base import Dataset
 from ..task import Context
 
-__all__ = ["Item", "each_item", "training_batches"]
+__all__ = ["each_item", "training_batches"]
 
 S = TypeVar("S")
 T = TypeVar("T")

@@ -14,7 +14,7 @@ from ..datasets.segmentation import SegmentationSample
 from ..metrics.segmentation import IGNORE
 from ..task import Context
 
-__all__ = ["MultitaskPictures", "Pictures", "palette"]
+__all__ = ["MultitaskPictures", "Pictures"]
 
 KEPT = 8
 """Images of a picture."""

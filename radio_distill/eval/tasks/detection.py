@@ -30,7 +30,7 @@ from ..probes.frozen import frozen_map, padded_size
 from ..sizes import factor_of
 from ..task import Context, Score, Task
 
-__all__ = ["Detection", "coco_rows"]
+__all__ = ["Detection"]
 
 PUBLISHED = {"AP": "AP", "APs": "AP_small", "APm": "AP_medium", "APl": "AP_large"}
 """Our name of a number -> that of the paper's Table 1."""

@@ -32,7 +32,7 @@ from ..probes.surfaces import DepthProbe, Dpt, Jitter, LinearHead, NormalsProbe,
 from ..sizes import factor_of
 from ..task import Context, Score, Task
 
-__all__ = ["Depth", "Normals", "SurfaceTask"]
+__all__ = ["Depth", "Normals"]
 
 
 class Batch(NamedTuple):

@@ -29,7 +29,7 @@ from ..task import Context, Score
 from ..worst_classes import save_worst
 from .summaries import SummaryTask
 
-__all__ = ["Retrieval", "ZeroShot", "speaking"]
+__all__ = ["Retrieval", "ZeroShot"]
 
 
 class Head:
