@@ -78,7 +78,8 @@ def build_teacher_side(recipe: Recipe, world: World, *, weights: Weights = "pret
         encoder = RemoteTeachers(recipe, world.bridge)
     else:
         encoder = bank()
-    assignment = assignment_of(recipe, encoder.cards, world.size)
+    costs = {name: partition_cost(recipe, name) for name in recipe.partitions}
+    assignment = assign_ranks(recipe, encoder.cards, costs, world.size)
     sizes = {name: (card.input.size, card.input.patch) for name, card in encoder.cards.items()}
     views = {name: partial(views_at, recipe, name, sizes, patch) for name in recipe.partitions}
     service = TeacherService(recipe, encoder, student_patch=patch)
@@ -213,11 +214,6 @@ def _left(reasons: dict[str, str]) -> str:
         return ""
     name, reason = next(iter(reasons.items()))
     return f", {len(reasons)} in bf16 ({name}: {reason}{', ...' if len(reasons) > 1 else ''})"
-
-
-def assignment_of(recipe: Recipe, cards: dict[str, TeacherCard], world_size: int) -> Assignment:
-    """Which rank runs which partition; a rank's images must fill whole mosaics."""
-    return assign_ranks(recipe, cards, {name: partition_cost(recipe, name) for name in recipe.partitions}, world_size)
 
 
 def _resolved(start: Start) -> Start:

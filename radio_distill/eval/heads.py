@@ -5,7 +5,7 @@
 A head is compared with the teacher of the same name: with one named in the same command (`--model teacher:CARD.yaml`), else with
 the shipped card. Student and teachers see the sizes of the run's recipe, each partition for itself.
 
-Shapes: B batch, C channels, H W the student's grid.
+Shapes: B batch, N images, C channels, H W the student's grid.
 """
 
 from __future__ import annotations
@@ -17,9 +17,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..align import resize_map
+from ..balance import Moments
 from ..config.cards import TeacherCard
 from ..config.checks import patch_size
 from ..config.load import list_cards, load_card, load_job
@@ -32,10 +34,9 @@ from ..fingerprint import fingerprint
 from ..network.student import Student
 from ..teachers.base import Teacher, load_teacher
 from ..types import Result
-from .metrics.heads import HeadFidelity, found_own
 from .models import NamedModel
 
-__all__ = ["HeadsProtocol", "Sizes", "cards_for", "measure_heads", "sizes_of"]
+__all__ = ["HeadFidelity", "HeadsProtocol", "Sizes", "cards_for", "found_own", "measure_heads", "sizes_of"]
 
 log = logging.getLogger(__name__)
 
@@ -169,3 +170,31 @@ def _fits(widths: tuple[int | None, int], card: TeacherCard) -> bool:
 def _side(teacher: Teacher, asked: int | None) -> int:
     side = asked or teacher.card.input.size
     return teacher.nearest_size(side, side)[0]
+
+
+class HeadFidelity:
+    """Variance of the targets around their own mean over the error of the predictions, both summed (FeatSharp, eq. 7), in the
+    units of what is given; 1 is as good as predicting the mean."""
+
+    def __init__(self, channels: int) -> None:
+        self._error, self._targets = 0.0, Moments(channels)
+
+    def update(self, pred_BCHW: Tensor, target_BCHW: Tensor) -> None:
+        """Count a batch; both are float32 and of one shape."""
+        self._error += (pred_BCHW - target_BCHW).square().sum().item()
+        self._targets.update(target_BCHW.cpu())
+
+    @property
+    def value(self) -> float:
+        """The fidelity; infinite for predictions without error."""
+        variance = float(self._targets.covariance_CC.trace() * (self._targets.count - 1))
+        return variance / self._error if self._error else float("inf")
+
+
+def found_own(pred_NC: Tensor, target_NC: Tensor) -> float:
+    """Percent of images whose predicted summary is nearer, by cosine, to the teacher's summary of the same image than to that of
+    any other; an equal one counts as not found. Chance is 100 / N."""
+    cosine_NN = F.normalize(pred_NC.double(), dim=1) @ F.normalize(target_NC.double(), dim=1).T
+    own_N = cosine_NN.diagonal().clone()
+    others_N = cosine_NN.fill_diagonal_(-torch.inf).amax(1)
+    return 100 * float((own_N > others_N).double().mean())

@@ -20,7 +20,7 @@ from ..files import digest_of
 from ..network.student import Student
 from ..teachers.base import load_teacher
 from ..types import Result, VisionModel, VisionOutput
-from .metrics.heads import HeadFidelity
+from .heads import HeadFidelity
 from .metrics.knn import knn_top1
 from .metrics.segmentation import Confusion
 from .probes.linear_segmentation import fit_cached, predict_cached

@@ -96,7 +96,21 @@ def main(
     if repository is not None:
         check_repository(repository)  # before the work, not after
     if out is not None:
-        folder = _export_with(path, form, out, settings, text_towers, repository)
+        if unknown := settings.keys() - {"adaptors", "dtype", "rms_images", "video"}:
+            raise CheckpointError(
+                f"export has no setting {sorted(unknown)[0]!r}; expected adaptors=..., dtype=..., rms_images=... or video=..."
+            )
+        folder = export(
+            path,
+            out,
+            form,
+            adaptors=choose(settings.get("adaptors", "all")),
+            dtype=settings.get("dtype", "float32"),
+            rms_images=settings.get("rms_images"),
+            text_towers=text_towers,
+            video=_frames(settings["video"]) if "video" in settings else None,
+            called=repository,
+        )
         size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
         print(f"wrote {folder} ({form}, {size / 2**20:.1f} MiB); how to load it: {folder / 'README.md'}")
     elif repository is None or settings or text_towers:
@@ -106,25 +120,6 @@ def main(
     if repository is not None:
         print(push(folder, repository, dry_run=dry_run))
     return 0
-
-
-def _export_with(path: str, form: str, out: str, settings: dict[str, str], text_towers: bool, called: str | None) -> Path:
-    unknown = settings.keys() - {"adaptors", "dtype", "rms_images", "video"}
-    if unknown:
-        raise CheckpointError(
-            f"export has no setting {sorted(unknown)[0]!r}; expected adaptors=..., dtype=..., rms_images=... or video=..."
-        )
-    return export(
-        path,
-        out,
-        form,
-        adaptors=choose(settings.get("adaptors", "all")),
-        dtype=settings.get("dtype", "float32"),
-        rms_images=settings.get("rms_images"),
-        text_towers=text_towers,
-        video=_frames(settings["video"]) if "video" in settings else None,
-        called=called,
-    )
 
 
 def _frames(text: str) -> int:

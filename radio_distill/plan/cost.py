@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -85,10 +85,6 @@ class PartitionCost:
     def total(self) -> float:
         """Everything that one image costs in training."""
         return self.student_training + sum(self.teachers.values()) + self.balance
-
-    def with_student(self, other: PartitionCost) -> PartitionCost:
-        """The cost with one more student, that of `other`; teachers and balancers are paid once."""
-        return replace(self, others=self.others + other.student_training)
 
     @property
     def teacher_share(self) -> float:

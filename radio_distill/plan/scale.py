@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 from ..config.cards import TeacherCard
 from ..config.checks import patch_size
@@ -17,6 +17,9 @@ from ..student.names import student_of
 from ..train.placement import student_ranks
 from .budget import Machine
 from .memory import head_parameters, trunk_parameters
+
+if TYPE_CHECKING:
+    from .stage import PartitionPlan
 
 __all__ = ["Cluster", "ScalePlan", "raw_bytes", "scale"]
 
@@ -70,23 +73,10 @@ class ScalePlan:
         return self.reduce_seconds + self.target_seconds
 
 
-class _Part(Protocol):
-    """What is needed of a partition's plan."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def images(self) -> int: ...
-    @property
-    def ranks(self) -> tuple[int, ...]: ...
-    @property
-    def images_per_rank(self) -> int: ...
-
-
 def scale(
     recipe: Recipe,
     cards: dict[str, TeacherCard],
-    partitions: Sequence[_Part],
+    partitions: Sequence[PartitionPlan],
     machine: Machine,
     cluster: Cluster,
     compute_seconds: float,

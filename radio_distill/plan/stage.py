@@ -213,11 +213,9 @@ def _advice(recipe: Recipe, where: Machine) -> str:
 
 
 def _cost_of_all(each: list[Recipe], partition: str) -> PartitionCost:
-    """Of one image, all students together."""
+    """Of one image, all students together; teachers and balancers are paid once."""
     first, *others = (partition_cost(recipe, partition) for recipe in each)
-    for other in others:
-        first = first.with_student(other)
-    return first
+    return replace(first, others=sum((other.student_training for other in others), first.others))
 
 
 def _rank_flop(partitions: tuple[PartitionPlan, ...], costs: dict[str, PartitionCost], rank: int, *, dedicated: bool) -> float:

@@ -75,18 +75,10 @@ def map_pool(
 def timm_pool(trunk: Any) -> MapPool | None:
     """The head of a network of timm; None where it has no `AttentionPoolLatent` with one query, or one that does more than SigLIP's."""
     pool = getattr(trunk, "attn_pool", None)
-    plain = ("q_norm", "k_norm")
-    if (
-        pool is None
-        or pool.latent_len != 1
-        or pool.pos_embed is not None
-        or pool.mlp is None
-        or not isinstance(pool.q, nn.Linear)
-    ):
+    if pool is None or pool.latent_len != 1 or pool.pos_embed is not None or pool.mlp is None:
         return None
-    if not all(isinstance(getattr(pool, name), nn.Identity) for name in plain) or not isinstance(pool.norm, nn.LayerNorm):
-        return None
-    if not isinstance(trunk.fc_norm, nn.Identity):
+    plain = all(isinstance(x, nn.Identity) for x in (pool.q_norm, pool.k_norm, trunk.fc_norm))
+    if not plain or not isinstance(pool.q, nn.Linear) or not isinstance(pool.norm, nn.LayerNorm):
         return None
     qkv = (torch.cat([pool.q.weight, pool.kv.weight]), torch.cat([pool.q.bias, pool.kv.bias]))
     mlp = (pool.mlp.fc1, pool.mlp.fc2)

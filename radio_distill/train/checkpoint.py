@@ -91,7 +91,7 @@ class Draft:
             if self._final.exists():  # a step that is done again, from an earlier checkpoint
                 shutil.rmtree(self._final)
             os.replace(self._temporary, self._final)
-            _point(self._all / "latest", self._final.name)
+            replace_text(self._all / "latest", f"{self._final.name}\n")  # from here on a run goes on from it
             _delete_old(self._all, self._final.name, keep_last)
         barrier()
         return self._final
@@ -157,11 +157,6 @@ def size_text(size: int) -> str:
 
 def _size(folder: Path) -> int:
     return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
-
-
-def _point(pointer: Path, name: str) -> None:
-    """Let `latest` name a checkpoint: from here on a run goes on from it."""
-    replace_text(pointer, f"{name}\n")
 
 
 def _delete_old(folder: Path, newest: str, keep_last: int) -> None:

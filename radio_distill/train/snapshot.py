@@ -17,8 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ..data.loader import merge_positions
 from ..errors import CheckpointError, TrainingError
 from ..runs import Meta, read_meta
@@ -150,7 +148,8 @@ def _hold(t: Training, folder: Path, files: Files) -> None:
 
 def _check(t: Training) -> None:
     t.run.check_owner()
-    checkpoint.check_space(t.run.path, _estimate_bytes(t))
+    copies = 6  # fp32 weights, twice under ZeRO-1 and 2, two moments, the EMA and the exported model
+    checkpoint.check_space(t.run.path, copies * 4 * sum(p.numel() for p in t.engine.module.parameters()))
 
 
 def resume(t: Training, path: Path) -> dict[str, Any]:
@@ -189,8 +188,3 @@ def _load_ranks(t: Training, path: Path, meta: Meta, same: bool) -> dict[str, An
     ranks = [t.world.rank] if same else list(range(meta.world_size)) if t.world.is_main else []
     t.load_rank_tensors([checkpoint.read_rank_tensors(path, rank, device=str(t.world.device)) for rank in ranks])
     return {name: merge_positions([p[name] for p in positions if name in p]) for name in t.streams.names}
-
-
-def _estimate_bytes(t: Training) -> int:
-    """fp32 weights, twice under ZeRO-1 and 2, two moments, the EMA and the exported model."""
-    return 6 * torch.finfo(torch.float32).bits // 8 * sum(p.numel() for p in t.engine.module.parameters())

@@ -11,7 +11,7 @@ from radio_distill.config.load import load_card
 from radio_distill.data.held_out import HeldOut
 from radio_distill.errors import RadioDistillError
 from radio_distill.eval.__main__ import main, read
-from radio_distill.eval.metrics.heads import HeadFidelity, found_own
+from radio_distill.eval.heads import HeadFidelity, found_own
 from radio_distill.eval.models import load_model
 from radio_distill.teachers.base import load_teacher
 
