@@ -60,7 +60,7 @@ class Common(Fields):
     needs: str = ""
     """Data of real runs, in words."""
     toy_minutes: Positive = 1
-    """About how long it takes on toy data, on two cores, upsamplers and students included."""
+    """About how many minutes of one core it takes on toy data, upsamplers and students included."""
     ours: str = ""
     """What is our choice, because the paper does not say it, or does it otherwise."""
     quick: tuple[str, ...] = ()
