@@ -281,13 +281,13 @@ def teacher_images(view: TeacherView) -> int:
 
 
 def upsampler_flops(view: TeacherView, card: TeacherCard, grid: int) -> float:
-    """A trained upsampler's network on one image, from a grid x grid map, and the balancer's two rotations; else 0."""
+    """A trained upsampler's network on one image, from a grid x grid map, and the balancer's rotation of all that the teacher gives; else 0."""
     spec, width = view.upsampler, card.output.features
+    rotations = 2.0 * teacher_images(view) * grid**2 * width**2
     if isinstance(spec, Debias):
-        return 2.0 * 2 * grid**2 * width**2
+        return rotations
     if not isinstance(spec, Trained):
         return 0.0
-    rotations = 2 * 2 * (grid * spec.factor) ** 2 * width**2
     return rotations + network_flops(trained_network(spec), width, grid, card.input.patch)
 
 

@@ -52,7 +52,7 @@ AROUND = {
     "mosaic": 60,
     "target": 6,
     "upsampler": 180,
-    "debias": 5,
+    "debias": 4,
     "student": 150,
     "teacher of the student": 200,
     "update": 700,
