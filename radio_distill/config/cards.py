@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
 from ..loaders import is_named
-from .names import FolderName
+from .document import KeyPath, Problem
 from .numbers import Free, Mean, Positive, Scale, Side, Std
 
 __all__ = [
     "CUSTOM",
+    "FolderName",
     "Loader",
     "Pool",
+    "name_problems",
     "licence_note",
     "licence_notes",
     "TeacherCard",
@@ -33,6 +36,10 @@ def _named(value: str) -> str:
 
 Loader = Annotated[str, AfterValidator(_named)]
 """`package.module:name` of a function of the user's (loaders.py)."""
+
+
+FolderName = Annotated[str, Field(pattern=r"^\w[\w .+-]{0,99}$")]
+"""Of a recipe or a card: may hold a dot or a space, but begins with neither and stays in its folder."""
 
 
 class Fields(BaseModel):
@@ -134,3 +141,13 @@ def licence_note(name: str, licence: str) -> str | None:
 def licence_notes(cards: Mapping[str, TeacherCard]) -> list[str]:
     """The notes that a recipe's teachers, by their names in it, call for."""
     return [note for name, card in cards.items() if (note := licence_note(name, card.licence))]
+
+
+def name_problems(what: str, names: Iterable[str], path: KeyPath) -> Iterator[Problem]:
+    """Keys of a recipe (of students, teachers, partitions) that are no file name everywhere, or cannot be reached by a dotted key."""
+    for name in names:
+        if not re.fullmatch(r"[A-Za-z0-9_-]{1,100}", name):
+            yield Problem(
+                f"{what} {name[:100]!r}: its name is that of a folder; use letters, digits, - and _ (at most 100)",
+                (*path, name),
+            )

@@ -6,11 +6,10 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 
 from ..errors import CardError
-from .cards import TeacherCard
+from .cards import TeacherCard, name_problems
 from .document import KeyPath, Problem
 from .engine_checks import engine_problems
 from .messages import did_you_mean
-from .names import name_problems
 from .native import native_problems, native_view_problems
 from .recipe import (
     S2,

@@ -13,9 +13,8 @@ from typing import Annotated
 from pydantic import Field
 
 from ..errors import RecipeError
-from .cards import Fields
+from .cards import Fields, FolderName
 from .document import Problem
-from .names import FolderName
 from .numbers import Count, Positive, Seed, Share
 from .strict import find, read
 

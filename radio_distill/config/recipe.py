@@ -15,8 +15,7 @@ from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from ..types import CLIP_MEAN, CLIP_STD
-from .cards import Fields, Loader
-from .names import FolderName
+from .cards import Fields, FolderName, Loader
 from .numbers import Count, Decay, Factor, Free, Mean, Positive, Rate, Scale, Seed, Share, Side, Std, Weight
 
 __all__ = ["Job", "Recipe"]

@@ -12,12 +12,11 @@ from typing import Any, Literal
 from pydantic import model_validator
 
 from ..errors import CardError
-from .cards import Fields, TeacherCard
+from .cards import Fields, TeacherCard, name_problems
 from .checks import data_problems, ranges
 from .document import KeyPath, Problem
 from .engine_checks import engine_problems
 from .jitter import Jitter
-from .names import name_problems
 from .numbers import Count, Decay, Positive, Rate, Scale, Side, Weight
 from .recipe import Balance, Ema, ImageJob, Optim, Partition, Recipe
 from .upsampler import ANY, FUSION_ONLY, Network, check_network, sees_tiles

@@ -14,14 +14,13 @@ from ..balance import Balancer
 from ..config.cards import TeacherCard
 from ..config.checks import patch_size
 from ..config.load import cards_of
-from ..config.mosaic import mosaic_of
 from ..config.recipe import Recipe, TeacherView
-from ..config.sizes import side_of
+from ..config.sizes import mosaic_of, side_of
 from ..data.views import mosaic, unmosaic
 from ..errors import TeacherError
+from ..log.meter import Timers
 from ..strips import Grids, join_maps
 from ..teachers.base import Teacher, chunked
-from ..train.timers import Timers
 from ..types import Batch, VisionOutput
 from ..upsamplers.base import Upsampler, build_upsampler
 

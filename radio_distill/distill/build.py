@@ -38,8 +38,8 @@ from ..teachers.pooling import pooling_head
 from ..train import agree
 from ..train.distributed import World
 from ..train.partition import Assignment
+from ..train.ranks import watch
 from ..train.streams import Streams
-from ..train.watchdog import watch
 from .bank import TeacherBank
 from .cached import CachedTeachers, open_cache
 from .fp8 import check_fp8

@@ -41,8 +41,7 @@ from ..runs import run_path
 from ..train import agree
 from ..train.distributed import World
 from ..train.lock import RunLock
-from ..train.ranks import run_ranks
-from ..train.watchdog import watch
+from ..train.ranks import run_ranks, watch
 from ..types import Batch
 from .build import TeacherSide, build_teacher_side, gather_balancers, given_balancers, view_specs_of
 from .cache_files import HEADER, CacheFolder, Header, describe, differences, extras, pack_row, tar_name

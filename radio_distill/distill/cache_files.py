@@ -29,10 +29,9 @@ from torch import Tensor
 from ..balance import Balancer
 from ..config.cards import TeacherCard
 from ..config.checks import patch_size
-from ..config.mosaic import mosaic_of
 from ..config.recipe import Recipe
 from ..config.secrets import without_secrets
-from ..config.sizes import side_of
+from ..config.sizes import mosaic_of, side_of
 from ..data.crops import draw_shift
 from ..data.keep import keep_lists
 from ..data.names import name_of

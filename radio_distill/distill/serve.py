@@ -14,13 +14,12 @@ from ..config.cards import TeacherCard
 from ..config.recipe import Recipe
 from ..errors import TeacherError
 from ..fingerprint import fingerprint
+from ..log.meter import Timers
 from ..plan.cost import teacher_costs
 from ..train import preempt
 from ..train.bridge import Bridge, Sent
 from ..train.placement import share_teachers
-from ..train.ranks import GOODBYE
-from ..train.timers import Timers
-from ..train.watchdog import rest, watch
+from ..train.ranks import GOODBYE, rest, watch
 from .bank import TeacherBank
 from .build import build_teachers, compiled_bank
 from .remote import pack_reply, unpack_request

@@ -25,7 +25,9 @@ def write_folder(out: Path, fill: Callable[[Path], None]) -> Path:
     with appearing(out) as temporary:  # its rename refuses a folder that somebody filled in the meantime
         temporary.mkdir()
         fill(temporary)
-        _write_sums(temporary)
+        files = sorted(path for path in temporary.rglob("*") if path.is_file())
+        lines = [f"{digest_of_file(path)}  {path.relative_to(temporary).as_posix()}\n" for path in files]
+        (temporary / SUMS).write_text("".join(lines))
         put_on_disk(*temporary.rglob("*"), temporary)  # before the rename that makes them count
     return out
 
@@ -48,12 +50,6 @@ def weights_changed(folder: Path) -> bool:
     return told is not None and any(
         path.name not in told or digest_of_file(path) != told[path.name] for path in folder.glob("*.safetensors")
     )
-
-
-def _write_sums(folder: Path) -> None:
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    lines = [f"{digest_of_file(path)}  {path.relative_to(folder).as_posix()}\n" for path in files]
-    (folder / SUMS).write_text("".join(lines))
 
 
 def check_repository(repository: str) -> None:

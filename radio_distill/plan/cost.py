@@ -19,10 +19,9 @@ import torch
 from ..balance import identity
 from ..config.cards import TeacherCard
 from ..config.load import cards_of
-from ..config.mosaic import mosaic_of
 from ..config.native import as_squares, images_in_step
 from ..config.recipe import Debias, Recipe, TeacherView, Trained
-from ..config.sizes import choices, side_of
+from ..config.sizes import choices, mosaic_of, side_of
 from ..config.terms import TERMS, Term, weights_of
 from ..config.upsampler import Network
 from ..errors import CheckpointError
@@ -30,8 +29,7 @@ from ..losses import LossFunction, Pair, evaluate, load_terms
 from ..network.arch import HeadArch, PoolArch, StudentArch, TrunkArch
 from ..paths import expand
 from ..student.names import student_of
-from ..teachers.arch import Arch
-from ..teachers.base import load_teacher
+from ..teachers.base import Arch, load_teacher
 from ..upsamplers.cost import network_flops
 from ..upsamplers.folder import read_network
 from ..upsamplers.sharpener import view_factors

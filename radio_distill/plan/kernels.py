@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..teachers.arch import Arch
+from ..teachers.base import Arch
 
 __all__ = ["student_blocks", "teacher_blocks"]
 

@@ -10,12 +10,10 @@ from functools import cache
 
 from ..config.cards import TeacherCard
 from ..config.checks import patch_size
-from ..config.mosaic import mosaic_of
 from ..config.recipe import Partition, Recipe, TeacherView, Trained
-from ..config.sizes import side_of
+from ..config.sizes import mosaic_of, side_of
 from ..network.arch import HeadArch, StudentArch
-from ..teachers.arch import Arch
-from ..teachers.base import load_teacher
+from ..teachers.base import Arch, load_teacher
 from ..upsamplers.cost import network_parameters
 from .cost import teacher_images, trained_network
 

@@ -14,13 +14,12 @@ from math import ceil
 from typing import NamedTuple
 
 from ..config.cards import TeacherCard
-from ..config.mosaic import mosaic_of
 from ..config.native import as_squares, images_in_step
 from ..config.recipe import Partition, Recipe, TeacherView
-from ..config.sizes import side_of
+from ..config.sizes import mosaic_of, side_of
 from ..network.arch import StudentArch
 from ..student.names import student_of
-from ..teachers.arch import Arch
+from ..teachers.base import Arch
 from . import kernels
 from .cost import PartitionCost, teacher_images, upsampler_flops
 from .kernels import student_blocks, teacher_blocks

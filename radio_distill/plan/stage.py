@@ -8,11 +8,10 @@ from dataclasses import dataclass, replace
 
 from ..config.cards import TeacherCard, licence_notes
 from ..config.load import cards_of
-from ..config.mosaic import images_per_mosaic
 from ..config.native import as_squares, images_in_step
 from ..config.recipe import Dedicated, Recipe
 from ..config.secrets import without_secrets
-from ..config.sizes import sides_text
+from ..config.sizes import images_per_mosaic, sides_text
 from ..errors import RecipeError
 from ..student.names import student_of
 from ..train.partition import Assignment, assign

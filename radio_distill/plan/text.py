@@ -119,21 +119,18 @@ def _together(parts: Sequence[PartTime]) -> str:
 def _scale(scale: ScalePlan | None) -> Iterator[str]:
     if scale is None:
         return
+    lost = f"{scale.steps_lost:.2%} of the time" if scale.steps_lost else "while training goes on"
     rows = [
         ("nodes", f"{scale.nodes} of {scale.gpus_per_node} GPUs"),
         ("gradients", f"{scale.gradient_gb:.2f} GB, {1e3 * scale.reduce_seconds:.1f} ms a step"),
         ("targets", f"{scale.target_gb:.2f} GB to a rank that trains, {1e3 * scale.target_seconds:.1f} ms a step"),
         ("images", f"{scale.images_s_node:,.0f}/s a node: {scale.read_mb_s:,.0f} MB/s, {scale.decode_cores:.1f} cores"),
-        ("checkpoint", f"{scale.checkpoint_seconds:.1f} s, {_lost(scale)}"),
+        ("checkpoint", f"{scale.checkpoint_seconds:.1f} s, {lost}"),
     ]
     yield from table(rows)
     yield ""
     yield "  assumed"
     yield from (f"    {text}" for text in scale.assumptions)
-
-
-def _lost(scale: ScalePlan) -> str:
-    return f"{scale.steps_lost:.2%} of the time" if scale.steps_lost else "while training goes on"
 
 
 def _totals(plan: Plan) -> Iterator[str]:

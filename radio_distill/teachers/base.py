@@ -13,12 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..config.cards import CUSTOM, TeacherCard
+from ..config.cards import CUSTOM, Fields, TeacherCard
+from ..config.numbers import Count, Positive, Side
 from ..errors import CardError, TeacherError
 from ..loaders import check_call, import_named
 from ..types import VisionOutput
 
-__all__ = ["Teacher", "chunked", "load_teacher", "teacher_builder", "Weights"]
+__all__ = ["Arch", "Teacher", "Weights", "chunked", "load_teacher", "teacher_builder"]
 
 Weights = Literal["pretrained", "random", "meta"]
 """`pretrained`: what the card names; `random`: the true architecture, untrained; `meta`: shapes only, no memory."""
@@ -154,3 +155,33 @@ def teacher_builder(card: TeacherCard) -> Callable[[TeacherCard, Weights], nn.Mo
         )
     expected = "a function (card, weights) that returns an nn.Module"
     return import_named(target, by=f"teacher card {card.name!r}", expected=expected, error=CardError)
+
+
+class Windows(Fields):
+    side: Side
+    """Side of an attention window in tokens; the grid is padded to a multiple of it."""
+    num_global: Count
+    """Number of blocks that attend over the whole grid instead."""
+    rel_pos: bool = False
+    """Decomposed relative positions are added to the attention scores (SAM)."""
+
+
+class Arch(Fields):
+    """The few numbers of a transformer from which its FLOPs, parameters and activations follow (`plan/cost.py`)."""
+
+    width: Positive
+    """Channels of a token."""
+    depth: Positive
+    """Number of blocks."""
+    mlp: Positive
+    """Hidden width of the MLP; of one of its two halves where it is gated."""
+    gated: bool = False
+    """SwiGLU: three matrices instead of two."""
+    prefix: Count = 0
+    """Class and register tokens."""
+    positions: Count = 0
+    """Rows of the learned position table."""
+    map_pool: bool = False
+    """An attention-pooling block makes the summary (SigLIP's MAP head)."""
+    windows: Windows | None = None
+    """Windowed attention; null: every block sees all tokens."""

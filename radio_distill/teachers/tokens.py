@@ -17,8 +17,7 @@ from torch.overrides import TorchFunctionMode
 from ..config.cards import Fields, TeacherCard
 from ..errors import CardError, TeacherError
 from ..types import VisionOutput
-from .arch import Arch
-from .base import Weights
+from .base import Arch, Weights
 
 __all__ = [
     "FamilyParams",

@@ -84,15 +84,7 @@ def rotation(axis: int, degrees: float) -> np.ndarray:
 
 
 def _box(part: str, center: Vector, half: Vector, colour: Vector | None = None) -> Primitive:
-    x, y, z = half
-    planes = (
-        (1.0, 0.0, 0.0, x),
-        (-1.0, 0.0, 0.0, x),
-        (0.0, 1.0, 0.0, y),
-        (0.0, -1.0, 0.0, y),
-        (0.0, 0.0, 1.0, z),
-        (0.0, 0.0, -1.0, z),
-    )
+    planes = tuple((*(sign * (i == axis) + 0.0 for i in range(3)), half[axis]) for axis in range(3) for sign in (1, -1))
     return Primitive("polytope", part, center, half, colour, planes)
 
 

@@ -22,11 +22,10 @@ from ..seeded import step_seed
 from ..tensors import all_reduce
 from ..types import Batch
 from . import agree, distributed, preempt
-from .ranks import run_ranks
+from .ranks import run_ranks, watch
 from .run import RunFolder, open_run
 from .snapshot import ended_on_failure, finish, is_written, refuse_non_finite, save, save_late
 from .training import Training
-from .watchdog import watch
 
 __all__ = ["fit", "mean_step", "train_one"]
 

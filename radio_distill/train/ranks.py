@@ -1,16 +1,20 @@
-"""How a process joins a job and leaves it: as a rank that trains, or as one that teaches (`engine.placement`)."""
+"""How a process joins a job and leaves it: as a rank that trains, or as one that teaches (`engine.placement`).
+
+The watchdog: a rank that is silent for too long prints the stacks of its threads and exits, so that the job ends. `run_ranks` starts it
+before a rank joins its job; every step of training and statistics, and every answer of a teacher rank, restarts it.
+"""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+import faulthandler
+from collections.abc import Callable, Iterator
 
 from ..config.recipe import Dedicated, Job
 from . import distributed, preempt
 from .bridge import Bridge, Message
-from .watchdog import watched
 
-__all__ = ["GOODBYE", "run_ranks"]
+__all__ = ["GOODBYE", "rest", "run_ranks", "watch"]
 
 GOODBYE = "goodbye"
 """Key of a student's last message; its value is the exit code of the job."""
@@ -48,3 +52,23 @@ def _leave(bridge: Bridge, code: int) -> None:
             with contextlib.suppress(RuntimeError):  # a teacher that is gone
                 bridge.send(peer, Message({GOODBYE: code}, [])).done()
     bridge.abort()
+
+
+@contextlib.contextmanager
+def watched(minutes: float) -> Iterator[None]:
+    """Watch over a block."""
+    watch(minutes)
+    try:
+        yield
+    finally:
+        rest()
+
+
+def watch(minutes: float) -> None:
+    """Start the watchdog, or start it again: a rank that hangs for longer prints the stacks of its threads and exits with 1."""
+    faulthandler.dump_traceback_later(minutes * 60, exit=True)
+
+
+def rest() -> None:
+    """Stop the watchdog until the next `watch`."""
+    faulthandler.cancel_dump_traceback_later()

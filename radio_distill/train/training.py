@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from ..config.recipe import Job
 from ..errors import RadioDistillError
 from ..log import Meter, Sinks
+from ..log.meter import Timers
 from ..types import Batch
 from . import agree
 from .distributed import World
 from .ema import Ema
 from .engine import Engine
 from .run import RunFolder
-from .timers import Timers
 from .writing import Files
 
 if TYPE_CHECKING:

@@ -41,11 +41,11 @@ from ..tensors import save_tensors
 from ..train import agree, distributed
 from ..train.loop import mean_step, train_one
 from ..train.partition import assign
+from ..train.ranks import watch
 from ..train.run import RunFolder
 from ..train.snapshot import resume
 from ..train.streams import Streams, forwards
 from ..train.training import Training
-from ..train.watchdog import watch
 from ..train.writing import Files
 from ..types import Batch, Losses
 from .downsample import KEEP

@@ -69,7 +69,7 @@ def test_all_numbers_are_found() -> None:
         "config.jitter.Jitter.zoom",
         "eval.tasks.detection.Detection.cost",
         "eval.published.PublishedTable.rows",
-        "teachers.arch.Arch.width",
+        "teachers.base.Arch.width",
     } <= found
 
 

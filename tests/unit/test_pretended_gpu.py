@@ -22,7 +22,7 @@ from radio_distill.plan.kernels import SPECTRAL_BYTES, WEIGHT_BYTES, student_blo
 from radio_distill.plan.memory import partition_bytes, work_bytes
 from radio_distill.student.names import student_of
 from radio_distill.student.spectral import apply_spectral
-from radio_distill.teachers.arch import Arch
+from radio_distill.teachers.base import Arch
 from radio_distill.teachers.fp8 import use_fp8
 from radio_distill.train import agree
 from radio_distill.upsamplers.train import one_step

@@ -5,8 +5,8 @@ import torch
 
 from radio_distill.balance import Moments, fit, identity
 from radio_distill.config.load import cards_of, load_card, load_recipe
-from radio_distill.config.mosaic import mosaic_of
 from radio_distill.config.recipe import BuiltInBalance
+from radio_distill.config.sizes import mosaic_of
 from radio_distill.distill.bank import TeacherBank
 from radio_distill.distill.targets import TeacherService, name_non_finite, views_at
 from radio_distill.distill.task import DistillTask
