@@ -319,7 +319,8 @@ def main() -> None:
         data = masks() if card.output.summary is None else images()
         log.info("%s: %d scenes", name, len(data.images_B3HW))
         net, text = train(card, data, steps=int(STEPS[name] * options.effort))
-        numbers = measure(Teacher(card, net), text and text_tower.TextTower("toy", {}, text, text.tokenize), test)
+        speaks = None if text is None else text_tower.TextTower("toy", {}, text, text.tokenize)
+        numbers = measure(Teacher(card, net), speaks, test)
         torch.manual_seed(1)
         untrained = measure(Teacher(card, build(card, "random")), None, test)
         numbers |= {f"random_weights_{k}": v for k, v in untrained.items()}

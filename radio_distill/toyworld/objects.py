@@ -84,7 +84,8 @@ def rotation(axis: int, degrees: float) -> np.ndarray:
 
 
 def _box(part: str, center: Vector, half: Vector, colour: Vector | None = None) -> Primitive:
-    planes = tuple((*(sign * (i == axis) + 0.0 for i in range(3)), half[axis]) for axis in range(3) for sign in (1, -1))
+    axes = ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0))
+    planes = tuple((s * x + 0.0, s * y + 0.0, s * z + 0.0, m) for (x, y, z), m in zip(axes, half) for s in (1, -1))  # no -0.0
     return Primitive("polytope", part, center, half, colour, planes)
 
 

@@ -8,7 +8,7 @@ Shapes: S side of the views, C channels.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from math import ceil
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -73,7 +73,7 @@ class SurfaceTask(Task):
     test_images: Positive | None = None
     """At most so many views are scored; null: all."""
 
-    meter: ClassVar[Callable[[], DepthMeter | NormalsMeter]]
+    meter: ClassVar[type[DepthMeter] | type[NormalsMeter]]
     of: ClassVar[str]
     """Which of the meter's numbers is the score."""
     unit: ClassVar[str]
