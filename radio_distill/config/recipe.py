@@ -501,6 +501,16 @@ class Ema(Fields):
     decay: Decay = 0.9996
     """Decay per step of the fp32 average of the weights (V4, issue #181); 0: no EMA."""
 
+    def note(self, steps: int) -> str | None:
+        """What has to be said of a stage of so few steps that its average is mostly what it began with; None where it is not."""
+        kept = self.decay**steps
+        if kept <= 0.5:
+            return None
+        return (
+            f"the average that is evaluated and exported keeps {kept:.0%} of the weights it begins with: ema.decay {self.decay} "
+            f"over {steps} steps; set ema.decay=0, or a smaller one"
+        )
+
 
 class Colocated(Fields):
     kind: Literal["colocated"] = "colocated"

@@ -116,6 +116,8 @@ def build_start(recipe: Recipe, world: World, side: TeacherSide, found: Path | N
         loaded = start_weights(student, _resolved(recipe.start))
         if world.is_main:
             log.info("starting from %s", recipe.start.source or "scratch")
+            if note := recipe.ema.note(recipe.optim.steps):
+                log.warning("%s", note)
         if not balancers and (loaded or recipe.balance.ahead):
             steps = recipe.balance.window if recipe.balance.ahead else 1
             balancers.update(gather_balancers(side, world, steps))

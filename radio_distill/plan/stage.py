@@ -321,6 +321,8 @@ def _notes(recipe: Recipe, per_rank: list[float], teacher_ranks: tuple[TeacherRa
         yield f"the trunk never learns: optim.freeze_trunk {optim.freeze_trunk} >= optim.steps {optim.steps}"
     if recipe.balance.window > optim.steps and not recipe.balance.ahead:
         yield f"the balancers change until the end: balance.window {recipe.balance.window} > optim.steps {optim.steps}"
+    if note := recipe.ema.note(optim.steps):
+        yield note
 
 
 def _mosaic_notes(recipe: Recipe, cards: dict[str, TeacherCard], partitions: tuple[PartitionPlan, ...]) -> list[str]:

@@ -88,6 +88,11 @@ def test_smaller_forwards_and_sharding_need_less_memory():
             "forwards of 2 images leave mosaics of 4 partly empty; set partitions.low.micro_batch=4",
         ),
         ([], "no images yet: train needs data.sources.NAME.path=..."),
+        (
+            ["optim.steps=100", "ema.decay=0.9996"],
+            "the average that is evaluated and exported keeps 96% of the weights it begins with: ema.decay 0.9996 over 100 steps; "
+            "set ema.decay=0, or a smaller one",
+        ),
     ],
 )
 def test_what_looks_wrong_is_noted(overrides, note):
