@@ -123,7 +123,7 @@ def _embed(
         for piece in coming:
             skipped.add(piece.bad)
             if piece.rows:
-                pixels_B3HW = piece.canvases[0].images_B3SS[: len(piece.rows)].to(device).float().div_(255)
+                pixels_B3HW = piece.canvases[0].images_B3SS[: len(piece.rows)].to(device) / 255
                 vectors_BD = _vectors(model, pixels_B3HW).cpu()
                 _refuse_non_finite(vectors_BD, piece.rows)
                 for row, vector_D in zip(piece.rows, vectors_BD):

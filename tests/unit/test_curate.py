@@ -21,6 +21,8 @@ from radio_distill.curate.points import Held
 from radio_distill.curate.run import curate, memory_bytes
 from radio_distill.curate.sampling import share_out, take_balanced
 from radio_distill.errors import DataError, RecipeError
+from radio_distill.plan.budget import GPUS
+from radio_distill.plan.cost import vit_flops
 from radio_distill.toyworld import write_toyworld
 
 
@@ -230,3 +232,37 @@ def test_a_curation_takes_the_memory_that_it_prints(repo, tmp_path):
     spec.loader.exec_module(bench)
     found = bench.peak(tmp_path, 60_000, 384, (300, 30))
     assert found.measured_gb == pytest.approx(found.printed_gb, rel=0.1)
+
+
+def test_the_arithmetic_of_curation_at_scale(repo):
+    page, width = (repo / "docs/scale.md").read_text(), 384
+    flop = vit_flops(257, width, 12, 4 * width, gated=False, patch=14, patches=256)
+    assert f"a ViT-S of 14 px patches at 224 px, {flop / 1e9:.0f} GFLOP an image" in page
+
+    def row(*cells):
+        return "| " + " | ".join(cells) + " |"
+
+    seconds, counts = [flop * images / (0.45 * GPUS["h200"][0]) for images in (20e6, 1e9)], ((20e6, 200e3), (1e9, 20e6))
+    assert row(f"{seconds[0] / 60:.0f} minutes of one GPU", f"{seconds[1] / 3600:.0f} h") in page
+    assert row(f"{20e6 / 1e5 / 60:.1f} h of 3 cores", f"{1e9 / 1e5 / 60 / 24:.0f} days") in page
+    assert row(*(f"{2 * width * images / 1e9:.{digits}f} GB" for images, digits in ((20e6, 1), (1e9, 0)))) in page
+    once = [2 * images * clusters * width for images, clusters in counts]
+    hours = [each / 50e12 / 3600 for each in once]
+    assert (
+        row(
+            f"{once[0]:.1e}".replace("+", "") + ": a minute at 50 TFLOP/s (fp32)",
+            f"{once[1]:.1e}".replace("+", "") + f": {hours[1]:.0f} h",
+        )
+        in page
+    )
+    assert hours[0] * 60 == pytest.approx(1, abs=0.1)
+    rounds = [2 * 10 * clusters**2 * width / 50e12 / 3600 for _, clusters in counts]
+    whole = [50 * each + 10 * 50 * again + 10 * each for each, again in zip(hours, rounds)]
+    assert whole[0] == pytest.approx(2, abs=0.2)
+    assert whole[1] / 24 / 365 == pytest.approx(1.5, abs=0.1)
+    view = 256 * (1152 + 1280)
+    assert f"{view / 1e6:.2f} MB a view" in page
+    assert (
+        row(f"{20e6 * view / 1e12:.0f} TB a view, {5 * 20e6 * view / 1e12:.0f} TB of 5", f"{1e9 * view / 1e12:.0f} TB a view")
+        in page
+    )
