@@ -72,6 +72,8 @@ def compare(name: str, folder: Path, seed: int, *, quick: bool) -> dict[str, dic
     """All ways of one comparison with one seed: cost and scores."""
     comparison, found = COMPARISONS[name], {}
     data = folder.parent / ("mixed" if comparison.mixed else "scenes")
+    if any(way.behind == FIRST.name for way in comparison.ways):
+        train_way(FIRST, folder, folder.parent / "scenes", seed, quick=quick)
     for way in comparison.ways:
         minutes = train_way(way, folder, data, seed, quick=quick)
         model = load_model(str(folder / way.name))
@@ -180,7 +182,14 @@ COMPARISONS = {
         of_heads,
     ),
     "through_head": Comparison(
-        (FIRST, Way("summary_as_it_is", "toy/fast_stage1", ("teachers.toy_siglip.summary=adaptor",), pays=("fast_stage1",))),
+        (
+            Way(
+                "through_head",
+                "toy/fast_stage1",
+                ("teachers.toy_siglip={summary: through_head, summary_weight: 1}", "optim.steps=80"),
+            ),
+            Way("summary_as_it_is", "toy/fast_stage1", ("teachers.toy_siglip.summary_weight=1",), pays=("through_head",)),
+        ),
         of_heads,
     ),
     "drawn": Comparison(

@@ -54,7 +54,8 @@ def test_a_student_learns_from_the_proxy_of_the_chain(in_this_process: Path, pho
 
 def test_the_fast_twins_train_one_after_the_other_and_keep_the_teachers_head(in_this_process: Path, photos: Path) -> None:
     names = ["toy/fast_stage1", "toy/fast_stage2", "toy/fast_sam"]
-    assert chain(names, [*QUICK, "partitions.low.images=16", f"data.sources.toy.path={photos}"]) == 0
+    fields = [*QUICK, "partitions.low.images=16", "teachers.toy_siglip.summary=through_head"]
+    assert chain(names, [*fields, f"data.sources.toy.path={photos}"]) == 0
     run = in_this_process / "runs/toy_fast_sam"
     student = load_student(run)
     assert [a.name for a in student.arch.adaptors] == ["toy_siglip", "toy_dino", "toy_sam"]

@@ -170,7 +170,7 @@ def test_the_student_of_a_recipe_holds_the_head_as_its_card_states_it() -> None:
 
 
 def test_the_format_of_the_reference_cannot_hold_a_pooling_head_and_hf_can() -> None:
-    arch = student_of(load_recipe("toy/fast_stage1"))
+    arch = student_of(load_recipe("toy/fast_stage1", ["teachers.toy_siglip.summary=through_head"]))
     check(arch, "hf")
     with pytest.raises(CheckpointError, match=r"own head \(toy_siglip; adaptors=NAMES keeps others alone\)"):
         check(arch, "radio")
