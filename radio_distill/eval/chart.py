@@ -150,12 +150,22 @@ def _figure(title: str, svg: str, names: list[str]) -> str:
 
 def _gridlines(low: float, high: float, place, left_x: float) -> str:  # type: ignore[no-untyped-def]
     lines = []
-    for i in range(5):
-        y = low + (high - low) * i / 4
+    heights = [low + (high - low) * i / 4 for i in range(5)]
+    for y, label in zip(heights, _labels(heights)):
         _, py = place(left_x, y)
         lines.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{py:.1f}" y2="{py:.1f}"/>')
-        lines.append(f'<text class="tick" x="{LEFT - 6}" y="{py + 4:.1f}" text-anchor="end">{y:.3g}</text>')
+        lines.append(f'<text class="tick" x="{LEFT - 6}" y="{py + 4:.1f}" text-anchor="end">{label}</text>')
     return "".join(lines)
+
+
+def _labels(values: list[float]) -> list[str]:
+    """Evenly spaced numbers, three digits each; more where three would not tell them apart."""
+    near = 0.1 * abs(values[1] - values[0])
+    for digits in range(3, 16):
+        labels = [f"{x:.{digits}g}" for x in values]
+        if all(abs(float(label) - x) <= near for label, x in zip(labels, values)):
+            break
+    return labels
 
 
 def _nice(low: float, high: float) -> tuple[float, float]:

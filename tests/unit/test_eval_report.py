@@ -1,6 +1,7 @@
 """The report of results: tables per suite, the paper's rows beside preset paper alone, curves, pictures, markdown."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from conftest import REPO
 
 from radio_distill import viz
+from radio_distill.eval.chart import line_chart_file
 from radio_distill.eval.report import write_report
 from radio_distill.eval.suite_tables import sections, to_markdown
 from radio_distill.eval.tables import pipes
@@ -55,6 +57,19 @@ def test_numbers_at_several_resolutions_become_curves() -> None:
     assert section.rows == ()
     assert [(c.axis, c.lines) for c in section.curves] == [("tokens", {"runs/stage3@500": [(50, 0.5), (197, 0.9)]})]
     assert "| tokens | 50 | 197 |\n| --- | ---: | ---: |\n| runs/stage3@500 | 0.5 | 0.9 |" in to_markdown([section])
+
+
+@pytest.mark.parametrize(
+    ("values", "labels"),
+    [
+        ((1.7792, 1.7811), ["1.779", "1.7796", "1.7803", "1.7809", "1.7815"]),
+        ((0.02, 0.38), ["0", "0.1", "0.2", "0.3", "0.4"]),
+        ((1e5, 1.00004e5), ["100000", "100001", "100002", "100003", "100004"]),
+    ],
+)
+def test_lines_of_a_chart_are_told_apart_by_their_numbers(values: tuple[float, float], labels: list[str]) -> None:
+    svg = line_chart_file({"a": [(3, values[0]), (11, values[1])]}, title="fidelity", axis="window")
+    assert re.findall(r'text-anchor="end">([\d.e+]+)</text>', svg) == labels
 
 
 def test_a_cell_stays_on_its_line_and_words_are_flush_left() -> None:
