@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -18,9 +19,15 @@ class Table(NamedTuple):
 def pipes(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A table of markdown. Columns of numbers are flush right, the first and those with words flush left."""
     rows = list(rows)
-    words = [i == 0 or any(row[i][:1].isalpha() for row in rows) for i in range(len(head))]
+    words = [i == 0 or not all(_is_number(row[i]) for row in rows) for i in range(len(head))]
     lines = [head, ["---" if left else "---:" for left in words], *rows]
     return "\n".join(f"| {' | '.join(_cell(text) for text in line)} |" for line in lines)
+
+
+def _is_number(text: str) -> bool:
+    """Also one with a spread behind it, or none at all."""
+    first = (text.split() or ["-"])[0]
+    return first == "-" or re.fullmatch(r"[+-]?[\d.]+(e[+-]?\d+)?%?|nan|inf", first) is not None
 
 
 def _cell(text: str) -> str:

@@ -73,8 +73,9 @@ def test_lines_of_a_chart_are_told_apart_by_their_numbers(values: tuple[float, f
 
 
 def test_a_cell_stays_on_its_line_and_words_are_flush_left() -> None:
-    lines = pipes(("field", "default", "what it is"), [("a|b", "0.5", "two\nlines"), ("c", "-", "one")]).splitlines()
-    assert lines[1:] == ["| --- | ---: | --- |", "| a/b | 0.5 | two lines |", "| c | - | one |"]
+    rows = [("a|b", "0.5", "two\nlines", "2x Tiles"), ("c", "-", "one", ""), ("d", "1e-05 +- 2 (3 runs)", "", "3")]
+    lines = pipes(("field", "default", "what it is", "method"), rows).splitlines()
+    assert lines[1:3] == ["| --- | ---: | --- | --- |", "| a/b | 0.5 | two lines | 2x Tiles |"]
 
 
 def test_several_seeds_are_a_mean_with_its_deviation() -> None:
