@@ -84,6 +84,8 @@ def compare(name: str, folder: Path, seed: int, *, quick: bool) -> dict[str, dic
 
 
 def train_way(way: Way, folder: Path, data: Path, seed: int, *, quick: bool) -> float:
+    if way.behind == "proxy":
+        write_card(folder / "proxy")
     fields = [
         f"data.sources.toy.path={data}",
         f"seed={seed}",
@@ -92,8 +94,6 @@ def train_way(way: Way, folder: Path, data: Path, seed: int, *, quick: bool) -> 
     steps = 2 if quick else load_recipe(way.recipe, fields).optim.steps
     if way.pays and not quick:
         steps = steps_for(way.recipe, fields, sum(flop(folder / stage) for stage in way.pays))
-    if way.behind == "proxy":
-        write_card(folder / "proxy")
     fields += [f"optim.steps={steps}"] + (["balance.window=2", "optim.warmup=1"] if quick else [])
     return train(folder / way.name, way.recipe, fields)
 
