@@ -7,7 +7,7 @@ steps       of toy/stage3_featsharp: with running teachers, from an int8 cache, 
 large       the same of a ViT-B of timm and a ViT-Ti that learns from it, by a recipe as stage3_featsharp has it: there teachers are most of a step,
             as real ones are. Weights of upsamplers and of this teacher are random; what a cache saves at most is printed beside, by FLOPs as `plan` counts them
 assignment  of vectors of 384 numbers to 20,000 centroids: ours beside a bare product, and beside faiss's flat index where faiss is installed
-embed       over forward passes of ready batches of 64 images, the command's default, by toy_dino: with decoding in the same process, and in a loader
+embed       the share of the forward passes, of 64 images as is the command's default, by toy_dino: with decoding in the same process, and in a loader
             process, which is not counted; the median of seven turns after one that imports what is used
 
 Seconds are CPU time of the process, all threads, on a machine without a GPU: they do not depend on what else it does.
@@ -32,12 +32,11 @@ import torch
 from radio_distill.cli import main as command
 from radio_distill.config.load import load_recipe
 from radio_distill.config.recipe import Recipe, Source
-from radio_distill.curate.embed import MIDDLE, _embed, _vectors
+from radio_distill.curate.embed import _embed, _vectors
 from radio_distill.curate.embeddings import EmbeddingFolder, Header
 from radio_distill.curate.points import assign
-from radio_distill.data.once import Once, ShardView
+from radio_distill.data.once import ShardView
 from radio_distill.data.sources import list_source
-from radio_distill.data.views import ViewSpec
 from radio_distill.distill.build import build_start, build_teacher_side
 from radio_distill.distill.loop import prepare, train_step
 from radio_distill.distill.training import StageTraining
@@ -47,6 +46,7 @@ from radio_distill.tensors import save_tensors
 from radio_distill.toyworld import write_toyworld
 from radio_distill.train import distributed
 from radio_distill.train.run import RunFolder
+from radio_distill.types import VisionModel
 
 WIDTH, CENTROIDS, TURNS, BATCH = 384, 20_000, 7, 64
 FEW = ["partitions.low.images=16", "partitions.high.images=8", "data.streams=4", "balance={ahead: false, window: 1, every: 1}"]
@@ -186,26 +186,31 @@ def assignment(rows: int) -> dict[str, float]:
 
 
 def embedding(folder: Path) -> dict[str, float]:
-    """Forward passes alone over reading and encoding."""
+    """The share of the forward passes in all that `embed` does."""
     model = open_model("teacher:toy_dino").model
     listing = list_source("embed", Source(path=str(folder / "many")))
     items = [ShardView("embed", shard, 0) for shard in listing.shards(1)]
 
-    def pieces() -> Once:
-        return Once(items, [ViewSpec("student", 84, 1)], MIDDLE, partition_size=1, seed=0, size=BATCH)
-
-    ready = [piece.canvases[0].images_B3SS[: len(piece.rows)].float() / 255 for piece in pieces()]
-    header = Header("toy_dino", 84, _vectors(model, ready[0]).shape[1], "", "", [])
+    header = Header("toy_dino", 84, _vectors(model, torch.zeros(1, 3, 84, 84)).shape[1], "", "", [])
     numbers, cpu = list(range(len(items))), torch.device("cpu")
 
     def ratio(workers: int, turn: int) -> float:
         place = EmbeddingFolder(folder / f"vectors{workers}.{turn}")
         place.path.mkdir()
-        bare = cpu_seconds(lambda: [_vectors(model, part) for part in ready])
-        return bare / cpu_seconds(lambda: _embed(items, numbers, model, place, header, BATCH, workers, cpu))
+        passes = []
+
+        def timed(model: VisionModel, pixels: torch.Tensor) -> torch.Tensor:
+            begin = time.thread_time()
+            vectors = _vectors(model, pixels)
+            passes.append(time.thread_time() - begin)
+            return vectors
+
+        with mock.patch("radio_distill.curate.embed._vectors", timed):
+            whole = cpu_seconds(lambda: _embed(items, numbers, model, place, header, BATCH, workers, cpu))
+        return sum(passes) / whole
 
     here, beside = (float(np.median([ratio(workers, turn) for turn in range(TURNS + 1)][1:])) for workers in (0, 1))
-    return {"embed, forward alone / all, one process": here, "embed, forward alone / a decoder beside it": beside}
+    return {"embed, forward passes / all, one process": here, "embed, forward passes / all, a decoder beside it": beside}
 
 
 def cpu_seconds(work: Callable[[], object]) -> float:
