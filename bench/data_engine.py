@@ -20,7 +20,6 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from unittest import mock
@@ -28,6 +27,7 @@ from unittest import mock
 import numpy as np
 import timm
 import torch
+from trainings import cpu_seconds
 
 from radio_distill.cli import main as command
 from radio_distill.config.load import load_recipe
@@ -211,12 +211,6 @@ def embedding(folder: Path) -> dict[str, float]:
 
     here, beside = (float(np.median([ratio(workers, turn) for turn in range(TURNS + 1)][1:])) for workers in (0, 1))
     return {"embed, forward passes / all, one process": here, "embed, forward passes / all, a decoder beside it": beside}
-
-
-def cpu_seconds(work: Callable[[], object]) -> float:
-    begin = time.process_time()
-    work()
-    return time.process_time() - begin
 
 
 if __name__ == "__main__":

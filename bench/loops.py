@@ -12,12 +12,12 @@ from __future__ import annotations
 import argparse
 import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from trainings import cpu_seconds
 
 from radio_distill.config.recipe import Recipe
 from radio_distill.distill.bank import TeacherBank
@@ -54,7 +54,7 @@ def measure(images: int, precision: str, repeats: int) -> list[float]:
         write_toyworld(f"{folder}/scenes", count=32, size=256, seed=0, shards=1)
         ours = {name: training(recipe(Path(folder), name, images, precision), world) for name in EXTRAS}
         steps = [by_hand(ours["plain"]), *(by_trainer(t) for t in ours.values())]
-        times = [[seconds(step) for step in steps] for _ in range(repeats + 2)][2:]
+        times = [[cpu_seconds(step) for step in steps] for _ in range(repeats + 2)][2:]
     distributed.shutdown()
     return [1e3 * statistics.median(column) for column in zip(*times)]
 
@@ -122,12 +122,6 @@ def by_hand(t: StageTraining) -> Callable[[], None]:
         optimizer.zero_grad()
 
     return step
-
-
-def seconds(step: Callable[[], None]) -> float:
-    begin = time.process_time()
-    step()
-    return time.process_time() - begin
 
 
 if __name__ == "__main__":

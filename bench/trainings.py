@@ -1,9 +1,10 @@
-"""What the comparisons of trainings share: a training by its CPU minutes, kept in the folder where it ran, and cells of a table."""
+"""What the comparisons share: a training by its CPU minutes, kept in the folder where it ran, CPU seconds, and cells of a table."""
 
 from __future__ import annotations
 
 import resource
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -27,6 +28,13 @@ def cpu_minutes() -> float:
     """Of all processes that this one has started and that have ended."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return (used.ru_utime + used.ru_stime) / 60
+
+
+def cpu_seconds(work: Callable[[], object]) -> float:
+    """Of this process, all threads, for a piece of work."""
+    begin = time.process_time()
+    work()
+    return time.process_time() - begin
 
 
 def flop(run: Path) -> float:

@@ -41,7 +41,7 @@ class Balancer:
     """A constant affine map on channels; float32 tensors, no gradient. Not an nn.Module: it never enters an engine."""
 
     kind: str
-    """`phi_s`, `global_standardize`, `standardize`, `pca`, `zca`, `hca` or `none`."""
+    """`phi_s`, `global_standardize`, `standardize`, `pca`, `zca`, `hca` or `none`; one within another names both."""
     weight: Tensor
     """W: (C, C), or (C,) where it is diagonal."""
     inverse_weight: Tensor
@@ -80,12 +80,14 @@ class Balancer:
     def within(self, other: Balancer) -> Balancer:
         """The same balancer for features that `other` has balanced already: W W_o^-1 in place of a product with W_o^-1 and one with W.
 
-        Composed in float64. Its `inverse` gives features that are balanced by `other`.
+        Composed in float64. Its `inverse` gives features that are balanced by `other`, for which lengths are not those of raw features:
+        it is of a kind of its own.
         """
+        kind = f"{self.kind} within {other.kind}"
         weight = _product(self.weight, other.inverse_weight)
         inverse_weight = _product(other.weight, self.inverse_weight)
         offset_C, mean_C = (_apply(other.weight, x.double() - other.offset_C.double()) for x in (self.offset_C, self.mean_C))
-        return replace(self, weight=weight, inverse_weight=inverse_weight, offset_C=offset_C, mean_C=mean_C)
+        return replace(self, kind=kind, weight=weight, inverse_weight=inverse_weight, offset_C=offset_C, mean_C=mean_C)
 
     def summary(self, summary_BC: Tensor) -> Tensor:
         """What students learn of a teacher's summaries (B, C): of mean 0 and deviation 1 by coordinate (EUPE, arXiv:2603.22387), or as they

@@ -108,6 +108,9 @@ def test_within_the_space_of_another_balancer_it_gives_the_same(moments: Moments
     torch.testing.assert_close(inside.inverse(mine.forward(x)), space.forward(x), atol=2e-2, rtol=1e-4)  # of values up to 100
     torch.testing.assert_close(inside.centre_C, mine.centre_C, atol=1e-5, rtol=1e-4)
     assert (inside.weight.ndim == 1) == (mine.weight.ndim == space.weight.ndim == 1)
+    difference = features(2, seed=2)
+    expected = (inside.inverse(difference) - inside.inverse(torch.zeros_like(difference))).square().sum(1)
+    torch.testing.assert_close(inside.raw_square_C(difference).sum(1), expected, rtol=1e-3, atol=1e-2)
 
 
 @pytest.mark.parametrize("kind", METHODS)
