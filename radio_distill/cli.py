@@ -141,6 +141,9 @@ def _add_commands_that_train(commands: Any) -> None:
     vlm_toy.add_argument("out", help="folder to make; it must not exist")
     vlm_toy.add_argument("--count", type=_positive, default=3000, help="number of scenes to ask about (3000)")
     vlm_toy.add_argument("--size", type=_positive, default=96, help="side of an image in pixels (96)")
+    vlm_toy.add_argument(
+        "--steps", type=_positive, help="steps in which the language model learns to read (1600, some minutes)"
+    )
     _add_submit(commands)
     _add(commands, "eval", "score checkpoints, exports and teachers on a suite (eval --help tells more)", add_help=False)
     viz = _add(commands, "viz", "draw what upsamplers make of some images: principal components as colours")
@@ -354,7 +357,7 @@ def _vlm(arguments: argparse.Namespace) -> int:
         return _train(arguments)
     from .vlm.toy import write_toy
 
-    write_toy(arguments.out, count=arguments.count, size=arguments.size)
+    write_toy(arguments.out, count=arguments.count, size=arguments.size, steps=arguments.steps)
     return 0
 
 

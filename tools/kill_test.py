@@ -214,7 +214,7 @@ def prepare(root: Path) -> None:
     (root / "photos").mkdir()
     for i, pixels in enumerate(render_images(5, range(96), size=64)):
         Image.fromarray(pixels).save(root / "photos" / f"{i:03d}.jpg", quality=95)
-    write_toy(root / "toy", count=60, size=32)
+    write_toy(root / "toy", count=60, size=32, steps=0)
 
 
 def undisturbed(job: Job, work: Path) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from ..vlm.toy import ToyQuestion
+    from ..vlm.toy_questions import ToyQuestion
 
 __all__ = ["QUESTIONS", "Score", "held_out", "score_toy"]
 
@@ -54,7 +54,7 @@ def held_out(kinds: Sequence[str] = QUESTIONS, limit: int | None = None) -> list
     from PIL import Image
 
     from ..toyworld import render
-    from ..vlm.toy import HELD_OUT_SEED, ask
+    from ..vlm.toy_questions import HELD_OUT_SEED, ask
 
     left = dict.fromkeys(kinds, COUNT * 4 if limit is None else limit)
     asked: list[tuple[Image.Image, ToyQuestion]] = []

@@ -200,11 +200,14 @@ class Desk:
 
         parts, before = self._made / "toy_vlm", run.with_name(f"{name}-projector")
         if not parts.exists():
-            write_toy(parts, count=QUICK_SCENES if self.quick else 1500)
-        settings = {"toy/vlm_projector": (before, "captions", [f"start.student={self.student(name)}", f"start.lm={parts / 'lm'}"]),
-                    "toy/vlm_sft": (run, "questions", [f"start.source={before}"])}  # fmt: skip
-        for recipe, (folder, words, start) in settings.items():
-            overrides = [*start, f"run={folder}", f"data.sources.toy.path={parts / words}.json"]
+            if self.quick:
+                write_toy(parts, count=QUICK_SCENES, steps=0)
+            else:
+                write_toy(parts, count=1500)
+        settings = {"toy/vlm_projector": (before, [f"start.student={self.student(name)}", f"start.lm={parts / 'lm'}"]),
+                    "toy/vlm_sft": (run, [f"start.source={before}"])}  # fmt: skip
+        for recipe, (folder, start) in settings.items():
+            overrides = [*start, f"run={folder}", f"data.sources.toy.path={parts / 'questions.json'}"]
             overrides += [f"data.sources.toy.images={parts / 'images'}", f"seed={self.seed}"]
             if self.quick:
                 overrides += ["optim.steps=1", "optim.warmup=1", "samples=2", "log.every=1"]

@@ -49,12 +49,12 @@ def provide_vlms(desk: Desk) -> None:
     """The tiny student and a tiny language model of random weights, under the name of every student."""
     from radio_distill.config.vlm_recipe import FromParts
     from radio_distill.vlm.model import build_vlm, save_vlm
-    from radio_distill.vlm.toy import write_toy_lm
+    from radio_distill.vlm.toy_lm import write_toy_lm
 
     lm, first = desk.run / "lm", desk.toys / "vlms" / "baseline"
     if first.exists():
         return
-    write_toy_lm(lm, width=32, depth=1)
+    write_toy_lm(lm, width=32, depth=1, steps=0)
     torch.manual_seed(0)
     save_vlm(build_vlm(FromParts(kind="parts", student=str(desk.student("baseline")), lm=str(lm), size=32, unshuffle=2)), first)
     for name in STUDENTS:

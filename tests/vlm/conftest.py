@@ -19,7 +19,7 @@ def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What `vlm toy` writes, tiny."""
     out = tmp_path_factory.mktemp("toy") / "toy"
-    write_toy(out, count=60, size=32)
+    write_toy(out, count=60, size=32, steps=0)
     return out
 
 

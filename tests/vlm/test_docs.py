@@ -10,7 +10,7 @@ from conftest import REPO
 
 PAGE = (REPO / "docs" / "vlm.md").read_text()
 QUICK = {
-    "vlm toy": ["--count", "6", "--size", "32"],
+    "vlm toy": ["--count", "6", "--size", "32", "--steps", "1"],
     "vlm train": ["samples=2", "optim.steps=1", "optim.warmup=0", "start.size=32"],
     "eval --suite": ["--limit", "1"],
 }

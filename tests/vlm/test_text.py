@@ -16,15 +16,16 @@ from torch.utils.data._utils.pin_memory import pin_memory
 from radio_distill.config.load import load_recipe, load_vlm_recipe
 from radio_distill.config.vlm_recipe import FromParts, Lora, Patches, VlmRecipe, VlmSource
 from radio_distill.errors import DataError, RecipeError
-from radio_distill.toyworld import CLASSES, render
+from radio_distill.toyworld import render
 from radio_distill.train.distributed import World
+from radio_distill.vlm import toy_lm
 from radio_distill.vlm.batches import Sample, Samples, TextStreams, collate, list_batches
 from radio_distill.vlm.conversations import Conversation, examine, read_conversations
 from radio_distill.vlm.lora import LoraLinear, add_lora, merge_lora
 from radio_distill.vlm.model import Vlm, build_vlm
-from radio_distill.vlm.prompt import IGNORE, LITERAL_IMAGE, Encoded, Turn, encode
+from radio_distill.vlm.prompt import IGNORE, IMAGE, LITERAL_IMAGE, Encoded, Turn, encode
 from radio_distill.vlm.tower import Pictures
-from radio_distill.vlm.toy import KINDS, TRAIN_SEED, ask, converse
+from radio_distill.vlm.toy_questions import KINDS, SHORT, TRAIN_SEED, ask, converse
 
 TURNS = (Turn("user", "is there a tree?"), Turn("assistant", "yes"), Turn("user", "how many?"), Turn("assistant", "two"))
 
@@ -362,20 +363,50 @@ def test_other_commands_say_which_one_trains_a_vlm() -> None:
         load_recipe("toy/vlm_sft")
 
 
-def test_toy_conversations_ask_everything_first_at_times_and_give_nothing_away() -> None:
-    samples = [render(TRAIN_SEED, i, size=64) for i in range(40)]
-    firsts = Counter()
-    for i, sample in enumerate(samples):
-        subject = sample.scene.objects[0].name
-        questions = converse(ask(sample), np.random.default_rng(i))
+def test_toy_conversations_ask_everything_first_at_times_and_as_often_for_what_is_there_as_for_what_is_not() -> None:
+    firsts, answers = Counter[str](), Counter[str]()
+    for i in range(200):
+        sample = render(TRAIN_SEED, i, size=32)
+        there = {o.name for o in sample.scene.objects}
+        questions = converse(sample, np.random.default_rng(i))
         firsts[questions[0].kind] += 1
-        said = ""
+        assert [q.question.endswith(SHORT) for q in questions] == [True, *(len(questions) - 1) * [False]]
         for q in questions:
-            if q.kind == "class":
-                assert subject not in said
             if q.kind == "yes_no":
-                assert not any(f" {name}" in said for name in CLASSES)
-            if q.kind == "count":
-                assert "left or right" not in said
-            said += f" {q.question} {q.answer}"
+                name = q.question.removesuffix(SHORT).removeprefix("is there a ").removesuffix("?")
+                assert (name in there) == (q.answer == "yes")
+                answers[q.answer] += 1
     assert set(firsts) == set(KINDS)
+    assert abs(answers["yes"] - answers["no"]) < 3 * sum(answers.values()) ** 0.5
+    assert {q.question.endswith(SHORT) for q in ask(sample)} == {True}
+
+
+def test_a_toy_language_model_reads_the_cells_of_a_scene_in_the_place_of_an_image(tmp_path: Path) -> None:
+    sample = render(TRAIN_SEED, 3, size=48)
+    cells = toy_lm.spell(sample)
+    names = {o.name for o in sample.scene.objects}
+    assert len(cells) == 36
+    assert cells[9][2:] == ("row1", "column3")
+    assert sample.scene.objects[0].name in {cell[0] for cell in cells} <= names | {sample.scene.time, sample.scene.ground}
+    middle = Counter(sample.instances_HW[16:32, 16:32].ravel().tolist()).most_common(1)[0][0]
+    assert middle == 0 or sample.scene.objects[middle - 1].name in {cells[i][0] for i in (14, 15, 20, 21)}
+    tokenizer = toy_lm._tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE]})
+    questions = converse(sample, np.random.default_rng(0))
+    ours = toy_lm.dialogue(questions, lambda text: tokenizer.encode(text, add_special_tokens=False), tokenizer)
+    turns = [Turn(who, text) for q in questions for who, text in (("user", q.question), ("assistant", q.answer))]
+    turns[0] = Turn("user", f"{36 * IMAGE}\n{turns[0].text}")
+    expected = encode(tokenizer, turns, template="chat", max_length=10_000, key="0")
+    image = tokenizer.convert_tokens_to_ids(IMAGE)
+    assert ours.ids == [tokenizer.pad_token_id if i == image else i for i in expected.ids]
+    assert ours.labels == expected.labels
+
+
+def test_a_toy_language_model_learns_by_reading_and_is_the_same_every_time(tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    for name, steps in (("random", 0), ("read", 2), ("again", 2)):
+        toy_lm.write_toy_lm(tmp_path / name, width=32, depth=1, steps=steps)
+    random, read, again = (load_file(tmp_path / name / "model.safetensors") for name in ("random", "read", "again"))
+    assert all(torch.equal(read[key], again[key]) for key in read)
+    assert not any(torch.equal(read[key], random[key]) for key in read)

@@ -42,6 +42,7 @@ def stage1(student: Path, toy: Path, run: Path) -> list[str]:
         f"start={{kind: parts, student: {student}, lm: {toy}/lm, size: 32, unshuffle: 2}}",
         source,
         f"run={run}",
+        "template=plain",
         "optim.steps=3",
     ]
 
