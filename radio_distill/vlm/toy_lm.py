@@ -38,8 +38,9 @@ SEED, SCENES, SIZE = 83_000, 3000, 48
 """Of what it reads about; no scene of a conversation or of a benchmark is among them."""
 STEPS, BATCH, RATE, WARMUP = 1600, 24, 2e-3, 20
 CLEAR = 3 / 4
-"""Share of the steps in which no word is missing. Later a fifth of them is, and half of the classes of a scene in all of its cells: small
-objects are seen so."""
+"""Share of the steps in which no word is missing."""
+MISSING, UNNAMED = 0.2, 0.5
+"""Share of the words that are missing later, and of the classes that no cell of a picture says: a student sees small objects so."""
 NOISE = 0.4
 """Standard deviation of what is added to a cell, whose channels have about 1."""
 
@@ -96,7 +97,7 @@ def spell(sample: ToySample) -> list[tuple[str, ...]]:
     """The cells of a picture row by row, WORDS words each: class and colour, or twice the ground or the time of day; row and column."""
     objects, side = sample.scene.objects, len(sample.instances_HW) // GRID
     blocks = sample.instances_HW.reshape(GRID, side, GRID, side).transpose(0, 2, 1, 3).reshape(GRID, GRID, -1)
-    cells = []
+    cells: list[tuple[str, ...]] = []
     for row, column in np.ndindex(GRID, GRID):
         counts = np.bincount(blocks[row, column], minlength=1 + len(objects))[1:]
         found = objects[counts.argmax()]
@@ -156,10 +157,10 @@ def _look(model: Any, cells_BGW: Tensor, tokenizer: Any, *, missing: bool) -> Te
     """The cells as vectors (B, G, C): the sum of their words' over sqrt(WORDS), and noise."""
     kept_BGW = torch.ones(cells_BGW.shape)
     if missing:
-        kept_BGW[..., :2] = (torch.rand(cells_BGW[..., :2].shape) >= 0.2).float()
+        kept_BGW[..., :2] = (torch.rand(cells_BGW[..., :2].shape) >= MISSING).float()
         named = torch.zeros(len(tokenizer), dtype=torch.bool)
         named[tokenizer.convert_tokens_to_ids(list(CLASSES))] = True
-        unnamed_BV = (torch.rand(len(cells_BGW), len(tokenizer)) < 0.5) & named
+        unnamed_BV = (torch.rand(len(cells_BGW), len(tokenizer)) < UNNAMED) & named
         kept_BGW *= ~unnamed_BV.gather(1, cells_BGW.flatten(1)).view_as(cells_BGW)
     words_BGWC = model.get_input_embeddings()(cells_BGW) * kept_BGW[..., None]
     vectors_BGC = words_BGWC.sum(2) / math.sqrt(WORDS)

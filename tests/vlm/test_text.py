@@ -297,7 +297,7 @@ def test_every_epoch_is_a_permutation_whatever_the_ranks_and_goes_on_at_any_step
 
 def test_sizes_that_do_not_divide_and_images_that_leave_no_room_are_told(vlm: Vlm) -> None:
     with pytest.raises(RecipeError, match="samples=32 are not divisible into 3 ranks of micro-batches of 10; use samples=30"):
-        TextStreams(recipe(), vlm, [], world(0, 3))
+        TextStreams(recipe("samples=32"), vlm, [], world(0, 3))
     with pytest.raises(RecipeError, match=r"an image is 16 tokens and data.max_length is 16: no place for an answer"):
         Samples(recipe("data.max_length=16"), vlm, [])
 
@@ -325,9 +325,9 @@ def test_lora_starts_as_nothing_and_is_merged_under_the_old_names() -> None:
     ("override", "message"),
     [
         ("lora={}", None),
-        ("micro_batch=33", r"'micro_batch' is 33, expected 1 to 32 \(samples\), or null"),
+        ("micro_batch=33", r"'micro_batch' is 33, expected 1 to 16 \(samples\), or null"),
         ("engine.zero=3", "'engine.zero' is 3: what is saved would be empty; use 2"),
-        ("optim.min_lr=1", "'optim.min_lr' is 1.0, more than 'optim.lr' 0.002"),
+        ("optim.min_lr=1", "'optim.min_lr' is 1.0, more than 'optim.lr' 0.0003"),
         ("start.source=''", r"'start.source' is empty; name a folder: start.source=FOLDER"),
         ("start={kind: parts}", r"'start.student' is empty; name a folder: start.student=FOLDER"),
         ("data.sources=null", "'data.sources' is empty; say where the conversations are"),
