@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 __all__ = ["QUESTIONS", "Score", "held_out", "score_toy"]
 
 QUESTIONS = ("yes_no", "class", "colour", "count", "ground", "time", "side")
-COUNT, SIZE = 100, 96
+COUNT, SIZE = 300, 96
 """Scenes that are asked about, and the side of their images in pixels."""
 
 

@@ -140,7 +140,7 @@ def test_steps_shorten_toy_vlms_in_proportion(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr("radio_distill.vlm.toy.write_toy", lambda *_, **__: None)
     Desk(tmp_path, steps=6).vlm("baseline")
     steps = [dict(x.split("=", 1) for x in overrides)["optim.steps"] for overrides in asked]
-    assert steps == ["2", "60"]  # of 20 and 600
+    assert steps == ["80", "30"]  # of 800 and 300
 
 
 def test_upsamplers_of_real_teachers_are_listed_with_their_commands(tmp_path: Path) -> None:
