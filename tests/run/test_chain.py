@@ -58,7 +58,7 @@ def test_the_fast_twins_train_one_after_the_other_and_keep_the_teachers_head(in_
     assert chain(names, [*fields, f"data.sources.toy.path={photos}"]) == 0
     run = in_this_process / "runs/toy_fast_sam"
     student = load_student(run)
-    assert [a.name for a in student.arch.adaptors] == ["toy_siglip", "toy_dino", "toy_sam"]
+    assert [a.name for a in student.arch.adaptors] == ["toy_clip", "toy_siglip", "toy_dino", "toy_sam"]
     card = load_card("toy_siglip")
     head, pool = pooling_head(card), student.adaptor("toy_siglip").pool
     assert all(torch.equal(x, pool.state_dict()[name]) for name, x in head.state_dict().items())
