@@ -147,8 +147,8 @@ def test_stages_of_a_vlm_have_their_losses_and_the_share_of_right_tokens(tmp_pat
         (tmp_path / name / "metrics.jsonl").write_text("\n".join(rows))
     page = write_report(tmp_path).read_text()
     assert "Vision-language models" in page
-    assert "<td>vlm_projector</td><td>projector</td><td>32</td><td>40</td><td>40.0</td>" in page
-    assert "<td>vlm_sft</td><td>all</td><td>32</td><td>0</td><td>-</td>" in page  # it has not begun
+    assert "<td>vlm_projector</td><td>projector</td><td>16</td><td>40</td><td>40.0</td>" in page
+    assert "<td>vlm_sft</td><td>all</td><td>16</td><td>0</td><td>-</td>" in page  # it has not begun
     assert page.count('role="img"') == 1
     assert "Loss on the answers" in page
 
