@@ -28,11 +28,11 @@ CONVERSATIONS = 3
 
 
 def write_toy(out: str | Path, *, count: int = 3000, size: int = 96, seed: int = TRAIN_SEED, steps: int | None = None) -> None:
-    """Write `out`/lm (`write_toy_lm`, which reads for `steps` steps; None: as many as it needs), images of `count` scenes of `size` pixels, captions.json and questions.json about them,
+    """Write `out`/lm (`write_toy_lm`), images of `count` scenes of `size` pixels, captions.json and questions.json about them,
     and `out`/benchmarks (`write_copies`) about others.
 
-    Both are in LLaVA's format: one caption, and CONVERSATIONS conversations of several questions, for each image. `out` appears when it is complete.
-    Raises DataError when it exists.
+    Both are in LLaVA's format: one caption, and CONVERSATIONS conversations of several questions, for each image. steps: for which the
+    language model reads; None: as many as it needs. `out` appears when it is complete. Raises DataError when it exists.
     """
     from .toy_lm import STEPS, write_toy_lm
 
