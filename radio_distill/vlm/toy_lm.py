@@ -13,10 +13,9 @@ from __future__ import annotations
 import logging
 import math
 import re
-from collections.abc import Callable, Sequence
-from functools import cache
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,7 +23,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..toyworld import CLASSES, ToySample, render, sample_scene
-from .prompt import IGNORE, VICUNA
+from .batches import Sample, collate
+from .prompt import IGNORE, VICUNA, Encoded, Turn, encode
+from .tower import Pictures
 from .toy_questions import LARGEST, SHORT, TRAIN_SEED, ToyQuestion, converse
 
 __all__ = ["INSTRUCTION", "STEPS", "write_toy_lm"]
@@ -44,6 +45,8 @@ MISSING, UNNAMED = 0.2, 0.5
 NOISE = 0.4
 """Standard deviation of what is added to a cell, whose channels have about 1."""
 
+MOST_TOKENS = 1024
+"""Of a conversation, with its image."""
 GRID, WORDS = 6, 4
 """A student of patch 8 makes so many tokens a side of 96 px, with `unshuffle: 2`."""
 COVERED = 0.16
@@ -64,7 +67,7 @@ def write_toy_lm(folder: Path, *, width: int = 128, depth: int = 3, seed: int = 
     tokenizer = _tokenizer()
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=width, intermediate_size=3 * width, num_hidden_layers=depth,
-        num_attention_heads=width // 32, max_position_embeddings=1024, tie_word_embeddings=False, initializer_range=width**-0.5,
+        num_attention_heads=width // 32, max_position_embeddings=MOST_TOKENS, tie_word_embeddings=False, initializer_range=width**-0.5,
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
@@ -107,23 +110,11 @@ def spell(sample: ToySample) -> list[tuple[str, ...]]:
     return cells
 
 
-class Dialogue(NamedTuple):
-    """A conversation as tokens, with GRID * GRID places for the cells behind the first word."""
-
-    ids: list[int]
-    labels: list[int]
-
-
-def dialogue(questions: Sequence[ToyQuestion], encode: Callable[[str], Sequence[int]], tokenizer: Any) -> Dialogue:
-    """A conversation in the tokenizer's own chat template."""
-    before = [tokenizer.bos_token_id, *encode("USER:")]
-    ids, labels = [*before, *GRID**2 * [tokenizer.pad_token_id]], (len(before) + GRID**2) * [IGNORE]
-    for i, question in enumerate(questions):
-        asked = [*(encode("USER:") if i else ()), *encode(question.question), *encode("ASSISTANT:")]
-        answer = [*encode(question.answer), tokenizer.eos_token_id]
-        ids += [*asked, *answer]
-        labels += [*len(asked) * [IGNORE], *answer]
-    return Dialogue(ids, labels)
+def dialogue(questions: Sequence[ToyQuestion], tokenizer: Any) -> Encoded:
+    """A conversation as tokens, with padding in the places of the cells, which stand where an image does."""
+    turns = [turn for q in questions for turn in (Turn("user", q.question), Turn("assistant", q.answer))]
+    turns[0] = Turn("user", f"{GRID**2 * tokenizer.pad_token} {turns[0].text}")
+    return encode(tokenizer, turns, template="chat", max_length=MOST_TOKENS, key="toy")
 
 
 def _teach(model: Any, tokenizer: Any, steps: int, seed: int) -> None:
@@ -132,7 +123,7 @@ def _teach(model: Any, tokenizer: Any, steps: int, seed: int) -> None:
         return
     samples = [render(SEED, i, size=SIZE) for i in range(min(SCENES, steps * BATCH))]
     cells_SGW = torch.tensor([[tokenizer.convert_tokens_to_ids(list(cell)) for cell in spell(s)] for s in samples])
-    encode, rng = cache(lambda text: tuple(tokenizer.encode(text, add_special_tokens=False))), np.random.default_rng(seed)
+    rng = np.random.default_rng(seed)
     clear = round(CLEAR * steps)
     for begin, end, rate in ((0, clear, RATE), (clear, steps, RATE / 2)):
         optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0, betas=(0.9, 0.99))
@@ -142,7 +133,7 @@ def _teach(model: Any, tokenizer: Any, steps: int, seed: int) -> None:
                 order = rng.permutation(len(samples)).tolist()
             drawn = [order.pop() for _ in range(BATCH)]
             vectors_BGC = _look(model, cells_SGW[drawn], tokenizer, missing=begin > 0)
-            loss = _loss(model, vectors_BGC, [dialogue(converse(samples[i], rng), encode, tokenizer) for i in drawn])
+            loss = _loss(model, vectors_BGC, [dialogue(converse(samples[i], rng), tokenizer) for i in drawn])
             share = (step - begin) / (end - begin)
             optimizer.param_groups[0]["lr"] = rate * min(1, (step - begin + 1) / WARMUP) * 0.5 * (1 + math.cos(math.pi * share))
             optimizer.zero_grad()
@@ -167,15 +158,13 @@ def _look(model: Any, cells_BGW: Tensor, tokenizer: Any, *, missing: bool) -> Te
     return vectors_BGC + NOISE * torch.randn_like(vectors_BGC)
 
 
-def _loss(model: Any, vectors_BGC: Tensor, dialogues: Sequence[Dialogue]) -> Tensor:
+def _loss(model: Any, vectors_BGC: Tensor, dialogues: Sequence[Encoded]) -> Tensor:
     """Mean cross-entropy of the tokens of all answers."""
-    longest, pad = max(len(d.ids) for d in dialogues), model.config.pad_token_id
-    ids_BN = torch.tensor([[*d.ids, *(longest - len(d.ids)) * [pad]] for d in dialogues])
-    mask_BN = torch.tensor([[*len(d.ids) * [1], *(longest - len(d.ids)) * [0]] for d in dialogues])
-    labels_BN = torch.tensor([[*d.labels, *(longest - len(d.ids)) * [IGNORE]] for d in dialogues])
-    first = next(i for i, token in enumerate(dialogues[0].ids) if token == pad)
-    tokens_BNC = model.get_input_embeddings()(ids_BN)
+    batch = collate([Sample("", d, Pictures(torch.empty(0))) for d in dialogues], pad=model.config.pad_token_id)
+    first = dialogues[0].ids.index(model.config.pad_token_id)
+    tokens_BNC = model.get_input_embeddings()(batch.tokens_BN)
     tokens_BNC = torch.cat([tokens_BNC[:, :first], vectors_BGC, tokens_BNC[:, first + GRID**2 :]], 1)
-    out_BNC = model.model(inputs_embeds=tokens_BNC, attention_mask=mask_BN, use_cache=False).last_hidden_state[:, :-1]
-    learned = labels_BN[:, 1:] != IGNORE
-    return F.cross_entropy(model.lm_head(out_BNC[learned]), labels_BN[:, 1:][learned])
+    out_BNC = model.model(inputs_embeds=tokens_BNC, attention_mask=batch.mask_BN, use_cache=False).last_hidden_state[:, :-1]
+    targets_BN = batch.labels_BN[:, 1:]
+    learned_BN = targets_BN != IGNORE
+    return F.cross_entropy(model.lm_head(out_BNC[learned_BN]), targets_BN[learned_BN])

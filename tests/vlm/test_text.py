@@ -393,7 +393,7 @@ def test_a_toy_language_model_reads_the_cells_of_a_scene_in_the_place_of_an_imag
     tokenizer = toy_lm._tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE]})
     questions = converse(sample, np.random.default_rng(0))
-    ours = toy_lm.dialogue(questions, lambda text: tokenizer.encode(text, add_special_tokens=False), tokenizer)
+    ours = toy_lm.dialogue(questions, tokenizer)
     turns = [Turn(who, text) for q in questions for who, text in (("user", q.question), ("assistant", q.answer))]
     turns[0] = Turn("user", f"{36 * IMAGE}\n{turns[0].text}")
     expected = encode(tokenizer, turns, template="chat", max_length=10_000, key="0")
