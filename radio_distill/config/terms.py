@@ -73,6 +73,19 @@ TERMS = (
 """Those that every stage has."""
 
 
+def unlearned_notes(recipe: Recipe) -> list[str]:
+    """What has to be said of teachers whose map no term of the loss teaches."""
+    notes = []
+    for name, teacher in recipe.teachers.items():
+        taught = [t for t in terms_of(recipe) if t.weight(recipe, name) > 0]
+        if not any(t.head == "features" or (t.head == "summary" and teacher.summary == "through_head") for t in taught):
+            notes.append(
+                f"no loss teaches the map of {name}: its head for features stays as it began, and exports hold it; "
+                f"use the summary of the adaptor {name} alone, or set teachers.{name}.feature_weight"
+            )
+    return notes
+
+
 def terms_of(recipe: Recipe) -> tuple[Term, ...]:
     """All terms of a recipe: TERMS, then those of `loss.terms`."""
     return (*TERMS, *(_own(name, spec) for name, spec in recipe.loss.terms.items()))

@@ -20,6 +20,7 @@ from ..config.cards import TeacherCard
 from ..config.load import cards_of
 from ..config.native import images_in_step
 from ..config.recipe import Recipe, Start
+from ..config.terms import unlearned_notes
 from ..data.views import ViewSpec
 from ..errors import RecipeError
 from ..network.pool import MapPool
@@ -116,7 +117,7 @@ def build_start(recipe: Recipe, world: World, side: TeacherSide, found: Path | N
         loaded = start_weights(student, _resolved(recipe.start))
         if world.is_main:
             log.info("starting from %s", recipe.start.source or "scratch")
-            if note := recipe.ema.note(recipe.optim.steps):
+            for note in filter(None, (recipe.ema.note(recipe.optim.steps), *unlearned_notes(recipe))):
                 log.warning("%s", note)
         if not balancers and (loaded or recipe.balance.ahead):
             steps = recipe.balance.window if recipe.balance.ahead else 1

@@ -12,6 +12,7 @@ from ..config.native import as_squares, images_in_step
 from ..config.recipe import Dedicated, Recipe
 from ..config.secrets import without_secrets
 from ..config.sizes import images_per_mosaic, sides_text
+from ..config.terms import unlearned_notes
 from ..errors import RecipeError
 from ..student.names import student_of
 from ..train.partition import Assignment, assign
@@ -323,6 +324,7 @@ def _notes(recipe: Recipe, per_rank: list[float], teacher_ranks: tuple[TeacherRa
         yield f"the balancers change until the end: balance.window {recipe.balance.window} > optim.steps {optim.steps}"
     if note := recipe.ema.note(optim.steps):
         yield note
+    yield from unlearned_notes(recipe)
 
 
 def _mosaic_notes(recipe: Recipe, cards: dict[str, TeacherCard], partitions: tuple[PartitionPlan, ...]) -> list[str]:

@@ -6,6 +6,7 @@ import pytest
 
 from radio_distill.config.load import list_recipes, load_card, load_recipe
 from radio_distill.config.recipe import Recipe
+from radio_distill.config.terms import unlearned_notes
 from radio_distill.errors import RecipeError
 from radio_distill.plan.budget import GPUS, to_json
 from radio_distill.plan.roofline import BANDWIDTH
@@ -93,12 +94,22 @@ def test_smaller_forwards_and_sharding_need_less_memory():
             "the average that is evaluated and exported keeps 96% of the weights it begins with: ema.decay 0.9996 over 100 steps; "
             "set ema.decay=0, or a smaller one",
         ),
+        (
+            ["teachers.toy_clip.feature_weight=0"],
+            "no loss teaches the map of toy_clip: its head for features stays as it began, and exports hold it; "
+            "use the summary of the adaptor toy_clip alone, or set teachers.toy_clip.feature_weight",
+        ),
     ],
 )
 def test_what_looks_wrong_is_noted(overrides, note):
     result = plan(load_recipe(TOY, overrides), world_size=1)
     assert note in result.notes
     assert f"note: {note}" in render(result)
+
+
+def test_a_map_that_learns_through_its_teachers_head_is_taught():
+    recipe = load_recipe(TOY, ["teachers.toy_siglip={feature_weight: 0, summary: through_head}"])
+    assert unlearned_notes(recipe) == []
 
 
 def test_too_little_memory_is_noted_with_what_to_do():
