@@ -112,9 +112,9 @@ def _trained(recipe: VlmRecipe, model: Any) -> int:
 def _flop(recipe: VlmRecipe, model: Any) -> dict[str, float]:
     tower, text, tokens = model.config.vision_config, model.config.text_config, recipe.data.max_length
     trunk = StudentArch.from_dict(tower.student).trunk
-    linears = [m for m in (*model.model.language_model.modules(), model.lm_head) if isinstance(m, nn.Linear)]
+    matrices = [*_matrices(model.model.language_model), model.lm_head.weight]
     attention = 4 * tokens**2 * text.hidden_size * text.num_hidden_layers
-    forward = 2 * tokens * sum(m.weight.numel() for m in linears) + attention
+    forward = 2 * tokens * sum(matrix.numel() for matrix in matrices) + attention
     projector = 2 * tower.num_tokens * _count(model.model.multi_modal_projector)
     passes = 2 + (recipe.trains == "all" and recipe.lora is None) + recipe.grad_checkpointing  # frozen weights have no gradient
     forwards = 1 if recipe.tower is None else 4 + recipe.grad_checkpointing  # it learns, beside what it was at first
@@ -133,13 +133,10 @@ def _memory_bytes(
     state += 4 * (parameters["projector"] + parameters["language model"])
     state += 4 * trained / (world_size if zero >= 2 else 1) + 8 * trained / (world_size if zero >= 1 else 1)
     value = 2 if half else 4
-    # per token and layer: inputs of attention and MLP, q k v, both halves of the gated MLP (checkpointed: the layer's input)
-    layer = value * (8 * text.hidden_size + 3 * text.intermediate_size)
-    kept = (
-        text.num_hidden_layers * value * text.hidden_size + layer
-        if recipe.grad_checkpointing
-        else text.num_hidden_layers * layer
-    )
+    # per token: what its matrices take and give, of all layers (checkpointed: of one, and the input of each)
+    kept: float = value * sum(sum(matrix.shape) for matrix in _matrices(model.model.language_model))
+    if recipe.grad_checkpointing:
+        kept = kept / text.num_hidden_layers + text.num_hidden_layers * value * text.hidden_size
     logits = (value + 3 * 4) * text.vocab_size  # as they are, in fp32, their softmax and its gradient
     return state + micro * (recipe.data.max_length * (kept + logits) + _tower_bytes(recipe, model, value))
 
@@ -153,6 +150,12 @@ def _tower_bytes(recipe: VlmRecipe, model: Any, value: int) -> float:
     tokens = (tower.image_size // trunk.patch_size) ** 2 + trunk.num_prefix
     blocks = 1 + trunk.depth * 2 / ACTIVATION_BYTES if recipe.grad_checkpointing else trunk.depth
     return tower.num_views * value / 2 * ACTIVATION_BYTES * tokens * trunk.embed_dim * blocks
+
+
+def _matrices(module: nn.Module) -> list[nn.Parameter]:
+    """What tokens are multiplied with, whatever a language model calls its layers (GPT-2: Conv1D); experts of a mixture are left aside."""
+    layers = (m for m in module.modules() if not isinstance(m, nn.Embedding))
+    return [p for m in layers for p in m.parameters(recurse=False) if p.ndim == 2]
 
 
 def _count(module: nn.Module) -> int:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config.vlm_recipe import Lora
+from ..errors import RecipeError
 
 __all__ = ["LoraLinear", "add_lora", "merge_lora"]
 
@@ -28,7 +29,16 @@ class LoraLinear(nn.Module):
 
 
 def add_lora(model: nn.Module, spec: Lora) -> None:
-    """Replace every Linear inside `model`; only the updates require a gradient."""
+    """Replace every Linear inside `model`; only the updates require a gradient.
+
+    Raises RecipeError when other layers hold matrices, which would be left out in silence: GPT-2's Conv1D, the experts of a mixture.
+    """
+    others = sorted({type(m).__name__ for m in model.modules() if _holds_matrices(m)})
+    if others:
+        raise RecipeError(
+            f"'lora' updates Linear layers, but {type(model).__name__} also has matrices in {', '.join(others)}; "
+            "remove lora, which trains all weights, or take another language model"
+        )
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, nn.Linear) and not isinstance(module, LoraLinear):
@@ -46,3 +56,8 @@ def merge_lora(model: nn.Module) -> Mapping[str, Tensor]:
             if module.linear.bias is not None:
                 state[f"{name}.bias"] = state.pop(f"{name}.linear.bias")
     return state
+
+
+def _holds_matrices(module: nn.Module) -> bool:
+    known = isinstance(module, (nn.Linear, nn.Embedding))
+    return not known and any(p.ndim > 1 for p in module.parameters(recurse=False))

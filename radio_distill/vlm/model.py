@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
+    AutoModel,
     AutoModelForCausalLM,
     AutoProcessor,
     AutoTokenizer,
@@ -190,12 +191,25 @@ def join_configs(tower: StudentTowerConfig, text: Any, *, image_token: int) -> L
 
 
 def text_config(folder: Path) -> Any:
-    """The configuration of the language model in a folder. Raises CheckpointError."""
+    """The configuration of the language model in a folder. Raises CheckpointError, also where LLaVA cannot hold the model."""
     if not (folder / "config.json").is_file():
         raise CheckpointError(
             f"start.lm={folder} holds no config.json; expected the folder of a causal language model as transformers saves it"
         )
-    return AutoConfig.from_pretrained(folder)
+    config = AutoConfig.from_pretrained(folder)
+    with torch.device("meta"):
+        inner = AutoModel.from_config(config)
+    if config.tie_word_embeddings and not hasattr(inner, "embed_tokens"):
+        raise CheckpointError(
+            f"start.lm={folder} is a {type(inner).__name__} whose output layer is its embeddings (tie_word_embeddings); transformers' LLaVA "
+            "ties only what is called embed_tokens. Save it with an output layer of its own, or take another language model"
+        )
+    width = inner.get_input_embeddings().embedding_dim
+    if width != config.hidden_size:  # the projector makes what the embeddings make
+        raise CheckpointError(
+            f"start.lm={folder} embeds tokens in {width} channels and widens them to {config.hidden_size}; expected one width"
+        )
+    return config
 
 
 def load_vlm(path: str | Path, *, dtype: torch.dtype = torch.float32) -> Vlm:
