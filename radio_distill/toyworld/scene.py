@@ -113,7 +113,7 @@ class Scene:
             ("what is on the ground?", self.ground),
             ("what time of day is it?", self.time),
         ]
-        x = self._screen_x(view)
+        x = self.screen_x(view)
         pairs += [
             (f"is the {self.objects[i].name} left or right of the {subject.name}?", "left" if x[i] < x[0] else "right")
             for i in seen
@@ -121,7 +121,8 @@ class Scene:
         ]
         return tuple(pairs)
 
-    def _screen_x(self, view: int) -> np.ndarray:
+    def screen_x(self, view: int = 0) -> np.ndarray:
+        """Where the objects' feet stand in a view, of the picture's width from the left edge; outside 0..1 out of the picture."""
         feet = np.array([[*o.position, 0.0] for o in self.objects]).T
         return self.cameras[view].project(feet, 1)[0][0]
 

@@ -26,7 +26,7 @@ from ..toyworld import CLASSES, ToySample, render, sample_scene
 from .batches import Sample, collate
 from .prompt import IGNORE, VICUNA, Encoded, Turn, encode
 from .tower import Pictures
-from .toy_questions import LARGEST, SHORT, TRAIN_SEED, ToyQuestion, converse
+from .toy_questions import COLUMNS, LARGEST, SHORT, TRAIN_SEED, WHERE, ToyQuestion, converse
 
 __all__ = ["INSTRUCTION", "STEPS", "write_toy_lm"]
 
@@ -47,7 +47,7 @@ NOISE = 0.4
 
 MOST_TOKENS = 1024
 """Of a conversation, with its image."""
-GRID, WORDS = 6, 4
+GRID, WORDS = COLUMNS, 4
 """A student of patch 8 makes so many tokens a side of 96 px, with `unshuffle: 2`."""
 COVERED = 0.16
 """Share of a cell from which on its object is named, and not the ground or the time of day."""
@@ -87,7 +87,7 @@ def _tokenizer() -> Any:
     scenes = [sample_scene(TRAIN_SEED, i) for i in range(500)]
     texts = [INSTRUCTION, "USER: ASSISTANT:", LARGEST, SHORT, *(s.caption for s in scenes)]
     texts += [f"{question} {answer}" for s in scenes for question, answer in s.questions()]
-    texts += [f"row{i} column{i}" for i in range(GRID)]
+    texts += [f"{WHERE} row{i} column{i}" for i in range(GRID)]
     words = sorted({word for text in texts for word in re.findall(r"\w+|[^\w\s]", text)})
     vocabulary = {word: i for i, word in enumerate([*SPECIAL, *words])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=SPECIAL[0]))

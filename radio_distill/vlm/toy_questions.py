@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import NamedTuple
 
@@ -11,7 +12,7 @@ from numpy.random import Generator
 from ..toyworld import CLASSES, ToySample
 from ..toyworld.scene import SEEN
 
-__all__ = ["HELD_OUT_SEED", "KINDS", "LARGEST", "SHORT", "TRAIN_SEED", "ToyQuestion", "ask", "converse"]
+__all__ = ["COLUMNS", "HELD_OUT_SEED", "KINDS", "LARGEST", "SHORT", "TRAIN_SEED", "WHERE", "ToyQuestion", "ask", "converse"]
 
 TRAIN_SEED, HELD_OUT_SEED = 81_000, 82_000
 """Of scenes that conversations are about, and that are asked about; far from the seeds of students and toy teachers."""
@@ -27,6 +28,10 @@ KINDS = {
 }
 """Kinds of questions by how they begin."""
 
+WHERE = "where is the "
+COLUMNS = 6
+"""Of a picture, by which places are named."""
+
 LARGEST = "what is the largest object?"
 SHORT = "\nAnswer the question using a single word or phrase."
 """How LLaVA's data and the benchmarks ask for a short answer."""
@@ -36,7 +41,7 @@ AT_MOST = 10
 
 class ToyQuestion(NamedTuple):
     kind: str
-    """One of KINDS."""
+    """One of KINDS; `where`, which is not scored."""
     question: str
     answer: str
 
@@ -50,7 +55,8 @@ def converse(sample: ToySample, rng: Generator) -> list[ToyQuestion]:
     """A conversation to learn from: questions about a picture in random order, merged as LLaVA-1.5 merges them (arXiv:2310.03744).
 
     More than is scored: the colour of every object that can be made out, whether it is there, and as often of one that is not. So a
-    word of a question has to be found in the picture; from one such question a picture it was not learned.
+    word of a question has to be found in the picture; from one such question a picture it was not learned. And where every object stands
+    (column0 to column5), which comes before what is left of what.
     """
     covered = np.bincount(sample.instances_HW.ravel(), minlength=1 + len(sample.scene.objects))[1:] / sample.instances_HW.size
     shown = [o for o, share in zip(sample.scene.objects, covered) if share >= SEEN]
@@ -62,9 +68,16 @@ def converse(sample: ToySample, rng: Generator) -> list[ToyQuestion]:
         for names, answer in (([o.name for o in shown], "yes"), (absent, "no"))
         for name in names
     ]
+    places = dict(zip(sample.scene.objects, sample.scene.screen_x()))
+    asked += [ToyQuestion("where", f"{WHERE}{o.name}?", _column(places[o])) for o in shown]
     bare = [q._replace(question=q.question.removesuffix(SHORT)) for q in asked]
     first, *others = [bare[i] for i in rng.permutation(len(bare))[:AT_MOST]]
     return [first._replace(question=first.question + SHORT), *others]
+
+
+def _column(x: float) -> str:
+    """The word for a place from the left (0) to the right edge (1) of a picture."""
+    return f"column{min(max(math.floor(COLUMNS * x), 0), COLUMNS - 1)}"
 
 
 def _question(question: str, answer: str) -> ToyQuestion:
