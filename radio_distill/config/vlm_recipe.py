@@ -48,6 +48,9 @@ class FromParts(Fields):
     """n: every n x n patches become one token of n*n times the width (VILA: 2)."""
     merge: Positive | None = None
     """Tokens that are left of each picture when similar ones are averaged (token merging); null: all."""
+    positions: bool = False
+    """Whether a token also tells its row and column, in 16 more channels (vlm/tower.py, `with_places`). Without them a language model has
+    to find out from the features and the tokens' order (LLAVA)."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the student's weights and activations, whatever the rest computes in."""
 
@@ -161,6 +164,9 @@ def _fitting(recipe: VlmRecipe) -> Iterator[Problem]:
         yield Problem(text, ("start", "tiles"))
     if isinstance(recipe.start, FromParts) and isinstance(recipe.start.size, Patches):
         yield from _native(recipe.start, recipe.start.size)
+    if isinstance(recipe.start, FromParts) and recipe.start.positions and recipe.start.merge is not None:
+        text = f"'start.merge' is {recipe.start.merge}: a token of several places has no row and column; remove it, or start.positions"
+        yield Problem(text, ("start", "merge"))
     if recipe.tower is not None and isinstance(recipe.start, FromParts):
         if recipe.start.dtype != "float32":
             text = f"'start.dtype' is {recipe.start.dtype!r}, in which the steps of a student that learns would be lost; set float32"

@@ -164,14 +164,18 @@ def tower_config(parts: FromParts, arch: StudentArch) -> StudentTowerConfig:
     if isinstance(parts.size, Patches):
         budget = (parts.size.min_num_patches, parts.size.max_num_patches)
         side = math.isqrt(budget[1]) * patch
-        return StudentTowerConfig(arch.to_dict(), side, parts.tiles, parts.unshuffle, None, parts.dtype, budget)
+        return StudentTowerConfig(
+            arch.to_dict(), side, parts.tiles, parts.unshuffle, None, parts.dtype, budget, parts.positions
+        )
     if parts.size % step:
         near = max(step, round(parts.size / step) * step)
         raise RecipeError(
             f"start.size is {parts.size}, no multiple of the student's patch {arch.trunk.patch_size} times start.unshuffle "
             f"{parts.unshuffle}; nearest is {near}"
         )
-    tower = StudentTowerConfig(arch.to_dict(), parts.size, parts.tiles, parts.unshuffle, parts.merge, parts.dtype)
+    tower = StudentTowerConfig(
+        arch.to_dict(), parts.size, parts.tiles, parts.unshuffle, parts.merge, parts.dtype, None, parts.positions
+    )
     if parts.merge is not None and parts.merge > tower.grid**2:
         raise RecipeError(f"start.merge is {parts.merge}, but a picture has {tower.grid**2} tokens; expected at most that")
     return tower

@@ -5,6 +5,7 @@ Shapes: B images, C channels, H W patch grid, N tokens; V pictures, S side of a 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -21,7 +22,11 @@ from ..network.student import Student
 from ..network.token_merging import merge_tokens
 from ..student.checkpoints import TOWER
 
-__all__ = ["Pictures", "StudentTower", "StudentTowerConfig", "join", "maps_of", "to_tokens"]
+__all__ = ["Pictures", "StudentTower", "StudentTowerConfig", "join", "maps_of", "to_tokens", "with_places"]
+
+
+COSINES = 8
+"""Of each axis, that tell a token's place."""
 
 
 class Pictures(NamedTuple):
@@ -55,7 +60,8 @@ def join(several: Sequence[Pictures]) -> Pictures:
 class StudentTowerConfig(PretrainedConfig):
     """What the tower is, and what its images are: fields of `FromParts` in the recipe.
 
-    hidden_size and patch_size are those of a token: `unshuffle` patches wide, unshuffle^2 times the student's width.
+    hidden_size and patch_size are those of a token: `unshuffle` patches wide, unshuffle^2 times the student's width, and its place
+    where `positions` says so.
     """
 
     model_type = TOWER
@@ -69,13 +75,14 @@ class StudentTowerConfig(PretrainedConfig):
         merge: int | None = None,
         student_dtype: str = "float32",
         patches: Sequence[int] | None = None,
+        positions: bool = False,
         **kwargs: Any,
     ) -> None:
         """patches: fewest and most of an image that keeps its aspect ratio; image_size is then the side of the largest square."""
         self.student, self.image_size, self.tiles, self.unshuffle = student, image_size, tiles, unshuffle
-        self.merge, self.student_dtype, self.patches = merge, student_dtype, patches
+        self.merge, self.student_dtype, self.patches, self.positions = merge, student_dtype, patches, positions
         trunk = student["trunk"] if student else {"embed_dim": 0, "patch_size": 1}
-        self.hidden_size = trunk["embed_dim"] * unshuffle**2
+        self.hidden_size = trunk["embed_dim"] * unshuffle**2 + positions * 2 * COSINES
         self.patch_size = trunk["patch_size"] * unshuffle
         for derived in ("hidden_size", "patch_size"):
             kwargs.pop(derived, None)
@@ -155,7 +162,11 @@ class StudentTower(PreTrainedModel):
         ):
             maps = maps_of(self.student, Pictures(pixel_values, image_sizes), self.config.patch_size)
         self.seen = maps if self.learns else []
-        tokens_BNC = torch.cat([to_tokens(features_BCHW, self.config.unshuffle) for features_BCHW in maps], dim=1)
+        tokens = [to_tokens(features_BCHW, self.config.unshuffle) for features_BCHW in maps]
+        if self.config.positions:
+            grids = [[side // self.config.unshuffle for side in features_BCHW.shape[2:]] for features_BCHW in maps]
+            tokens = [with_places(tokens_BNC, *grid) for tokens_BNC, grid in zip(tokens, grids)]
+        tokens_BNC = torch.cat(tokens, dim=1)
         if self.config.merge is not None:
             tokens_BNC = merge_tokens(tokens_BNC, self.config.merge).tokens_BKC
         tokens_BNC = tokens_BNC.to(pixel_values.dtype)
@@ -173,6 +184,18 @@ def maps_of(student: Student, pictures: Pictures, side: int) -> list[Tensor]:
 def to_tokens(features_BCHW: Tensor, unshuffle: int) -> Tensor:
     """The map row by row (B, N, C); with `unshuffle` n every n x n patches are one token of n*n*C channels."""
     return rearrange(F.pixel_unshuffle(features_BCHW, unshuffle), "b c h w -> b (h w) c")
+
+
+def with_places(tokens_BNC: Tensor, height: int, width: int) -> Tensor:
+    """Tokens of a grid with their place as 2 * COSINES more channels: cos(pi k y) and cos(pi k x), k from 1 on, y and x the place of a
+    token's centre in its picture (0..1). That is the basis of a DCT-II, so up to COSINES + 1 rows and columns can be told by a linear map.
+    The channels of a place are about as long as the picture's tokens on average: a shorter code was not learned in time.
+    """
+    steps_K = math.pi * torch.arange(1, COSINES + 1, device=tokens_BNC.device)
+    rows_HK, columns_WK = (((torch.arange(n, device=steps_K.device) + 0.5) / n).outer(steps_K).cos() for n in (height, width))
+    places_HWK = torch.cat([rows_HK[:, None].expand(-1, width, -1), columns_WK.expand(height, -1, -1)], dim=2)
+    length_B11 = tokens_BNC.detach().norm(dim=2).mean(1)[:, None, None] / math.sqrt(COSINES)
+    return torch.cat([tokens_BNC, (length_B11 * places_HWK.flatten(0, 1)).to(tokens_BNC.dtype)], dim=2)
 
 
 AutoConfig.register(StudentTowerConfig.model_type, StudentTowerConfig)

@@ -49,7 +49,7 @@ def test_another_language_model_answers_in_a_batch_as_alone_and_can_be_planned(
     alone = [vlm.answer([q], [image], max_new_tokens=5)[0] for q, image in zip(asked, images)]
     assert vlm.answer(asked, images, max_new_tokens=5) == alone
 
-    start = f"start={{kind: parts, student: {parts.student}, lm: {lm}, size: 32, unshuffle: 2}}"
+    start = f"start={{kind: parts, student: {parts.student}, lm: {lm}, size: 32, unshuffle: 2, positions: false}}"
     source = f"data.sources.toy={{path: {toy}/captions.json, images: {toy}/images}}"
     settings = [start, source, f"run={tmp_path}/run", "trains=all", "data.max_length=50"]
     plan = plan_vlm(load_vlm_recipe("toy/vlm_projector", settings), world_size=1)

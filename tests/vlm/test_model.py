@@ -7,6 +7,7 @@ import pytest
 import torch
 from made_run import pictures
 from PIL import Image
+from scipy.fft import dct
 
 from radio_distill import load_student
 from radio_distill.config.vlm_recipe import FromParts, Patches
@@ -18,7 +19,7 @@ from radio_distill.toyworld import render_images
 from radio_distill.types import CLIP_MEAN
 from radio_distill.vlm.model import Vlm, build_vlm, load_vlm, save_vlm
 from radio_distill.vlm.tiles import open_image, views
-from radio_distill.vlm.tower import join, to_tokens
+from radio_distill.vlm.tower import join, to_tokens, with_places
 
 
 def scene_images(count: int) -> list[Image.Image]:
@@ -36,6 +37,37 @@ def test_the_tower_gives_the_students_map_and_every_token_is_a_square_of_patches
     slow = slow.unflatten(0, (16, 4)).permute(2, 0, 3, 1).flatten(2)  # batch, token, channel, place in the square
     torch.testing.assert_close(tokens, slow, atol=1e-5, rtol=1e-5)
     assert torch.equal(to_tokens(features, 1), features.flatten(2).transpose(1, 2))
+
+
+def test_places_of_tokens_are_a_cosine_transform_about_as_long_as_the_tokens() -> None:
+    tokens = torch.randn(2, 4 * 6, 5)
+    found = with_places(tokens, 4, 6)
+    assert torch.equal(found[..., :5], tokens)
+    places = found[..., 5:].double() / tokens.double().norm(dim=2).mean(1)[:, None, None] * 8**0.5
+    for axis, (side, channels) in enumerate(((4, places[..., :8]), (6, places[..., 8:]))):
+        basis = torch.from_numpy(dct(np.eye(side), axis=0) / 2)[1:].T  # cosines of the centres, from the first on
+        grid = channels.unflatten(1, (4, 6)).movedim(1 + axis, 1)
+        torch.testing.assert_close(grid[0, :, 0, : side - 1], basis, atol=1e-6, rtol=0)
+        assert torch.equal(grid[0], grid[0, :, :1].expand_as(grid[0]))
+
+
+@pytest.mark.parametrize("size", [32, Patches(min_num_patches=16, max_num_patches=80)])
+def test_a_tower_with_places_is_saved_and_answers_in_a_batch_as_alone(
+    size: int | Patches, parts: FromParts, tmp_path: Path
+) -> None:
+    placed = build_vlm(parts.model_copy(update={"size": size, "positions": True}))
+    plain = build_vlm(parts.model_copy(update={"size": size}))
+    seen = [image.crop((0, 0, 40, height)) for image, height in zip(scene_images(3), (40, 24, 32))]
+    pictures = join([placed.pictures(image, key="") for image in seen])
+    inputs = pictures.inputs()
+    with torch.no_grad():
+        mine, theirs = (v.model.model.vision_tower(**inputs).hidden_states[-1] for v in (placed, plain))
+    assert torch.equal(mine[..., :-16], theirs)
+    save_vlm(placed, tmp_path / "placed")
+    loaded = load_vlm(tmp_path / "placed")
+    asked = ["is there a tree?", "what is on the ground?", "what is the largest object?"]
+    alone = [placed.answer([q], [[image]], max_new_tokens=4)[0] for q, image in zip(asked, seen)]
+    assert loaded.answer(asked, [[image] for image in seen], max_new_tokens=4) == alone
 
 
 def test_the_tower_never_trains(vlm: Vlm) -> None:

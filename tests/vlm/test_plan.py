@@ -16,7 +16,7 @@ from radio_distill.vlm.model import Vlm, save_vlm
 @pytest.fixture
 def projector(student: Path, toy: Path, tmp_path: Path) -> list[str]:
     """What stage 1 is told; its conversations have 50 tokens."""
-    start = f"start={{kind: parts, student: {student}, lm: {toy}/lm, size: 32, unshuffle: 2}}"
+    start = f"start={{kind: parts, student: {student}, lm: {toy}/lm, size: 32, unshuffle: 2, positions: false}}"
     source = f"data.sources.toy={{path: {toy}/captions.json, images: {toy}/images}}"
     return [start, source, f"run={tmp_path}/run", "samples=4", "micro_batch=2", "data.max_length=50"]
 

@@ -332,6 +332,10 @@ def test_lora_starts_as_nothing_and_is_merged_under_the_old_names() -> None:
         ("start={kind: parts}", r"'start.student' is empty; name a folder: start.student=FOLDER"),
         ("data.sources=null", "'data.sources' is empty; say where the conversations are"),
         ("[start={kind: parts}, start.tiles=0, trains=projector]", r"'start.tiles' is 0: without images nothing"),
+        (
+            "[start={kind: parts}, start.positions=true, start.merge=4]",
+            "'start.merge' is 4: a token of several places has no row",
+        ),
         ("[lora={}, trains=projector]", "'lora' has no effect with 'trains' projector"),
         (f"start={OWN}min_num_patches: 9, max_num_patches: 8}}}}", r"'start.size.min_num_patches' is 9, more than .* 8"),
         (f"start={OWN}max_num_patches: 8}}}}", "'start.size.min_num_patches' is missing: Smaller images are enlarged to it"),
@@ -376,7 +380,12 @@ def test_toy_conversations_ask_everything_first_at_times_and_as_often_for_what_i
                 name = q.question.removesuffix(SHORT).removeprefix("is there a ").removesuffix("?")
                 assert (name in there) == (q.answer == "yes")
                 answers[q.answer] += 1
-    assert set(firsts) == set(KINDS)
+            elif q.kind == "where":
+                name = q.question.removesuffix(SHORT).removeprefix("where is the ").removesuffix("?")
+                column = int(q.answer.removeprefix("column"))
+                seen = np.nonzero(sample.instances_HW == 1 + [o.name for o in sample.scene.objects].index(name))[1]
+                assert seen.min() // (32 / 6) - 1 <= column <= seen.max() // (32 / 6) + 1  # feet may be hidden
+    assert set(firsts) == {*KINDS, "where"}
     assert abs(answers["yes"] - answers["no"]) < 3 * sum(answers.values()) ** 0.5
     assert {q.question.endswith(SHORT) for q in ask(sample)} == {True}
 
