@@ -13,6 +13,7 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoImageProcessor,
     AutoModel,
@@ -201,6 +202,13 @@ def text_config(folder: Path) -> Any:
             f"start.lm={folder} holds no config.json; expected the folder of a causal language model as transformers saves it"
         )
     config = AutoConfig.from_pretrained(folder)
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or not hasattr(
+        config, "hidden_size"
+    ):  # the latter: a model of several models
+        raise CheckpointError(
+            f"start.lm={folder} holds a {type(config).__name__}; expected a causal language model. Of a model for images and text, save "
+            "its language model alone"
+        )
     with torch.device("meta"):
         inner = AutoModel.from_config(config)
     if config.tie_word_embeddings and not hasattr(inner, "embed_tokens"):

@@ -6,7 +6,16 @@ from shutil import copy
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoModelForCausalLM, GPT2Config, MixtralConfig, OPTConfig, PretrainedConfig, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3Config,
+    GPT2Config,
+    MixtralConfig,
+    OPTConfig,
+    PretrainedConfig,
+    Qwen3Config,
+    T5Config,
+)
 
 from radio_distill.config.load import load_vlm_recipe
 from radio_distill.config.vlm_recipe import FromParts, Lora
@@ -91,3 +100,10 @@ def test_what_llava_cannot_hold_is_refused(
     lm = saved(OPTConfig(**{**OPT, **setting}), toy, tmp_path / "lm")
     with pytest.raises(CheckpointError, match=message):
         build_vlm(parts.model_copy(update={"lm": str(lm)}))
+
+
+@pytest.mark.parametrize("config", [T5Config(d_model=32, num_layers=1), Gemma3Config()])
+def test_a_folder_of_no_language_model_alone_is_refused(config: PretrainedConfig, parts: FromParts, tmp_path: Path) -> None:
+    config.save_pretrained(tmp_path / "lm")
+    with pytest.raises(CheckpointError, match=f"holds a {type(config).__name__}; expected a causal language model"):
+        build_vlm(parts.model_copy(update={"lm": str(tmp_path / "lm")}))
