@@ -1,4 +1,4 @@
-"""ViT-L and ViT-H from random weights in every format: names and shapes as their readers expect. Gigabytes: only when asked.
+"""ViT-S, B, L and H from random weights in every format: names and shapes as their readers expect. Gigabytes: only when asked.
 
 RADIO_DISTILL_LARGE=1 pytest tests/export/test_sizes.py
 """
@@ -18,7 +18,12 @@ from radio_distill.student.build import build_student
 from radio_distill.student.checkpoints import load_reference, save_student
 
 pytestmark = pytest.mark.skipif("RADIO_DISTILL_LARGE" not in os.environ, reason="set RADIO_DISTILL_LARGE=1; takes gigabytes")
-SIZES = {"vit_large_patch16_224": (1024, 24, 16), "vit_huge_patch16_224": (1280, 32, 16)}
+SIZES = {
+    "vit_small_patch16_224": (384, 12, 6),
+    "vit_base_patch16_224": (768, 12, 12),
+    "vit_large_patch16_224": (1024, 24, 16),
+    "vit_huge_patch16_224": (1280, 32, 16),
+}
 SLOTS = [
     AdaptorSlot("clip", 1024, 1280, True),
     AdaptorSlot("siglip", 1152, 1152, True),
@@ -44,7 +49,7 @@ def source(name: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("form", FORMATS)
 def test_a_large_student_in_every_format(source: Path, name: str, form: str, tmp_path: Path) -> None:
     if form == "web":
-        pytest.skip("refused at this size: tests/export/test_web.py")
+        pytest.skip("in tests/export/test_web.py, which also refuses large ones")
     if form == "onnx":
         pytest.importorskip("onnxscript")
     folder = export(source, tmp_path / "out", form)
