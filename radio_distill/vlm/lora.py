@@ -37,7 +37,7 @@ def add_lora(model: nn.Module, spec: Lora) -> None:
     if others:
         raise RecipeError(
             f"'lora' updates Linear layers, but {type(model).__name__} also has matrices in {', '.join(others)}; "
-            "remove lora, which trains all weights, or take another language model"
+            "remove lora to train all weights, or take another language model"
         )
     for module in list(model.modules()):
         for name, child in list(module.named_children()):

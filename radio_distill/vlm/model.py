@@ -202,9 +202,8 @@ def text_config(folder: Path) -> Any:
             f"start.lm={folder} holds no config.json; expected the folder of a causal language model as transformers saves it"
         )
     config = AutoConfig.from_pretrained(folder)
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or not hasattr(
-        config, "hidden_size"
-    ):  # the latter: a model of several models
+    several = not hasattr(config, "hidden_size")  # models in one
+    if several or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise CheckpointError(
             f"start.lm={folder} holds a {type(config).__name__}; expected a causal language model. Of a model for images and text, save "
             "its language model alone"

@@ -187,9 +187,11 @@ def to_tokens(features_BCHW: Tensor, unshuffle: int) -> Tensor:
 
 
 def with_places(tokens_BNC: Tensor, height: int, width: int) -> Tensor:
-    """Tokens of a grid with their place as 2 * COSINES more channels: cos(pi k y) and cos(pi k x), k from 1 on, y and x the place of a
-    token's centre in its picture (0..1). That is the basis of a DCT-II, so up to COSINES + 1 rows and columns can be told by a linear map.
-    The channels of a place are about as long as the picture's tokens on average: a shorter code was not learned in time.
+    """Tokens (B, height * width, C) of a grid, row by row, with their place as 2 * COSINES more channels.
+
+    cos(pi k y) and then cos(pi k x), k from 1 on, y and x the place of a token's centre in its picture (0..1). That is the basis of a
+    DCT-II, so a linear map with a bias can tell up to COSINES + 1 rows and columns. The channels of a place are about as long as the
+    picture's tokens on average: a shorter code was not learned in time (docs/vlm.md).
     """
     steps_K = math.pi * torch.arange(1, COSINES + 1, device=tokens_BNC.device)
     rows_HK, columns_WK = (((torch.arange(n, device=steps_K.device) + 0.5) / n).outer(steps_K).cos() for n in (height, width))
